@@ -1,0 +1,180 @@
+"""Comparisons whose candidates take turns, reported through pytest-benchmark.
+
+A shared machine drifts by tens of percent within a minute, so timing one candidate after another compares the machine
+with itself. Here all candidates of a case run in alternation, and each test replays its candidate's samples into
+pytest-benchmark through a clock that only the replay advances; its statistics, groups and JSON then work as ever.
+A ratio table goes to `bench/results/` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import revit_fast
+from revit_fast.ops import _library
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class ReplayClock:
+    """A clock that stands still but for `advance`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = ReplayClock()
+
+
+@dataclass
+class Comparison:
+    """One case: candidates that compute the same thing.
+
+    Attributes:
+        group: pytest-benchmark's group.
+        case: name of the case within the group.
+        candidates: name -> function of the round number (rotate the inputs by it); "ours" must be among them.
+        check: asserts that a candidate's output is right, given (name, output), before anything is timed.
+        threads: threads that torch may use.
+        rounds: turns that each candidate takes.
+    """
+
+    group: str
+    case: str
+    candidates: dict[str, Callable[[int], object]]
+    check: Callable[[str, object], None]
+    threads: int = 2
+    rounds: int = 15
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for name, candidate in self.candidates.items():
+                self.check(name, candidate(0))
+                candidate(1)
+            names = list(self.candidates)
+            self.samples = {name: [] for name in names}
+            for turn in range(self.rounds):
+                for name in names if turn % 2 == 0 else reversed(names):
+                    time.sleep(0.002)  # lets the previous candidate's spinning threads go to sleep
+                    begin = time.perf_counter()
+                    self.candidates[name](turn)
+                    self.samples[name].append(time.perf_counter() - begin)
+        finally:
+            torch.set_num_threads(before)
+
+    def rows(self) -> list[dict]:
+        ours = statistics.median(self.samples["ours"])
+        rows = []
+        for name, samples in self.samples.items():
+            low, median, high = np.quantile(samples, [0.25, 0.5, 0.75])
+            rows.append(
+                {
+                    "group": self.group,
+                    "case": self.case,
+                    "candidate": name,
+                    "median_ms": median * 1e3,
+                    "quartiles_ms": [low * 1e3, high * 1e3],
+                    "ratio_to_ours": median / ours,
+                    "threads": self.threads,
+                    "rounds": self.rounds,
+                }
+            )
+        return rows
+
+
+FINISHED: dict[tuple[str, str], Comparison] = {}
+
+
+@pytest.fixture
+def replay(benchmark):
+    """`replay(build, candidate)`: measures the case that `build()` returns, once, and reports one candidate of it."""
+
+    def run(build: Callable[[], Comparison], candidate: str) -> None:
+        key = (build.__module__, build.__qualname__)
+        if key not in FINISHED:
+            comparison = build()
+            comparison.run()
+            FINISHED[key] = comparison
+        comparison = FINISHED[key]
+        samples = iter(comparison.samples[candidate])
+        benchmark.group = f"{comparison.group}: {comparison.case}"
+        benchmark.pedantic(lambda: CLOCK.advance(next(samples)), rounds=comparison.rounds)
+
+    return run
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+def machine_header() -> dict:
+    return {
+        "machine": platform.machine(),
+        "processor": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": _library.cpu_isa(),
+        "revit_fast": revit_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def markdown(header: dict, rows: list[dict]) -> str:
+    lines = [" · ".join(f"{key} {value}" for key, value in header.items()), ""]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += [
+            f"## {group}",
+            "",
+            "| case | candidate | median ms | quartiles ms | time ÷ ours |",
+            "|---|---|--:|--:|--:|",
+        ]
+        for row in rows:
+            if row["group"] == group:
+                low, high = row["quartiles_ms"]
+                lines.append(
+                    f"| {row['case']} | {row['candidate']} | {row['median_ms']:.3f} | {low:.3f}–{high:.3f} "
+                    f"| {row['ratio_to_ours']:.2f} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def pytest_sessionfinish(session):
+    rows = [row for comparison in FINISHED.values() for row in comparison.rows()]
+    if not rows:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    header = machine_header()
+    (RESULTS / "ratios.json").write_text(json.dumps({"machine": header, "results": rows}, indent=1))
+    table = markdown(header, rows)
+    (RESULTS / "ratios.md").write_text(table)
+    print("\n\n" + table)

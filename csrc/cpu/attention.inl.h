@@ -1,0 +1,1 @@
+const AttentionKernels attention_kernels = {};

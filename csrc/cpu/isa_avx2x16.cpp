@@ -1,0 +1,19 @@
+// The sixteen-lane source of the AVX-512 kernels lowered to AVX2, so that its logic is tested everywhere.
+#if defined(__x86_64__)
+  #include "cpu/prelude.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+  #else
+    #pragma GCC target("avx2,fma,f16c")
+  #endif
+
+  #define REVIT_ISA avx2x16
+  #define REVIT_LANES 16
+  #define REVIT_F16C 1
+  #include "cpu/kernels.inl.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #endif
+#endif

@@ -1,0 +1,21 @@
+// Kernels for x86-64 with AVX-512 (Skylake-X, Zen 4 and later): sixteen lanes.
+#if defined(__x86_64__)
+  #include "cpu/prelude.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute push(                                                                            \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))), \
+        apply_to = function)
+  #else
+    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+  #endif
+
+  #define REVIT_ISA avx512
+  #define REVIT_LANES 16
+  #define REVIT_F16C 1
+  #include "cpu/kernels.inl.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #endif
+#endif

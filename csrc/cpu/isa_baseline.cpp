@@ -1,0 +1,7 @@
+// Portable kernels: four lanes, whatever vector instructions the platform guarantees (SSE2, NEON).
+#include "cpu/prelude.h"
+
+#define REVIT_ISA baseline
+#define REVIT_LANES 4
+#define REVIT_F16C 0
+#include "cpu/kernels.inl.h"

@@ -1,0 +1,46 @@
+// The kernels of one instruction set as a table of function pointers, and the choice among the tables.
+//
+// Everything under csrc/cpu/ works on raw pointers and knows nothing of torch.
+#pragma once
+
+#include "cpu/attention.h"
+#include "cpu/layer_norm.h"
+#include "cpu/resize.h"
+#include "cpu/tokens.h"
+
+namespace revit::cpu {
+
+struct Kernels {
+  const char* isa;
+  AttentionKernels attention;
+  LayerNormKernels layer_norm;
+  ResizeKernels resize;
+  TokenKernels tokens;
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx2x16 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The table in use: the best that this machine can execute, or the one that REVIT_FAST_ISA names.
+const Kernels& kernels();
+
+// Names of the tables that this machine can execute, best first, separated by spaces.
+const char* available_isas();
+
+// Makes `isa` the table in use. False, and no change, where this machine cannot execute it or the name is
+// unknown. For tests: not to be called while kernels run.
+bool select_isa(const char* isa);
+
+}  // namespace revit::cpu

@@ -1,0 +1,26 @@
+// Instantiates every kernel for one instruction set. The including file has included the standard headers,
+// raised the compiler's target and defined
+//   REVIT_ISA    the namespace and name of the set
+//   REVIT_LANES  float lanes of a full-width vector
+//   REVIT_F16C   1 where the half-precision conversion instructions may be used
+// The kernels have internal linkage, so that no two sets can be confused by the linker.
+#define REVIT_STRINGIZE_(x) #x
+#define REVIT_STRINGIZE(x) REVIT_STRINGIZE_(x)
+
+namespace revit::cpu::REVIT_ISA {
+namespace {
+
+#include "cpu/vec.inl.h"
+//
+#include "cpu/attention.inl.h"
+#include "cpu/layer_norm.inl.h"
+#include "cpu/resize.inl.h"
+#include "cpu/tokens.inl.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {REVIT_STRINGIZE(REVIT_ISA), attention_kernels, layer_norm_kernels, resize_kernels,
+                         token_kernels};
+
+}  // namespace revit::cpu::REVIT_ISA

@@ -1,0 +1,1 @@
+const LayerNormKernels layer_norm_kernels = {};

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace revit::cpu {
+
+struct ResizeKernels {};
+
+}  // namespace revit::cpu

@@ -1,0 +1,1 @@
+const ResizeKernels resize_kernels = {};

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace revit::cpu {
+
+struct TokenKernels {};
+
+}  // namespace revit::cpu

@@ -1,0 +1,1 @@
+const TokenKernels token_kernels = {};

@@ -1,0 +1,175 @@
+// SIMD vectors of a compile-time number of lanes on GCC/Clang vector types, with widening loads and rounding
+// stores. Included once per instruction set, inside that set's own anonymous namespace (see kernels.inl.h):
+// the same source becomes SSE2, AVX2 or AVX-512 code.
+//
+// No include guard: each translation unit includes it exactly once.
+
+template <class T, int N>
+struct VecOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+template <class T, int N>
+using Vec = typename VecOf<T, N>::type;
+
+// Lanes of a full-width vector of the compute type T.
+template <class T>
+inline constexpr int kLanes = REVIT_LANES * 4 / static_cast<int>(sizeof(T));
+
+#define REVIT_INLINE inline __attribute__((always_inline))
+
+template <class T, int N>
+REVIT_INLINE Vec<T, N> broadcast(T value) {
+  return value - Vec<T, N>{};
+}
+
+REVIT_INLINE float widen(float value) { return value; }
+REVIT_INLINE double widen(double value) { return value; }
+REVIT_INLINE float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+// Exact, without a half-precision instruction: the exponent is rebased by a multiplication, which also
+// normalises subnormals; infinities and NaNs are patched in.
+REVIT_INLINE float widen(Float16 value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t special = (value.bits & 0x7c00) == 0x7c00 ? 0x70000000u : 0u;
+  const uint32_t scale_bits = 0x77800000u;  // 2^112
+  float scale, result;
+  __builtin_memcpy(&scale, &scale_bits, sizeof(scale));
+  __builtin_memcpy(&result, &magnitude, sizeof(result));
+  result *= scale;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &result, sizeof(bits));
+  bits = special ? (magnitude | 0x7f800000u) : bits;
+  bits |= static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+REVIT_INLINE void narrow(float value, float* out) { *out = value; }
+REVIT_INLINE void narrow(double value, double* out) { *out = value; }
+REVIT_INLINE void narrow(float value, BFloat16* out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+REVIT_INLINE void narrow(float value, Float16* out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // rounds to 2^16 or beyond: infinity
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // subnormal: the addition of 0.5 rounds at bit 2^-24
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, sizeof(bits));
+    magnitude += 0.5f;
+    __builtin_memcpy(&half, &magnitude, sizeof(half));
+    half -= 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(half | sign);
+}
+
+// N consecutive elements, unaligned, widened to the compute type.
+template <int N>
+REVIT_INLINE Vec<float, N> load(const float* p) {
+  Vec<float, N> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <int N>
+REVIT_INLINE Vec<double, N> load(const double* p) {
+  Vec<double, N> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <int N>
+REVIT_INLINE Vec<float, N> load(const BFloat16* p) {
+  Vec<uint16_t, N> half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const auto bits = __builtin_convertvector(half, Vec<uint32_t, N>) << 16;
+  Vec<float, N> v;
+  __builtin_memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+template <int N>
+REVIT_INLINE Vec<float, N> load(const Float16* p) {
+  Vec<float, N> v;
+#if REVIT_F16C
+  if constexpr (N % 8 == 0) {
+    float lanes[N];
+    for (int i = 0; i < N; i += 8) {
+      _mm256_storeu_ps(lanes + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+    }
+    __builtin_memcpy(&v, lanes, sizeof(v));
+    return v;
+  }
+#endif
+  for (int i = 0; i < N; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+template <int N>
+REVIT_INLINE void store(float* p, Vec<float, N> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <int N>
+REVIT_INLINE void store(double* p, Vec<double, N> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <int N>
+REVIT_INLINE void store(BFloat16* p, Vec<float, N> v) {
+  Vec<uint32_t, N> bits;
+  __builtin_memcpy(&bits, &v, sizeof(v));
+  const Vec<uint32_t, N> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t, N> nan = Vec<uint32_t, N>((bits & 0x7fffffffu) > 0x7f800000u);
+  const auto half = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Vec<uint16_t, N>);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+template <int N>
+REVIT_INLINE void store(Float16* p, Vec<float, N> v) {
+#if REVIT_F16C
+  if constexpr (N % 8 == 0) {
+    float lanes[N];
+    __builtin_memcpy(lanes, &v, sizeof(v));
+    for (int i = 0; i < N; i += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(lanes + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < N; ++i) narrow(v[i], p + i);
+}
+
+// Sum of the lanes by halving: a fixed order, whatever the instruction set makes of it.
+template <class T, int N>
+REVIT_INLINE T reduce_add(Vec<T, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<T, N / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return reduce_add<T, N / 2>(low + high);
+  }
+}
+template <class T, int N>
+REVIT_INLINE T reduce_max(Vec<T, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<T, N / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return reduce_max<T, N / 2>(low > high ? low : high);
+  }
+}

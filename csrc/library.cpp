@@ -1,0 +1,63 @@
+// Schemas of the operators. Kernels are registered beside their code (csrc/<op>.cpp for the CPU, from Python for
+// CUDA); fakes and autograd formulas in revit_fast/ops/. revit_fast/ops/_library.py repeats the schemas for
+// installations without this extension, and a test holds the two equal.
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+std::string cpu_isas() { return revit::cpu::available_isas(); }
+
+std::string cpu_isa() { return revit::cpu::kernels().isa; }
+
+void select_cpu_isa(std::string isa) {
+  STD_TORCH_CHECK(revit::cpu::select_isa(isa.c_str()), "isa '", isa,
+                  "' cannot be executed here; this machine has: ", revit::cpu::available_isas());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(revit_fast, m) {
+  m.def(
+      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+      "float scale, bool causal, Tensor? tiles) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
+      "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor cu_seqlens, "
+      "Tensor length_index, float eps, Tensor? tiles) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  m.def(
+      "tal_layer_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+      "Tensor cu_seqlens, Tensor length_index, Tensor? tiles) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "assemble_tokens(Tensor patches, Tensor prefix, Tensor pos_table, Tensor pos_offset, Tensor cu_seqlens) "
+      "-> Tensor");
+  m.def(
+      "assemble_tokens_backward(Tensor grad_tokens, Tensor pos_table, Tensor pos_offset, Tensor cu_seqlens, "
+      "SymInt n_prefix) -> (Tensor grad_patches, Tensor grad_prefix, Tensor grad_pos_table)");
+  m.def("mean_pool(Tensor x, Tensor cu_seqlens, SymInt skip) -> Tensor");
+  m.def("mean_pool_backward(Tensor grad_out, Tensor cu_seqlens, SymInt skip, SymInt n_rows) -> Tensor");
+  m.def(
+      "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, "
+      "bool bicubic, bool exact) -> Tensor");
+  m.def("cpu_isas() -> str");
+  m.def("cpu_isa() -> str");
+  m.def("select_cpu_isa(str isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(revit_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("select_cpu_isa", TORCH_BOX(&select_cpu_isa));
+}

@@ -1,0 +1,28 @@
+// Work sharing over the threads of the caller's pool.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace revit {
+
+// Runs body(i) once for every i in [0, n_tasks), on at most `max_threads` threads of PyTorch's pool. Threads take the
+// next task as they become free, so put long tasks first; which thread runs a task must not change its result.
+template <class Body>
+void for_each_task(int64_t n_tasks, const Body& body, int64_t max_threads = INT64_MAX) {
+  int64_t n_threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (n_threads > max_threads) n_threads = max_threads;
+  if (n_threads > n_tasks) n_threads = n_tasks;
+  if (n_threads <= 1) {
+    for (int64_t i = 0; i < n_tasks; ++i) body(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < n_tasks; i = next.fetch_add(1)) body(i);
+  });
+}
+
+}  // namespace revit

@@ -1,0 +1,1 @@
+"""Public operators on packed sequences."""

@@ -1,0 +1,81 @@
+"""The op library: the C++ extension where it was built, the plain-PyTorch reference behind the same schemas where not.
+
+Kernels are chosen by PyTorch's dispatcher: CPU from the extension, CUDA from `revit_fast.kernels`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Those of csrc/library.cpp, for installations without the extension; a test holds the two equal.
+SCHEMAS = (
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, "
+    "SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles) -> (Tensor out, Tensor lse)",
+    "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, bool causal, "
+    "Tensor? tiles) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
+    "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor cu_seqlens, "
+    "Tensor length_index, float eps, Tensor? tiles) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+    "tal_layer_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    "Tensor cu_seqlens, Tensor length_index, Tensor? tiles) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    "assemble_tokens(Tensor patches, Tensor prefix, Tensor pos_table, Tensor pos_offset, Tensor cu_seqlens) -> Tensor",
+    "assemble_tokens_backward(Tensor grad_tokens, Tensor pos_table, Tensor pos_offset, Tensor cu_seqlens, "
+    "SymInt n_prefix) -> (Tensor grad_patches, Tensor grad_prefix, Tensor grad_pos_table)",
+    "mean_pool(Tensor x, Tensor cu_seqlens, SymInt skip) -> Tensor",
+    "mean_pool_backward(Tensor grad_out, Tensor cu_seqlens, SymInt skip, SymInt n_rows) -> Tensor",
+    "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, bool bicubic, "
+    "bool exact) -> Tensor",
+)
+
+HOW_TO_BUILD = "install a C++17 compiler (g++ or clang++) and reinstall: pip install --no-build-isolation ."
+
+
+def _load_extension() -> bool:
+    """Loads `revit_fast/_C`; False where it was not built. A library that is there but cannot be loaded is an error."""
+    found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
+    if not found or os.environ.get("REVIT_FAST_NO_EXTENSION") == "1":
+        return False
+    torch.ops.load_library(found[0])
+    return True
+
+
+HAS_EXTENSION = _load_extension()
+
+if HAS_EXTENSION:
+    _wanted, _available = os.environ.get("REVIT_FAST_ISA"), torch.ops.revit_fast.cpu_isas().split()
+    if _wanted and _wanted not in _available:
+        raise ImportError(
+            f"REVIT_FAST_ISA: {_wanted!r} cannot be executed here; this machine has {', '.join(_available)}"
+        )
+else:
+    warnings.warn(
+        f"revit_fast: the C++ extension is not built, CPU ops run the slow PyTorch reference; {HOW_TO_BUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    _fallback = torch.library.Library("revit_fast", "DEF")
+    for _schema in SCHEMAS:
+        _fallback.define(_schema)
+
+
+def register_fallback(name: str, function: Callable) -> None:
+    """Runs the op `name` on the CPU by `function`, written over `revit_fast.reference`, where there is no extension."""
+    if not HAS_EXTENSION:
+        _fallback.impl(name, function, "CPU")
+
+
+def cpu_isa() -> str:
+    """Instruction set of the CPU kernels in use: avx512, avx2, baseline, or reference without the extension."""
+    return torch.ops.revit_fast.cpu_isa() if HAS_EXTENSION else "reference"
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets of the CPU kernels that this machine can execute, best first."""
+    return torch.ops.revit_fast.cpu_isas().split() if HAS_EXTENSION else []

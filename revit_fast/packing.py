@@ -1,0 +1,319 @@
+"""The pack: many sequences of different lengths as one tensor of rows, and everything kernels need to know of it.
+
+Rows of sequence `b` are `data[cu_seqlens[b] : cu_seqlens[b + 1]]`; rows beyond `cu_seqlens[-1]` are padding. Lengths
+are known on the host when a pack is made, so its index tensors are built here once and no kernel reads them back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEFAULT_GRIDS = (14, 10, 7)
+
+TILE_ROWS = 64
+"""Query rows of one tile of the work list."""
+
+SHORT_KEYS = 256
+"""Sequences of at most this many keys take the short schedule: all keys of a head at once."""
+
+SHORT, STREAMING = 0, 1
+"""Schedule classes of the work list."""
+
+
+def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None) -> Tensor:
+    """Tiles that cover every row of every sequence, one row `(sequence, first_row, schedule)` per tile.
+
+    Tiles follow the order of the rows; `first_row` counts from the start of its sequence. A tile and its schedule
+    depend on the sequence's own lengths alone, so an image is computed alike in every pack.
+
+    Args:
+        seqlens_q: rows (queries) per sequence.
+        seqlens_k: keys per sequence; by default the same.
+
+    Returns:
+        int32 tensor `[n_tiles, 3]` on the CPU.
+    """
+    lengths = np.asarray(seqlens_q, dtype=np.int64).reshape(-1)
+    keys = lengths if seqlens_k is None else np.asarray(seqlens_k, dtype=np.int64).reshape(-1)
+    n_tiles = -(-lengths // TILE_ROWS)
+    sequence = np.repeat(np.arange(len(lengths)), n_tiles)
+    first_tile = np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)
+    first_row = (np.arange(len(sequence)) - first_tile) * TILE_ROWS
+    schedule = np.where(keys <= SHORT_KEYS, SHORT, STREAMING)[sequence]
+    return torch.from_numpy(np.stack([sequence, first_row, schedule], axis=1).astype(np.int32))
+
+
+def cumulative(seqlens: Sequence[int]) -> Tensor:
+    """`cu_seqlens` of the given lengths: int32 `[B + 1]` on the CPU, starting at 0."""
+    total = np.concatenate([[0], np.cumsum(np.asarray(seqlens, dtype=np.int64))])
+    if total[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"seqlens: {total[-1]} rows exceed int32; split the batch into several packs")
+    return torch.from_numpy(total.astype(np.int32))
+
+
+def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Index into `lengths` (strictly decreasing) of the one nearest to each count; ties go to the longer.
+
+    Plain tensor arithmetic, so that compiled code can derive it without reading lengths on the host.
+
+    Args:
+        counts: integer tensor `[B]`, patches per sequence (prefix tokens not counted).
+        lengths: patches of every configured length.
+
+    Returns:
+        int32 tensor `[B]` on the device of `counts`.
+    """
+    table = torch.tensor(tuple(lengths), device=counts.device, dtype=counts.dtype)
+    return (counts[:, None] - table).abs().argmin(dim=1).to(torch.int32)
+
+
+def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
+    """The grids as a tuple of ints, after a check that they are positive and strictly decreasing."""
+    try:
+        grids = tuple(int(g) for g in grids)
+    except TypeError:
+        raise TypeError(f"grids: expected a sequence of ints such as (14, 10, 7), got {grids!r}") from None
+    if not grids or grids[-1] < 1 or any(a <= b for a, b in pairwise(grids)):
+        raise ValueError(f"grids: expected strictly decreasing positive ints such as (14, 10, 7), got {grids}")
+    return grids
+
+
+def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
+    """Patch grid (rows, columns) of an image `[..., H, W]` whose sides are multiples of `patch_size`."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name}: expected a tensor [3, H, W], got {type(image).__name__}")
+    if image.dim() != 3:
+        raise ValueError(f"{name}: expected shape [3, H, W], got {tuple(image.shape)}")
+    height, width = image.shape[-2:]
+    if height == 0 or width == 0 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"{name}: height and width must be positive multiples of the patch size {patch_size}, "
+            f"got {height}x{width}; resize it, for instance with revit_fast.ops.resize_patchify"
+        )
+    return height // patch_size, width // patch_size
+
+
+class Layout(NamedTuple):
+    """What kernels need to know of a pack besides its rows; the fields are those of `PackedBatch`."""
+
+    cu_seqlens: Tensor
+    length_index: Tensor
+    tiles: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A batch of sequences as one tensor of rows.
+
+    Make one with `from_list`, `from_images`, `ops.resize_patchify` or a preprocessor rather than field by field.
+
+    Attributes:
+        data: `[T, ...]` rows of all sequences, one after another; rows from `cu_seqlens[-1]` on are padding.
+        cu_seqlens: int32 `[B + 1]`, first row of each sequence, then the end of the last.
+        length_index: int32 `[B]`, index of the configured length nearest to each sequence's patch count.
+        tiles: int32 `[n_tiles, 3]`, the work list (see `work_list`).
+        seqlens: the lengths on the host. Compiled code must not read them: it would be recompiled for every batch.
+        lengths: the configured lengths (in patches, strictly decreasing) that `length_index` points into.
+        n_prefix: prefix tokens that every sequence starts with and `cu_seqlens` counts; 0 for a batch of patch rows.
+        grids: patch grid (rows, columns) of every sequence on the host; None where it is not known.
+        grid_hw: int32 `[B, 2]`, the same on the device.
+        normalization: float32 `[2, 3]`, mean and std (of pixels in [0, 1]) that the rows still await, for uint8 rows.
+    """
+
+    data: Tensor
+    cu_seqlens: Tensor
+    length_index: Tensor
+    tiles: Tensor
+    seqlens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    n_prefix: int = 0
+    grids: tuple[tuple[int, int], ...] | None = None
+    grid_hw: Tensor | None = None
+    normalization: Tensor | None = None
+    _layouts: dict[int, Layout] = field(default_factory=dict, repr=False)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest sequence in rows (0 for an empty batch)."""
+        return max(self.seqlens, default=0)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the rows and of the index tensors."""
+        return self.data.device
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.split())
+
+    @classmethod
+    def from_rows(
+        cls,
+        data: Tensor,
+        seqlens: Sequence[int],
+        *,
+        grids: Sequence[tuple[int, int]] | None = None,
+        lengths: Sequence[int] | None = None,
+        n_prefix: int = 0,
+        normalization: Tensor | None = None,
+    ) -> PackedBatch:
+        """Wraps rows that already stand one sequence after another.
+
+        Args:
+            data: `[T, ...]`, T at least the sum of `seqlens`; further rows are padding.
+            seqlens: rows of every sequence; zero is legal.
+            grids: patch grid (rows, columns) of every sequence; by default square where the patch count is a square.
+            lengths: configured lengths in patches, strictly decreasing; by default those of grids (14, 10, 7).
+            n_prefix: prefix tokens included in every sequence.
+            normalization: `[2, 3]` mean and std that uint8 rows await.
+
+        Raises:
+            TypeError, ValueError: for lengths that are negative, that exceed the data, or that contradict `grids`.
+        """
+        if not isinstance(data, Tensor) or data.dim() < 1:
+            raise TypeError(f"data: expected a tensor [T, ...], got {type(data).__name__}")
+        seqlens = tuple(int(n) for n in seqlens)
+        if any(n < 0 for n in seqlens):
+            raise ValueError(f"seqlens: lengths must not be negative, got {min(seqlens)}")
+        if sum(seqlens) > data.shape[0]:
+            raise ValueError(f"seqlens: {sum(seqlens)} rows in all, but data has only {data.shape[0]}")
+        counts = [max(n - n_prefix, 0) for n in seqlens]
+        lengths = tuple(g * g for g in DEFAULT_GRIDS) if lengths is None else check_grids(lengths)
+        if grids is None:
+            sides = [math.isqrt(n) for n in counts]
+            if all(s * s == n for s, n in zip(sides, counts, strict=True)):
+                grids = [(s, s) for s in sides]
+        if grids is not None:
+            grids = tuple((int(h), int(w)) for h, w in grids)
+            for b, ((h, w), n) in enumerate(zip(grids, counts, strict=True)):
+                if h * w != n:
+                    raise ValueError(f"grids: sequence {b} has {n} patches, but its grid {h}x{w} has {h * w}")
+        device = data.device
+        cu_seqlens = cumulative(seqlens)
+        index = nearest_length(torch.tensor(counts, dtype=torch.int64), lengths)
+        return cls(
+            data=data,
+            cu_seqlens=cu_seqlens.to(device),
+            length_index=index.to(device),
+            tiles=work_list(seqlens).to(device),
+            seqlens=seqlens,
+            lengths=lengths,
+            n_prefix=n_prefix,
+            grids=grids,
+            grid_hw=None if grids is None else torch.tensor(grids, dtype=torch.int32, device=device).reshape(-1, 2),
+            normalization=normalization,
+        )
+
+    @classmethod
+    def from_list(
+        cls,
+        items: Sequence[Tensor],
+        *,
+        grids: Sequence[tuple[int, int]] | None = None,
+        lengths: Sequence[int] | None = None,
+        n_prefix: int = 0,
+    ) -> PackedBatch:
+        """Concatenates tensors `[n_i, ...]` (same trailing shape, dtype and device) into one pack.
+
+        Args:
+            items: one tensor per sequence; an empty list cannot tell its row shape and is refused.
+            grids: see `from_rows`.
+            lengths: see `from_rows`.
+            n_prefix: see `from_rows`.
+        """
+        items = list(items)
+        if not items:
+            raise ValueError("items: expected at least one tensor, got an empty list")
+        first = items[0]
+        for i, item in enumerate(items):
+            if not isinstance(item, Tensor) or item.dim() < 1:
+                raise TypeError(f"items[{i}]: expected a tensor [n, ...], got {type(item).__name__}")
+            same = (item.shape[1:], item.dtype, item.device) == (first.shape[1:], first.dtype, first.device)
+            if not same:
+                raise ValueError(
+                    f"items[{i}]: expected rows of shape {tuple(first.shape[1:])}, {first.dtype} on {first.device} like "
+                    f"items[0], got {tuple(item.shape[1:])}, {item.dtype} on {item.device}"
+                )
+        seqlens = [item.shape[0] for item in items]
+        return cls.from_rows(torch.cat(items), seqlens, grids=grids, lengths=lengths, n_prefix=n_prefix)
+
+    @classmethod
+    def from_images(
+        cls, images: Sequence[Tensor], patch_size: int, *, lengths: Sequence[int] | None = None
+    ) -> PackedBatch:
+        """Cuts images `[3, gh*P, gw*P]` of any grids into patch rows `[gh*gw, P*P*3]` in one pack.
+
+        Args:
+            images: one tensor per image, same dtype and device.
+            patch_size: P, in pixels.
+            lengths: see `from_rows`.
+        """
+        images = list(images)
+        if not images:
+            raise ValueError("images: expected at least one image, got an empty list")
+        grids = [image_grid(image, patch_size, f"images[{i}]") for i, image in enumerate(images)]
+        seqlens = [h * w for h, w in grids]
+        first = images[0]
+        channels = first.shape[0]
+        rows = first.new_empty(sum(seqlens), patch_size * patch_size * channels)
+        begin = 0
+        for i, (image, (h, w)) in enumerate(zip(images, grids, strict=True)):
+            if (image.shape[0], image.dtype, image.device) != (channels, first.dtype, first.device):
+                raise ValueError(
+                    f"images[{i}]: expected {channels} channels, {first.dtype} on {first.device} like images[0], "
+                    f"got {image.shape[0]}, {image.dtype} on {image.device}"
+                )
+            out = rows[begin : begin + h * w].view(h, w, patch_size, patch_size, channels)
+            out.copy_(image.reshape(channels, h, patch_size, w, patch_size).permute(1, 3, 2, 4, 0))
+            begin += h * w
+        return cls.from_rows(rows, seqlens, grids=grids, lengths=lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same pack with its tensors on `device`."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=non_blocking)
+
+        tensors = ("data", "cu_seqlens", "length_index", "tiles", "grid_hw", "normalization")
+        return replace(self, **{name: move(getattr(self, name)) for name in tensors}, _layouts={})
+
+    def with_data(self, data: Tensor) -> PackedBatch:
+        """The same layout over other rows `[T, ...]`."""
+        if data.shape[0] != self.data.shape[0]:
+            raise ValueError(f"data: expected {self.data.shape[0]} rows, got {data.shape[0]}")
+        return replace(self, data=data, _layouts={})
+
+    def layout(self, n_prefix: int) -> Layout:
+        """Layout of this batch once every sequence starts with `n_prefix` prefix tokens.
+
+        Built on the host once and kept. Compiled code derives it from `cu_seqlens` instead and leaves the work list to
+        the kernels, so that no batch's lengths become a guard.
+        """
+        if n_prefix == self.n_prefix:
+            return Layout(self.cu_seqlens, self.length_index, self.tiles)
+        if self.n_prefix:
+            raise ValueError(
+                f"n_prefix: this batch counts {self.n_prefix} prefix tokens already, cannot make it {n_prefix}"
+            )
+        if torch.compiler.is_compiling():
+            sequence = torch.arange(self.cu_seqlens.shape[0], device=self.cu_seqlens.device, dtype=torch.int32)
+            return Layout(self.cu_seqlens + n_prefix * sequence, self.length_index, None)
+        if n_prefix not in self._layouts:
+            seqlens = [n + n_prefix for n in self.seqlens]
+            cu_seqlens, tiles = cumulative(seqlens), work_list(seqlens)
+            self._layouts[n_prefix] = Layout(cu_seqlens.to(self.device), self.length_index, tiles.to(self.device))
+        return self._layouts[n_prefix]
+
+    def split(self) -> list[Tensor]:
+        """The rows of every sequence as a view, in order; padding rows are left out."""
+        return list(self.data[: sum(self.seqlens)].split(list(self.seqlens)))

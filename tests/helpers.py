@@ -1,0 +1,71 @@
+"""What every test shares: the error rule, one generator of ragged batches, and forcing an instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from revit_fast.ops import _library
+from revit_fast.packing import cumulative
+
+# Zero, one, a vector's remainder, DeiT at 7², 10², 14², ViT at 384 px, and more than any tile.
+SEQLENS = (0, 1, 2, 50, 101, 197, 577, 1025)
+HEAD_DIMS = (1, 7, 32, 40, 64, 72, 80, 128, 256)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = _library.cpu_isas() or ["reference"]
+
+
+def cu_seqlens_of(seqlens: Sequence[int]) -> Tensor:
+    return cumulative(seqlens)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal values drawn in float64 and rounded, so that every dtype sees the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def to_float64(value):
+    """Floating tensors of `value` (a tensor or anything else) in float64."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def assert_as_accurate(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str = "result") -> None:
+    """The error rule: max|ours - float64| <= 2 max|torch in the same dtype - float64| + rounding of the reference.
+
+    The rounding term is what float64 truth loses when it is rounded once to the dtype of `ours`.
+    """
+    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    assert torch.equal(torch.isinf(ours), torch.isinf(truth)), f"{what}: infinities differ from the reference"
+    finite = torch.isfinite(truth)
+    ours64, same64, truth64 = (t.double()[finite] for t in (ours, same_dtype, truth))
+    assert torch.isfinite(ours64).all(), f"{what}: {int((~torch.isfinite(ours64)).sum())} values are not finite"
+    if truth64.numel() == 0:
+        return
+    got = (ours64 - truth64).abs().max().item()
+    torch_error = (same64 - truth64).abs().max().item()
+    rounding = (truth64.to(ours.dtype).double() - truth64).abs().max().item()
+    allowed = 2 * torch_error + rounding
+    assert got <= allowed, (
+        f"{what}: max error {got:.3e}, torch {torch_error:.3e}, rounding {rounding:.3e}, allowed {allowed:.3e}"
+    )
+
+
+def check_op(
+    ours: Tensor | Sequence[Tensor],
+    reference: Callable[..., Tensor | Sequence[Tensor]],
+    *args,
+    what: str = "",
+    **kwargs,
+) -> None:
+    """Holds `ours` to the error rule against `reference(*args, **kwargs)` in the same dtype and in float64."""
+    same = reference(*args, **kwargs)
+    truth = reference(*map(to_float64, args), **{key: to_float64(value) for key, value in kwargs.items()})
+    if isinstance(ours, Tensor):
+        ours, same, truth = [ours], [same], [truth]
+    for i, (o, s, t) in enumerate(zip(ours, same, truth, strict=True)):
+        assert_as_accurate(o, s, t, f"{what} output {i}")

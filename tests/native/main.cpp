@@ -1,0 +1,25 @@
+// Runs the kernels of every instruction set that this machine can execute on ragged sizes, on heap buffers of exact
+// size. Built with AddressSanitizer and UndefinedBehaviorSanitizer, it fails on any access outside of them.
+#include <sstream>
+#include <string>
+
+#include "native_test.h"
+
+namespace native {
+int checks = 0;
+int failures = 0;
+}  // namespace native
+
+int main() {
+  std::istringstream isas(revit::cpu::available_isas());
+  for (std::string isa; isas >> isa;) {
+    if (!revit::cpu::select_isa(isa.c_str())) return 2;
+    const revit::cpu::Kernels& kernels = revit::cpu::kernels();
+    native::test_attention(kernels);
+    native::test_layer_norm(kernels);
+    native::test_resize(kernels);
+    native::test_tokens(kernels);
+    std::printf("%s: %d checks, %d failures\n", isa.c_str(), native::checks, native::failures);
+  }
+  return native::failures == 0 && native::checks > 0 ? 0 : 1;
+}

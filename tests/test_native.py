@@ -1,0 +1,47 @@
+"""Builds and runs tests/native under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-Wno-psabi", "-fsanitize=address,undefined"]
+FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", f"-I{ROOT / 'csrc'}"]
+
+
+def compiler_with_sanitizers(directory: Path) -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    probe = directory / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    built = subprocess.run([compiler, *FLAGS, probe, "-o", directory / "probe"], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"{compiler} cannot link AddressSanitizer and UBSan: {built.stderr[-200:]}")
+    return compiler
+
+
+@pytest.mark.timeout(600)
+def test_kernels_pass_under_sanitizers(tmp_path):
+    compiler = compiler_with_sanitizers(tmp_path)
+    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), *(ROOT / "tests" / "native").glob("*.cpp")]
+
+    def compile_source(source: Path) -> Path:
+        target = tmp_path / f"{source.parent.name}_{source.stem}.o"
+        built = subprocess.run([compiler, *FLAGS, "-c", source, "-o", target], capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr[-4000:]
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, sources))
+    program = tmp_path / "native_tests"
+    subprocess.run([compiler, *FLAGS, *objects, "-o", program], check=True)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
+    environment.pop("REVIT_FAST_ISA", None)
+    run = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    print(run.stdout)
