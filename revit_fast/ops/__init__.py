@@ -1,1 +1,5 @@
 """Public operators on packed sequences."""
+
+from .resize import resize_patchify
+
+__all__ = ["resize_patchify"]
