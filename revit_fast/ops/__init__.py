@@ -1,1 +1,6 @@
 """Public operators on packed sequences."""
+
+from revit_fast.ops.layer_norm import tal_layer_norm
+from revit_fast.ops.tokens import assemble_tokens, mean_pool
+
+__all__ = ["assemble_tokens", "mean_pool", "tal_layer_norm"]
