@@ -241,8 +241,8 @@ class PackedBatch:
             same = (item.shape[1:], item.dtype, item.device) == (first.shape[1:], first.dtype, first.device)
             if not same:
                 raise ValueError(
-                    f"items[{i}]: expected rows of shape {tuple(first.shape[1:])}, {first.dtype} on {first.device} like "
-                    f"items[0], got {tuple(item.shape[1:])}, {item.dtype} on {item.device}"
+                    f"items[{i}]: expected rows of shape {tuple(first.shape[1:])}, {first.dtype} on {first.device} "
+                    f"like items[0], got {tuple(item.shape[1:])}, {item.dtype} on {item.device}"
                 )
         seqlens = [item.shape[0] for item in items]
         return cls.from_rows(torch.cat(items), seqlens, grids=grids, lengths=lengths, n_prefix=n_prefix)
@@ -313,6 +313,21 @@ class PackedBatch:
             cu_seqlens, tiles = cumulative(seqlens), work_list(seqlens)
             self._layouts[n_prefix] = Layout(cu_seqlens.to(self.device), self.length_index, tiles.to(self.device))
         return self._layouts[n_prefix]
+
+    def with_tokens(self, data: Tensor, n_prefix: int) -> PackedBatch:
+        """The batch once embedded: `data` `[T + B * n_prefix, C]` holds prefix tokens and patches of every sequence."""
+        layout = self.layout(n_prefix)
+        added = n_prefix - self.n_prefix
+        return replace(
+            self,
+            data=data,
+            cu_seqlens=layout.cu_seqlens,
+            tiles=layout.tiles,
+            seqlens=tuple(n + added for n in self.seqlens),
+            n_prefix=n_prefix,
+            normalization=None,
+            _layouts={},
+        )
 
     def split(self) -> list[Tensor]:
         """The rows of every sequence as a view, in order; padding rows are left out."""

@@ -17,8 +17,8 @@ SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, "
     "SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles) -> (Tensor out, Tensor lse)",
     "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, bool causal, "
-    "Tensor? tiles) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float scale, bool causal, Tensor? tiles) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
     "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)",
     "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor cu_seqlens, "

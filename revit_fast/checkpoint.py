@@ -1,0 +1,44 @@
+"""Reading checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file or in a `.pth` file, which is read with `weights_only=True`.
+
+    A training checkpoint may hold it under `state_dict_ema`, `model_ema`, `state_dict` or `model`.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where the file cannot be read or holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: there is no file {path}")
+    content = _read(path)
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"weights: {path} holds no state dict of tensors")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ImportError('weights: reading .safetensors needs safetensors: pip install "revit-fast[timm]"') from None
+    except Exception as error:  # the readers raise whatever their parsers do
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"weights: {path} cannot be read as a checkpoint of tensors: {reason}") from error

@@ -1,0 +1,565 @@
+"""ReViT: one Vision Transformer for several token lengths, every length of a batch in one packed forward pass.
+
+The method is "Make A Long Image Short" (arXiv 2307.02092); names, meanings and state-dict keys are those of timm's
+`VisionTransformer`, norm parameters with a leading length axis.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revit_fast import ops
+from revit_fast.checkpoint import read_checkpoint
+from revit_fast.layers import Block, PatchEmbed, Queries, TALLayerNorm
+from revit_fast.packing import DEFAULT_GRIDS, Layout, PackedBatch, check_grids, image_grid, nearest_length
+from revit_fast.positions import PositionTables, resample, wide_patches
+
+NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
+
+
+class Inputs(NamedTuple):
+    """A batch on its way into the model.
+
+    Attributes:
+        rows: `[Tp, P*P*3]` patch rows.
+        cu_seqlens: int32 `[B + 1]` of the patches.
+        layout: of the tokens, prefix tokens included.
+        pos_table: `[R, C]` position embeddings of several grids, one after another.
+        pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
+        normalization: `[2, 3]` mean and std that uint8 rows await.
+    """
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    layout: Layout
+    pos_table: Tensor
+    pos_offset: Tensor
+    normalization: Tensor | None
+
+
+class ReViT(nn.Module):
+    """Resizable Vision Transformer.
+
+    Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
+    every side a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length nearest to its
+    number of patches, ties to the longer. Any grid may come; position embeddings are resampled to it as in timm.
+
+    Args:
+        grids: configured square token grids, strictly decreasing; index 0 is the longest.
+        base_grid: (rows, columns) of the grid that `pos_embed` is stored for; default: the first of `grids`.
+        patch_size: P in pixels.
+        in_chans: image channels.
+        num_classes: classes of the head; 0 for none.
+        global_pool: "token" (class token), "avg" (mean of the patch tokens) or "" (none).
+        embed_dim: channels C.
+        depth: number of blocks.
+        num_heads: attention heads.
+        head_dim: channels of a head; default embed_dim // num_heads.
+        hidden_dim: width of the MLP; default 4 * embed_dim.
+        qkv_bias, proj_bias, mlp_bias, patch_bias: which linear layers have a bias.
+        init_values: initial LayerScale; None for no LayerScale.
+        class_token: whether there is a class token.
+        reg_tokens: number of register tokens.
+        distilled: DeiT's distillation token and second head.
+        no_embed_class: prefix tokens carry no position embedding.
+        pre_norm: a norm between embedding and blocks.
+        final_norm: a norm after the blocks.
+        fc_norm: apply the final norm after pooling; default: where global_pool is "avg".
+        pool_include_prefix: "avg" pools the prefix tokens too.
+        act_layer: activation of the MLP.
+        eps: of every norm.
+        drop_rate, pos_drop_rate, proj_drop_rate: dropout before the head, of the embedding, after projections.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        grids: Sequence[int] = DEFAULT_GRIDS,
+        base_grid: tuple[int, int] | None = None,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        head_dim: int | None = None,
+        hidden_dim: int | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        patch_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        distilled: bool = False,
+        no_embed_class: bool = False,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        pool_include_prefix: bool = False,
+        act_layer: type[nn.Module] | partial = nn.GELU,
+        eps: float = 1e-6,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.grids = check_grids(grids)
+        self.lengths = tuple(g * g for g in self.grids)
+        self.base_grid = (self.grids[0], self.grids[0]) if base_grid is None else tuple(base_grid)
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_reg_tokens = reg_tokens
+        self.has_class_token = class_token
+        self.distilled = distilled
+        self.distilled_training = False
+        self.num_prefix_tokens = int(class_token) + int(distilled) + reg_tokens
+        self.no_embed_class = no_embed_class
+        self.pool_include_prefix = pool_include_prefix
+        self.grad_checkpointing = False
+        self.pretrained_cfg: dict[str, Any] = {}
+        self._check_pool(global_pool)
+        self.global_pool = global_pool
+
+        norm = partial(TALLayerNorm, len(self.grids), embed_dim, eps)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, bias=patch_bias)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if distilled else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
+        n_patches = self.base_grid[0] * self.base_grid[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, self._n_prefix_embedded + n_patches, embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.norm_pre = norm() if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                head_dim or embed_dim // num_heads,
+                hidden_dim or 4 * embed_dim,
+                len(self.grids),
+                act_layer(),
+                eps=eps,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                mlp_bias=mlp_bias,
+                init_values=init_values,
+                proj_drop=proj_drop_rate,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
+        ]
+        use_fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
+        self.norm = norm() if final_norm and not use_fc_norm else nn.Identity()
+        self.fc_norm = norm() if final_norm and use_fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._linear_head()
+        self.head_dist = self._linear_head() if distilled else None
+
+        self._positions = PositionTables(self.base_grid, [(g, g) for g in self.grids])
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """timm's initialisation: truncated normal weights, zero biases."""
+        for name, parameter in self.named_parameters():
+            if name == "pos_embed" or (name.endswith(".weight") and not NORM_PARAMETER.search(name)):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name in ("cls_token", "dist_token", "reg_token"):
+                nn.init.normal_(parameter, std=1e-6)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+
+    def _linear_head(self) -> nn.Module:
+        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+
+    def _check_pool(self, global_pool: str) -> None:
+        if global_pool not in ("token", "avg", ""):
+            raise ValueError(f'global_pool: expected "token", "avg" or "", got {global_pool!r}')
+        if global_pool == "token" and not self.has_class_token:
+            raise ValueError('global_pool: "token" needs a class token; use "avg"')
+        if self.distilled and global_pool == "avg":
+            raise ValueError('global_pool: a distilled model reads its class and distillation tokens; use "token"')
+
+    @classmethod
+    def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
+        """A ReViT with the weights of a timm `VisionTransformer`, its LayerNorms repeated for every length.
+
+        At any single grid the result equals the timm model at that input size (with `dynamic_img_size=True`).
+
+        Args:
+            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling.
+            grids: configured token grids, strictly decreasing.
+
+        Raises:
+            TypeError: where `vit` is not a VisionTransformer.
+            ValueError: where it uses a feature that ReViT does not have; the message names it.
+        """
+        from revit_fast.timm_import import config_from_timm
+
+        model = cls(grids=grids, **config_from_timm(vit))
+        model.load_state_dict(model.convert_state_dict(vit.state_dict()))
+        model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
+        parameter = vit.pos_embed
+        return model.to(device=parameter.device, dtype=parameter.dtype).train(vit.training)
+
+    def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of a plain ViT in the shapes of this model; that of a ReViT passes unchanged.
+
+        Norm parameters are repeated for every length and position embeddings resampled to the base grid.
+        """
+        converted = {}
+        for name, value in state_dict.items():
+            if NORM_PARAMETER.search(name) and value.dim() == 1:
+                value = value.expand(len(self.grids), -1)
+            elif name == "pos_embed" and value.dim() == 3 and value.shape[1] != self.pos_embed.shape[1]:
+                value = self._resample_checkpoint_positions(value)
+            converted[name] = value
+        return converted
+
+    def _resample_checkpoint_positions(self, value: Tensor) -> Tensor:
+        n_prefix = self._n_prefix_embedded
+        side = math.isqrt(max(value.shape[1] - n_prefix, 0))
+        if side * side != value.shape[1] - n_prefix:
+            return value  # left for the caller to report
+        patches = resample(wide_patches(value, n_prefix), (side, side), self.base_grid).to(value.dtype)
+        return torch.cat([value[:, :n_prefix], patches.unsqueeze(0)], dim=1)
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Loads the weights of a plain ViT or of a ReViT from `.safetensors` or `.pth` (with `weights_only=True`).
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
+        """
+        state_dict = self.convert_state_dict(read_checkpoint(Path(path)))
+        own = self.state_dict()
+        problems = {
+            "missing": sorted(own.keys() - state_dict.keys()),
+            "unexpected": sorted(state_dict.keys() - own.keys()),
+            "of another shape": [
+                f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in own.keys() & state_dict.keys()
+                if own[name].shape != state_dict[name].shape
+            ],
+        }
+        found = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
+        if found:
+            raise ValueError(f"weights: {path} does not fit this model: {found}")
+        self.load_state_dict(state_dict)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: tokens, position embeddings and every TAL-LN parameter."""
+        names = {"pos_embed", "cls_token", "reg_token", "dist_token"}
+        return names | {name for name, _ in self.named_parameters() if NORM_PARAMETER.search(name)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the activations of every block in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Makes a distilled model return (class logits, distillation logits) while training."""
+        self.distilled_training = enable
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The head, or both heads of a distilled model."""
+        return (self.head, self.head_dist) if self.distilled else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` classes (0: none), and another pooling where `global_pool` is given."""
+        if global_pool is not None:
+            self._check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.head = self._linear_head().to(**like).train(self.training)
+        if self.distilled:
+            self.head_dist = self._linear_head().to(**like).train(self.training)
+
+    @property
+    def _n_prefix_embedded(self) -> int:
+        """Prefix tokens that `pos_embed` has rows for."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def _prefix(self) -> Tensor:
+        """Prefix tokens with their position embeddings, `[n_prefix, C]`."""
+        tokens = [t[0] for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = torch.cat(tokens) if tokens else self.pos_embed.new_empty(0, self.embed_dim)
+        return prefix if self.no_embed_class else prefix + self.pos_embed[0, : self.num_prefix_tokens]
+
+    def pack(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PackedBatch:
+        """Any input of the model as a `PackedBatch` of patch rows.
+
+        Raises:
+            TypeError, ValueError: naming the image and what is wrong with it.
+        """
+        if isinstance(x, PackedBatch):
+            return x
+        if isinstance(x, Tensor):
+            if x.dim() != 4:
+                raise ValueError(
+                    f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
+                )
+            grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
+            seqlens = (grid[0] * grid[1],) * x.shape[0]
+            return PackedBatch.from_rows(self._patchify(x), seqlens, grids=(grid,) * x.shape[0], lengths=self.lengths)
+        if isinstance(x, Sequence):
+            return PackedBatch.from_images(x, self.patch_size, lengths=self.lengths)
+        raise TypeError(
+            f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
+        )
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
+        batch, channels, height, width = x.shape
+        p = self.patch_size
+        patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
+        return patches.reshape(-1, p * p * channels)
+
+    def _inputs(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Inputs:
+        if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
+            return self._uniform_inputs(x)
+        batch = self.pack(x)
+        if batch.n_prefix:
+            raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
+        width = self.patch_size**2 * self.in_chans
+        if batch.data.dim() != 2 or batch.data.shape[1] != width:
+            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(batch.data.shape)}")
+        if batch.device != self.pos_embed.device:
+            raise ValueError(
+                f"x: batch is on {batch.device}, model on {self.pos_embed.device}; move one with .to(device)"
+            )
+        if batch.grid_hw is None:
+            raise ValueError(
+                "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
+            )
+        if batch.data.dtype == torch.uint8 and batch.normalization is None:
+            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
+        if not torch.compiler.is_compiling():
+            self._positions.learn(batch.grids)
+        offset = self._positions.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
+        layout = batch.layout(self.num_prefix_tokens)
+        if batch.lengths != self.lengths:
+            layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
+        table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
+        return Inputs(batch.data, batch.cu_seqlens, layout, table, offset, batch.normalization)
+
+    def _uniform_inputs(self, x: Tensor) -> Inputs:
+        """Inputs for images of one size by tensor arithmetic alone, so that the compiler sees no host-side packing."""
+        grid_h, grid_w = image_grid(x[0], self.patch_size, "x")
+        n_patches = grid_h * grid_w
+        sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
+        counts = torch.full((x.shape[0],), n_patches, device=x.device)
+        layout = Layout(sequences * (n_patches + self.num_prefix_tokens), nearest_length(counts, self.lengths), None)
+        patches = resample(wide_patches(self.pos_embed, self._n_prefix_embedded), self.base_grid, (grid_h, grid_w))
+        table = patches.to(self.pos_embed.dtype)
+        return Inputs(self._patchify(x), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        """Tokens `[T, C]` that enter the blocks."""
+        patches = self.patch_embed(inputs.rows, inputs.normalization)
+        x = ops.assemble_tokens(patches, self._prefix(), inputs.pos_table, inputs.pos_offset, inputs.cu_seqlens)
+        x = self.pos_drop(x)
+        return self.norm_pre(x, inputs.layout) if isinstance(self.norm_pre, TALLayerNorm) else x
+
+    def _run_block(self, block: Block, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None):
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, delta, layout, queries, use_reentrant=False)
+        return block(x, delta, layout, queries)
+
+    def _add_and_norm(self, x: Tensor, delta: Tensor | None, layout: Layout) -> Tensor:
+        """The stream x + delta after the final norm."""
+        if isinstance(self.norm, TALLayerNorm):
+            return self.norm(x, layout) if delta is None else self.norm(delta, layout, residual=x)[0]
+        return x if delta is None else x + delta
+
+    def _pooled_tokens(self, layout: Layout) -> Queries:
+        """The tokens that "token" pooling reads: class token, and distillation token where there is one."""
+        n = 2 if self.distilled else 1
+        starts = layout.cu_seqlens[:-1]
+        token = torch.arange(n, device=starts.device, dtype=starts.dtype)
+        sequences = torch.arange(starts.shape[0] + 1, device=starts.device, dtype=starts.dtype)
+        return Queries((starts.unsqueeze(1) + token).flatten(), Layout(n * sequences, layout.length_index, None))
+
+    def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `[B, num_classes]` in the given order (two tensors for a distilled model in distilled training).
+
+        With class-token pooling the last block computes only what the head reads: its queries are the pooled tokens.
+        """
+        inputs = self._inputs(x)
+        tokens, delta, layout = self._embed(inputs), None, inputs.layout
+        queries = self._pooled_tokens(layout) if self.global_pool == "token" else None
+        for block in self.blocks[:-1]:
+            tokens, delta = self._run_block(block, tokens, delta, layout)
+        for block in self.blocks[-1:]:
+            tokens, delta = self._run_block(block, tokens, delta, layout, queries)
+        if self.global_pool == "token":
+            if not self.blocks:
+                tokens = tokens.index_select(0, queries.rows)
+            return self._head(self._add_and_norm(tokens, delta, queries.layout), layout)
+        tokens = self._add_and_norm(tokens, delta, layout)
+        if self.global_pool == "":
+            return self._head(tokens, layout)
+        return self._head(self._mean(tokens, layout), layout)
+
+    def _mean(self, tokens: Tensor, layout: Layout) -> Tensor:
+        return ops.mean_pool(tokens, layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
+
+    def _head(self, pooled: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of pooled rows: one a sequence, two for a distilled model."""
+        if isinstance(self.fc_norm, TALLayerNorm):
+            sequences = torch.arange(pooled.shape[0] + 1, device=pooled.device, dtype=torch.int32)
+            pooled = self.fc_norm(pooled, Layout(sequences, layout.length_index, None))
+        pooled = self.head_drop(pooled)
+        if not self.distilled:
+            return pooled if pre_logits else self.head(pooled)
+        x, x_dist = pooled.view(-1, 2, self.embed_dim).unbind(1)
+        if pre_logits:
+            return (x + x_dist) / 2
+        x, x_dist = self.head(x), self.head_dist(x_dist)
+        if self.distilled_training and self.training:
+            return x, x_dist
+        return (x + x_dist) / 2
+
+    def forward_features(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | PackedBatch:
+        """All tokens after the final norm: `[B, N, C]` for an image tensor, else a `PackedBatch` of tokens."""
+        batch = self.pack(x)
+        inputs = self._inputs(batch)
+        tokens, delta = self._embed(inputs), None
+        for block in self.blocks:
+            tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
+        tokens = self._add_and_norm(tokens, delta, inputs.layout)
+        if isinstance(x, Tensor):
+            return tokens.view(x.shape[0], -1, self.embed_dim)
+        return batch.with_tokens(tokens, self.num_prefix_tokens)
+
+    def forward_head(self, x: Tensor | PackedBatch, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pools and classifies what `forward_features` returned; with `pre_logits` only pools."""
+        if isinstance(x, Tensor):
+            seqlens = (x.shape[1],) * x.shape[0]
+            x = PackedBatch.from_rows(x.flatten(0, 1), seqlens, lengths=self.lengths, n_prefix=self.num_prefix_tokens)
+        layout = x.layout(self.num_prefix_tokens)
+        if self.global_pool == "token":
+            pooled = x.data.index_select(0, self._pooled_tokens(layout).rows)
+        else:
+            pooled = self._mean(x.data, layout) if self.global_pool == "avg" else x.data
+        return self._head(pooled, layout, pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor | Sequence[Tensor] | PackedBatch,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor | PackedBatch, list]:
+        """Features after chosen blocks.
+
+        Args:
+            x: any input of the model.
+            indices: blocks to take (negative from the end), the last n for an int, all for None.
+            return_prefix_tokens: pair every feature map with its prefix tokens.
+            norm: apply the final norm to the features.
+            stop_early: do not run blocks after the last one taken.
+            output_fmt: "NCHW" feature maps or "NLC" token rows, prefix tokens left out.
+            intermediates_only: return the list alone.
+
+        Returns:
+            (`forward_features` result, intermediates), or the intermediates. For an image tensor each is a tensor
+            `[B, C, gh, gw]` (or `[B, N, C]`); otherwise a list with a tensor `[C, gh, gw]` (or `[n, C]`) per image.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt: expected "NCHW" or "NLC", got {output_fmt!r}')
+        take = self._block_indices(indices)
+        batch = self.pack(x)
+        inputs = self._inputs(batch)
+        tokens, delta = self._embed(inputs), None
+        intermediates = []
+        for i, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
+            tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
+            if i in take:
+                taken = self._add_and_norm(tokens, delta, inputs.layout) if norm else tokens + delta
+                intermediates.append(
+                    self._as_maps(taken, batch, isinstance(x, Tensor), output_fmt, return_prefix_tokens)
+                )
+        if intermediates_only:
+            return intermediates
+        tokens = self._add_and_norm(tokens, delta, inputs.layout)
+        if isinstance(x, Tensor):
+            return tokens.view(x.shape[0], -1, self.embed_dim), intermediates
+        return batch.with_tokens(tokens, self.num_prefix_tokens), intermediates
+
+    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
+        depth = len(self.blocks)
+        if indices is None or isinstance(indices, int):
+            last = depth if indices is None else indices
+            wanted = range(depth - last, depth)
+        else:
+            wanted = [i + depth if i < 0 else i for i in indices]
+        if not wanted or any(not 0 <= i < depth for i in wanted):
+            raise ValueError(f"indices: expected blocks of a model with {depth}, got {indices!r}")
+        return set(wanted)
+
+    def _as_maps(self, tokens: Tensor, batch: PackedBatch, uniform: bool, output_fmt: str, with_prefix: bool):
+        n_prefix = self.num_prefix_tokens
+        sequences = batch.with_tokens(tokens, n_prefix).split()
+        prefixes = [s[:n_prefix] for s in sequences]
+        maps = [s[n_prefix:] for s in sequences]
+        if output_fmt == "NCHW":
+            maps = [m.t().reshape(-1, h, w) for m, (h, w) in zip(maps, batch.grids, strict=True)]
+        if uniform:
+            maps, prefixes = torch.stack(maps), torch.stack(prefixes)
+        return (maps, prefixes) if with_prefix else maps
+
+
+def create_model(
+    name: str, grids: Sequence[int] = DEFAULT_GRIDS, weights: str | Path | None = None, **kwargs: Any
+) -> ReViT:
+    """A ReViT of a timm ViT's architecture.
+
+    Args:
+        name: timm's name of a ViT or DeiT, for instance "deit_small_patch16_224".
+        grids: configured token grids, strictly decreasing.
+        weights: `.safetensors` or `.pth` of a plain ViT or of a ReViT; None: random weights.
+        kwargs: passed on to `timm.create_model`.
+
+    Raises:
+        ImportError: where timm is not installed.
+        ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise ImportError('name: architectures by name need timm: pip install "revit-fast[timm]"') from None
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"name: timm knows no model {name!r}; similar: {near or 'none'}")
+    model = ReViT.from_timm(timm.create_model(name, pretrained=False, **kwargs), grids=grids)
+    if weights is not None:
+        model.load_checkpoint(weights)
+    return model

@@ -1,0 +1,93 @@
+"""Position embeddings of many token grids from one stored table.
+
+Bicubic antialiased resampling (timm's `resample_abs_pos_embed`) is a linear map, so the tables of all grids together are
+one matrix product with the stored table: built once for inference, differentiable in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_EXTRA_GRIDS = 64
+"""Grids beyond the configured ones that are remembered."""
+
+
+def resample(patches: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:
+    """Embeddings `[old tokens, C]` of a grid resampled to `[new tokens, C]`; unchanged where the grid stays."""
+    if old_hw == new_hw:
+        return patches
+    maps = patches.t().reshape(1, -1, *old_hw)
+    maps = F.interpolate(maps, size=new_hw, mode="bicubic", antialias=True, align_corners=False)
+    return maps[0].flatten(1).t()
+
+
+class PositionTables:
+    """Tables of the configured grids and of those met since, one grid after another.
+
+    Args:
+        base_grid: (rows, columns) of the stored table.
+        grids: the configured grids.
+    """
+
+    def __init__(self, base_grid: tuple[int, int], grids: Iterable[tuple[int, int]]) -> None:
+        self.base_grid = base_grid
+        self.configured = tuple(grids)
+        self._forget()
+        self.learn(self.configured)
+
+    def _forget(self) -> None:
+        self._first_row: dict[tuple[int, int], int] = {}
+        self._matrix = torch.empty(0, self.base_grid[0] * self.base_grid[1], dtype=torch.float64)
+
+    def learn(self, grids: Iterable[tuple[int, int]]) -> None:
+        """Makes `grids` known; when too many have been met, all but the configured ones and these are forgotten."""
+        new = [grid for grid in dict.fromkeys(grids) if grid not in self._first_row]
+        if not new:
+            return
+        if len(self._first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
+            self._forget()
+            new = list(dict.fromkeys([*self.configured, *new]))
+        identity = torch.eye(self._matrix.shape[1], dtype=torch.float64)
+        for grid in new:
+            self._first_row[grid] = self._matrix.shape[0]
+            self._matrix = torch.cat([self._matrix, resample(identity, self.base_grid, grid)])
+        self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32)
+        self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32)
+        self._cache: tuple[tuple, Tensor, Tensor] | None = None
+
+    def offsets(self, grid_hw: Tensor) -> Tensor:
+        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for one not known."""
+        same = (grid_hw.unsqueeze(1) == self._grid_hw.to(grid_hw.device)).all(dim=-1)
+        offset = self._offset.to(grid_hw.device)[same.int().argmax(dim=1)]
+        return torch.where(same.any(dim=1), offset, -1)
+
+    def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
+        """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.
+
+        Without autograd the table is kept for as long as `pos_embed` stays the same. Its values are compared on the CPU,
+        as a write through `.data` leaves no trace; elsewhere its version must do, as a comparison would wait for the device.
+        """
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and pos_embed.requires_grad):
+            return self._build(pos_embed, n_prefix)
+        version = 0 if pos_embed.is_inference() else pos_embed._version
+        key = (pos_embed.data_ptr(), version, pos_embed.dtype, pos_embed.device)
+        if self._cache is not None:
+            kept_key, snapshot, table = self._cache
+            if kept_key == key and (pos_embed.device.type != "cpu" or torch.equal(snapshot, pos_embed)):
+                return table
+        with torch.inference_mode(False), torch.no_grad():
+            self._cache = (key, pos_embed.clone(), self._build(pos_embed, n_prefix))
+        return self._cache[2]
+
+    def _build(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
+        patches = wide_patches(pos_embed, n_prefix)
+        return (self._matrix.to(patches) @ patches).to(pos_embed.dtype)
+
+
+def wide_patches(pos_embed: Tensor, n_prefix: int) -> Tensor:
+    """The patches' part of `pos_embed` `[1, n_prefix + tokens, C]` as `[tokens, C]` in float32 or wider."""
+    return pos_embed[0, n_prefix:].to(torch.promote_types(pos_embed.dtype, torch.float32))
