@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from typing import TextIO
 
 import torch
@@ -160,11 +160,10 @@ def load_model(args: argparse.Namespace):
     """The model in evaluation mode; what is wrong with its name or weights is a usage error."""
     if args.weights is None:
         print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
-    elif not os.path.isfile(args.weights):
-        raise UsageError(f"--weights: no such file: {args.weights}")
+    import_module("timm")  # create_model needs it; where it is missing, main says what to install
     try:
         model = revit_fast.create_model(args.model, weights=args.weights).eval()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
     if model.num_classes < 1:
         raise UsageError(f"--model: {args.model} has no classifier to predict with")
