@@ -12,6 +12,8 @@ namespace {
 
 #include "cpu/vec.inl.h"
 //
+#include "cpu/gemm.inl.h"
+//
 #include "cpu/attention.inl.h"
 #include "cpu/layer_norm.inl.h"
 #include "cpu/resize.inl.h"

@@ -1,0 +1,263 @@
+// Small matrix products on tiles that live in the first two cache levels:
+//
+//   C[m, n] (+)= sum_k A[m, k] B[k, n]
+//
+// A is a tile with a row stride known at compile time, read as it stands or transposed. B is packed into panels of
+// kPanel columns: panel p holds B[:, p kPanel : (p + 1) kPanel] row by row, so that the inner loop reads it front to
+// back; the last panel is one vector wide where that is enough. C has any row stride. Columns are padded to whole
+// vectors and rows of A to an even number.
+//
+// Every element of C is one chain of multiply-adds in the order of k, whichever block of the tile it falls into.
+
+// Row stride, in elements, of every tile used as A: an odd number of cache lines, so that the rows of a tile do not
+// compete for the same cache sets, and longer than the longest row by the widest overread of a transposed block.
+inline constexpr int kTileStride = 528;
+
+template <class T>
+inline constexpr int kPanel = 2 * kLanes<T>;
+
+// Rows of C in a block. With two vectors of columns the block needs 2 * kBlockRows accumulators: twelve of sixteen
+// registers, or twenty-four of the thirty-two that AVX-512 has.
+inline constexpr int kBlockRows = REVIT_LANES == 16 ? 12 : 6;
+
+REVIT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class F, int... I>
+REVIT_INLINE void unroll_indices(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0), ..., f(n - 1) with compile-time arguments. A loop would do, but GCC keeps an array that a loop indexes in
+// memory, and the accumulators below must stay in registers.
+template <int n, class F>
+REVIT_INLINE void unroll(const F& f) {
+  unroll_indices(f, std::make_integer_sequence<int, n>{});
+}
+
+// B as the products read it.
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t stride;   // elements from panel to panel
+  int64_t columns;  // a multiple of kLanes<T>
+
+  int64_t width(int64_t first_column) const { return std::min<int64_t>(kPanel<T>, columns - first_column); }
+  Panels from_column(int64_t first) const { return {data + first / kPanel<T> * stride, stride, columns - first}; }
+};
+
+// One block of `rows` x `vectors` vectors of C.
+template <class T, int rows, int vectors, bool transposed>
+__attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
+                                              bool accumulate) {
+  constexpr int n = kLanes<T>;
+  Vec<T, n> sum[rows * vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T, n> b_row[vectors];
+    unroll<vectors>([&](auto j) __attribute__((always_inline)) { b_row[j] = load<n>(b + j * n); });
+    unroll<rows>([&](auto i) __attribute__((always_inline)) {
+      const Vec<T, n> factor = broadcast<T, n>(a[transposed ? i : i * kTileStride]);
+      unroll<vectors>([&](auto j) __attribute__((always_inline)) { sum[i * vectors + j] += factor * b_row[j]; });
+    });
+    a += transposed ? kTileStride : 1;
+    b += vectors * n;
+  }
+  unroll<rows>([&](auto i) __attribute__((always_inline)) {
+    unroll<vectors>([&](auto j) __attribute__((always_inline)) {
+      T* out = c + i * c_stride + j * n;
+      store<n>(out, accumulate ? load<n>(out) + sum[i * vectors + j] : sum[i * vectors + j]);
+    });
+  });
+}
+
+// The block of the fewest rows, an even number, that holds `rows`.
+template <class T, int most, int vectors, bool transposed>
+REVIT_INLINE void multiply_rows(int64_t rows, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
+                                bool accumulate) {
+  if constexpr (most > 2) {
+    if (rows <= most - 2) {
+      return multiply_rows<T, most - 2, vectors, transposed>(rows, depth, a, b, c, c_stride, accumulate);
+    }
+  }
+  multiply_block<T, most, vectors, transposed>(depth, a, b, c, c_stride, accumulate);
+}
+
+// C[0 : m, 0 : n] (+)= A B[first_k : first_k + depth, 0 : n]; A is a tile [m, depth], or [depth, m] if `transposed`.
+// Writes C up to the next even row and the next panel.
+template <class T, bool transposed = false>
+void multiply(int64_t m, int64_t n, int64_t depth, const T* a, const Panels<T>& b, int64_t first_k, T* c,
+              int64_t c_stride, bool accumulate) {
+  for (int64_t column = 0; column < n; column += kPanel<T>) {
+    const int64_t width = b.width(column);
+    const T* panel = b.data + column / kPanel<T> * b.stride + first_k * width;
+    for (int64_t row = 0; row < m; row += kBlockRows) {
+      const int64_t rows = std::min<int64_t>(kBlockRows, m - row);
+      const T* a_block = a + (transposed ? row : row * kTileStride);
+      T* c_block = c + row * c_stride + column;
+      if (width == kPanel<T>) {
+        multiply_rows<T, kBlockRows, 2, transposed>(rows, depth, a_block, panel, c_block, c_stride, accumulate);
+      } else {
+        multiply_rows<T, kBlockRows, 1, transposed>(rows, depth, a_block, panel, c_block, c_stride, accumulate);
+      }
+    }
+  }
+}
+
+// out[i] = factor * in[i] in the compute type for i < n, zero up to n_padded.
+template <class T>
+REVIT_INLINE void widen_row(const T* in, int64_t n, int64_t n_padded, Compute<T> factor, Compute<T>* out) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store<lanes>(out + i, factor * load<lanes>(in + i));
+  for (; i < n; ++i) out[i] = factor * widen(in[i]);
+  for (; i < n_padded; ++i) out[i] = 0;
+}
+
+template <class T>
+REVIT_INLINE void fill_row(T* out, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) out[i] = value;
+}
+
+// A tile [rows, n] scaled by `factor`; the row that makes their number even is zero.
+template <class T>
+void pack_tile(const T* in, int64_t stride, int64_t rows, int64_t n, Compute<T> factor, Compute<T>* tile) {
+  for (int64_t i = 0; i < rows; ++i) widen_row(in + i * stride, n, n, factor, tile + i * kTileStride);
+  if (rows % 2) fill_row(tile + rows * kTileStride, n, Compute<T>(0));
+}
+
+// Elements of the panels of a matrix with `k` rows and `n` columns.
+template <class T>
+REVIT_INLINE int64_t panels_size(int64_t k, int64_t n) {
+  return round_up(k, kLanes<T>) * round_up(n, kLanes<T>);
+}
+
+// B[k, n] = in[k, n].
+template <class T>
+Panels<Compute<T>> pack_panels(const T* in, int64_t stride, int64_t rows, int64_t n, Compute<T>* out) {
+  using C = Compute<T>;
+  const Panels<C> panels = {out, rows * kPanel<C>, round_up(n, kLanes<C>)};
+  for (int64_t column = 0; column < n; column += kPanel<C>) {
+    const int64_t width = panels.width(column), used = std::min(width, n - column);
+    C* panel = out + column / kPanel<C> * panels.stride;
+    for (int64_t i = 0; i < rows; ++i) widen_row(in + i * stride + column, used, width, C(1), panel + i * width);
+  }
+  return panels;
+}
+
+// Interleaves the lower (half = 0) or upper (half = 1) lanes of a and b.
+template <class T, int half, int... I>
+REVIT_INLINE Vec<T, sizeof...(I)> interleave(Vec<T, sizeof...(I)> a, Vec<T, sizeof...(I)> b,
+                                             std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I % 2 * n + I / 2 + half * (n / 2))...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vec<Index, n>{(I % 2 * n + I / 2 + half * (n / 2))...});
+#endif
+}
+
+// Transposes n rows of n lanes: log2(n) times, row i is interleaved with row i + n / 2.
+template <class T, int n, int rounds>
+REVIT_INLINE void transpose(const Vec<T, n>* in, Vec<T, n>* out) {
+  if constexpr (rounds == 0) {
+    unroll<n>([&](auto i) __attribute__((always_inline)) { out[i] = in[i]; });
+  } else {
+    Vec<T, n> mixed[n];
+    unroll<n / 2>([&](auto i) __attribute__((always_inline)) {
+      mixed[2 * i] = interleave<T, 0>(in[i], in[i + n / 2], std::make_integer_sequence<int, n>{});
+      mixed[2 * i + 1] = interleave<T, 1>(in[i], in[i + n / 2], std::make_integer_sequence<int, n>{});
+    });
+    transpose<T, n, rounds / 2>(mixed, out);
+  }
+}
+
+// Longest row that pack_transposed takes.
+inline constexpr int kMaxDepth = 256;
+
+// B[k, n] = in[n, k], n < columns, k < depth.
+template <class T>
+Panels<Compute<T>> pack_transposed(const T* in, int64_t stride, int64_t columns, int64_t depth, Compute<T>* out) {
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  const int64_t padded_depth = round_up(depth, lanes);
+  const Panels<C> panels = {out, padded_depth * kPanel<C>, round_up(columns, lanes)};
+  alignas(64) C staged[lanes * kMaxDepth];
+  for (int64_t column = 0; column < columns; column += lanes) {
+    const int64_t first = column / kPanel<C> * kPanel<C>, width = panels.width(first);
+    const C* rows = staged;
+    int64_t rows_stride = kMaxDepth;
+    const int64_t present = std::min<int64_t>(lanes, columns - column);
+    bool direct = false;
+    if constexpr (std::is_same_v<T, C>) {
+      direct = present == lanes && depth == padded_depth;
+      if (direct) {
+        rows = in + column * stride;
+        rows_stride = stride;
+      }
+    }
+    if (!direct) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        const bool exists = i < present;
+        widen_row(in + (exists ? column + i : 0) * stride, exists ? depth : 0, padded_depth, C(1),
+                  staged + i * kMaxDepth);
+      }
+    }
+    C* panel = out + first / kPanel<C> * panels.stride + (column - first);
+    for (int64_t k = 0; k < padded_depth; k += lanes) {
+      Vec<C, lanes> block[lanes], columns_of_block[lanes];
+      unroll<lanes>([&](auto i) __attribute__((always_inline)) { block[i] = load<lanes>(rows + i * rows_stride + k); });
+      transpose<C, lanes, lanes / 2>(block, columns_of_block);
+      unroll<lanes>([&](auto i) __attribute__((always_inline)) {
+        store<lanes>(panel + (k + i) * width, columns_of_block[i]);
+      });
+    }
+  }
+  return panels;
+}
+
+// Memory of one thread that outlives a call: fresh pages cost more than the work done in them.
+class Scratch {
+ public:
+  ~Scratch() { release(); }
+
+  // At least `bytes` of uninitialised memory, valid until the next call.
+  char* reserve(size_t bytes) {
+    if (bytes > size_) {
+      release();
+      data_ = static_cast<char*>(::operator new(bytes, std::align_val_t{64}));
+      size_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// Arrays of Ts, each on a cache line of its own, cut from the thread's scratch memory.
+template <class T, size_t n>
+struct Arrays {
+  T* array[n];
+
+  explicit Arrays(const int64_t (&sizes)[n]) {
+    int64_t offset[n], total = 0;
+    for (size_t i = 0; i < n; ++i) {
+      offset[i] = total;
+      total += round_up(sizes[i], 64 / sizeof(T));
+    }
+    T* base = reinterpret_cast<T*>(thread_scratch().reserve(total * sizeof(T)));
+    for (size_t i = 0; i < n; ++i) array[i] = base + offset[i];
+  }
+};
