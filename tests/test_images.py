@@ -25,10 +25,10 @@ def save(array, path, mode=None, **options):
     return path
 
 
-def png_header(width, height):
-    """A PNG that claims to be of this size and ends with the first bytes of its pixels."""
-    header, pixels = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(bytes(99))
-    chunks = ((b"IHDR", header), (b"IDAT", pixels))
+def png(width, height, pixels, bits=8, colour_type=2):
+    """A PNG written by hand: what Pillow cannot save, or what claims to be larger than its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)))
     packed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -131,6 +131,17 @@ class TestReadRgb:
         expected = np.floor(values * (255 / 65535) + 0.5).astype(np.uint8)
         np.testing.assert_array_equal(read_rgb(save(values, tmp_path / "x.png")), as_rgb(expected))
 
+    @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)], ids=["RGB", "LA", "RGBA"])
+    def test_sixteen_bit_colour_and_alpha(self, tmp_path, colour_type, channels):
+        values = RNG.integers(0, 65536, (1, 40, channels), dtype=np.uint16)
+        path = tmp_path / "x.png"
+        path.write_bytes(png(40, 1, b"\0" + values.astype(">u2").tobytes(), bits=16, colour_type=colour_type))
+        opacity = values[..., 3 if channels == 4 else 1, None] / 65535 if channels != 3 else 1.0
+        colour = values[..., :1] if channels == 2 else values[..., :3]
+        expected = np.broadcast_to(colour / 257 * opacity + 255 * (1 - opacity), (1, 40, 3))
+        # Pillow keeps the high byte of each sample: up to 1 off, of colour and of alpha.
+        np.testing.assert_allclose(read_rgb(path), expected, atol=2.5)
+
     def test_cmyk_jpeg(self, tmp_path):
         cmyk = np.zeros((16, 64, 4), np.uint8)
         cmyk[:, 16:32, 3] = cmyk[:, 32:48, 0] = cmyk[:, 48:, 2] = 255  # white, black, cyan, yellow
@@ -160,8 +171,8 @@ class TestReadRgb:
             (b"", "empty file"),
             (b"not an image", "not a JPEG, PNG or WebP image"),
             (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG or WebP image"),
-            (png_header(65000, 65000), "decompression bomb"),
-            (png_header(20, 20), "truncated"),
+            (png(65000, 65000, bytes(99)), "decompression bomb"),
+            (png(20, 20, bytes(99)), "truncated"),
         ],
         ids=["empty", "text", "postscript", "bomb", "header only"],
     )
