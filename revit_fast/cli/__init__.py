@@ -1,0 +1,107 @@
+"""The `revit-fast` command: classify image files in packed batches, and show what the installation can use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from revit_fast.version import __version__
+
+RESULT_FORMATS = ("table", "json", "csv")
+EXTRA_MODULES = ("PIL", "rich", "safetensors", "timm")
+
+
+class UsageError(Exception):
+    """Arguments that cannot work together with the model or the files; exit code 2."""
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def _grid(text: str) -> int | str:
+    return text if text == "mixed" else _positive(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; every subcommand sets `command`, the module whose `run` is called."""
+    parser = argparse.ArgumentParser(prog="revit-fast", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("predict", help="classify image files", description="Classify JPEG, PNG and WebP files.")
+    p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
+    p.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="timm name (default %(default)s)")
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
+    p.add_argument(
+        "--grid",
+        type=_grid,
+        default=14,
+        metavar="14|10|7|mixed",
+        help="patches per side (default %(default)s); mixed takes the model's grids in turn, whatever the image shows",
+    )
+    p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
+    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
+    p.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
+    )
+    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
+    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    p.add_argument("--labels", metavar="FILE", help="class names, one per line")
+    p.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="resize bit for bit as Pillow does, or faster within 1/255 (default: --exact)",
+    )
+    p.set_defaults(command="predict")
+
+    p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
+    p.add_argument("--json", action="store_true", help="as a JSON object")
+    p.set_defaults(command="env")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0; 1 if an image failed; 2 for a usage error or a missing package; 130 if interrupted.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        # Commands import torch, timm and Pillow; a usage error and --help need not wait for them.
+        return import_module(f"revit_fast.cli.{args.command}").run(args)
+    except UsageError as error:
+        print(f"revit-fast: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in EXTRA_MODULES:
+            raise
+        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[cli]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader is gone (`| head`); the interpreter must not fail again when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

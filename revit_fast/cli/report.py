@@ -1,0 +1,219 @@
+"""What `revit-fast predict` prints: results as a table, JSON or CSV, and its progress on stderr."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from revit_fast.cli import UsageError
+
+
+@dataclass
+class Prediction:
+    """What is reported of one image: an error, or its grid, tokens, milliseconds and best classes."""
+
+    path: str
+    error: str | None = None
+    grid: int = 0
+    n_tokens: int = 0
+    ms: float = 0.0
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+class TableFormat:
+    """Aligned lines; long paths are not cut, so that they can be copied."""
+
+    def __init__(self, top_k: int, name: Callable[[int], Any]):
+        self.top_k, self.name = top_k, name
+
+    def header(self) -> str:
+        return f"{'grid':>4} {'tokens':>6} {'ms':>8}  {'path':<40}  top-{self.top_k}\n"
+
+    def row(self, p: Prediction) -> str:
+        path = on_one_line(p.path)
+        if p.error is not None:
+            return f"{'-':>4} {'-':>6} {'-':>8}  {path:<40}  error: {on_one_line(p.error)}\n"
+        top = ", ".join(f"{self.name(index)} {probability:.3f}" for index, probability in p.top)
+        return f"{p.grid:>4} {p.n_tokens:>6} {p.ms:>8.1f}  {path:<40}  {on_one_line(top)}\n"
+
+    def footer(self) -> str:
+        return ""
+
+
+class JsonFormat:
+    """One array, one object a line: valid however early the run ends."""
+
+    def __init__(self, top_k: int, name: Callable[[int], Any]):
+        self.name, self.comma = name, " "
+
+    def header(self) -> str:
+        return "[\n"
+
+    def row(self, p: Prediction) -> str:
+        record: dict[str, Any] = {"path": p.path}
+        if p.error is not None:
+            record["error"] = p.error
+        else:
+            top = [{"class": self.name(index), "probability": probability} for index, probability in p.top]
+            record |= {"grid": p.grid, "tokens": p.n_tokens, "ms": round(p.ms, 3), "top": top}
+        comma, self.comma = self.comma, ","
+        return f"{comma}{json.dumps(record, allow_nan=False)}\n"
+
+    def footer(self) -> str:
+        return "]\n"
+
+
+class CsvFormat:
+    """A header and one row per image, errors in the last column."""
+
+    def __init__(self, top_k: int, name: Callable[[int], Any]):
+        self.top_k, self.name = top_k, name
+
+    def header(self) -> str:
+        classes = [f"{kind}_{rank}" for rank in range(1, self.top_k + 1) for kind in ("class", "prob")]
+        return self._line(["path", "grid", "tokens", "ms", *classes, "error"])
+
+    def row(self, p: Prediction) -> str:
+        if p.error is not None:
+            return self._line([p.path, "", "", "", *[""] * (2 * self.top_k), p.error])
+        top = [value for index, probability in p.top for value in (self.name(index), probability)]
+        return self._line([p.path, p.grid, p.n_tokens, round(p.ms, 3), *top, ""])
+
+    def footer(self) -> str:
+        return ""
+
+    @staticmethod
+    def _line(values: list) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        return text.getvalue()
+
+
+FORMATS = {"table": TableFormat, "json": JsonFormat, "csv": CsvFormat}
+
+
+def on_one_line(text: str) -> str:
+    """Control characters escaped: a file name must not break the line or drive the terminal."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+@contextmanager
+def open_output(path: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that takes its place only when everything is written."""
+    if path is None:
+        yield sys.stdout
+        return
+    path = os.path.realpath(path)
+    is_device = os.path.exists(path) and not os.path.isfile(path)  # /dev/null must not be replaced
+    written = path if is_device else f"{path}.{os.getpid()}.tmp"
+    try:
+        file = open(written, "w", encoding="utf-8", newline="")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {path}: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+        if not is_device:
+            os.replace(written, path)
+    except BaseException:
+        if not is_device:
+            os.unlink(written)
+        raise
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Writes and flushes; characters that the stream's encoding lacks are escaped rather than fatal."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+class Progress:
+    """Counts images and tokens, and reports them as plain lines every 100 images or 5 seconds."""
+
+    EVERY_IMAGES, EVERY_S = 100, 5.0
+
+    def __init__(self):
+        self.n_images = self.n_errors = self.n_tokens = 0
+        self.begin = time.perf_counter()
+        self._reported = (0, self.begin)
+
+    def update(self, predictions: list[Prediction]) -> None:
+        """Counts finished images."""
+        self.n_images += len(predictions)
+        self.n_errors += sum(p.error is not None for p in predictions)
+        self.n_tokens += sum(p.n_tokens for p in predictions)
+        self._show()
+
+    def _show(self) -> None:
+        count, now = self.n_images, time.perf_counter()
+        if count - self._reported[0] >= self.EVERY_IMAGES or now - self._reported[1] >= self.EVERY_S:
+            self._reported = (count, now)
+            self.say(f"{count} images, {self.rates()}")
+
+    def rates(self) -> str:
+        """Throughput so far, errors not counted."""
+        seconds = max(time.perf_counter() - self.begin, 1e-9)
+        images_per_s = (self.n_images - self.n_errors) / seconds
+        return f"{images_per_s:.1f} images/s, {self.n_tokens / seconds:.0f} tokens/s"
+
+    def summary(self) -> str:
+        seconds = time.perf_counter() - self.begin
+        return f"{self.n_images} images ({self.n_errors} failed) in {seconds:.1f} s: {self.rates()}"
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def aside(self):
+        """Context in which something else may print to the terminal."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing to take down."""
+
+
+class BarProgress(Progress):
+    """The same as a bar on a terminal."""
+
+    def __init__(self, n_total: int):
+        super().__init__()
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.description}"))
+        # rich would send whatever is printed to stdout to this console, even where stdout is a file.
+        self.bar = progress.Progress(
+            *columns,
+            progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.task = self.bar.add_task("", total=n_total)
+        self.bar.start()
+
+    def _show(self) -> None:
+        self.bar.update(self.task, completed=self.n_images, description=self.rates())
+
+    def say(self, text: str) -> None:
+        with self.aside():
+            super().say(text)
+
+    @contextmanager
+    def aside(self):
+        self.bar.stop()
+        yield
+        self.bar.start()
+
+    def close(self) -> None:
+        self.bar.stop()

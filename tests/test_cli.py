@@ -1,0 +1,627 @@
+"""The command line as a user runs it: real files, the real model (DeiT-Ti), stdout, stderr and exit codes."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from importlib import metadata
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import revit_fast as rf
+from revit_fast import cli
+from revit_fast.cli import main, predict, report
+
+MODEL = "deit_tiny_patch16_224"
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+N_CLASSES = 1000
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint whose predictions depend on the image: timm's initialisation hardly looks at it."""
+    torch.manual_seed(0)
+    state = timm.create_model(MODEL).state_dict()
+    state = {name: 5 * t if name.endswith(".weight") and t.dim() > 1 else t for name, t in state.items()}
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(state, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return rf.create_model(MODEL, weights=weights).eval()
+
+
+@pytest.fixture
+def n_threads():
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def photo(seed, height=60, width=80):
+    """A smooth random image, so that JPEG and resizing leave something of it."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Seven files of several formats and sizes, in the order in which a folder lists them."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, suffix in enumerate(["jpg", "png", "webp", "JPEG", "png", "jpg", "png"]):
+        photo(i, 60 + i, 100 - 11 * i).save(folder / f"{i}.{suffix}")
+    return folder
+
+
+def run(capsys, *args):
+    """Exit code, stdout and stderr of `revit-fast predict` with DeiT-Ti."""
+    code = main(["predict", *map(str, args), "--model", MODEL])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def run_json(capsys, *args):
+    code, out, _ = run(capsys, *args, "--format", "json")
+    return code, json.loads(out)
+
+
+def true_probabilities(model, image, grid):
+    """Pillow's own resize of timm's evaluation crop, then the model on one image tensor."""
+    image = image.convert("RGB")
+    side, px = 0.9 * min(image.size), 16 * grid
+    left, upper = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, upper, left + side, upper + side)
+    resized = np.array(image.resize((px, px), Image.Resampling.BICUBIC, box=box))
+    x = ((torch.from_numpy(resized) / 255 - MEAN) / STD).permute(2, 0, 1)
+    with torch.inference_mode():
+        return model(x[None]).softmax(dim=-1)[0]
+
+
+def spy_on_batches(monkeypatch):
+    """The list to which the tokens of every image of each forward will be added, one tuple per forward."""
+    batches = []
+    create_model = rf.create_model
+
+    def create(*args, **kwargs):
+        created = create_model(*args, **kwargs)
+
+        def before_forward(module, inputs):
+            batches.append(tuple(n + module.num_prefix_tokens for n in inputs[0].seqlens))
+
+        created.register_forward_pre_hook(before_forward)
+        return created
+
+    monkeypatch.setattr(rf, "create_model", create)
+    return batches
+
+
+def assert_predicts(record, model, path, grid, top_k=5):
+    with Image.open(path) as image:
+        expected = true_probabilities(model, image, grid)
+    assert record["path"] == str(path)
+    assert record["grid"] == grid
+    assert record["tokens"] == grid * grid + 1
+    assert record["ms"] > 0
+    got = torch.tensor([entry["probability"] for entry in record["top"]])
+    assert len(got) == top_k
+    torch.testing.assert_close(got, expected.topk(top_k).values, rtol=1e-3, atol=1e-6)
+    classes = [entry["class"] for entry in record["top"]]
+    torch.testing.assert_close(got, expected[classes], rtol=1e-3, atol=1e-6)
+
+
+class TestPredictions:
+    @pytest.mark.parametrize("grid", [14, 10, 7])
+    def test_equal_the_model_on_each_image_alone(self, capsys, photos, weights, model, grid):
+        code, records = run_json(capsys, photos, "--weights", weights, "--grid", grid)
+        assert code == 0
+        paths = sorted(photos.iterdir())
+        assert len(records) == len(paths)
+        for record, path in zip(records, paths, strict=True):
+            assert_predicts(record, model, path, grid)
+        best = [record["top"][0]["probability"] for record in records]
+        assert max(best) > 1.5 * min(best), "these weights must tell the images apart, or the test shows nothing"
+
+    def test_mixed_grids_take_turns(self, capsys, photos, weights, model):
+        code, records = run_json(capsys, photos, "--weights", weights, "--grid", "mixed", "--top-k", 2)
+        assert code == 0
+        for i, (record, path) in enumerate(zip(records, sorted(photos.iterdir()), strict=True)):
+            assert_predicts(record, model, path, (14, 10, 7)[i % 3], top_k=2)
+
+    def test_orientation_and_modes_reach_the_model_upright(self, capsys, tmp_path, weights, model):
+        upright = photo(3, 70, 50)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+        grey = np.asarray(upright.convert("L"))
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+        Image.fromarray(grey).save(tmp_path / "grey.png")
+        upright.convert("RGBA").save(tmp_path / "opaque.webp", lossless=True)
+        names = {"turned.png": upright, "grey16.png": upright.convert("L"), "grey.png": upright.convert("L")}
+        names["opaque.webp"] = upright
+        code, records = run_json(capsys, *(tmp_path / name for name in names), "--weights", weights, "--grid", 7)
+        assert code == 0
+        for record, image in zip(records, names.values(), strict=True):
+            got = [entry["probability"] for entry in record["top"]]
+            expected = true_probabilities(model, image, 7).topk(5).values
+            torch.testing.assert_close(torch.tensor(got), expected, rtol=1e-3, atol=1e-6, msg=record["path"])
+
+    def test_a_model_that_returns_nan_is_an_error_of_the_image(self, capsys, photos, weights, tmp_path):
+        from safetensors.torch import load_file
+
+        state = load_file(weights)
+        state["head.bias"] = torch.full((N_CLASSES,), float("nan"))
+        save_file(state, tmp_path / "nan.safetensors")
+        code, records = run_json(capsys, photos, "--weights", tmp_path / "nan.safetensors", "--grid", 7)
+        assert code == 1
+        assert [set(record) for record in records] == [{"path", "error"}] * 7
+
+    def test_without_exact_the_result_is_near(self, capsys, photos, weights, monkeypatch):
+        asked = []
+        resize_patchify = rf.ops.resize_patchify
+
+        def spy(*args, **kwargs):
+            asked.append(kwargs["exact"])
+            return resize_patchify(*args, **kwargs)
+
+        monkeypatch.setattr(rf.ops, "resize_patchify", spy)
+        _, exact = run_json(capsys, photos, "--weights", weights, "--grid", 7)
+        _, fast = run_json(capsys, photos, "--weights", weights, "--grid", 7, "--no-exact")
+        assert asked == [True] * 7 + [False] * 7
+        for a, b in zip(exact, fast, strict=True):
+            assert a["top"][0]["probability"] == pytest.approx(b["top"][0]["probability"], rel=0.1)
+
+    @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (640, 480), (256, 256), (1000, 31)])
+    def test_crop_is_that_of_timm(self, width, height):
+        """timm: shorter side to floor(224 / 0.9) px, then the centre 224 px, all rounded to pixels of that size."""
+        left, upper, right, lower = predict.centre_box(width, height, 0.9)
+        scaled_px = int(224 / 0.9)
+        source_px_per_pixel = min(width, height) / scaled_px
+        for low, high, size in ((left, right, width), (upper, lower, height)):
+            assert low + high == pytest.approx(size)
+            assert high - low == pytest.approx(224 * source_px_per_pixel, abs=source_px_per_pixel)
+            assert 0 <= low < high <= size
+
+    def test_normalisation_and_crop_come_from_the_model(self):
+        config = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop_pct": 1.0, "interpolation": "bilinear"}
+
+        class Tiny:
+            patch_size, num_prefix_tokens, pretrained_cfg = 4, 2, config
+
+        image = np.full((9, 8, 3), 255, np.uint8)
+        decoded = predict.Decoded("x", image, None, 0.0)
+        prediction, rows = predict.Preparer(Tiny(), (2,), exact=True)(decoded)
+        assert prediction.n_tokens == 2 * 2 + 2
+        expected = (1 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+        torch.testing.assert_close(rows.view(4, 16, 3), expected.expand(4, 16, 3))
+
+
+class TestErrors:
+    def test_bad_files_in_the_middle(self, capsys, photos, weights, model):
+        good = sorted(photos.iterdir())
+        whole = good[0].read_bytes()
+        (photos / "0a-empty.jpg").write_bytes(b"")
+        (photos / "0b-truncated.jpg").write_bytes(whole[: len(whole) // 2])
+        (photos / "3a-text.png").write_bytes(b"not an image")
+        (photos / "3b-folder.jpg").mkdir()
+        (photos / "9-broken.webp").symlink_to(photos / "vanished")
+        (photos / "notes.txt").write_text("not looked at")
+        code, out, err = run(capsys, photos, photos / "*.gif", "--weights", weights, "--grid", 7, "--format", "json")
+        records = json.loads(out)
+        assert code == 1
+        assert [r["path"] for r in records] == [
+            *(str(p) for p in sorted(photos.iterdir()) if p.suffix != ".txt"),
+            str(photos / "*.gif"),
+        ]
+        reasons = {os.path.basename(r["path"]): r["error"] for r in records if "error" in r}
+        assert set(reasons) == {
+            *("0a-empty.jpg", "0b-truncated.jpg", "3a-text.png", "3b-folder.jpg", "9-broken.webp", "*.gif")
+        }
+        assert reasons["0a-empty.jpg"] == "empty file"
+        assert "truncated" in reasons["0b-truncated.jpg"]
+        assert "not a JPEG" in reasons["3a-text.png"]
+        assert "folder" in reasons["3b-folder.jpg"]
+        assert "no such file" in reasons["9-broken.webp"]
+        assert "no file matches" in reasons["*.gif"]
+        for name, reason in reasons.items():
+            assert f"error: {photos / name}: {reason}" in err
+        read = [r for r in records if "error" not in r]
+        for record, path in zip(read, good, strict=True):
+            assert_predicts(record, model, path, 7)
+        assert "13 images (6 failed)" in err
+
+    def test_a_file_that_vanishes_is_one_error(self, capsys, photos, monkeypatch):
+        real = predict.find_images
+
+        def vanishing(paths):
+            for source in real(paths):
+                if source.path.endswith("2.webp"):
+                    os.unlink(source.path)
+                yield source
+
+        monkeypatch.setattr(predict, "find_images", vanishing)
+        code, records = run_json(capsys, photos, "--grid", 7)
+        assert code == 1
+        assert [r.get("error") for r in records] == [None, None, "no such file or directory", *[None] * 4]
+
+    def test_nothing_but_errors(self, capsys, tmp_path):
+        code, records = run_json(capsys, tmp_path / "a.jpg", tmp_path / "b.jpg")
+        assert code == 1
+        assert [r["error"] for r in records] == ["no such file or directory"] * 2
+
+    def test_a_damaged_file_moves_no_other_grid(self, capsys, photos):
+        (photos / "1.png").write_bytes(b"")
+        _, records = run_json(capsys, photos, "--grid", "mixed")
+        assert [r.get("grid") for r in records] == [14, None, 7, 14, 10, 7, 14]
+
+    @pytest.mark.parametrize(
+        ("args", "named"),
+        [
+            (["--grid", "13"], "--grid"),
+            (["--grid", "large"], "--grid"),
+            (["--top-k", "0"], "--top-k"),
+            (["--batch-tokens", "-5"], "--batch-tokens"),
+            (["--threads", "0"], "--threads"),
+            (["--format", "xml"], "--format"),
+            (["--weights", "absent.safetensors"], "absent.safetensors"),
+            (["--labels", "absent.txt"], "--labels"),
+            (["--output", "absent/x.json"], "--output"),
+            (["--model", "no_such_model"], "no_such_model"),
+            (["--model", "resnet18"], "ResNet"),
+            (["--colour"], "--colour"),
+        ],
+    )
+    def test_usage(self, capsys, photos, args, named):
+        assert main(["predict", str(photos), "--model", MODEL, *args]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert named in err.splitlines()[-1]
+
+    @pytest.mark.parametrize("args", [[], ["predict"], ["predikt", "x"]])
+    def test_usage_of_the_command(self, capsys, args):
+        assert main(args) == 2
+        assert "usage: revit-fast" in capsys.readouterr().err
+
+    def test_weights_that_do_not_fit(self, capsys, photos, weights, tmp_path):
+        code = main(["predict", str(photos), "--model", "deit_small_patch16_224", "--weights", weights])
+        assert code == 2
+        assert "pos_embed" in capsys.readouterr().err
+        (tmp_path / "x.safetensors").write_bytes(b"rubbish")
+        assert main(["predict", str(photos), "--model", MODEL, "--weights", str(tmp_path / "x.safetensors")]) == 2
+        assert "x.safetensors" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("package", ["PIL", "timm"])
+    def test_missing_package_is_one_line(self, capsys, photos, monkeypatch, package):
+        for name in ("revit_fast.cli.predict", "revit_fast.images"):
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+        assert main(["predict", str(photos), "--model", MODEL, "--weights", "x"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == f'revit-fast: {package} is not installed: pip install "revit-fast[cli]"\n'
+
+
+class TestBatches:
+    def test_packed_up_to_the_limit_in_order(self, capsys, photos, monkeypatch):
+        batches = spy_on_batches(monkeypatch)
+        code, records = run_json(capsys, photos, "--grid", "mixed", "--batch-tokens", 298)
+        assert code == 0
+        assert batches == [(197, 101), (50, 197), (101, 50), (197,)]
+        assert [r["tokens"] for r in records] == [n for batch in batches for n in batch]
+
+    def test_prefix_tokens_count(self, capsys, photos, monkeypatch):
+        batches = spy_on_batches(monkeypatch)
+        run(capsys, photos, "--grid", 7, "--batch-tokens", 3 * 49)
+        assert batches == [(50, 50)] * 3 + [(50,)]
+
+    def test_an_image_larger_than_the_limit_goes_alone(self, capsys, photos, monkeypatch):
+        batches = spy_on_batches(monkeypatch)
+        code, records = run_json(capsys, photos, "--batch-tokens", 10)
+        assert code == 0
+        assert batches == [(197,)] * 7
+        assert len(records) == 7
+
+    def test_one_forward_where_all_fit(self, capsys, photos, monkeypatch):
+        batches = spy_on_batches(monkeypatch)
+        run(capsys, photos, "--grid", "mixed")
+        assert batches == [(197, 101, 50, 197, 101, 50, 197)]
+
+    def test_the_batches_do_not_change_the_result(self, capsys, photos, weights):
+        args = (photos, "--weights", weights, "--grid", "mixed")
+        _, together = run_json(capsys, *args)
+        _, alone = run_json(capsys, *args, "--batch-tokens", 1)
+        for a, b in zip(together, alone, strict=True):
+            assert [e["class"] for e in a["top"]] == [e["class"] for e in b["top"]]
+            assert a["top"][0]["probability"] == pytest.approx(b["top"][0]["probability"], rel=1e-4)
+
+    def test_files_are_streamed(self, capsys, tmp_path, monkeypatch):
+        """The first results are printed while most files are unread, however many there are."""
+        paths = [tmp_path / f"{i:02}.png" for i in range(60)]
+        for i, path in enumerate(paths):
+            photo(i, 20, 20).save(path)
+        events = []
+        real_read, real_write = predict.read_ahead, predict.write
+
+        def read(sources, n_workers):
+            for n_read, decoded in enumerate(real_read(sources, n_workers), start=1):
+                events.append(("read", n_read))
+                yield decoded
+
+        def write(stream, text):
+            events.append(("write", text.count("\n")))
+            real_write(stream, text)
+
+        monkeypatch.setattr(predict, "read_ahead", read)
+        monkeypatch.setattr(predict, "write", write)
+        code, out, _ = run(capsys, tmp_path, "--grid", 7, "--batch-tokens", 200)
+        assert code == 0
+        assert [line.split()[3] for line in out.splitlines()[1:]] == [str(path) for path in paths]
+        assert [n for kind, n in events if kind == "write"] == [1, *[4] * 15, 0]
+        n_read = n_written = 0
+        for kind, n in events:
+            n_read, n_written = (n, n_written) if kind == "read" else (n_read, n_written + n)
+            assert n_read - max(n_written - 1, 0) <= 5, "one batch and the image that did not fit"
+
+
+class TestFormats:
+    def test_csv_and_table_say_what_json_says(self, capsys, photos, weights):
+        (photos / "4a.png").write_bytes(b"")
+        args = (photos, "--weights", weights, "--grid", "mixed", "--top-k", 3)
+        _, records = run_json(capsys, *args)
+        _, table, _ = run(capsys, *args)
+        _, out, _ = run(capsys, *args, "--format", "csv")
+        rows = list(csv.DictReader(io.StringIO(out)))
+        header = "path,grid,tokens,ms,class_1,prob_1,class_2,prob_2,class_3,prob_3,error"
+        assert out.splitlines()[0] == header
+        lines = table.splitlines()
+        assert lines[0].split() == ["grid", "tokens", "ms", "path", "top-3"]
+        for record, row, line in zip(records, rows, lines[1:], strict=True):
+            assert row["path"] == record["path"]
+            assert row["error"] == record.get("error", "")
+            assert record["path"] in line
+            if "error" in record:
+                assert {row[key] for key in header.split(",")[1:-1]} == {""}
+                assert line.split()[:3] == ["-", "-", "-"]
+                assert line.endswith("error: empty file")
+                continue
+            assert (int(row["grid"]), int(row["tokens"])) == (record["grid"], record["tokens"])
+            assert float(row["ms"]) > 0
+            assert line.split()[:2] == [str(record["grid"]), str(record["tokens"])]
+            for rank, entry in enumerate(record["top"], start=1):
+                assert int(row[f"class_{rank}"]) == entry["class"]
+                assert float(row[f"prob_{rank}"]) == pytest.approx(entry["probability"], rel=1e-4)
+                assert f"{entry['class']} {entry['probability']:.3f}" in line
+        assert len({line.index("  /") for line in lines[1:]}) == 1, "paths are aligned"
+
+    def test_labels(self, capsys, photos, weights, tmp_path):
+        labels = tmp_path / "labels.txt"
+        labels.write_text("".join(f"class, {i}\n" for i in range(N_CLASSES)), encoding="utf-8")
+        args = (photos / "1.png", "--weights", weights, "--top-k", 1)
+        _, (plain) = run_json(capsys, *args)
+        _, named = run_json(capsys, *args, "--labels", labels)
+        name = f"class, {plain[0]['top'][0]['class']}"
+        assert named[0]["top"][0]["class"] == name
+        _, out, _ = run(capsys, *args, "--labels", labels, "--format", "csv")
+        assert next(csv.DictReader(io.StringIO(out)))["class_1"] == name
+        labels.write_text("only one\n")
+        code, out, err = run(capsys, *args, "--labels", labels)
+        assert (code, out) == (2, "")
+        assert "1000 classes" in err
+        assert "1 lines" in err
+
+    def test_top_k_stops_at_the_number_of_classes(self, capsys, photos):
+        _, records = run_json(capsys, photos / "1.png", "--top-k", N_CLASSES + 5, "--grid", 7)
+        assert len(records[0]["top"]) == N_CLASSES
+        assert sum(entry["probability"] for entry in records[0]["top"]) == pytest.approx(1, abs=1e-4)
+
+    def test_file_names_that_could_break_a_format(self, capsys, tmp_path):
+        names = ['comma,"quote".png', "line\nbreak\x1b[31m.png", "umläut ✓.png"]
+        for name in names:
+            photo(0).save(tmp_path / name)
+        paths = sorted(str(tmp_path / name) for name in names)
+        _, records = run_json(capsys, tmp_path, "--grid", 7)
+        assert [r["path"] for r in records] == paths
+        _, out, _ = run(capsys, tmp_path, "--grid", 7, "--format", "csv")
+        assert [row["path"] for row in csv.DictReader(io.StringIO(out, newline=""))] == paths
+        _, out, _ = run(capsys, tmp_path, "--grid", 7)
+        assert len(out.splitlines()) == 4
+        assert "\x1b" not in out
+
+    def test_undecodable_file_name_on_a_narrow_encoding(self):
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+        report.write(stream, os.fsdecode(b"\xff\xc3\xa4.jpg") + "\n")
+        assert raw.getvalue() == b"\\udcff\\xe4.jpg\n"
+
+    def test_output_replaces_the_file_at_the_end(self, capsys, photos, tmp_path):
+        target = tmp_path / "out.json"
+        target.write_text("old")
+        code, out, err = run(capsys, photos, "--grid", 7, "--format", "json", "--output", target)
+        assert (code, out) == (0, "")
+        assert "7 images" in err
+        assert len(json.loads(target.read_text())) == 7
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "photos"]
+
+    def test_output_to_a_device_does_not_replace_it(self, capsys, photos):
+        assert run(capsys, photos, "--grid", 7, "--output", os.devnull)[0] == 0
+        assert not os.path.isfile(os.devnull)
+
+    def test_usage_error_leaves_the_output_alone(self, capsys, photos, tmp_path):
+        target = tmp_path / "out.csv"
+        target.write_text("old")
+        assert run(capsys, photos, "--grid", 13, "--output", target)[0] == 2
+        assert target.read_text() == "old"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "photos"]
+
+
+class TestInterruption:
+    @pytest.fixture
+    def interrupted(self, monkeypatch):
+        """Ctrl-C arrives in the third forward."""
+        forward = predict._forward
+        calls = 0
+
+        def interrupt(*args):
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+            return forward(*args)
+
+        monkeypatch.setattr(predict, "_forward", interrupt)
+
+    def test_what_was_printed_stays_and_is_valid(self, capsys, photos, interrupted):
+        code, records = run_json(capsys, photos, "--grid", 7, "--batch-tokens", 100)
+        assert code == 130
+        assert [os.path.basename(r["path"]) for r in records] == ["0.jpg", "1.png", "2.webp", "3.JPEG"]
+        assert not [t for t in threading.enumerate() if t.name.startswith("revit-fast-decode")]
+
+    def test_output_is_all_or_nothing(self, capsys, photos, tmp_path, interrupted):
+        target = tmp_path / "out.csv"
+        target.write_text("old")
+        assert run(capsys, photos, "--grid", 7, "--batch-tokens", 100, "--output", target)[0] == 130
+        assert target.read_text() == "old"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "photos"]
+
+
+class TestProgress:
+    def test_random_weights_are_announced(self, capsys, photos, weights):
+        assert "random weights: predictions are meaningless" in run(capsys, photos, "--grid", 7)[2]
+        assert "random" not in run(capsys, photos, "--grid", 7, "--weights", weights)[2]
+
+    def test_plain_lines(self, capsys, photos, monkeypatch):
+        monkeypatch.setattr(report.Progress, "EVERY_IMAGES", 3)
+        _, _, err = run(capsys, photos, "--grid", 7, "--batch-tokens", 50)
+        lines = [line for line in err.splitlines() if "images/s" in line]
+        assert [line.split(" images")[0] for line in lines] == ["3", "6", "7"]
+        assert all("tokens/s" in line for line in lines)
+        assert "7 images (0 failed) in" in lines[-1]
+
+    def test_plain_lines_by_time(self, capsys, photos, monkeypatch):
+        monkeypatch.setattr(report.Progress, "EVERY_S", 0.0)
+        _, _, err = run(capsys, photos, "--grid", 7, "--batch-tokens", 50)
+        assert sum("images/s" in line for line in err.splitlines()) == 8
+
+    def test_threads(self, capsys, photos, n_threads):
+        assert run(capsys, photos, "--grid", 7, "--threads", n_threads + 1)[0] == 0
+        assert torch.get_num_threads() == n_threads + 1
+
+    @contextmanager
+    def terminal(self):
+        """A pseudo-terminal to write to, and a list that holds what arrived once the context is left."""
+        master, slave = os.openpty()
+        chunks = []
+
+        def drain():
+            try:
+                while chunk := os.read(master, 65536):
+                    chunks.append(chunk)
+            except OSError:  # how Linux says that the other end is closed
+                pass
+
+        reader = threading.Thread(target=drain)
+        reader.start()
+        with open(slave, "w", encoding="utf-8") as stream:
+            yield stream, chunks
+        reader.join()
+        os.close(master)
+
+    def test_bar_on_a_terminal_leaves_stdout_alone(self, capsys, photos, monkeypatch):
+        with self.terminal() as (stream, chunks):
+            monkeypatch.setattr(sys, "stderr", stream)
+            code = main(["predict", str(photos), "--model", MODEL, "--grid", "7", "--format", "json"])
+            monkeypatch.undo()
+        shown = b"".join(chunks).decode()
+        assert code == 0
+        assert len(json.loads(capsys.readouterr().out)) == 7
+        assert "7/7" in shown
+        assert "images/s" in shown
+        assert "tokens/s" in shown
+        assert "7 images (0 failed)" in shown
+
+    def test_bar_and_table_on_one_terminal(self, photos, monkeypatch):
+        (photos / "5.jpg").write_bytes(b"")
+        with self.terminal() as (stream, chunks):
+            monkeypatch.setattr(sys, "stderr", stream)
+            monkeypatch.setattr(sys, "stdout", stream)
+            code = main(["predict", str(photos), "--model", MODEL, "--grid", "7", "--batch-tokens", "100"])
+            monkeypatch.undo()
+        lines = b"".join(chunks).decode().splitlines()
+        assert code == 1
+        for name in ("0.jpg", "3.JPEG", "6.png"):
+            (line,) = [line for line in lines if str(photos / name) in line]
+            assert "  7     50 " in line
+        assert sum(str(photos / "5.jpg") in line for line in lines) == 1, "an error is shown once"
+
+
+class TestEnv:
+    def test_json(self, capsys):
+        assert main(["env", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["torch"] == torch.__version__
+        assert found["revit_fast"] == rf.__version__
+        assert found["timm"] == timm.__version__
+        assert found["threads"] == torch.get_num_threads()
+        assert found["isa"] in found["isas"] or not found["extension"]
+        assert "cpu" in found["attention"]
+        assert len(found["cuda"]) == torch.cuda.device_count()
+
+    def test_text(self, capsys):
+        assert main(["env"]) == 0
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["torch"] == torch.__version__
+        assert lines["extension"].startswith(("built", "not built"))
+        assert {"python", "triton", "pillow", "numpy", "platform", "cpu", "isa", "isas", "attention"} <= set(lines)
+
+    def test_never_fails(self, capsys, monkeypatch):
+        def broken(*args):
+            raise OSError("broken installation")
+
+        monkeypatch.setattr(metadata, "version", broken)
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.setattr(torch.cuda, "device_count", broken)
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", broken)
+        assert main(["env", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["triton"] is found["timm"] is None
+        assert found["cuda"] == []
+        assert main(["env"]) == 0
+
+
+class TestProcess:
+    def test_module_runs_and_stdout_may_be_closed_early(self, photos):
+        args = [sys.executable, "-m", "revit_fast.cli", "predict", str(photos), "--model", MODEL, "--grid", "7"]
+        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait() == 1
+        assert "random weights" in err
+        assert "Traceback" not in err
+        assert "Exception ignored" not in err
+
+    def test_help_does_not_wait_for_the_packages_of_the_commands(self):
+        code = "import sys; from revit_fast.cli import main; main(['predict', '--help']); print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "--batch-tokens" in done.stdout
+        loaded = set(done.stdout.splitlines()[-1].split())
+        assert "revit_fast.cli" in loaded
+        assert not loaded & {"timm", "PIL", "rich", "safetensors", "torchvision"}
+
+    def test_help_and_version(self, capsys):
+        assert main(["--help"]) == 0
+        assert "predict" in capsys.readouterr().out
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == rf.__version__
+        assert tuple(report.FORMATS) == cli.RESULT_FORMATS
