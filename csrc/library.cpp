@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
   m.def("mean_pool_backward(Tensor grad_out, Tensor cu_seqlens, SymInt skip, SymInt n_rows) -> Tensor");
   m.def(
       "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, "
-      "bool bicubic, bool exact) -> Tensor");
+      "bool bicubic, SymInt n_rows) -> Tensor");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
   m.def("select_cpu_isa(str isa) -> ()");

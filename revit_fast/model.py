@@ -50,8 +50,8 @@ class ReViT(nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
-    every side a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length nearest to its
-    number of patches, ties to the longer. Any grid may come; position embeddings are resampled to it as in timm.
+    every side a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length nearest
+    to its number of patches, ties to the longer. Any grid may come; position embeddings are resampled to it as in timm.
 
     Args:
         grids: configured square token grids, strictly decreasing; index 0 is the longest.

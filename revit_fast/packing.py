@@ -195,6 +195,8 @@ class PackedBatch:
                 grids = [(s, s) for s in sides]
         if grids is not None:
             grids = tuple((int(h), int(w)) for h, w in grids)
+            if len(grids) != len(seqlens):
+                raise ValueError(f"grids: expected {len(seqlens)}, one per sequence, got {len(grids)}")
             for b, ((h, w), n) in enumerate(zip(grids, counts, strict=True)):
                 if h * w != n:
                     raise ValueError(f"grids: sequence {b} has {n} patches, but its grid {h}x{w} has {h * w}")

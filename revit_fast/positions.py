@@ -1,7 +1,7 @@
 """Position embeddings of many token grids from one stored table.
 
-Bicubic antialiased resampling (timm's `resample_abs_pos_embed`) is a linear map, so the tables of all grids together are
-one matrix product with the stored table: built once for inference, differentiable in training.
+Bicubic antialiased resampling (timm's `resample_abs_pos_embed`) is a linear map, so the tables of all grids together
+are one matrix product with the stored table: built once for inference, differentiable in training.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class PositionTables:
     def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
         """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.
 
-        Without autograd the table is kept for as long as `pos_embed` stays the same. Its values are compared on the CPU,
-        as a write through `.data` leaves no trace; elsewhere its version must do, as a comparison would wait for the device.
+        Without autograd the table is kept for as long as `pos_embed` stays the same. Its values are compared on
+        the CPU, as a write through `.data` leaves no trace; elsewhere its version must do, as a comparison would
+        wait for the device.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and pos_embed.requires_grad):
             return self._build(pos_embed, n_prefix)

@@ -130,3 +130,92 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
         kept = x[rows][skip:]
         means.append(kept.sum(dim=0) / max(kept.shape[0], 1))
     return torch.stack(means) if means else x.new_zeros(0, x.shape[1])
+
+
+RESIZE_WEIGHT_BITS = 22
+"""Fraction bits of a resampling weight, as in Pillow: 32 bits less 8 of the value, less 2 of headroom."""
+
+
+def resize_taps(n_in: int, begin: float, end: float, n_out: int, *, bicubic: bool) -> tuple[Tensor, Tensor]:
+    """Inputs and integer weights of every output of a one-dimensional resize, as in Pillow's `precompute_coeffs`.
+
+    Args:
+        n_in: pixels of the input.
+        begin: left edge of the region to resize; half-pixel centres, so pixel i covers [i, i + 1).
+        end: right edge of it.
+        n_out: pixels of the output.
+        bicubic: a = -0.5; otherwise the triangle. Both are widened where the region shrinks (antialiasing).
+
+    Returns:
+        int64 `[n_out]`, the first input of each output, and int64 `[n_out, max_taps]`, the weights of it and those
+        that follow, zero from the last tap on.
+    """
+    begin, end = (torch.tensor(edge, dtype=torch.float32) for edge in (begin, end))
+    scale = float(end - begin) / n_out
+    filter_scale = max(scale, 1.0)
+    support = (2.0 if bicubic else 1.0) * filter_scale
+    center = float(begin) + (torch.arange(n_out, dtype=torch.float64) + 0.5) * scale
+    first = (center - support + 0.5).long().clamp(min=0)
+    n_taps = (center + support + 0.5).long().clamp(max=n_in) - first
+    tap = torch.arange(int(n_taps.max()))
+    x = ((tap + first[:, None] - center[:, None] + 0.5) * (1.0 / filter_scale)).abs()
+    if bicubic:
+        near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
+        far = (((x - 5) * x + 8) * x - 4) * -0.5
+        weight = torch.where(x < 1, near, far.where(x < 2, 0.0))
+    else:
+        weight = (1 - x).clamp(min=0)
+    weight = weight.where(tap < n_taps[:, None], 0.0)
+    total = torch.zeros(n_out, dtype=torch.float64)
+    for column in weight.unbind(dim=1):  # in this order: a sum in another order differs in its last bit
+        total = total + column
+    weight = weight / total[:, None] * (1 << RESIZE_WEIGHT_BITS)
+    return first, torch.where(weight < 0, weight - 0.5, weight + 0.5).long()
+
+
+def resample(x: Tensor, dim: int, first: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of `x` (integers in [0, 255]) along `dim`, rounded and clipped to [0, 255]."""
+    x = x.transpose(0, dim)
+    total = torch.full((first.shape[0], *x.shape[1:]), 1 << (RESIZE_WEIGHT_BITS - 1), dtype=torch.int64)
+    for t in range(weight.shape[1]):
+        row = (first + t).clamp(max=x.shape[0] - 1)
+        total += x[row].long() * weight[:, t].view(-1, *[1] * (x.dim() - 1))
+    return (total >> RESIZE_WEIGHT_BITS).clamp(0, 255).transpose(0, dim)
+
+
+def resize_patchify(
+    images: list[Tensor],
+    boxes: list[list[float]],
+    sizes: list[list[int]],
+    patch_size: int,
+    table: Tensor | None,
+    *,
+    bicubic: bool = True,
+) -> Tensor:
+    """Resizes as Pillow 13 does, looks every value up in its channel's table and cuts the images into patch rows.
+
+    Args:
+        images: uint8 `[H, W, 3]` or `[H, W, 1]`.
+        boxes: (left, upper, right, lower) per image.
+        sizes: (height, width) per image.
+        patch_size: P.
+        table: `[3, 256]`; None leaves the values as they are.
+        bicubic: bicubic or bilinear.
+
+    Returns:
+        `[sum(gh * gw), P * P * 3]` of the table's dtype, or uint8.
+    """
+    rows = []
+    for image, (left, upper, right, lower), (height, width) in zip(images, boxes, sizes, strict=True):
+        vertical = 0, *resize_taps(image.shape[0], upper, lower, height, bicubic=bicubic)
+        horizontal = 1, *resize_taps(image.shape[1], left, right, width, bicubic=bicubic)
+        # Pillow 13 begins with the vertical pass where it shrinks the image by far more, whatever the box.
+        shrink_y, shrink_x = image.shape[0] - height, image.shape[1] - width
+        passes = (vertical, horizontal) if shrink_y > max(0, 2 * shrink_x) else (horizontal, vertical)
+        for dim, first, weight in passes:
+            image = resample(image, dim, first, weight)
+        image = image.expand(height, width, 3)
+        values = image.to(torch.uint8) if table is None else table[torch.arange(3), image]
+        patches = values.reshape(height // patch_size, patch_size, width // patch_size, patch_size, 3)
+        rows.append(patches.transpose(1, 2).reshape(-1, patch_size * patch_size * 3))
+    return torch.cat(rows)

@@ -4,6 +4,8 @@
 //   dP = dO Vᵀ,  dS = P (dP - delta),  delta = rowsum(dO O) - dlse
 //   dQ = scale dS K,  dK = scale dSᵀ Q,  dV = Pᵀ dO
 //
+// (rowsum(dO O) equals rowsum(P dP), which cancels better against dP and is taken where a tile sees all keys at once.)
+//
 // An item packs its keys and values once (gemm.inl.h) and then goes over its queries in tiles. A sequence of at most
 // kMaxKeys keys is one block, for which a tile's exact row maxima are known before the first exponential; a longer one
 // is cut into equal blocks whose partial results are rescaled when a maximum grows. Scores are kept in units of log 2,
@@ -135,7 +137,8 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
       Arrays<C, 5>({tile_size, tile_size, tile_size, panels_size<C>(dim, n_keys), panels_size<C>(n_keys, dim)}).array;
   const Panels<C> k_transposed =
       pack_transposed(row_of<T>(args.k, item.k_begin, item.kv_head), args.k.row_stride, n_keys, dim, k_panels);
-  const Panels<C> v = pack_panels(row_of<T>(args.v, item.k_begin, item.kv_head), args.v.row_stride, n_keys, dim, v_panels);
+  const Panels<C> v =
+      pack_panels(row_of<T>(args.v, item.k_begin, item.kv_head), args.v.row_stride, n_keys, dim, v_panels);
   const C score_scale = static_cast<C>(args.scale * kLog2E);
 
   for (int64_t member = 0; member < args.group; ++member) {
@@ -183,16 +186,25 @@ REVIT_INLINE Compute<T> dot_row(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// From one row of scores s and of dP: p = 2^(s - lse) and ds = scale p (dP - delta), zero beyond `visible`.
+// Turns one row of scores into p = 2^(s - lse), zero beyond `visible`. Returns the sum of p dP.
 template <class T>
-REVIT_INLINE void grad_row(T* s, T* dp, int64_t visible, int64_t padded, T lse, T delta, T scale) {
+REVIT_INLINE T probabilities_row(T* s, const T* dp, int64_t visible, int64_t padded, T lse) {
   constexpr int n = kLanes<T>;
   fill_row(s + visible, padded - visible, -std::numeric_limits<T>::infinity());
+  Vec<T, n> sums = {};
   for (int64_t j = 0; j < padded; j += n) {
     const Vec<T, n> p = exp2_nonpositive<T, n>(load<n>(s + j) - lse);
     store<n>(s + j, p);
-    store<n>(dp + j, scale * p * (load<n>(dp + j) - delta));
+    sums += p * load<n>(dp + j);
   }
+  return reduce_add<T, n>(sums);
+}
+
+// Turns one row of dP into scale dS.
+template <class T>
+REVIT_INLINE void grad_scores_row(const T* p, T* dp, int64_t padded, T delta, T scale) {
+  constexpr int n = kLanes<T>;
+  for (int64_t j = 0; j < padded; j += n) store<n>(dp + j, scale * load<n>(p + j) * (load<n>(dp + j) - delta));
 }
 
 template <class T>
@@ -230,13 +242,12 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
       pack_tile(do_rows, args.grad_out.row_stride, rows, dim, C(1), do_tile);
       const Panels<C> q = pack_panels(q_rows, args.q.row_stride, rows, dim, q_panels);
       const Panels<C> d_out = pack_panels(do_rows, args.grad_out.row_stride, rows, dim, do_panels);
-      C lse[kGradRowTile], delta[kGradRowTile];
+      C lse[kGradRowTile], d_lse[kGradRowTile];
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = head * args.lse_head_stride + begin + i;
         const C natural = static_cast<const C*>(args.lse)[at];
         lse[i] = natural == -std::numeric_limits<C>::infinity() ? C(0) : natural * static_cast<C>(kLog2E);
-        delta[i] = dot_row(do_rows + i * args.grad_out.row_stride, row_of<T>(args.out, begin + i, head), dim);
-        if (args.grad_lse != nullptr) delta[i] -= static_cast<const C*>(args.grad_lse)[at];
+        d_lse[i] = args.grad_lse != nullptr ? static_cast<const C*>(args.grad_lse)[at] : C(0);
       }
       for (int64_t key = 0; key < tile_keys; key += block) {
         const int64_t keys = std::min(block, tile_keys - key);
@@ -244,8 +255,14 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
         multiply(rows, keys, dim, do_tile, v_transposed.from_column(key), 0, dp_tile, kTileStride, false);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t visible = std::max<int64_t>(0, std::min(keys, visible_keys(args, item, first + i) - key));
-          grad_row(s_tile + i * kTileStride, dp_tile + i * kTileStride, visible, round_up(keys, kLanes<C>), lse[i],
-                   delta[i], scale);
+          const int64_t padded = round_up(keys, kLanes<C>);
+          C* p = s_tile + i * kTileStride;
+          C* dp = dp_tile + i * kTileStride;
+          C delta = probabilities_row(p, dp, visible, padded, lse[i]);
+          if (block < n_keys) {
+            delta = dot_row(do_rows + i * args.grad_out.row_stride, row_of<T>(args.out, begin + i, head), dim);
+          }
+          grad_scores_row(p, dp, padded, delta - d_lse[i], scale);
         }
         multiply(rows, dim, keys, dp_tile, k, key, dq_tile, kTileStride, key > 0);
         multiply<C, true>(keys, dim, rows, dp_tile, q, 0, dk + key * padded_dim, padded_dim, true);

@@ -7,7 +7,8 @@
 // back; the last panel is one vector wide where that is enough. C has any row stride. Columns are padded to whole
 // vectors and rows of A to an even number.
 //
-// Every element of C is one chain of multiply-adds in the order of k, whichever block of the tile it falls into.
+// Every element of C is the sum of one chain of multiply-adds for every kChain values of k, in order, whichever block
+// of the tile it falls into.
 
 // Row stride, in elements, of every tile used as A: an odd number of cache lines, so that the rows of a tile do not
 // compete for the same cache sets, and longer than the longest row by the widest overread of a transposed block.
@@ -26,6 +27,10 @@ template <class F, int... I>
 REVIT_INLINE void unroll_indices(const F& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
+
+// Longest chain of multiply-adds: its rounding errors grow with its length, and its part of a panel should fit the
+// first-level cache.
+inline constexpr int64_t kChain = 128;
 
 // f(0), ..., f(n - 1) with compile-time arguments. A loop would do, but GCC keeps an array that a loop indexes in
 // memory, and the accumulators below must stay in registers.
@@ -89,14 +94,18 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, const Panels<T>& 
   for (int64_t column = 0; column < n; column += kPanel<T>) {
     const int64_t width = b.width(column);
     const T* panel = b.data + column / kPanel<T> * b.stride + first_k * width;
-    for (int64_t row = 0; row < m; row += kBlockRows) {
-      const int64_t rows = std::min<int64_t>(kBlockRows, m - row);
-      const T* a_block = a + (transposed ? row : row * kTileStride);
-      T* c_block = c + row * c_stride + column;
-      if (width == kPanel<T>) {
-        multiply_rows<T, kBlockRows, 2, transposed>(rows, depth, a_block, panel, c_block, c_stride, accumulate);
-      } else {
-        multiply_rows<T, kBlockRows, 1, transposed>(rows, depth, a_block, panel, c_block, c_stride, accumulate);
+    for (int64_t k = 0; k < depth; k += kChain) {
+      const int64_t chain = std::min(kChain, depth - k);
+      const bool add = accumulate || k > 0;
+      for (int64_t row = 0; row < m; row += kBlockRows) {
+        const int64_t rows = std::min<int64_t>(kBlockRows, m - row);
+        const T* a_block = a + (transposed ? row + k * kTileStride : row * kTileStride + k);
+        T* c_block = c + row * c_stride + column;
+        if (width == kPanel<T>) {
+          multiply_rows<T, kBlockRows, 2, transposed>(rows, chain, a_block, panel + k * width, c_block, c_stride, add);
+        } else {
+          multiply_rows<T, kBlockRows, 1, transposed>(rows, chain, a_block, panel + k * width, c_block, c_stride, add);
+        }
       }
     }
   }
@@ -207,9 +216,8 @@ Panels<Compute<T>> pack_transposed(const T* in, int64_t stride, int64_t columns,
       Vec<C, lanes> block[lanes], columns_of_block[lanes];
       unroll<lanes>([&](auto i) __attribute__((always_inline)) { block[i] = load<lanes>(rows + i * rows_stride + k); });
       transpose<C, lanes, lanes / 2>(block, columns_of_block);
-      unroll<lanes>([&](auto i) __attribute__((always_inline)) {
-        store<lanes>(panel + (k + i) * width, columns_of_block[i]);
-      });
+      unroll<lanes>([&](auto i)
+                        __attribute__((always_inline)) { store<lanes>(panel + (k + i) * width, columns_of_block[i]); });
     }
   }
   return panels;

@@ -31,7 +31,7 @@ SCHEMAS = (
     "mean_pool(Tensor x, Tensor cu_seqlens, SymInt skip) -> Tensor",
     "mean_pool_backward(Tensor grad_out, Tensor cu_seqlens, SymInt skip, SymInt n_rows) -> Tensor",
     "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, bool bicubic, "
-    "bool exact) -> Tensor",
+    "SymInt n_rows) -> Tensor",
 )
 
 HOW_TO_BUILD = "install a C++17 compiler (g++ or clang++) and reinstall: pip install --no-build-isolation ."

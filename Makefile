@@ -1,0 +1,53 @@
+# Everything on a machine that has Python >= 3.10, make and a C++17 compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: demo test test-abi bench lint format build clean
+
+## Main job on real photographs: mixed grids in one packed forward, against timm.
+demo: build
+	$(BIN)/python -m bench.demo
+
+## The whole test suite.
+test: build
+	$(BIN)/python -m pytest tests
+
+## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
+OTHER_TORCH ?= torch==2.13.0
+test-abi: build
+	$(PYTHON) -m venv $(VENV)-abi
+	$(VENV)-abi/bin/python -m pip install -q "$(OTHER_TORCH)" numpy "pillow>=13,<14" hypothesis pytest pytest-timeout
+	$(VENV)-abi/bin/python -m pytest tests/test_packing.py tests/test_attention.py tests/test_layer_norm.py \
+	    tests/test_tokens.py tests/test_resize.py -k "not torchvision and not compile"
+
+## Speed of every op and of the model beside its peers; tables in bench/results/.
+bench: build
+	$(BIN)/python -m pytest bench -p no:cacheprovider --benchmark-columns=median,iqr,rounds
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' | xargs $(BIN)/clang-format -i
+
+build: $(VENV)/built
+
+# torch and torchvision in one step, so that each is downloaded once and they fit each other.
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "setuptools>=77" ninja "torch>=2.10" torchvision
+	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,bench,demo,lint]"
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-abi build dist *.egg-info revit_fast/_C*.so bench/results

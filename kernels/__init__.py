@@ -1,0 +1,1 @@
+"""GPU kernels; installed as `revit_fast.kernels`."""

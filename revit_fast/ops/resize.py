@@ -1,0 +1,239 @@
+"""8-bit images of any sizes to normalised patch rows of one pack, bit-equal to Pillow's resize."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..packing import PackedBatch
+from . import _library
+
+Box = tuple[float, float, float, float]
+
+_NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+
+def resize_patchify(
+    images: Sequence[np.ndarray | Tensor],
+    sizes: int | tuple[int, int] | Sequence[int | tuple[int, int]],
+    patch_size: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    boxes: Box | Sequence[Box | None] | None = None,
+    interpolation: str = "bicubic",
+    exact: bool = True,
+    dtype: torch.dtype = torch.float32,
+    lengths: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Resizes every image to its own size, normalises it and cuts it into the patch rows of one pack.
+
+    Equal, bit by bit, to `Image.fromarray(image).resize((width, height), BICUBIC or BILINEAR, box=box)` of Pillow 13
+    followed by torchvision's ToTensor and Normalize. No intermediate image is built and the GIL is released meanwhile.
+
+    Args:
+        images: uint8 numpy arrays or CPU tensors, `[H, W, 3]`, or grey `[H, W]` or `[H, W, 1]`, which gives three equal
+            channels. Any strides; only arrays with negative strides are copied.
+        sizes: pixels to resize to, multiples of `patch_size`: one (height, width) or int (a square) for all images, or
+            a list of these, one per image.
+        patch_size: P, in pixels.
+        mean: of each channel, of pixels in [0, 1]; by default 0.
+        std: of each channel, likewise; by default 1.
+        boxes: (left, upper, right, lower) of the region to resize, in source pixels, fractions allowed: one for all
+            images or a list, one per image, None in it or for it meaning the whole image.
+        interpolation: "bicubic" or "bilinear", both antialiased.
+        exact: bit-equality is always kept, as giving it up would save little; False is accepted and means the same.
+        dtype: of the rows: float32, bfloat16 or float16 for normalised pixels, or uint8 for pixels that still await
+            the normalisation, which is then handed on in `PackedBatch.normalization`.
+        lengths: configured lengths in patches, see `PackedBatch.from_rows`.
+
+    Returns:
+        A pack of rows `[sum(gh * gw), P * P * 3]`, each a patch's pixel rows, pixel columns and channels.
+
+    Raises:
+        TypeError, ValueError: for any argument that is not as above.
+    """
+    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
+        raise ValueError(f"patch_size: expected a positive int, got {patch_size!r}")
+    if interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f"interpolation: expected 'bicubic' or 'bilinear', got {interpolation!r}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or uint8, got {dtype}")
+    if isinstance(images, (np.ndarray, Tensor)):
+        raise TypeError("images: expected a list of images [H, W, 3], got one array; wrap it: [image]")
+    tensors = [_image_tensor(image, i) for i, image in enumerate(images)]
+    if not tensors:
+        raise ValueError("images: expected at least one image, got an empty list")
+    size_list = _size_list(sizes, len(tensors), patch_size)
+    box_list = _box_list(boxes, tensors)
+    mean, std = _channels(mean, "mean", _NO_MEAN), _channels(std, "std", _NO_STD)
+    if 0.0 in std:
+        raise ValueError(f"std: must not be zero, got {std}")
+
+    grids = [(height // patch_size, width // patch_size) for height, width in size_list]
+    seqlens = [rows * columns for rows, columns in grids]
+    as_pixels = dtype == torch.uint8
+    rows = torch.ops.revit_fast.resize_patchify(
+        tensors,
+        torch.tensor(box_list, dtype=torch.float64),
+        torch.tensor(size_list),
+        patch_size,
+        None if as_pixels else _table(mean, std, dtype),
+        interpolation == "bicubic",
+        sum(seqlens),
+    )
+    normalization = torch.tensor([mean, std]) if as_pixels else None
+    return PackedBatch.from_rows(rows, seqlens, grids=grids, lengths=lengths, normalization=normalization)
+
+
+class _Borrowed:
+    """Read-only memory (of a decoder, of a file map) in the guise of writable memory, which torch insists on."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        pointer, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False), "strides": array.strides}
+
+
+def _image_tensor(image: np.ndarray | Tensor, i: int) -> Tensor:
+    """The image as a uint8 CPU tensor `[H, W, 3]` or `[H, W, 1]` on the same memory, if its strides allow."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f"images[{i}]: expected uint8, got {image.dtype}; {_how_to_convert(image.dtype.kind)}")
+        if min(image.strides, default=0) < 0:
+            image = image.copy()
+        elif not image.flags.writeable:
+            image = np.asarray(_Borrowed(image))
+        image = torch.from_numpy(image)
+    elif not isinstance(image, Tensor):
+        raise TypeError(
+            f"images[{i}]: expected a numpy array or a tensor, got {type(image).__name__}; "
+            "for a PIL image: numpy.asarray(image.convert('RGB'))"
+        )
+    elif image.dtype != torch.uint8:
+        kind = "f" if image.is_floating_point() else "u"
+        raise TypeError(f"images[{i}]: expected uint8, got {image.dtype}; {_how_to_convert(kind)}")
+    elif image.device.type != "cpu":
+        raise ValueError(f"images[{i}]: expected a CPU tensor, got one on {image.device}; call .cpu()")
+    shape = tuple(image.shape)
+    if image.dim() == 2:
+        image = image.unsqueeze(-1)
+    if image.dim() != 3 or image.shape[-1] not in (1, 3):
+        fix = ""
+        if image.dim() == 3 and shape[-1] == 4:
+            fix = "; drop or blend alpha first, for instance image[..., :3] or PIL's convert('RGB')"
+        elif image.dim() == 3 and shape[0] in (1, 3):
+            fix = "; channels come last: image.permute(1, 2, 0)"
+        raise ValueError(f"images[{i}]: expected shape [H, W, 3], [H, W, 1] or [H, W], got {shape}{fix}")
+    if image.shape[0] == 0 or image.shape[1] == 0:
+        raise ValueError(f"images[{i}]: expected at least one pixel, got shape {shape}")
+    return image
+
+
+def _how_to_convert(kind: str) -> str:
+    if kind == "f":
+        return "for pixels in [0, 1]: (255 * image).round().clip(0, 255), then cast to uint8"
+    if kind == "b":
+        return "multiply by 255 and cast to uint8"
+    return "for 16 bits a channel: image // 257, then cast to uint8"
+
+
+def _size_list(sizes, n_images: int, patch_size: int) -> list[tuple[int, int]]:
+    """One (height, width) per image."""
+    if isinstance(sizes, (Tensor, np.ndarray)):
+        sizes = sizes.tolist()
+    one = not isinstance(sizes, Sequence) or (isinstance(sizes, tuple) and len(sizes) == 2 and _is_int(sizes[0]))
+    if one:
+        return [_size(sizes, "sizes", patch_size)] * n_images
+    if len(sizes) != n_images:
+        raise ValueError(
+            f"sizes: expected one per image ({n_images}) or one for all as an int or a tuple (height, width), "
+            f"got {len(sizes)}"
+        )
+    return [_size(size, f"sizes[{i}]", patch_size) for i, size in enumerate(sizes)]
+
+
+def _is_int(value) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _size(size, name: str, patch_size: int) -> tuple[int, int]:
+    pair = (size, size) if _is_int(size) else size
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_is_int, pair)):
+        raise TypeError(f"{name}: expected (height, width) in pixels or an int, got {size!r}")
+    height, width = map(operator.index, pair)
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"{name}: expected positive multiples of patch_size {patch_size}, got {height}x{width}")
+    return height, width
+
+
+def _box_list(boxes, images: Sequence[Tensor]) -> list[Box]:
+    """One box per image, within it."""
+    if isinstance(boxes, (Tensor, np.ndarray)):
+        boxes = boxes.tolist()
+    if boxes is None or (len(boxes) == 4 and isinstance(boxes[0], (int, float))):
+        boxes = [boxes] * len(images)
+    if len(boxes) != len(images):
+        raise ValueError(
+            f"boxes: expected one per image ({len(images)}) or one (left, upper, right, lower) for all, "
+            f"got {len(boxes)}"
+        )
+    return [_box(box, image, i) for i, (box, image) in enumerate(zip(boxes, images, strict=True))]
+
+
+def _box(box: Sequence[float] | None, image: Tensor, i: int) -> Box:
+    height, width = image.shape[:2]
+    if box is None:
+        return 0.0, 0.0, float(width), float(height)
+    try:
+        left, upper, right, lower = map(float, box)
+    except (TypeError, ValueError):
+        raise TypeError(f"boxes[{i}]: expected four numbers (left, upper, right, lower), got {box!r}") from None
+    # NaN fails every comparison. Edges are float32 in Pillow, so a box must not be empty in float32 either.
+    if not (np.float32(left) < np.float32(right) and np.float32(upper) < np.float32(lower)):
+        raise ValueError(f"boxes[{i}]: expected left < right and upper < lower, got {tuple(box)}")
+    if not (left >= 0 and upper >= 0 and right <= width and lower <= height):
+        raise ValueError(
+            f"boxes[{i}]: expected a box within the image (0, 0, {width}, {height}), got {tuple(box)}; clip it"
+        )
+    return left, upper, right, lower
+
+
+def _channels(values: Sequence[float] | None, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    if values is None:
+        return default
+    try:
+        values = tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected three numbers, one per channel, got {values!r}") from None
+    if len(values) != 3 or not all(map(np.isfinite, values)):
+        raise ValueError(f"{name}: expected three finite numbers, one per channel, got {values}")
+    return values
+
+
+@lru_cache(maxsize=32)
+def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Normalised value of each channel and 8-bit value, `[3, 256]`: ToTensor and Normalize, then one rounding."""
+    values = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
+    columns = torch.tensor([mean, std], dtype=torch.float32).unsqueeze(-1)
+    return values.expand(3, 256).sub(columns[0]).div(columns[1]).to(dtype)
+
+
+@torch.library.register_fake("revit_fast::resize_patchify")
+def _resize_patchify_fake(images, boxes, sizes, patch_size, table, bicubic, n_rows):
+    dtype = torch.uint8 if table is None else table.dtype
+    return boxes.new_empty((n_rows, patch_size * patch_size * 3), dtype=dtype)
+
+
+def _resize_patchify_reference(images, boxes, sizes, patch_size, table, bicubic, n_rows):
+    return reference.resize_patchify(images, boxes.tolist(), sizes.tolist(), patch_size, table, bicubic=bicubic)
+
+
+_library.register_fallback("resize_patchify", _resize_patchify_reference)

@@ -1,0 +1,354 @@
+"""tal_layer_norm against the float64 reference: values, gradients, invariances and errors."""
+
+import pytest
+import torch
+from helpers import FLOAT_DTYPES, SEQLENS, assert_as_accurate, check_op, cu_seqlens_of, randn, to_float64
+
+from revit_fast import ops, reference
+from revit_fast.packing import work_list
+
+# One channel, below a vector, around one, every tail of a four-vector step, DeiT-Ti to ViT-B, long rows.
+CHANNELS = (1, 3, 7, 16, 31, 50, 192, 384, 390, 768, 3001)
+N_LENGTHS = 3
+
+
+def make(seqlens, channels, dtype=torch.float32, *, padding=0, param_dtype=None, mean=0.0, seed=0):
+    """x, weight, bias, cu_seqlens, length_index, residual; the padding rows hold NaN."""
+    n_rows = sum(seqlens)
+    x = randn(n_rows + padding, channels, seed=seed, dtype=torch.float64) + mean
+    residual = randn(n_rows + padding, channels, seed=seed + 1, dtype=torch.float64)
+    x[n_rows:] = float("nan")
+    residual[n_rows:] = float("nan")
+    weight = randn(N_LENGTHS, channels, seed=seed + 2, dtype=param_dtype or dtype)
+    bias = randn(N_LENGTHS, channels, seed=seed + 3, dtype=param_dtype or dtype)
+    length_index = torch.arange(len(seqlens), dtype=torch.int32) * 2 % N_LENGTHS
+    return x.to(dtype), weight, bias, cu_seqlens_of(seqlens), length_index, residual.to(dtype)
+
+
+def reference_as_eager(x, weight, bias, cu_seqlens, length_index, eps, residual=None):
+    """The reference with float32 statistics for 16-bit rows, rounded to their dtype, as torch's layer_norm does it."""
+    total = x if residual is None else x + residual
+    wide = torch.promote_types(x.dtype, torch.float32)
+    args = (total.to(wide), weight.to(wide), bias.to(wide))
+    y = reference.tal_layer_norm(*args, cu_seqlens, length_index, eps).to(x.dtype)
+    if residual is None:
+        return y
+    valid = torch.arange(x.shape[0]) < cu_seqlens[-1]
+    return y, torch.where(valid[:, None], total, torch.zeros((), dtype=x.dtype))
+
+
+def check_forward(args, residual, eps=1e-6):
+    """The norm is checked on the sum as rounded to the dtype of x: that is what is normalised, in torch too."""
+    x, weight, bias, cu_seqlens, length_index = args
+    if residual is None:
+        check_y(ops.tal_layer_norm(*args, eps), *args, eps)
+        return
+    y, total = ops.tal_layer_norm(*args, eps, residual)
+    expected = (x + residual)[: cu_seqlens[-1]]
+    assert torch.equal(total[: cu_seqlens[-1]], expected), "sum differs from x + residual"
+    assert not total[cu_seqlens[-1] :].any(), "sum: padding rows are not zero"
+    check_y(y, total, weight, bias, cu_seqlens, length_index, eps)
+
+
+def check_y(y, *args):
+    if y.dtype == torch.float64:  # there is no better truth to hold it to
+        torch.testing.assert_close(y, reference.tal_layer_norm(*args), rtol=1e-12, atol=1e-12)
+        return
+    check_op(y, reference_as_eager, *args, what=f"y, C={y.shape[1]}")
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.float64])
+def test_forward_matches_reference(isa, dtype, with_residual):
+    for channels in CHANNELS:
+        *args, residual = make((1, 0, 5, 2, 19, 0), channels, dtype, padding=3)
+        check_forward(args, residual if with_residual else None)
+
+
+def test_forward_of_every_length(isa):
+    *args, residual = make(SEQLENS, 40, padding=1)
+    check_forward(args, residual)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES[1:])
+def test_float32_parameters_with_16_bit_rows(isa, dtype):
+    *args, residual = make((7, 3, 12), 100, dtype, param_dtype=torch.float32, padding=2)
+    check_forward(args, residual)
+    check_forward(args, None)
+
+
+@pytest.mark.parametrize("channels", [7, 100, 384, 3001])
+def test_large_mean_stays_accurate(isa, channels):
+    *args, residual = make((17, 9, 4), channels, mean=1e4)
+    check_forward(args, None)
+    check_forward(args, residual)
+
+
+def test_large_mean_is_more_accurate_than_layer_norm_in_float32(isa):
+    """The correction of the mean counts: without it the error is that of a rounded mean, 5e-4 of a deviation."""
+    x, weight, bias, cu_seqlens, length_index, _ = make((64,), 384, mean=1e4)
+    y = ops.tal_layer_norm(x, weight, bias, cu_seqlens, length_index)
+    truth = reference.tal_layer_norm(*map(to_float64, (x, weight, bias)), cu_seqlens, length_index, 1e-6)
+    assert (y - truth).abs().max() < 2e-5
+
+
+def test_constant_rows_and_eps(isa):
+    _, weight, bias, cu_seqlens, length_index, _ = make((4, 2), 33)
+    x = torch.full((6, 33), 3.25)
+    y = ops.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, eps=1e-5)
+    for rows, index in zip(reference.segments(cu_seqlens), length_index.tolist(), strict=True):
+        torch.testing.assert_close(y[rows], bias[index].expand_as(y[rows]), rtol=0, atol=1e-6)
+    x = randn(6, 33)
+    check_op(
+        ops.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, 0.5),
+        reference.tal_layer_norm, x, weight, bias, cu_seqlens, length_index, 0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seqlens", [(), (0,), (0, 0)])
+def test_nothing_but_padding(isa, seqlens):
+    x, weight, bias, cu_seqlens, length_index, residual = make(seqlens, 20, padding=3)
+    x.requires_grad_()
+    y, total = ops.tal_layer_norm(x, weight.requires_grad_(), bias, cu_seqlens, length_index, residual=residual)
+    assert torch.equal(y, torch.zeros(3, 20))
+    assert torch.equal(total, torch.zeros(3, 20))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 20))
+    assert torch.equal(weight.grad, torch.zeros(N_LENGTHS, 20))
+
+
+def gradients(function, args, residual, grads, **kwargs):
+    """Gradients of x, weight, bias (and the residual) for the given output gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in (*args[:3], *([] if residual is None else [residual]))]
+    out = function(*leaves[:3], *args[3:], residual=leaves[3] if residual is not None else None, **kwargs)
+    out = [out] if isinstance(out, torch.Tensor) else list(out)
+    return torch.autograd.grad(out, leaves, grads[: len(out)])
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_backward_matches_reference(isa, dtype, with_residual):
+    for channels in (2, 7, 50, 384, 390):
+        *args, residual = make((1, 0, 5, 130, 19, 0), channels, dtype, padding=3)
+        x, weight, bias, cu_seqlens, length_index = args
+        end = int(cu_seqlens[-1])
+        grads = [randn(*x.shape, dtype=dtype, seed=9), randn(*x.shape, dtype=dtype, seed=10)]
+        for grad in grads:
+            grad[end:] = float("nan")
+        ours = gradients(ops.tal_layer_norm, args, residual if with_residual else None, grads, eps=1e-6)
+        assert not ours[0][end:].any(), "grad_x: padding rows are not zero"
+        # The truth starts from the rounded sum, like the kernel; its padding is cut, as NaN there would spread.
+        total = (x + residual if with_residual else x)[:end]
+        cut = [grad[:end] for grad in grads]
+
+        def function(total, *rest, residual=None, **kwargs):
+            y = reference_as_eager(total, *rest, **kwargs)
+            return (y, total.clone()) if with_residual else y
+
+        same = gradients(function, (total, *args[1:]), None, cut, eps=1e-6)
+        truth = gradients(
+            function, (total.double(), weight.double(), bias.double(), cu_seqlens, length_index), None,
+            [grad.double() for grad in cut], eps=1e-6,
+        )  # fmt: skip
+        for i, name in enumerate(("grad_x", "grad_weight", "grad_bias")):
+            mine = ours[i][:end] if i == 0 else ours[i]
+            assert_as_accurate(mine, same[i], truth[i], f"{name}, C={channels}")
+        if with_residual:
+            assert torch.equal(ours[0], ours[3])
+
+
+def test_backward_of_one_channel(isa):
+    """The norm of one channel is its bias: grad_x is zero but for the rounding of grad_y * weight, times rstd."""
+    *args, _ = make((6, 5), 1)
+    eps, grad = 1e-6, randn(11, 1, seed=9)
+    grad_x, grad_weight, grad_bias = gradients(ops.tal_layer_norm, args, None, [grad], eps=eps)
+    rounding = torch.finfo(torch.float32).eps * (grad * args[1].abs().max()).abs().max() / eps**0.5
+    assert grad_x.abs().max() <= rounding
+    assert not grad_weight.any()
+    torch.testing.assert_close(grad_bias, torch.stack([grad[:6].sum(0), grad[:0].sum(0), grad[6:].sum(0)]))
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradcheck(isa, with_residual):
+    *args, residual = make((3, 0, 1, 4), 11, torch.float64)
+    x, weight, bias, cu_seqlens, length_index = args
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+
+    def function(x, weight, bias, residual):
+        return ops.tal_layer_norm(
+            x, weight, bias, cu_seqlens, length_index, residual=residual if with_residual else None
+        )
+
+    assert torch.autograd.gradcheck(function, leaves if with_residual else [*leaves[:3], residual.detach()])
+
+
+def test_gradients_of_only_one_output(isa):
+    """A block whose sum (or whose norm) goes unused gets no, or a zero, gradient for it."""
+    *args, residual = make((5, 3), 24)
+    zero = torch.zeros(8, 24)
+    g = randn(8, 24, seed=5)
+    for used in (0, 1):
+        x = args[0].clone().requires_grad_()
+        ops.tal_layer_norm(x, *args[1:], residual=residual)[used].backward(g)
+        grads = [g, zero] if used == 0 else [zero, g]
+        torch.testing.assert_close(x.grad, gradients(ops.tal_layer_norm, args, residual, grads)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_alone_and_packed(isa, dtype):
+    seqlens = (2, 65, 0, 50, 3, 101)
+    *args, residual = make(seqlens, 202, dtype, padding=5)
+    x, weight, bias, cu_seqlens, length_index = args
+    grads = [randn(*x.shape, dtype=dtype, seed=11), randn(*x.shape, dtype=dtype, seed=12)]
+    y, total = ops.tal_layer_norm(*args, residual=residual)
+    grad_x = gradients(ops.tal_layer_norm, args, residual, grads)[0]
+    for b, rows in enumerate(reference.segments(cu_seqlens)):
+        alone = (x[rows], weight, bias, cu_seqlens_of(seqlens[b : b + 1]), length_index[b : b + 1])
+        y_alone, total_alone = ops.tal_layer_norm(*alone, residual=residual[rows])
+        assert torch.equal(y[rows], y_alone), f"y of sequence {b}"
+        assert torch.equal(total[rows], total_alone), f"sum of sequence {b}"
+        grad_alone = gradients(ops.tal_layer_norm, alone, residual[rows], [grad[rows] for grad in grads])[0]
+        assert torch.equal(grad_x[rows], grad_alone), f"grad_x of sequence {b}"
+
+
+def test_bitwise_for_any_number_of_threads(isa):
+    *args, residual = make((197, 101, 50, 101, 197, 50), 384, padding=3)
+    grads = [randn(*args[0].shape, seed=13), randn(*args[0].shape, seed=14)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            results.append(
+                [*ops.tal_layer_norm(*args, residual=residual), *gradients(ops.tal_layer_norm, args, residual, grads)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_tiles_change_nothing():
+    seqlens = (70, 3)
+    *args, residual = make(seqlens, 48)
+    tiles = work_list(seqlens)
+    assert torch.equal(ops.tal_layer_norm(*args, tiles=tiles), ops.tal_layer_norm(*args))
+    y, total = ops.tal_layer_norm(*args, residual=residual, tiles=tiles)
+    assert torch.equal(y, ops.tal_layer_norm(*args, residual=residual)[0])
+    assert torch.equal(total, args[0] + residual)
+
+
+def test_non_contiguous_inputs():
+    *args, residual = make((9, 4), 32)
+    x, weight, bias, cu_seqlens, length_index = args
+
+    def strided(t):
+        return t.new_zeros(*t.shape[:-1], t.shape[-1] * 2)[..., ::2].copy_(t)
+
+    def transposed(t):
+        return t.t().contiguous().t()
+
+    other = (transposed(x), strided(weight), strided(bias), strided(cu_seqlens), strided(length_index))
+    grads = [transposed(randn(13, 32, seed=3)), strided(randn(13, 32, seed=4))]
+    for one, another in zip(
+        (*ops.tal_layer_norm(*args, residual=residual), *gradients(ops.tal_layer_norm, args, residual, grads)),
+        (
+            *ops.tal_layer_norm(*other, residual=strided(residual)),
+            *gradients(ops.tal_layer_norm, other, strided(residual), grads),
+        ),
+        strict=True,
+    ):
+        assert torch.equal(one, another)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_opcheck(with_residual):
+    x, weight, bias, cu_seqlens, length_index, residual = make((3, 0, 5), 24, padding=1)
+    x[8:], residual[8:] = 0, 0  # opcheck compares with assert_close, for which NaN inputs are unlike themselves
+    for t in (x, weight, bias, residual):
+        t.requires_grad_()
+    rest = (weight, bias, cu_seqlens, length_index, 1e-6, None)
+    if with_residual:
+        torch.library.opcheck(torch.ops.revit_fast.tal_layer_norm_residual, (x, residual, *rest))
+        return
+    torch.library.opcheck(torch.ops.revit_fast.tal_layer_norm, (x, *rest))
+    _, mean, rstd = torch.ops.revit_fast.tal_layer_norm(x, *rest)
+    backward = (x.detach(), None, x.detach(), weight.detach(), mean, rstd, cu_seqlens, length_index, None)
+    torch.library.opcheck(torch.ops.revit_fast.tal_layer_norm_backward, backward)
+
+
+def test_compile_fullgraph_and_dynamic():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def block(x, weight, bias, cu_seqlens, length_index, residual):
+        y, total = ops.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, residual=residual)
+        return ops.tal_layer_norm(y * 2, weight, bias, cu_seqlens, length_index) + total
+
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for seed, seqlens in enumerate([(5, 9), (4, 0, 11), (7,) * 6, (3, 8, 2), (50, 2)]):
+        args = make(seqlens, 24, seed=seed)
+        leaves = [t.detach().clone().requires_grad_() for t in (args[0], args[5])]
+        for function in (block, compiled):
+            out = function(leaves[0], *args[1:5], leaves[1])
+            out.backward(torch.ones_like(out))
+            if function is block:
+                expected = [out, *(t.grad.clone() for t in leaves)]
+                for t in leaves:
+                    t.grad = None
+        for got, wanted in zip((out, leaves[0].grad, leaves[1].grad), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert counter.frame_count <= 3, f"{counter.frame_count} compilations"
+
+
+def replaced(**changes):
+    x, weight, bias, cu_seqlens, length_index, _ = make((3, 2), 8)
+    return {
+        "x": x, "weight": weight, "bias": bias, "cu_seqlens": cu_seqlens, "length_index": length_index, **changes,
+    }  # fmt: skip
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "name"),
+    [
+        ({"x": [[1.0]]}, TypeError, "x"),
+        ({"x": torch.zeros(5, 8, dtype=torch.int64)}, TypeError, "x"),
+        ({"x": torch.zeros(5, 2, 4)}, ValueError, "x"),
+        ({"x": torch.zeros(5, 0)}, ValueError, "x"),
+        ({"x": torch.zeros(4, 8)}, RuntimeError, "cu_seqlens"),
+        ({"weight": torch.zeros(3, 7)}, ValueError, "weight"),
+        ({"weight": torch.zeros(8)}, ValueError, "weight"),
+        ({"weight": torch.zeros(3, 8, dtype=torch.float16)}, TypeError, "weight"),
+        ({"weight": None}, TypeError, "weight"),
+        ({"weight": torch.zeros(3, 8, device="meta")}, ValueError, "weight"),
+        ({"bias": torch.zeros(2, 8)}, ValueError, "bias"),
+        ({"bias": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "bias"),
+        ({"bias": None}, TypeError, "bias"),
+        ({"cu_seqlens": [0, 3, 5]}, TypeError, "cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 3, 5])}, TypeError, "cu_seqlens"),
+        ({"cu_seqlens": int32(0, 3, 5)[None]}, ValueError, "cu_seqlens"),
+        ({"cu_seqlens": int32()}, ValueError, "cu_seqlens"),
+        ({"cu_seqlens": int32(0, 3, 5).to("meta")}, ValueError, "cu_seqlens"),
+        ({"cu_seqlens": int32(1, 3, 5)}, RuntimeError, "cu_seqlens"),
+        ({"cu_seqlens": int32(0, 6, 5)}, RuntimeError, "cu_seqlens"),
+        ({"cu_seqlens": int32(0, 3, 6)}, RuntimeError, "cu_seqlens"),
+        ({"length_index": torch.tensor([0, 1])}, TypeError, "length_index"),
+        ({"length_index": int32(0, 1, 2)}, ValueError, "length_index"),
+        ({"length_index": int32(0, 3)}, RuntimeError, "length_index"),
+        ({"length_index": int32(-1, 0)}, RuntimeError, "length_index"),
+        ({"eps": float("nan")}, ValueError, "eps"),
+        ({"eps": -1e-6}, ValueError, "eps"),
+        ({"eps": float("inf")}, ValueError, "eps"),
+        ({"residual": torch.zeros(5, 9)}, ValueError, "residual"),
+        ({"residual": torch.zeros(5, 8, dtype=torch.float64)}, TypeError, "residual"),
+        ({"residual": 1.0}, TypeError, "residual"),
+    ],
+)
+def test_bad_inputs_are_named(changes, error, name):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        ops.tal_layer_norm(**replaced(**changes))

@@ -1,0 +1,131 @@
+"""The pack contract: offsets, work list, length rule, prefix convention, and its errors."""
+
+import pytest
+import torch
+from helpers import randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from revit_fast import PackedBatch
+from revit_fast.packing import SHORT, SHORT_KEYS, STREAMING, TILE_ROWS, check_grids, nearest_length, work_list
+
+LENGTHS = (196, 100, 49)
+
+
+@given(st.lists(st.integers(0, 1100), max_size=12))
+def test_work_list_covers_every_row_once(seqlens):
+    covered = [set() for _ in seqlens]
+    for sequence, first_row, schedule in work_list(seqlens).tolist():
+        rows = range(first_row, min(first_row + TILE_ROWS, seqlens[sequence]))
+        assert len(rows) > 0, f"tile ({sequence}, {first_row}) holds no row"
+        assert covered[sequence].isdisjoint(rows)
+        covered[sequence].update(rows)
+        assert schedule == (SHORT if seqlens[sequence] <= SHORT_KEYS else STREAMING)
+    assert [len(c) for c in covered] == seqlens
+
+
+def test_a_sequence_has_the_same_tiles_in_every_pack():
+    alone = work_list([577])[:, 1:]
+    packed = work_list([3, 577, 0, 1025])
+    assert torch.equal(packed[packed[:, 0] == 1][:, 1:], alone)
+
+
+def test_work_list_takes_its_schedule_from_the_keys():
+    tiles = work_list([1, 1], [SHORT_KEYS, SHORT_KEYS + 1])
+    assert tiles.tolist() == [[0, 0, SHORT], [1, 0, STREAMING]]
+
+
+@pytest.mark.parametrize(
+    ("count", "index"), [(196, 0), (400, 0), (148, 0), (147, 1), (100, 1), (75, 1), (74, 2), (49, 2), (1, 2), (0, 2)]
+)
+def test_nearest_length_with_ties_to_the_longer(count, index):
+    # 148 lies midway between 196 and 100; 74.5 midway between 100 and 49.
+    assert nearest_length(torch.tensor([count]), LENGTHS).tolist() == [index]
+
+
+def test_from_list_round_trip_and_fields():
+    items = [randn(n, 5, seed=n) for n in (49, 0, 196, 100, 49)]
+    batch = PackedBatch.from_list(items)
+    assert len(batch) == 5
+    assert batch.cu_seqlens.tolist() == [0, 49, 49, 245, 345, 394]
+    assert batch.cu_seqlens.dtype == batch.length_index.dtype == batch.tiles.dtype == torch.int32
+    assert batch.length_index.tolist() == [2, 2, 0, 1, 2]
+    assert batch.grids == ((7, 7), (0, 0), (14, 14), (10, 10), (7, 7))
+    assert batch.max_seqlen == 196
+    assert torch.equal(batch.tiles, work_list(batch.seqlens))
+    for item, part in zip(items, batch.split(), strict=True):
+        assert torch.equal(item, part)
+
+
+def test_from_images_cuts_patches_in_row_column_channel_order():
+    p = 4
+    images = [randn(3, 2 * p, 3 * p, seed=1), randn(3, p, p, seed=2)]
+    batch = PackedBatch.from_images(images, p)
+    assert batch.grids == ((2, 3), (1, 1))
+    for image, rows in zip(images, batch.split(), strict=True):
+        n_columns = image.shape[2] // p
+        for index, row in enumerate(rows):
+            top, left = index // n_columns * p, index % n_columns * p
+            patch = image[:, top : top + p, left : left + p]
+            assert torch.equal(row, patch.permute(1, 2, 0).reshape(-1)), f"patch {index}"
+
+
+def test_padding_rows_are_not_part_of_any_sequence():
+    batch = PackedBatch.from_rows(torch.arange(10.0)[:, None], [4, 3])
+    assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert [part.flatten().tolist() for part in batch.split()] == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_layout_counts_prefix_tokens():
+    batch = PackedBatch.from_list([randn(n, 2) for n in (63, 0, 64)], grids=[(9, 7), (0, 0), (8, 8)])
+    layout = batch.layout(1)
+    assert layout.cu_seqlens.tolist() == [0, 64, 65, 130]
+    assert torch.equal(layout.tiles, work_list([64, 1, 65]))
+    assert layout.length_index is batch.length_index
+    tokens = batch.with_tokens(randn(130, 2), 1)
+    assert tokens.n_prefix == 1
+    assert tokens.seqlens == (64, 1, 65)
+    assert torch.equal(tokens.layout(1).tiles, layout.tiles)
+    with pytest.raises(ValueError, match="n_prefix"):
+        tokens.layout(2)
+
+
+def test_prefix_tokens_do_not_count_for_the_length_index():
+    batch = PackedBatch.from_list([randn(148 + 30, 2)], grids=[(37, 4)], n_prefix=30)
+    assert batch.length_index.tolist() == [0]
+
+
+def test_to_moves_every_tensor():
+    batch = PackedBatch.from_list([randn(4, 2)]).to("meta")
+    tensors = (batch.data, batch.cu_seqlens, batch.length_index, batch.tiles, batch.grid_hw)
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert batch.seqlens == (4,)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PackedBatch.from_list([]), ValueError, "items: expected at least one"),
+        (lambda: PackedBatch.from_list([randn(1, 2), [1]]), TypeError, r"items\[1\]: expected a tensor"),
+        (lambda: PackedBatch.from_list([randn(1, 2), randn(1, 3)]), ValueError, r"items\[1\]: expected rows"),
+        (lambda: PackedBatch.from_list([randn(1, 2), randn(1, 2).double()]), ValueError, r"items\[1\].*float64"),
+        (lambda: PackedBatch.from_rows(randn(3, 2), [2, 2]), ValueError, "seqlens: 4 rows in all"),
+        (lambda: PackedBatch.from_rows(randn(3, 2), [-1]), ValueError, "seqlens: .*negative, got -1"),
+        (lambda: PackedBatch.from_rows([1], [1]), TypeError, "data: expected a tensor"),
+        (lambda: PackedBatch.from_rows(randn(6, 2), [6], grids=[(2, 2)]), ValueError, "grids: sequence 0 has 6"),
+        (lambda: PackedBatch.from_rows(randn(6, 2), [6], grids=[(2, 3), (1, 1)]), ValueError, "grids: expected 1"),
+        (lambda: PackedBatch.from_rows(randn(6, 2), [6], lengths=(49, 100)), ValueError, "strictly decreasing"),
+        (lambda: PackedBatch.from_images([], 16), ValueError, "images: expected at least one"),
+        (lambda: PackedBatch.from_images([randn(3, 16, 17)], 16), ValueError, r"images\[0\]: .*16, got 16x17"),
+        (lambda: PackedBatch.from_images([randn(3, 0, 16)], 16), ValueError, r"images\[0\]"),
+        (lambda: PackedBatch.from_images([randn(16, 16)], 16), ValueError, r"images\[0\]: expected shape"),
+        (lambda: PackedBatch.from_images([randn(3, 16, 16), randn(1, 16, 16)], 16), ValueError, r"images\[1\]"),
+        (lambda: check_grids((7, 10)), ValueError, "strictly decreasing"),
+        (lambda: check_grids(()), ValueError, "grids"),
+        (lambda: check_grids(14), TypeError, "grids: expected a sequence"),
+        (lambda: PackedBatch.from_rows(randn(6, 2), [6]).with_data(randn(5, 2)), ValueError, "data: expected 6 rows"),
+    ],
+)
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
