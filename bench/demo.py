@@ -70,9 +70,8 @@ def main() -> None:
     prepare_ms = (time.perf_counter() - begin) * 1e3
     logits = model(batch)
 
-    print(
-        f"revit-fast {rf.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_library.cpu_isa()}"
-    )
+    n_threads, isa = torch.get_num_threads(), _library.cpu_isa()
+    print(f"revit-fast {rf.__version__}, torch {torch.__version__}, {n_threads} threads, {isa}")
     print(f"{args.model}, random weights; {len(batch)} photographs resized to patches in {prepare_ms:.1f} ms")
     tensors = []
     worst = 0.0

@@ -365,7 +365,16 @@ class ReViT(nn.Module):
         if batch.lengths != self.lengths:
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
         table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
-        return Inputs(batch.data, batch.cu_seqlens, layout, table, offset, batch.normalization)
+        return Inputs(self._without_padding(batch), batch.cu_seqlens, layout, table, offset, batch.normalization)
+
+    def _without_padding(self, batch: PackedBatch) -> Tensor:
+        """The batch's rows, so that padding rows neither cost time nor, if they hold NaN, reach a weight's gradient."""
+        if not torch.compiler.is_compiling():
+            return batch.data[: sum(batch.seqlens)]
+        if not torch.is_grad_enabled():
+            return batch.data  # the token ops zero what comes of padding
+        rows = torch.arange(batch.data.shape[0], device=batch.device).unsqueeze(1)
+        return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)
 
     def _uniform_inputs(self, x: Tensor) -> Inputs:
         """Inputs for images of one size by tensor arithmetic alone, so that the compiler sees no host-side packing."""

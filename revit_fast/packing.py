@@ -312,8 +312,9 @@ class PackedBatch:
             return Layout(self.cu_seqlens + n_prefix * sequence, self.length_index, None)
         if n_prefix not in self._layouts:
             seqlens = [n + n_prefix for n in self.seqlens]
-            cu_seqlens, tiles = cumulative(seqlens), work_list(seqlens)
-            self._layouts[n_prefix] = Layout(cu_seqlens.to(self.device), self.length_index, tiles.to(self.device))
+            with torch.inference_mode(False):  # what inference leaves behind must serve training too
+                cu_seqlens, tiles = cumulative(seqlens).to(self.device), work_list(seqlens).to(self.device)
+            self._layouts[n_prefix] = Layout(cu_seqlens, self.length_index, tiles)
         return self._layouts[n_prefix]
 
     def with_tokens(self, data: Tensor, n_prefix: int) -> PackedBatch:

@@ -51,12 +51,13 @@ class PositionTables:
         if len(self._first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
             self._forget()
             new = list(dict.fromkeys([*self.configured, *new]))
-        identity = torch.eye(self._matrix.shape[1], dtype=torch.float64)
-        for grid in new:
-            self._first_row[grid] = self._matrix.shape[0]
-            self._matrix = torch.cat([self._matrix, resample(identity, self.base_grid, grid)])
-        self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32)
-        self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32)
+        with torch.inference_mode(False), torch.no_grad():  # what inference leaves behind must serve training too
+            identity = torch.eye(self._matrix.shape[1], dtype=torch.float64)
+            for grid in new:
+                self._first_row[grid] = self._matrix.shape[0]
+                self._matrix = torch.cat([self._matrix, resample(identity, self.base_grid, grid)])
+            self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32)
+            self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32)
         self._cache: tuple[tuple, Tensor, Tensor] | None = None
 
     def offsets(self, grid_hw: Tensor) -> Tensor:
