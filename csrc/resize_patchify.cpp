@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -33,8 +34,8 @@ inline double filter(bool bicubic, double x) {
 class Axis {
  public:
   // From `n_in` pixels, of which [begin, end) is resampled, to `n_out`. Box edges are float and their difference is
-  // taken in float, as in Pillow.
-  Axis(int32_t n_in, float begin, float end, int32_t n_out, bool bicubic) : first_(n_out), n_taps_(n_out) {
+  // taken in float, as in Pillow. With `even`, taps start at even inputs, one of weight 0 before them if need be.
+  Axis(int32_t n_in, float begin, float end, int32_t n_out, bool bicubic, bool even) : first_(n_out), n_taps_(n_out) {
     const double scale = static_cast<double>(end - begin) / n_out;
     const double filter_scale = std::max(scale, 1.0);
     const double support = (bicubic ? 2.0 : 1.0) * filter_scale;
@@ -44,7 +45,7 @@ class Axis {
       first_[i] = static_cast<int32_t>(std::max(center - support + 0.5, 0.0));
       const int32_t last = static_cast<int32_t>(std::min(center + support + 0.5, static_cast<double>(n_in)));
       n_taps_[i] = last - first_[i];  // at least 1: the support reaches a pixel to either side
-      max_taps_ = std::max(max_taps_, n_taps_[i]);
+      max_taps_ = std::max(max_taps_, n_taps_[i] + (even ? first_[i] % 2 : 0));
     }
     pairs_stride_ = (max_taps_ + 1) / 2;
     pairs_.resize(pairs_stride_ * n_out);
@@ -56,7 +57,10 @@ class Axis {
       }
       double total = 0.0;
       for (int32_t t = 0; t < n_taps_[i]; ++t) total += weights[t];
-      quantize(weights.data(), total, n_taps_[i], pairs_.data() + i * pairs_stride_);
+      const int32_t lead = even ? first_[i] % 2 : 0;
+      quantize(weights.data(), total, n_taps_[i], lead, pairs_.data() + i * pairs_stride_);
+      first_[i] -= lead;
+      n_taps_[i] += lead;
     }
     reduce_identity();
   }
@@ -66,12 +70,13 @@ class Axis {
   }
 
  private:
-  static void quantize(const double* weights, double total, int32_t n_taps, TapPair* pairs) {
+  static void quantize(const double* weights, double total, int32_t n_taps, int32_t lead, TapPair* pairs) {
     for (int32_t t = 0; t < n_taps; ++t) {
       const double weight = (total != 0.0 ? weights[t] / total : weights[t]) * (1 << cpu::kWeightBits);
       const int32_t rounded = static_cast<int32_t>(weight < 0 ? weight - 0.5 : weight + 0.5);
-      pairs[t / 2].high[t % 2] = static_cast<int16_t>(rounded >> cpu::kLowBits);
-      pairs[t / 2].low[t % 2] = static_cast<int16_t>(rounded & ((1 << cpu::kLowBits) - 1));
+      TapPair& pair = pairs[(lead + t) / 2];
+      pair.high[(lead + t) % 2] = static_cast<int16_t>(rounded >> cpu::kLowBits);
+      pair.low[(lead + t) % 2] = static_cast<int16_t>(rounded & ((1 << cpu::kLowBits) - 1));
     }
   }
 
@@ -108,16 +113,22 @@ class AxisCache {
  public:
   explicit AxisCache(bool bicubic) : bicubic_(bicubic) {}
 
-  cpu::ResizeAxis get(int32_t n_in, float begin, float end, int32_t n_out) {
-    auto& axis = axes_[{n_in, begin, end, n_out}];
-    if (axis == nullptr) axis = std::make_unique<Axis>(n_in, begin, end, n_out, bicubic_);
+  cpu::ResizeAxis get(int32_t n_in, float begin, float end, int32_t n_out, bool even) {
+    auto& axis = axes_[{n_in, begin, end, n_out, even}];
+    if (axis == nullptr) axis = std::make_unique<Axis>(n_in, begin, end, n_out, bicubic_, even);
     return axis->view();
   }
 
  private:
   bool bicubic_;
-  std::map<std::tuple<int32_t, float, float, int32_t>, std::unique_ptr<Axis>> axes_;
+  std::map<std::tuple<int32_t, float, float, int32_t, bool>, std::unique_ptr<Axis>> axes_;
 };
+
+constexpr std::align_val_t kScratchAlign{64};
+struct FreeScratch {
+  void operator()(uint8_t* p) const { ::operator delete(p, kScratchAlign); }
+};
+using Scratch = std::unique_ptr<uint8_t[], FreeScratch>;
 
 struct Band {
   int64_t image;
@@ -200,8 +211,8 @@ Tensor resize_patchify(std::vector<Tensor> images, Tensor boxes, Tensor sizes, i
     args[b].width = static_cast<int32_t>(width);
     args[b].out_width = static_cast<int32_t>(out_width);
     args[b].patch_size = static_cast<int32_t>(patch_size);
-    args[b].horizontal = axes.get(args[b].width, edges[0], edges[2], args[b].out_width);
-    args[b].vertical = axes.get(args[b].height, edges[1], edges[3], static_cast<int32_t>(out_height));
+    args[b].horizontal = axes.get(args[b].width, edges[0], edges[2], args[b].out_width, true);
+    args[b].vertical = axes.get(args[b].height, edges[1], edges[3], static_cast<int32_t>(out_height), false);
     // Pillow 13 takes the vertical pass first where it shrinks the image by far more; the box has no say in it.
     args[b].vertical_first = height - out_height > 0 && height - out_height > 2 * (width - out_width);
     args[b].table = table.has_value() ? table->const_data_ptr() : nullptr;
@@ -220,7 +231,7 @@ Tensor resize_patchify(std::vector<Tensor> images, Tensor boxes, Tensor sizes, i
   for_each_task(static_cast<int64_t>(bands.size()), [&](int64_t i) {
     const Band& band = bands[i];
     const cpu::ResizeArgs& image = args[band.image];
-    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[kernels.scratch_bytes(image)]);
+    const Scratch scratch(static_cast<uint8_t*>(::operator new(kernels.scratch_bytes(image), kScratchAlign)));
     kernels.rows(image, band.begin, band.end, scratch.get());
   });
   return out;

@@ -14,8 +14,6 @@
 namespace revit {
 namespace {
 
-using cpu::ParamType;
-
 // Elements of one task: below it a second thread costs more than it saves.
 constexpr int64_t kTaskElements = 16384;
 
@@ -25,7 +23,7 @@ constexpr int64_t kPartRows = 64;
 
 struct Layout {
   cpu::DType dtype;
-  ParamType param_type;
+  cpu::DType param_dtype;
   int64_t n_rows;
   int64_t n_channels;
   int64_t batch;
@@ -43,13 +41,12 @@ Layout check_layout(const Tensor& x, const Tensor& weight, const Tensor& cu_seql
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) >= 1, "x must be a CPU tensor [T, C] with C >= 1");
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == x.size(1),
                   "weight must be a CPU tensor [n_lengths, C = ", x.size(1), "]");
-  const bool like_rows = weight.scalar_type() == x.scalar_type();
-  STD_TORCH_CHECK(like_rows || weight.scalar_type() == compute_type_of(x),
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() || weight.scalar_type() == compute_type_of(x),
                   "weight must have the dtype of x, or be float32 for bfloat16 and float16");
   const int64_t batch = check_cu_seqlens(cu_seqlens, x.size(0), "cu_seqlens");
   check_length_index(length_index, batch, weight.size(0));
   return {dtype_of(x, "x"),
-          like_rows ? ParamType::kLikeRows : ParamType::kCompute,
+          dtype_of(weight, "weight"),
           x.size(0),
           x.size(1),
           batch,
@@ -61,6 +58,14 @@ template <class Pointer>
 Pointer offset(Pointer p, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return p == nullptr ? nullptr : static_cast<Byte*>(p) + bytes;
+}
+
+// Affine parameters [n_lengths, C] in compute type: themselves, or widened into `storage`.
+const void* widened(const Tensor& t, cpu::DType dtype, std::vector<float>* storage) {
+  if (dtype == cpu::DType::kFloat32 || dtype == cpu::DType::kFloat64) return t.const_data_ptr();
+  storage->resize(static_cast<size_t>(t.numel()));
+  cpu::kernels().layer_norm.widen[static_cast<int>(dtype)]({t.const_data_ptr(), storage->data(), t.numel()});
+  return storage->data();
 }
 
 struct Outputs {
@@ -79,29 +84,31 @@ Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& wei
   const Tensor residual = residual_in != nullptr ? revit::contiguous(*residual_in) : Tensor();
   const ScalarType compute = compute_type_of(x);
   const int64_t row_bytes = layout.n_channels * static_cast<int64_t>(x.element_size());
-  const int64_t param_bytes = layout.n_channels * static_cast<int64_t>(weight.element_size());
   Outputs out;
   out.y = torch::stable::new_empty(x, {layout.n_rows, layout.n_channels});
   if (residual_in != nullptr) out.sum = torch::stable::new_empty(x, {layout.n_rows, layout.n_channels});
   out.mean = torch::stable::new_empty(x, {layout.n_rows}, compute);
   out.rstd = torch::stable::new_empty(x, {layout.n_rows}, compute);
   const int64_t stat_bytes = static_cast<int64_t>(out.mean.element_size());
+  const int64_t wide_row_bytes = layout.n_channels * stat_bytes;
 
   const void* x_data = x.const_data_ptr();
   const void* residual_data = residual_in != nullptr ? residual.const_data_ptr() : nullptr;
-  const void* weight_data = weight.const_data_ptr();
-  const void* bias_data = bias.const_data_ptr();
+  std::vector<float> wide_weight, wide_bias;
+  const void* weight_data = widened(weight, layout.param_dtype, &wide_weight);
+  const void* bias_data = widened(bias, layout.param_dtype, &wide_bias);
   void* y_data = out.y.mutable_data_ptr();
   void* sum_data = residual_in != nullptr ? out.sum.mutable_data_ptr() : nullptr;
   void* mean_data = out.mean.mutable_data_ptr();
   void* rstd_data = out.rstd.mutable_data_ptr();
-  const auto kernel =
-      cpu::kernels().layer_norm.forward[static_cast<int>(layout.dtype)][static_cast<int>(layout.param_type)];
+  const auto kernel = cpu::kernels().layer_norm.forward[static_cast<int>(layout.dtype)];
+  const bool needs_scratch = layout.dtype == cpu::DType::kBFloat16 || layout.dtype == cpu::DType::kFloat16;
 
   // A row's result depends on that row alone, so tasks are runs of rows that ignore where sequences end.
   const int64_t task_rows = std::max<int64_t>(1, kTaskElements / layout.n_channels);
   const int64_t n_tasks = (layout.n_rows + task_rows - 1) / task_rows;
   for_each_task(n_tasks, [&](int64_t task) {
+    std::vector<float> scratch(needs_scratch ? static_cast<size_t>(layout.n_channels) : 0);
     int64_t row = task * task_rows;
     const int64_t end = std::min(row + task_rows, layout.n_rows);
     int64_t b = std::upper_bound(layout.cu_seqlens, layout.cu_seqlens + layout.batch + 1, row) - layout.cu_seqlens - 1;
@@ -110,9 +117,9 @@ Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& wei
       if (n == 0) continue;
       const int64_t index = layout.length_index[b];
       kernel({offset(x_data, row * row_bytes), offset(residual_data, row * row_bytes),
-              offset(weight_data, index * param_bytes), offset(bias_data, index * param_bytes),
+              offset(weight_data, index * wide_row_bytes), offset(bias_data, index * wide_row_bytes),
               offset(y_data, row * row_bytes), offset(sum_data, row * row_bytes), offset(mean_data, row * stat_bytes),
-              offset(rstd_data, row * stat_bytes), n, layout.n_channels, eps});
+              offset(rstd_data, row * stat_bytes), scratch.data(), n, layout.n_channels, eps});
       row += n;
     }
     if (row < end) {
@@ -199,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> tal_layer_norm_backward(const Tensor& grad_y_
   const void* grad_y_data = grad_y.const_data_ptr();
   const void* grad_sum_data = grad_sum_in ? grad_sum.const_data_ptr() : nullptr;
   const void* x_data = x.const_data_ptr();
-  const void* weight_data = weight.const_data_ptr();
+  std::vector<float> wide_weight;
+  const void* weight_data = widened(weight, layout.param_dtype, &wide_weight);
   const void* mean_data = mean.const_data_ptr();
   const void* rstd_data = rstd.const_data_ptr();
   void* grad_x_data = grad_x.mutable_data_ptr();
@@ -207,28 +215,28 @@ std::tuple<Tensor, Tensor, Tensor> tal_layer_norm_backward(const Tensor& grad_y_
   void* grad_bias_data = grad_bias.mutable_data_ptr();
   void* sums_data = sums.mutable_data_ptr();
 
-  const int dtype = static_cast<int>(layout.dtype), param_type = static_cast<int>(layout.param_type);
   const cpu::LayerNormKernels& kernels = cpu::kernels().layer_norm;
+  const auto backward = kernels.backward[static_cast<int>(layout.dtype)];
+  const auto reduce = kernels.reduce[static_cast<int>(layout.param_dtype)];
   const int64_t max_threads = std::max<int64_t>(1, layout.n_rows * n_channels / kTaskElements);
   for_each_task(
       static_cast<int64_t>(parts.size()),
       [&](int64_t i) {
         const Part& part = parts[i];
         const int64_t at = part.first_row;
-        kernels.backward[dtype][param_type]({offset(grad_y_data, at * row_bytes), offset(grad_sum_data, at * row_bytes),
-                                             offset(x_data, at * row_bytes),
-                                             offset(weight_data, part.length * param_bytes),
-                                             offset(mean_data, at * stat_bytes), offset(rstd_data, at * stat_bytes),
-                                             offset(grad_x_data, at * row_bytes), offset(sums_data, 2 * i * sum_bytes),
-                                             offset(sums_data, (2 * i + 1) * sum_bytes), part.n_rows, n_channels});
+        std::vector<double> scratch(cpu::kLayerNormBackwardScratchRows * n_channels);  // room for either compute type
+        backward({offset(grad_y_data, at * row_bytes), offset(grad_sum_data, at * row_bytes),
+                  offset(x_data, at * row_bytes), offset(weight_data, part.length * sum_bytes),
+                  offset(mean_data, at * stat_bytes), offset(rstd_data, at * stat_bytes),
+                  offset(grad_x_data, at * row_bytes), offset(sums_data, 2 * i * sum_bytes),
+                  offset(sums_data, (2 * i + 1) * sum_bytes), scratch.data(), part.n_rows, n_channels});
       },
       max_threads);
   for_each_task(
       n_lengths,
       [&](int64_t length) {
-        kernels.reduce[dtype][param_type](
-            {offset(sums_data, 2 * begin[length] * sum_bytes), offset(grad_weight_data, length * param_bytes),
-             offset(grad_bias_data, length * param_bytes), begin[length + 1] - begin[length], n_channels});
+        reduce({offset(sums_data, 2 * begin[length] * sum_bytes), offset(grad_weight_data, length * param_bytes),
+                offset(grad_bias_data, length * param_bytes), begin[length + 1] - begin[length], n_channels});
       },
       max_threads);
   const int64_t end = layout.cu_seqlens[layout.batch];

@@ -4,7 +4,8 @@
 //   dP = dO Vᵀ,  dS = P (dP - delta),  delta = rowsum(dO O) - dlse
 //   dQ = scale dS K,  dK = scale dSᵀ Q,  dV = Pᵀ dO
 //
-// (rowsum(dO O) equals rowsum(P dP), which cancels better against dP and is taken where a tile sees all keys at once.)
+// Where a tile sees all keys at once, P is divided by its own sum and delta taken as rowsum(P dP), which are free of
+// the rounding of lse and of O.
 //
 // An item packs its keys and values once (gemm.inl.h) and then goes over its queries in tiles. A sequence of at most
 // kMaxKeys keys is one block, for which a tile's exact row maxima are known before the first exponential; a longer one
@@ -186,25 +187,36 @@ REVIT_INLINE Compute<T> dot_row(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// Turns one row of scores into p = 2^(s - lse), zero beyond `visible`. Returns the sum of p dP.
+// Sums over one row of a tile in the backward pass.
 template <class T>
-REVIT_INLINE T probabilities_row(T* s, const T* dp, int64_t visible, int64_t padded, T lse) {
+struct RowSums {
+  T p, p_dp;
+};
+
+// Turns one row of scores into p = 2^(s - lse), zero beyond `visible`. Returns the sums of p and of p dP.
+template <class T>
+REVIT_INLINE RowSums<T> probabilities_row(T* s, const T* dp, int64_t visible, int64_t padded, T lse) {
   constexpr int n = kLanes<T>;
   fill_row(s + visible, padded - visible, -std::numeric_limits<T>::infinity());
-  Vec<T, n> sums = {};
+  Vec<T, n> p_sums = {}, p_dp_sums = {};
   for (int64_t j = 0; j < padded; j += n) {
     const Vec<T, n> p = exp2_nonpositive<T, n>(load<n>(s + j) - lse);
     store<n>(s + j, p);
-    sums += p * load<n>(dp + j);
+    p_sums += p;
+    p_dp_sums += p * load<n>(dp + j);
   }
-  return reduce_add<T, n>(sums);
+  return {reduce_add<T, n>(p_sums), reduce_add<T, n>(p_dp_sums)};
 }
 
-// Turns one row of dP into scale dS.
+// Multiplies one row of p by `norm` and turns the row of dP into scale dS.
 template <class T>
-REVIT_INLINE void grad_scores_row(const T* p, T* dp, int64_t padded, T delta, T scale) {
+REVIT_INLINE void grad_scores_row(T* p, T* dp, int64_t padded, T norm, T delta, T scale) {
   constexpr int n = kLanes<T>;
-  for (int64_t j = 0; j < padded; j += n) store<n>(dp + j, scale * load<n>(p + j) * (load<n>(dp + j) - delta));
+  for (int64_t j = 0; j < padded; j += n) {
+    const Vec<T, n> exact = norm * load<n>(p + j);
+    store<n>(p + j, exact);
+    store<n>(dp + j, scale * exact * (load<n>(dp + j) - delta));
+  }
 }
 
 template <class T>
@@ -258,11 +270,15 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
           const int64_t padded = round_up(keys, kLanes<C>);
           C* p = s_tile + i * kTileStride;
           C* dp = dp_tile + i * kTileStride;
-          C delta = probabilities_row(p, dp, visible, padded, lse[i]);
+          const RowSums<C> sums = probabilities_row(p, dp, visible, padded, lse[i]);
+          C norm = 1, delta;
           if (block < n_keys) {
             delta = dot_row(do_rows + i * args.grad_out.row_stride, row_of<T>(args.out, begin + i, head), dim);
+          } else {
+            norm = visible == 0 ? C(0) : 1 / sums.p;
+            delta = norm * sums.p_dp;
           }
-          grad_scores_row(p, dp, padded, delta - d_lse[i], scale);
+          grad_scores_row(p, dp, padded, norm, delta - d_lse[i], scale);
         }
         multiply(rows, dim, keys, dp_tile, k, key, dq_tile, kTileStride, key > 0);
         multiply<C, true>(keys, dim, rows, dp_tile, q, 0, dk + key * padded_dim, padded_dim, true);

@@ -7,36 +7,41 @@
 
 namespace revit::cpu {
 
-// All rows are contiguous: row r of a [n_rows, n_channels] array starts at r * n_channels.
+// All rows are contiguous: row r of a [n_rows, n_channels] array starts at r * n_channels. "Compute" is the type that
+// the rows are computed in: float, or double for double.
 struct LayerNormArgs {
   const void* x;
   const void* residual;  // null: none is added
-  const void* weight;    // [n_channels]
-  const void* bias;      // [n_channels]
+  const void* weight;    // [n_channels], compute
+  const void* bias;      // [n_channels], compute
   void* y;
-  void* sum;   // x + residual, rounded to the type of x; used where residual is given
-  void* mean;  // [n_rows], compute type
-  void* rstd;  // [n_rows], compute type
+  void* sum;      // x + residual, rounded to the type of x; used where residual is given
+  void* mean;     // [n_rows], compute
+  void* rstd;     // [n_rows], compute
+  void* scratch;  // [n_channels], compute; used by 16-bit rows
   int64_t n_rows;
   int64_t n_channels;
   double eps;
 };
 
+inline constexpr int64_t kLayerNormBackwardScratchRows = 4;
+
 struct LayerNormBackwardArgs {
   const void* grad_y;
   const void* grad_sum;  // null: zero
   const void* x;         // what was normalised: x, or x + residual
-  const void* weight;
+  const void* weight;    // [n_channels], compute
   const void* mean;
   const void* rstd;
   void* grad_x;
-  void* grad_weight;  // [n_channels], compute type: the part of these rows, written
-  void* grad_bias;    // [n_channels], compute type: the part of these rows, written
+  void* grad_weight;  // [n_channels], compute: the part of these rows, written
+  void* grad_bias;    // [n_channels], compute: the part of these rows, written
+  void* scratch;      // [kLayerNormBackwardScratchRows, n_channels], compute
   int64_t n_rows;
   int64_t n_channels;
 };
 
-// Adds parts [n_parts][2][n_channels] (compute type; weight, then bias) in order.
+// Adds parts [n_parts][2][n_channels] (compute; weight, then bias) in order.
 struct LayerNormReduceArgs {
   const void* parts;
   void* grad_weight;
@@ -45,15 +50,19 @@ struct LayerNormReduceArgs {
   int64_t n_channels;
 };
 
-// Type of the affine parameters: that of the rows, or the type they are computed in.
-enum class ParamType : int { kLikeRows = 0, kCompute = 1 };
-inline constexpr int kParamTypes = 2;
+// Writes n elements in their compute type.
+struct WidenArgs {
+  const void* in;
+  void* out;
+  int64_t n;
+};
 
-// Indexed by the DType of the rows, then by the ParamType of weight and bias.
+// `forward` and `backward` by the DType of the rows, `reduce` and `widen` by that of the affine parameters.
 struct LayerNormKernels {
-  void (*forward[kDTypes][kParamTypes])(const LayerNormArgs&);
-  void (*backward[kDTypes][kParamTypes])(const LayerNormBackwardArgs&);
-  void (*reduce[kDTypes][kParamTypes])(const LayerNormReduceArgs&);
+  void (*forward[kDTypes])(const LayerNormArgs&);
+  void (*backward[kDTypes])(const LayerNormBackwardArgs&);
+  void (*reduce[kDTypes])(const LayerNormReduceArgs&);
+  void (*widen[kDTypes])(const WidenArgs&);
 };
 
 }  // namespace revit::cpu

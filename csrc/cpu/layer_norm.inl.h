@@ -38,109 +38,127 @@ REVIT_INLINE Vec<C, N> keep_first(Vec<C, N> v, int64_t n) {
   return v;
 }
 
+// Adds up s; stores it, as rounded, in `sum` where there is a residual, and widened in `wide` where T is no compute
+// type.
 template <class T, bool kResidual>
-struct NormRow {
+struct RowSum {
   using C = Compute<T>;
   static constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
+  const T* x;
+  const T* residual;
+  T* sum;
+  C* wide;
 
-  // Adds the row up; with a residual, adds that first and stores the sum, as rounded, for the passes that follow.
-  static REVIT_INLINE C total(const T* x, const T* residual, T* sum, int64_t n_channels) {
+  REVIT_INLINE V vector(int64_t c) const {
+    V s = load<N>(x + c);
+    if constexpr (kResidual) {
+      s += load<N>(residual + c);
+      store<N>(sum + c, s);
+    }
+    if constexpr (sizeof(T) < sizeof(C)) {
+      if constexpr (kResidual) s = load<N>(sum + c);
+      store<N>(wide + c, s);
+    }
+    return s;
+  }
+
+  REVIT_INLINE V ragged(int64_t c, int64_t n) const {
+    V s = load_first<N>(x + c, n);
+    if constexpr (kResidual) {
+      store_first<N>(sum + c, s + load_first<N>(residual + c, n), n);
+      s = load_first<N>(sum + c, n);
+    }
+    if constexpr (sizeof(T) < sizeof(C)) store_first<N>(wide + c, s, n);
+    return s;
+  }
+
+  REVIT_INLINE C operator()(int64_t n_channels) const {
     V a0 = {}, a1 = {}, a2 = {}, a3 = {};
     int64_t c = 0;
     for (; c + 4 * N <= n_channels; c += 4 * N) {
-      a0 += term(x, residual, sum, c);
-      a1 += term(x, residual, sum, c + N);
-      a2 += term(x, residual, sum, c + 2 * N);
-      a3 += term(x, residual, sum, c + 3 * N);
+      a0 += vector(c);
+      a1 += vector(c + N);
+      a2 += vector(c + 2 * N);
+      a3 += vector(c + 3 * N);
     }
-    for (; c + N <= n_channels; c += N) a0 += term(x, residual, sum, c);
-    if (const int64_t n = n_channels - c) {
-      V v = load_first<N>(x + c, n);
-      if constexpr (kResidual) {
-        store_first<N>(sum + c, v + load_first<N>(residual + c, n), n);
-        v = load_first<N>(sum + c, n);
-      }
-      a1 += v;
-    }
+    for (; c + N <= n_channels; c += N) a0 += vector(c);
+    if (c < n_channels) a1 += ragged(c, n_channels - c);
     return reduce_add<C, N>((a0 + a1) + (a2 + a3));
-  }
-
-  static REVIT_INLINE V term(const T* x, const T* residual, T* sum, int64_t c) {
-    if constexpr (!kResidual) return load<N>(x + c);
-    const V added = load<N>(x + c) + load<N>(residual + c);
-    store<N>(sum + c, added);
-    if constexpr (sizeof(T) == sizeof(C)) return added;
-    return load<N>(sum + c);
-  }
-
-  // Adds up s - m and its square.
-  static REVIT_INLINE void moments(const T* s, C m, int64_t n_channels, C* first, C* second) {
-    V d0 = {}, d1 = {}, q0 = {}, q1 = {};
-    int64_t c = 0;
-    for (; c + 2 * N <= n_channels; c += 2 * N) {
-      const V v0 = load<N>(s + c) - m;
-      const V v1 = load<N>(s + c + N) - m;
-      d0 += v0;
-      d1 += v1;
-      q0 += v0 * v0;
-      q1 += v1 * v1;
-    }
-    for (; c + N <= n_channels; c += N) {
-      const V v = load<N>(s + c) - m;
-      d0 += v;
-      q0 += v * v;
-    }
-    if (const int64_t n = n_channels - c) {
-      const V v = keep_first<C, N>(load_first<N>(s + c, n) - m, n);
-      d1 += v;
-      q1 += v * v;
-    }
-    *first = reduce_add<C, N>(d0 + d1);
-    *second = reduce_add<C, N>(q0 + q1);
-  }
-
-  // (s - m) * rstd + offset is (s - mean) * rstd, where offset = (m - mean) * rstd.
-  template <class W>
-  static REVIT_INLINE void write(const T* s, const W* weight, const W* bias, C m, C rstd, C offset, T* y,
-                                 int64_t n_channels) {
-    const V scale = broadcast<C, N>(rstd), shift = broadcast<C, N>(offset);
-    int64_t c = 0;
-    for (; c + N <= n_channels; c += N) {
-      const V xhat = (load<N>(s + c) - m) * scale + shift;
-      store<N>(y + c, xhat * load<N>(weight + c) + load<N>(bias + c));
-    }
-    if (const int64_t n = n_channels - c) {
-      const V xhat = (load_first<N>(s + c, n) - m) * scale + shift;
-      store_first<N>(y + c, xhat * load_first<N>(weight + c, n) + load_first<N>(bias + c, n), n);
-    }
   }
 };
 
-template <class T, class W, bool kResidual>
+// Adds up s - m and its square.
+template <class C>
+REVIT_INLINE void row_moments(const C* s, C m, int64_t n_channels, C* first, C* second) {
+  constexpr int N = kLanes<C>;
+  using V = Vec<C, N>;
+  V d0 = {}, d1 = {}, q0 = {}, q1 = {};
+  int64_t c = 0;
+  for (; c + 2 * N <= n_channels; c += 2 * N) {
+    const V v0 = load<N>(s + c) - m;
+    const V v1 = load<N>(s + c + N) - m;
+    d0 += v0;
+    d1 += v1;
+    q0 += v0 * v0;
+    q1 += v1 * v1;
+  }
+  for (; c + N <= n_channels; c += N) {
+    const V v = load<N>(s + c) - m;
+    d0 += v;
+    q0 += v * v;
+  }
+  if (const int64_t n = n_channels - c) {
+    const V v = keep_first<C, N>(load_first<N>(s + c, n) - m, n);
+    d1 += v;
+    q1 += v * v;
+  }
+  *first = reduce_add<C, N>(d0 + d1);
+  *second = reduce_add<C, N>(q0 + q1);
+}
+
+// (s - m) * rstd + offset is (s - mean) * rstd, where offset = (m - mean) * rstd.
+template <class T, class C>
+REVIT_INLINE void row_write(const C* s, const C* weight, const C* bias, C m, C rstd, C offset, T* y,
+                            int64_t n_channels) {
+  constexpr int N = kLanes<C>;
+  using V = Vec<C, N>;
+  int64_t c = 0;
+  for (; c + N <= n_channels; c += N) {
+    const V xhat = (load<N>(s + c) - m) * rstd + offset;
+    store<N>(y + c, xhat * load<N>(weight + c) + load<N>(bias + c));
+  }
+  if (const int64_t n = n_channels - c) {
+    const V xhat = (load_first<N>(s + c, n) - m) * rstd + offset;
+    store_first<N>(y + c, xhat * load_first<N>(weight + c, n) + load_first<N>(bias + c, n), n);
+  }
+}
+
+template <class T, bool kResidual>
 void layer_norm_rows(const LayerNormArgs& args) {
   using C = Compute<T>;
-  using Row = NormRow<T, kResidual>;
   const int64_t n_channels = args.n_channels;
   const C count = static_cast<C>(n_channels), eps = static_cast<C>(args.eps);
-  const W* weight = static_cast<const W*>(args.weight);
-  const W* bias = static_cast<const W*>(args.bias);
+  const C* weight = static_cast<const C*>(args.weight);
+  const C* bias = static_cast<const C*>(args.bias);
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* sum = static_cast<T*>(args.sum);
   T* y = static_cast<T*>(args.y);
   C* mean = static_cast<C*>(args.mean);
   C* rstd = static_cast<C*>(args.rstd);
+  C* wide = static_cast<C*>(args.scratch);
   for (int64_t r = 0; r < args.n_rows; ++r) {
-    const C m = Row::total(x, residual, sum, n_channels) / count;
-    const T* s = kResidual ? sum : x;
+    const C m = RowSum<T, kResidual>{x, residual, sum, wide}(n_channels) / count;
+    const C* s = wide;
+    if constexpr (sizeof(T) == sizeof(C)) s = kResidual ? sum : x;
     C first, second;
-    Row::moments(s, m, n_channels, &first, &second);
+    row_moments(s, m, n_channels, &first, &second);
     const C d = first / count;
     const C variance = second / count - d * d;
     mean[r] = m + d;
     rstd[r] = C(1) / std::sqrt((variance < 0 ? C(0) : variance) + eps);
-    Row::write(s, weight, bias, m, rstd[r], -d * rstd[r], y, n_channels);
+    row_write(s, weight, bias, m, rstd[r], -d * rstd[r], y, n_channels);
     x += n_channels;
     y += n_channels;
     if constexpr (kResidual) {
@@ -150,126 +168,137 @@ void layer_norm_rows(const LayerNormArgs& args) {
   }
 }
 
-template <class T, class W>
+template <class T>
 void layer_norm_forward(const LayerNormArgs& args) {
-  args.residual != nullptr ? layer_norm_rows<T, W, true>(args) : layer_norm_rows<T, W, false>(args);
+  args.residual != nullptr ? layer_norm_rows<T, true>(args) : layer_norm_rows<T, false>(args);
 }
 
-// Sums over the channels of kRows rows at once, so that the running sums over rows are loaded and stored once for
-// all of them. The order in which those add is that of the rows, whatever kRows.
-template <class T, class W, int kRows>
-REVIT_INLINE void layer_norm_backward_sums(const T* grad_y, const T* x, const W* weight, const Compute<T>* mean,
-                                           const Compute<T>* rstd, Compute<T>* grad_weight, Compute<T>* grad_bias,
-                                           int64_t n_channels, Compute<T>* sum_h, Compute<T>* sum_hx) {
+// Channels c to c + N of kRows rows at once, so that the running sums over rows are loaded and stored once for all of
+// them; they add in the order of the rows, whatever kRows. Leaves xhat and h of row r in scratch rows 2r and 2r + 1.
+template <class T, int kRows>
+struct BackwardSums {
   using C = Compute<T>;
-  constexpr int N = kLanes<C>;
+  static constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
-  V h_sums[kRows] = {}, hx_sums[kRows] = {};
-  int64_t c = 0;
-  for (; c + N <= n_channels; c += N) {
-    const V w = load<N>(weight + c);
-    V dw = load<N>(grad_weight + c), db = load<N>(grad_bias + c);
-    for (int r = 0; r < kRows; ++r) {
-      const V g = load<N>(grad_y + r * n_channels + c);
-      const V xhat = (load<N>(x + r * n_channels + c) - mean[r]) * rstd[r];
-      const V h = g * w;
-      h_sums[r] += h;
-      hx_sums[r] += h * xhat;
-      dw += g * xhat;
-      db += g;
-    }
-    store<N>(grad_weight + c, dw);
-    store<N>(grad_bias + c, db);
-  }
-  if (const int64_t n = n_channels - c) {
-    const V w = load_first<N>(weight + c, n);
-    V dw = load_first<N>(grad_weight + c, n), db = load_first<N>(grad_bias + c, n);
-    for (int r = 0; r < kRows; ++r) {
-      const V g = load_first<N>(grad_y + r * n_channels + c, n);
-      const V xhat = keep_first<C, N>((load_first<N>(x + r * n_channels + c, n) - mean[r]) * rstd[r], n);
-      const V h = g * w;
-      h_sums[r] += h;
-      hx_sums[r] += h * xhat;
-      dw += g * xhat;
-      db += g;
-    }
-    store_first<N>(grad_weight + c, dw, n);
-    store_first<N>(grad_bias + c, db, n);
-  }
-  for (int r = 0; r < kRows; ++r) {
-    sum_h[r] = reduce_add<C, N>(h_sums[r]);
-    sum_hx[r] = reduce_add<C, N>(hx_sums[r]);
-  }
-}
+  const T* grad_y;
+  const T* x;
+  const C* weight;
+  const C* mean;
+  const C* rstd;
+  C* grad_weight;
+  C* grad_bias;
+  C* scratch;
+  int64_t n_channels;
 
-// grad_x of one row from its two sums.
-template <class T, class W, bool kGradSum>
-REVIT_INLINE void layer_norm_backward_write(const T* grad_y, const T* grad_sum, const T* x, const W* weight,
-                                            Compute<T> mean, Compute<T> rstd, Compute<T> mean_h, Compute<T> mean_hx,
-                                            T* grad_x, int64_t n_channels) {
-  using C = Compute<T>;
-  constexpr int N = kLanes<C>;
-  using V = Vec<C, N>;
+  void operator()(C* sum_h, C* sum_hx) const {
+    V h_sums[kRows] = {}, hx_sums[kRows] = {};
+    int64_t c = 0;
+    for (; c + N <= n_channels; c += N) {
+      const V w = load<N>(weight + c);
+      V dw = load<N>(grad_weight + c), db = load<N>(grad_bias + c);
+      for (int r = 0; r < kRows; ++r) {
+        const V g = load<N>(grad_y + r * n_channels + c);
+        const V xhat = (load<N>(x + r * n_channels + c) - mean[r]) * rstd[r];
+        const V h = g * w;
+        store<N>(scratch + 2 * r * n_channels + c, xhat);
+        store<N>(scratch + (2 * r + 1) * n_channels + c, h);
+        h_sums[r] += h;
+        hx_sums[r] += h * xhat;
+        dw += g * xhat;
+        db += g;
+      }
+      store<N>(grad_weight + c, dw);
+      store<N>(grad_bias + c, db);
+    }
+    if (const int64_t n = n_channels - c) {
+      const V w = load_first<N>(weight + c, n);
+      V dw = load_first<N>(grad_weight + c, n), db = load_first<N>(grad_bias + c, n);
+      for (int r = 0; r < kRows; ++r) {
+        const V g = load_first<N>(grad_y + r * n_channels + c, n);
+        const V xhat = keep_first<C, N>((load_first<N>(x + r * n_channels + c, n) - mean[r]) * rstd[r], n);
+        const V h = g * w;
+        store_first<N>(scratch + 2 * r * n_channels + c, xhat, n);
+        store_first<N>(scratch + (2 * r + 1) * n_channels + c, h, n);
+        h_sums[r] += h;
+        hx_sums[r] += h * xhat;
+        dw += g * xhat;
+        db += g;
+      }
+      store_first<N>(grad_weight + c, dw, n);
+      store_first<N>(grad_bias + c, db, n);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      sum_h[r] = reduce_add<C, N>(h_sums[r]);
+      sum_hx[r] = reduce_add<C, N>(hx_sums[r]);
+    }
+  }
+};
+
+template <class T, bool kGradSum>
+REVIT_INLINE void backward_write(const Compute<T>* xhat, const Compute<T>* h, const T* grad_sum, Compute<T> mean_h,
+                                 Compute<T> mean_hx, Compute<T> rstd, T* grad_x, int64_t n_channels) {
+  constexpr int N = kLanes<Compute<T>>;
+  using V = Vec<Compute<T>, N>;
   int64_t c = 0;
   for (; c + N <= n_channels; c += N) {
-    const V xhat = (load<N>(x + c) - mean) * rstd;
-    V grad = (load<N>(grad_y + c) * load<N>(weight + c) - mean_h - xhat * mean_hx) * rstd;
+    V grad = (load<N>(h + c) - mean_h - load<N>(xhat + c) * mean_hx) * rstd;
     if constexpr (kGradSum) grad += load<N>(grad_sum + c);
     store<N>(grad_x + c, grad);
   }
   if (const int64_t n = n_channels - c) {
-    const V xhat = (load_first<N>(x + c, n) - mean) * rstd;
-    V grad = (load_first<N>(grad_y + c, n) * load_first<N>(weight + c, n) - mean_h - xhat * mean_hx) * rstd;
+    V grad = (load_first<N>(h + c, n) - mean_h - load_first<N>(xhat + c, n) * mean_hx) * rstd;
     if constexpr (kGradSum) grad += load_first<N>(grad_sum + c, n);
     store_first<N>(grad_x + c, grad, n);
   }
 }
 
-template <class T, class W>
+template <class T>
 void layer_norm_backward(const LayerNormBackwardArgs& args) {
   using C = Compute<T>;
-  constexpr int kRows = 2;
+  constexpr int kRows = kLayerNormBackwardScratchRows / 2;
   const int64_t n_channels = args.n_channels;
   const C count = static_cast<C>(n_channels);
   const T* grad_y = static_cast<const T*>(args.grad_y);
   const T* grad_sum = static_cast<const T*>(args.grad_sum);
   const T* x = static_cast<const T*>(args.x);
-  const W* weight = static_cast<const W*>(args.weight);
+  const C* weight = static_cast<const C*>(args.weight);
   const C* mean = static_cast<const C*>(args.mean);
   const C* rstd = static_cast<const C*>(args.rstd);
   T* grad_x = static_cast<T*>(args.grad_x);
   C* grad_weight = static_cast<C*>(args.grad_weight);
   C* grad_bias = static_cast<C*>(args.grad_bias);
+  C* scratch = static_cast<C*>(args.scratch);
   std::fill_n(grad_weight, n_channels, C(0));
   std::fill_n(grad_bias, n_channels, C(0));
   for (int64_t row = 0; row < args.n_rows;) {
-    const int64_t begin = row * n_channels;
-    C sum_h[kRows], sum_hx[kRows];
+    const T* g = grad_y + row * n_channels;
+    const T* s = x + row * n_channels;
     const int64_t n = args.n_rows - row >= kRows ? kRows : 1;
+    C sum_h[kRows], sum_hx[kRows];
     if (n == kRows) {
-      layer_norm_backward_sums<T, W, kRows>(grad_y + begin, x + begin, weight, mean + row, rstd + row, grad_weight,
-                                            grad_bias, n_channels, sum_h, sum_hx);
+      BackwardSums<T, kRows>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, scratch, n_channels}(sum_h,
+                                                                                                                sum_hx);
     } else {
-      layer_norm_backward_sums<T, W, 1>(grad_y + begin, x + begin, weight, mean + row, rstd + row, grad_weight,
-                                        grad_bias, n_channels, sum_h, sum_hx);
+      BackwardSums<T, 1>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, scratch, n_channels}(sum_h,
+                                                                                                            sum_hx);
     }
     for (int64_t r = 0; r < n; ++r, ++row) {
       const int64_t at = row * n_channels;
+      const C* xhat = scratch + 2 * r * n_channels;
       const C mean_h = sum_h[r] / count, mean_hx = sum_hx[r] / count;
       if (grad_sum != nullptr) {
-        layer_norm_backward_write<T, W, true>(grad_y + at, grad_sum + at, x + at, weight, mean[row], rstd[row], mean_h,
-                                              mean_hx, grad_x + at, n_channels);
+        backward_write<T, true>(xhat, xhat + n_channels, grad_sum + at, mean_h, mean_hx, rstd[row], grad_x + at,
+                                n_channels);
       } else {
-        layer_norm_backward_write<T, W, false>(grad_y + at, nullptr, x + at, weight, mean[row], rstd[row], mean_h,
-                                               mean_hx, grad_x + at, n_channels);
+        backward_write<T, false>(xhat, xhat + n_channels, nullptr, mean_h, mean_hx, rstd[row], grad_x + at, n_channels);
       }
     }
   }
 }
 
-template <class T, class W>
+template <class W>
 void layer_norm_reduce(const LayerNormReduceArgs& args) {
-  using C = Compute<T>;
+  using C = Compute<W>;
   constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
   const int64_t n_channels = args.n_channels;
@@ -290,19 +319,21 @@ void layer_norm_reduce(const LayerNormReduceArgs& args) {
   }
 }
 
-// One entry for every DType, in its order, of kernel<rows, parameters like the rows> and kernel<rows, compute type>.
-#define REVIT_FOR_ALL_TYPES(kernel)                                                                      \
-  {                                                                                                      \
-    {kernel<float, float>, kernel<float, float>}, {kernel<BFloat16, BFloat16>, kernel<BFloat16, float>}, \
-        {kernel<Float16, Float16>, kernel<Float16, float>}, {                                            \
-      kernel<double, double>, kernel<double, double>                                                     \
-    }                                                                                                    \
-  }
+template <class W>
+void widen_elements(const WidenArgs& args) {
+  using C = Compute<W>;
+  constexpr int N = kLanes<C>;
+  const W* in = static_cast<const W*>(args.in);
+  C* out = static_cast<C*>(args.out);
+  int64_t i = 0;
+  for (; i + N <= args.n; i += N) store<N>(out + i, load<N>(in + i));
+  for (; i < args.n; ++i) out[i] = widen(in[i]);
+}
 
 const LayerNormKernels layer_norm_kernels = {
-    REVIT_FOR_ALL_TYPES(layer_norm_forward),
-    REVIT_FOR_ALL_TYPES(layer_norm_backward),
-    REVIT_FOR_ALL_TYPES(layer_norm_reduce),
+    {layer_norm_forward<float>, layer_norm_forward<BFloat16>, layer_norm_forward<Float16>, layer_norm_forward<double>},
+    {layer_norm_backward<float>, layer_norm_backward<BFloat16>, layer_norm_backward<Float16>,
+     layer_norm_backward<double>},
+    {layer_norm_reduce<float>, layer_norm_reduce<BFloat16>, layer_norm_reduce<Float16>, layer_norm_reduce<double>},
+    {widen_elements<float>, widen_elements<BFloat16>, widen_elements<Float16>, widen_elements<double>},
 };
-
-#undef REVIT_FOR_ALL_TYPES

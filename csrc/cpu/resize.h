@@ -18,7 +18,7 @@ struct TapPair {
 
 // One axis: out[i] = clip8((2^21 + sum_t weight(i, t) * in[first[i] + t]) >> 22) over t < n_taps[i].
 struct ResizeAxis {
-  const int32_t* first;   // [n_out], never decreasing
+  const int32_t* first;   // [n_out], never decreasing; even along a row
   const int32_t* n_taps;  // [n_out], at least 1
   const TapPair* pairs;   // [n_out, pairs_stride]
   int64_t pairs_stride;
@@ -44,7 +44,7 @@ struct ResizeArgs {
 };
 
 struct ResizeKernels {
-  // Bytes of scratch memory that `rows` needs.
+  // Bytes of scratch memory, aligned to 64, that `rows` needs.
   int64_t (*scratch_bytes)(const ResizeArgs&);
   // Computes output pixel rows [begin, end). The result does not depend on how the rows are divided into calls.
   void (*rows)(const ResizeArgs&, int32_t begin, int32_t end, uint8_t* scratch);

@@ -13,8 +13,8 @@
 
 // A packed RGB row may be read this many bytes beyond its last pixel's first byte (one 16-byte load).
 constexpr int64_t kRowOverrun = 16;
-// Rows that a horizontal pass takes at once, to share the loads of the weights.
-constexpr int32_t kRowBlock = 4;
+// Rows that a horizontal pass takes at once: one per 32-bit element of a vector.
+constexpr int32_t kRowBlock = 8;
 constexpr int32_t kRoundHalf = 1 << (kWeightBits - 1);
 
 REVIT_INLINE int32_t tap_weight(const TapPair* pairs, int32_t t) {
@@ -36,13 +36,6 @@ REVIT_INLINE __m256i broadcast_pair(const int16_t* weights) {
 
 REVIT_INLINE __m256i load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
-// 16 bytes of each of two rows, one per 128-bit lane.
-REVIT_INLINE __m256i load_two_rows(const uint8_t* a, const uint8_t* b) {
-  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
-  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-}
-
 // Eight running sums, in the two parts of the split weights.
 struct SplitSum {
   __m256i high, low;
@@ -58,38 +51,80 @@ struct SplitSum {
 };
 #endif
 
-// kRowBlock packed RGB rows resampled to `n_out` pixels each. Reads up to kRowOverrun bytes from a pixel on and writes
-// one byte beyond the end of a row.
-REVIT_INLINE void resample_horizontal(const ResizeAxis& axis, int32_t n_out, const uint8_t* const* in,
-                                      uint8_t* const* out) {
 #if REVIT_LANES >= 8
-  // Of four pixels r g b r g b ... in a lane, each mask makes the pairs (r r) (g g) (b b) (0 0) of two taps.
-  const __m256i first_two =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
-  const __m256i next_two =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1));
-  for (int32_t x = 0; x < n_out; ++x) {
-    const TapPair* pair = axis.pairs + x * axis.pairs_stride;
-    int32_t n_pairs = (axis.n_taps[x] + 1) / 2;
-    int64_t at = 3 * static_cast<int64_t>(axis.first[x]);
-    SplitSum rows01, rows23;
-    for (; n_pairs > 0; n_pairs -= 2, pair += 2, at += 12) {
-      const __m256i bytes01 = load_two_rows(in[0] + at, in[1] + at), bytes23 = load_two_rows(in[2] + at, in[3] + at);
-      const __m256i high = broadcast_pair(pair[0].high), low = broadcast_pair(pair[0].low);
-      rows01.add(_mm256_shuffle_epi8(bytes01, first_two), high, low);
-      rows23.add(_mm256_shuffle_epi8(bytes23, first_two), high, low);
-      if (n_pairs == 1) break;
-      const __m256i next_high = broadcast_pair(pair[1].high), next_low = broadcast_pair(pair[1].low);
-      rows01.add(_mm256_shuffle_epi8(bytes01, next_two), next_high, next_low);
-      rows23.add(_mm256_shuffle_epi8(bytes23, next_two), next_high, next_low);
+// Turns kRowBlock packed RGB rows into columns for the horizontal pass, which so becomes a sum over vectors.
+// columns[(pixel pair, channel)] holds the two values of every row: 8 rows x (value, next value), 16 bits each.
+REVIT_INLINE void rows_to_columns(const uint8_t* const* in, int32_t begin, int32_t end, __m256i* columns) {
+  // Of pixels 0 to 3 in either lane: (r0 r1) (g0 g1) (b0 b1) (0 0) to the lower lane, pixels 2 and 3 to the upper.
+  const __m256i pairs_of_channels = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,  //
+                                                     6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+  for (int32_t x = begin; x < end; x += 4, columns += 6) {
+    __m256i channels[2][3];  // of rows 0-3 and 4-7; the first pixel pair in the lower lane, the second in the upper
+    for (int half = 0; half < 2; ++half) {
+      __m256i row[4];
+      for (int r = 0; r < 4; ++r) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in[4 * half + r] + 3 * int64_t{x}));
+        row[r] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), pairs_of_channels);
+      }
+      const __m256i red_green01 = _mm256_unpacklo_epi32(row[0], row[1]), blue01 = _mm256_unpackhi_epi32(row[0], row[1]);
+      const __m256i red_green23 = _mm256_unpacklo_epi32(row[2], row[3]), blue23 = _mm256_unpackhi_epi32(row[2], row[3]);
+      channels[half][0] = _mm256_unpacklo_epi64(red_green01, red_green23);
+      channels[half][1] = _mm256_unpackhi_epi64(red_green01, red_green23);
+      channels[half][2] = _mm256_unpacklo_epi64(blue01, blue23);
     }
-    const __m256i words = _mm256_packs_epi32(rows01.result(), rows23.result());
-    const __m256i bytes = _mm256_packus_epi16(words, words);  // rows 0 and 2 in the lower lane, 1 and 3 in the upper
-    const __m128i rows02 = _mm256_castsi256_si128(bytes), rows13 = _mm256_extracti128_si256(bytes, 1);
-    // Four bytes for three: the next pixel overwrites the fourth.
-    const int32_t pixels[kRowBlock] = {_mm_cvtsi128_si32(rows02), _mm_cvtsi128_si32(rows13),
-                                       _mm_extract_epi32(rows02, 1), _mm_extract_epi32(rows13, 1)};
-    for (int32_t r = 0; r < kRowBlock; ++r) __builtin_memcpy(out[r] + 3 * x, &pixels[r], sizeof(pixels[r]));
+    for (int c = 0; c < 3; ++c) {
+      _mm256_store_si256(columns + c, _mm256_permute2x128_si256(channels[0][c], channels[1][c], 0x20));
+      _mm256_store_si256(columns + 3 + c, _mm256_permute2x128_si256(channels[0][c], channels[1][c], 0x31));
+    }
+  }
+}
+
+// One output pixel of every row from its columns: (r g b ?) in 32 bits per row.
+REVIT_INLINE __m256i resample_column(const TapPair* pair, int32_t n_pairs, const __m256i* columns) {
+  SplitSum red, green, blue;
+  for (int32_t p = 0; p < n_pairs; ++p, columns += 3) {
+    const __m256i high = broadcast_pair(pair[p].high), low = broadcast_pair(pair[p].low);
+    red.add(_mm256_load_si256(columns), high, low);
+    green.add(_mm256_load_si256(columns + 1), high, low);
+    blue.add(_mm256_load_si256(columns + 2), high, low);
+  }
+  const __m256i blue_sum = blue.result();
+  const __m256i bytes =
+      _mm256_packus_epi16(_mm256_packs_epi32(red.result(), green.result()), _mm256_packs_epi32(blue_sum, blue_sum));
+  const __m256i by_row =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, -1, 1, 5, 9, -1, 2, 6, 10, -1, 3, 7, 11, -1));
+  return _mm256_shuffle_epi8(bytes, by_row);
+}
+#endif
+
+// kRowBlock packed RGB rows resampled to `n_out` pixels each. Reads up to kRowOverrun bytes from a pixel on and writes
+// as many; `columns` is scratch memory.
+REVIT_INLINE void resample_horizontal(const ResizeAxis& axis, int32_t n_out, const uint8_t* const* in,
+                                      uint8_t* const* out, uint8_t* columns_memory) {
+#if REVIT_LANES >= 8
+  __m256i* const columns = reinterpret_cast<__m256i*>(columns_memory);
+  const int32_t begin = axis.first[0], end = axis.first[n_out - 1] + axis.n_taps[n_out - 1];
+  rows_to_columns(in, begin, end, columns);
+  const __m256i drop_fourth =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+  for (int32_t x = 0; x < n_out; x += 4) {
+    __m256i pixel[4];
+    for (int32_t i = 0; i < 4; ++i) {
+      const int32_t at = x + i < n_out ? x + i : n_out - 1;
+      pixel[i] = resample_column(axis.pairs + at * axis.pairs_stride, (axis.n_taps[at] + 1) / 2,
+                                 columns + (axis.first[at] - begin) / 2 * 3);
+    }
+    const __m256i low01 = _mm256_unpacklo_epi32(pixel[0], pixel[1]), low23 = _mm256_unpacklo_epi32(pixel[2], pixel[3]);
+    const __m256i high01 = _mm256_unpackhi_epi32(pixel[0], pixel[1]),
+                  high23 = _mm256_unpackhi_epi32(pixel[2], pixel[3]);
+    const __m256i rows[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                             _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+    for (int r = 0; r < 4; ++r) {
+      // Sixteen bytes for twelve: the next pixels overwrite the rest.
+      const __m256i packed = _mm256_shuffle_epi8(rows[r], drop_fourth);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r] + 3 * x), _mm256_castsi256_si128(packed));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r + 4] + 3 * x), _mm256_extracti128_si256(packed, 1));
+    }
   }
 #else
   for (int32_t r = 0; r < kRowBlock; ++r) {
@@ -195,17 +230,19 @@ REVIT_INLINE const uint8_t* packed_row(const ResizeArgs& args, int32_t y, uint8_
 struct ResizeScratch {
   int64_t ring_rows;
   int64_t row_bytes;
+  int64_t column_bytes;
 
   // The ring holds the taps of an output row, the source rows that its block has in excess and, where there is no
   // vertical pass and rows are used where they lie, the other output rows of a block.
   explicit ResizeScratch(const ResizeArgs& args)
       : ring_rows(args.vertical.max_taps + 2 * kRowBlock),
-        row_bytes(3 * static_cast<int64_t>(args.width > args.out_width ? args.width : args.out_width) + kRowOverrun) {}
+        row_bytes(3 * static_cast<int64_t>(args.width > args.out_width ? args.width : args.out_width) + kRowOverrun),
+        column_bytes((args.width + 7) / 4 * 4 * int64_t{3 * kRowBlock * sizeof(int16_t)}) {}
 
-  int64_t ring_offset() const { return (2 * ring_rows) * static_cast<int64_t>(sizeof(const uint8_t*)); }
+  int64_t ring_offset() const { return column_bytes + 2 * ring_rows * static_cast<int64_t>(sizeof(const uint8_t*)); }
   int64_t bytes() const { return ring_offset() + (ring_rows + 3 * kRowBlock) * row_bytes; }
 
-  const uint8_t** ring(uint8_t* scratch) const { return reinterpret_cast<const uint8_t**>(scratch); }
+  const uint8_t** ring(uint8_t* scratch) const { return reinterpret_cast<const uint8_t**>(scratch + column_bytes); }
   const uint8_t** taps(uint8_t* scratch) const { return ring(scratch) + ring_rows; }
   uint8_t* row(uint8_t* scratch, int64_t index) const { return scratch + ring_offset() + index * row_bytes; }
 };
@@ -249,7 +286,7 @@ void resize_rows(const ResizeArgs& args, int32_t begin, int32_t end, uint8_t* me
           out[i] = scratch.row(memory, source % ring_rows);
           ring[source % ring_rows] = out[i];
         }
-        resample_horizontal(horizontal, args.out_width, in, out);
+        resample_horizontal(horizontal, args.out_width, in, out, memory);
         ready = ready + kRowBlock < args.height ? ready + kRowBlock : args.height;
       }
       if (vertical.identity) {
@@ -263,7 +300,7 @@ void resize_rows(const ResizeArgs& args, int32_t begin, int32_t end, uint8_t* me
     }
     if (!horizontal_first && !horizontal.identity) {
       for (int32_t r = n_lines; r < kRowBlock; ++r) block[r] = block[n_lines - 1];
-      resample_horizontal(horizontal, args.out_width, block, resampled);
+      resample_horizontal(horizontal, args.out_width, block, resampled, memory);
       for (int32_t r = 0; r < n_lines; ++r) block[r] = resampled[r];
     }
     for (int32_t r = 0; r < n_lines; ++r) {

@@ -93,6 +93,12 @@ REVIT_INLINE Vec<double, N> load(const double* p) {
 }
 template <int N>
 REVIT_INLINE Vec<float, N> load(const BFloat16* p) {
+#if REVIT_F16C
+  if constexpr (N == 8) {  // the compiler splits the conversion of the general case in two
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return reinterpret_cast<Vec<float, N>>(_mm256_slli_epi32(bits, 16));
+  }
+#endif
   Vec<uint16_t, N> half;
   __builtin_memcpy(&half, p, sizeof(half));
   const auto bits = __builtin_convertvector(half, Vec<uint32_t, N>) << 16;
@@ -129,9 +135,18 @@ template <int N>
 REVIT_INLINE void store(BFloat16* p, Vec<float, N> v) {
   Vec<uint32_t, N> bits;
   __builtin_memcpy(&bits, &v, sizeof(v));
-  const Vec<uint32_t, N> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Vec<uint32_t, N> nan = Vec<uint32_t, N>((bits & 0x7fffffffu) > 0x7f800000u);
-  const auto half = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Vec<uint16_t, N>);
+  Vec<uint32_t, N> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t, N> quiet_nan = broadcast<uint32_t, N>(0x7fc0u);
+  rounded = v != v ? quiet_nan : rounded;
+#if REVIT_F16C
+  if constexpr (N == 8) {  // the compiler masks first what cannot saturate
+    const __m256i wide = reinterpret_cast<__m256i>(rounded);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+    return;
+  }
+#endif
+  const auto half = __builtin_convertvector(rounded, Vec<uint16_t, N>);
   __builtin_memcpy(p, &half, sizeof(half));
 }
 template <int N>

@@ -1,0 +1,349 @@
+"""varlen_attention against the float64 reference, the pack contract, autograd, compilation and bad inputs."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, randn
+
+from revit_fast import ops, reference
+from revit_fast.ops import _library
+from revit_fast.packing import work_list
+
+needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built")
+
+# Lengths that leave a remainder in every blocking: rows (2, 6, 12, 24, 48), vectors (4, 8, 16) and key blocks (512).
+SHORT_MIX = (50, 0, 1, 101, 2, 7)
+# Queries and keys of each sequence: none on either side, fewer and more keys than queries, two and three key blocks.
+CROSS_MIX = ((5, 9), (0, 3), (4, 0), (1, 1), (30, 7), (14, 577), (3, 1030))
+
+
+def inputs(seqlens_q, seqlens_k, heads=(2, 2), dim=32, dtype=torch.float32, padding=0):
+    """q, k, v with `padding` rows of NaN behind the sequences, and their offsets."""
+    tensors = []
+    for seed, (lengths, n_heads) in enumerate(((seqlens_q, heads[0]), (seqlens_k, heads[1]), (seqlens_k, heads[1]))):
+        t = randn(sum(lengths) + padding, n_heads, dim, dtype=dtype, seed=seed)
+        t[sum(lengths) :] = float("nan")
+        tensors.append(t)
+    return *tensors, cu_seqlens_of(seqlens_q), cu_seqlens_of(seqlens_k)
+
+
+def check_forward_and_backward(q, k, v, cu_q, cu_k, causal=False, scale=None):
+    """Output, lse and the three gradients, through both results, by the error rule."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    out, lse = ops.varlen_attention(q, k, v, cu_q, cu_k, scale=scale, causal=causal, return_lse=True)
+    grad_out = randn(*out.shape, dtype=out.dtype, seed=7)
+    # Where lse is -inf it is a constant, but reference and kernel need not agree on the gradient of a constant.
+    grad_lse = randn(*lse.shape, dtype=lse.dtype, seed=8).masked_fill(torch.isneginf(lse), 0.0)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (grad_out, grad_lse))
+
+    def truth(q, k, v, grad_out, grad_lse):
+        used_q, used_k = int(cu_q[-1]), int(cu_k[-1])
+        leaves = [t.detach().nan_to_num().requires_grad_() for t in (q, k, v)]
+        results = reference.varlen_attention(*leaves, cu_q, cu_k, scale=scale, causal=causal)
+        grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse.to(results[1].dtype)))
+        for grad, used in zip(grads, (used_q, used_k, used_k), strict=True):
+            assert not grad[used:].any()
+        return (*(t.detach() for t in results), *grads)
+
+    ours = (out.detach(), lse.detach(), *grads)
+    if q.dtype == torch.float64:  # the error rule leaves nothing to allow: 2^-53 times the longest sum of terms near 1
+        for i, (a, b) in enumerate(zip(ours, truth(q, k, v, grad_out, grad_lse), strict=True)):
+            torch.testing.assert_close(
+                a, b, atol=1e-13 * max(1, q.shape[-1]), rtol=1e-12, msg=lambda m, i=i: f"{i}: {m}"
+            )
+    else:
+        check_op(ours, truth, q.detach(), k.detach(), v.detach(), grad_out, grad_lse)
+
+
+# Every head_dim meets both masks on one mix; dtypes and instruction sets beyond float32 take the odd ones.
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_matches_reference_for_every_head_dim(isa, dim, causal):
+    check_forward_and_backward(*inputs(SHORT_MIX, SHORT_MIX, dim=dim, padding=3), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT_DTYPES[1:], torch.float64])
+@pytest.mark.parametrize("dim", [7, 72])
+def test_matches_reference_for_every_dtype(isa, dtype, dim):
+    check_forward_and_backward(*inputs(SHORT_MIX, SHORT_MIX, dim=dim, dtype=dtype, padding=3), causal=dim == 7)
+
+
+def test_matches_reference_for_every_length(isa):
+    check_forward_and_backward(*inputs(SEQLENS, SEQLENS, heads=(1, 1), dim=64))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+def test_different_query_and_key_lengths_and_grouped_heads(isa, heads, causal):
+    check_forward_and_backward(*inputs(*zip(*CROSS_MIX, strict=True), heads=heads, dim=40, padding=2), causal=causal)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 5.0])
+def test_scale(scale):
+    check_forward_and_backward(*inputs((50, 7), (50, 7)), scale=scale)
+
+
+def test_streaming_causal(isa):
+    check_forward_and_backward(*inputs((577, 1025), (577, 1025), heads=(1, 1), dim=16), causal=True)
+
+
+def test_large_scores_stay_finite(isa):
+    q, k, v, cu, _ = inputs((600, 33), (600, 33))
+    check_forward_and_backward(30 * q, 30 * k, v, cu, cu)
+
+
+@needs_extension
+def test_wholly_masked_rows_and_padding_are_zero_though_inputs_are_nan(isa):
+    q, k, v, cu_q, cu_k = inputs(*zip(*CROSS_MIX, strict=True), padding=5)
+    q.requires_grad_()
+    out, lse = ops.varlen_attention(q, k, v, cu_q, cu_k, causal=True, return_lse=True)
+    blind = torch.isneginf(lse).all(0)
+    expected = torch.ones(q.shape[0], dtype=torch.bool)
+    for (a, b), (n_q, n_k) in zip(pairwise(cu_q.tolist()), CROSS_MIX, strict=True):
+        expected[a + max(n_q - n_k, 0) : b] = False
+    assert torch.equal(blind, expected)
+    assert not out[blind].any()
+    out.nansum().backward()
+    assert not q.grad[blind].any()
+
+
+def test_nan_in_a_sequence_stays_in_that_sequence(isa):
+    q, k, v, cu, _ = inputs((50, 33), (50, 33))
+    k[3] = float("nan")
+    out = ops.varlen_attention(q, k, v, cu)
+    assert out[:50].isnan().all()
+    assert out[50:].isfinite().all()
+
+
+def run_all(q, k, v, grad, cu_q, cu_k, causal):
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    out, lse = ops.varlen_attention(q, k, v, cu_q, cu_k, causal=causal, return_lse=True)
+    return (out.detach(), lse.detach().T, *torch.autograd.grad(out, (q, k, v), grad))
+
+
+@needs_extension
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+def test_bitwise_alone_and_packed(isa, causal, n_threads):
+    lengths = [(50, 50), (197, 197), (7, 101), (600, 600), (101, 30)]
+    q, k, v, cu_q, cu_k = inputs(*zip(*lengths, strict=True), heads=(4, 2), dim=40)
+    grad = randn(*q.shape, seed=9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)  # more threads cut long sequences into more items
+    try:
+        packed = run_all(q, k, v, grad, cu_q, cu_k, causal)
+        torch.set_num_threads(1)
+        rows, keys = list(pairwise(cu_q.tolist())), list(pairwise(cu_k.tolist()))
+        for (a, b), (c, d) in zip(rows, keys, strict=True):
+            own = (q[a:b], k[c:d], v[c:d], grad[a:b], cu_seqlens_of([b - a]), cu_seqlens_of([d - c]))
+            alone = run_all(*own, causal)
+            for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), packed, alone, strict=True):
+                part = slice(c, d) if name in ("dk", "dv") else slice(a, b)
+                assert torch.equal(x[part], y), f"{name} of rows {a}:{b} depends on the pack"
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_extension
+def test_strided_views_are_read_in_place(isa):
+    qkv = randn(157, 3, 2, 40)
+    cu = cu_seqlens_of((50, 101, 6))
+    strided = qkv.unbind(1)
+    plain = [t.contiguous() for t in strided]
+    transposed = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in strided]
+    columns = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in strided]
+    expected = run_all(*plain, randn(157, 2, 40, seed=1), cu, cu, False)
+    for tensors in (strided, transposed, columns):
+        got = run_all(*tensors, randn(40, 2, 157, seed=1).permute(2, 1, 0), cu, cu, False)
+        assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2], strict=True))
+    got = run_all(*strided, torch.ones(()).expand(157, 2, 40), cu, cu, False)
+    expected = run_all(*plain, torch.ones(157, 2, 40), cu, cu, False)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_defaults_and_results():
+    q, k, v, cu, _ = inputs((50, 7), (50, 7))
+    out = ops.varlen_attention(q, k, v, cu, None, 50)
+    explicit, lse = ops.varlen_attention(
+        q, k, v, cu, cu, 50, 64, scale=32**-0.5, return_lse=True, tiles=work_list((50, 7))
+    )
+    assert torch.equal(out, explicit)
+    assert (lse.shape, lse.dtype) == ((2, 57), torch.float32)
+    empty = ops.varlen_attention(q[:0], k[:0], v[:0], cu_seqlens_of([]))
+    assert empty.shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [((5, 0, 3), (5, 0, 3)), ((3, 2, 4), (5, 0, 2))])
+def test_gradcheck(lengths, causal):
+    q, k, v, cu_q, cu_k = inputs(*lengths, heads=(2, 1), dim=5, dtype=torch.float64)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+
+    def function(q, k, v):
+        out, lse = ops.varlen_attention(q, k, v, cu_q, cu_k, causal=causal, return_lse=True)
+        return out, lse.masked_fill(torch.isneginf(lse), 0.0)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+
+
+def test_gradient_through_lse_alone(isa):
+    q, k, v, cu, _ = inputs((50, 7), (50, 7), dtype=torch.float64)
+    q.requires_grad_()
+    (ours,) = torch.autograd.grad(ops.varlen_attention(q, k, v, cu, return_lse=True)[1].square().sum(), q)
+    (truth,) = torch.autograd.grad(reference.varlen_attention(q, k, v, cu, cu, scale=32**-0.5)[1].square().sum(), q)
+    torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    q, k, v, cu_q, cu_k = inputs((5, 0, 9), (4, 2, 9), heads=(2, 1), dim=8, dtype=dtype)
+    options = (cu_q, cu_k, 9, None, 0.3, True, None)
+    torch.library.opcheck(torch.ops.revit_fast.varlen_attention, (q, k, v, *options))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(torch.ops.revit_fast.varlen_attention, (*leaves, *options))
+    out, lse = torch.ops.revit_fast.varlen_attention(q, k, v, *options)
+    for grad_lse in (None, torch.ones_like(lse)):
+        args = (torch.ones_like(out), grad_lse, q, k, v, out, lse, *options)
+        torch.library.opcheck(torch.ops.revit_fast.varlen_attention_backward, args)
+
+
+def test_compiles_as_one_graph_for_every_mix():
+    def layer(qkv, cu):
+        q, k, v = (t * 2 for t in qkv.unbind(1))
+        out, lse = ops.varlen_attention(q, k, v, cu, return_lse=True)
+        return (out.sum() + lse.sum()) * 3
+
+    n_compiled = 0
+
+    def count(graph, example_inputs):
+        nonlocal n_compiled
+        n_compiled += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    counted = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for mix in ((50, 7), (3, 101, 20), (9, 9, 9, 9), (31,)):
+        cu = cu_seqlens_of(mix)
+        grads = []
+        for function in (layer, compiled):
+            qkv = randn(sum(mix), 3, 2, 16).requires_grad_()
+            grads.append(torch.autograd.grad(function(qkv, cu), qkv)[0])
+        counted(randn(sum(mix), 3, 2, 16), cu)
+        torch.testing.assert_close(*grads)
+    assert n_compiled <= 3
+
+
+GOOD = dict(zip(("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"), inputs((5, 3), (4, 2), heads=(4, 2)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("q", [1.0], TypeError, "q: expected a tensor"),
+        ("q", torch.zeros(8, 32), ValueError, "q: expected shape"),
+        ("q", torch.zeros(8, 4, 32, dtype=torch.int32), TypeError, "q: expected float32"),
+        ("q", torch.zeros(8, 3, 32), ValueError, "q: the number of heads"),
+        ("q", torch.zeros(8, 0, 32), ValueError, "q: the number of heads"),
+        ("k", torch.zeros(6, 2, 32, dtype=torch.bfloat16), TypeError, "k: expected torch.float32 like q"),
+        ("k", torch.zeros(6, 2, 31), ValueError, "k: expected head_dim 32"),
+        ("k", torch.zeros(6, 2, 32, device="meta"), ValueError, "k: expected device cpu"),
+        ("v", torch.zeros(7, 2, 32), ValueError, "v: expected"),
+        ("v", torch.zeros(6, 1, 32), ValueError, "v: expected"),
+        ("cu_seqlens_q", (0, 5, 8), TypeError, "cu_seqlens_q: expected an int32 tensor"),
+        ("cu_seqlens_q", torch.tensor([0, 5, 8]), TypeError, "cu_seqlens_q: expected int32"),
+        ("cu_seqlens_q", torch.zeros(1, 3, dtype=torch.int32), ValueError, "cu_seqlens_q: expected shape"),
+        ("cu_seqlens_q", torch.zeros(3, dtype=torch.int32, device="meta"), ValueError, "cu_seqlens_q: expected device"),
+        ("cu_seqlens_k", cu_seqlens_of([4, 1, 1]), ValueError, "cu_seqlens_k: expected 3 offsets"),
+        ("scale", float("nan"), ValueError, "scale: expected a finite number"),
+    ],
+)
+def test_bad_arguments_are_named(name, value, error, message):
+    with pytest.raises(error, match=message):
+        ops.varlen_attention(**{**GOOD, name: value})
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cu_seqlens_q", torch.tensor([0, 9, 8], dtype=torch.int32), "cu_seqlens_q must not decrease"),
+        ("cu_seqlens_q", torch.tensor([1, 5, 8], dtype=torch.int32), "cu_seqlens_q must start at 0"),
+        ("cu_seqlens_q", torch.tensor([0, 5, 9], dtype=torch.int32), "cu_seqlens_q ends at 9"),
+        ("cu_seqlens_k", torch.tensor([0, 5, 7], dtype=torch.int32), "cu_seqlens_k ends at 7"),
+        ("max_seqlen_q", 4, "max_seqlen_q is 4, but sequence 0 has 5"),
+        ("max_seqlen_k", 3, "max_seqlen_k is 3, but sequence 0 has 4"),
+    ],
+)
+def test_bad_contents_are_named(name, value, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.varlen_attention(**{**GOOD, name: value})
+
+
+def test_head_dim_beyond_256_is_refused():
+    q, k, v, cu, _ = inputs((5,), (5,), dim=257)
+    with pytest.raises(ValueError, match="head_dim must be 1 to 256"):
+        ops.varlen_attention(q, k, v, cu)
+
+
+PEAK = """
+import resource, sys, torch
+from revit_fast import ops
+from revit_fast.packing import cumulative
+torch.set_num_threads(2)
+n, backward = int(sys.argv[1]), sys.argv[2] == "backward"
+lengths = [n // 5, *[197] * ((n - n // 5) // 197)]
+q, k, v = (torch.randn(n, 1, 8).requires_grad_(backward) for _ in range(3))
+warm = ops.varlen_attention(q[:8], k[:8], v[:8], cumulative([8]))
+if backward:
+    warm.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = ops.varlen_attention(q, k, v, cumulative(lengths))
+if backward:
+    out.backward(torch.ones_like(out))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_peak_memory_grows_linearly(direction):
+    """One long sequence (a fifth of the tokens) among short ones: its scores alone would take 1.6 GB at 100k tokens."""
+    peaks_kib = {}
+    for n_tokens in (1_000, 10_000, 100_000):
+        command = [sys.executable, "-c", PEAK, str(n_tokens), direction]
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+        )
+        peaks_kib[n_tokens] = int(run.stdout)
+    # Rows of eight floats. Forward: out, lse and each thread's packed keys and values. Backward: three gradients and
+    # grad_out, and each thread's packed keys, values and sums. The constant is tiles and the allocator's.
+    bytes_per_token, constant_kib = (200 if direction == "forward" else 600), 4096
+    for n_tokens, peak in peaks_kib.items():
+        allowed = constant_kib + n_tokens * bytes_per_token // 1024
+        assert peak <= allowed, f"{n_tokens} tokens: {peak} KiB, allowed {allowed}; all: {peaks_kib}"
+
+
+@needs_extension
+def test_fallback_without_the_extension_agrees():
+    """The same script with and without the extension prints the same sums."""
+    script = (
+        "import torch, sys, warnings; warnings.simplefilter('ignore'); sys.path.insert(0, 'tests')\n"
+        "from helpers import randn; from revit_fast import ops; from revit_fast.packing import cumulative\n"
+        "q, k, v = (randn(20, 2, 8, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))\n"
+        "out, lse = ops.varlen_attention(q, k, v, cumulative([7, 0, 9]), causal=True, return_lse=True)\n"
+        "(out.square().sum() + lse[:, :16].sin().sum()).backward()\n"
+        "print(*(f'{t.abs().sum():.9f}' for t in (out, q.grad, k.grad, v.grad)))"
+    )
+    outputs = []
+    for without in ("0", "1"):
+        environment = {**os.environ, "REVIT_FAST_NO_EXTENSION": without, "PYTHONPATH": os.getcwd()}
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr[-2000:]
+        outputs.append(run.stdout)
+    assert outputs[0] == outputs[1]
