@@ -144,10 +144,10 @@ def _predict(args: argparse.Namespace, stream: TextIO) -> int:
         for predictions in predict_batches(model, prepared, args.batch_tokens, top_k):
             with progress.aside() if is_shown else nullcontext():
                 write(stream, "".join(map(text.row, predictions)))
+            progress.update(predictions)
             for p in predictions:
                 if p.error is not None and not (is_shown and args.format == "table"):
                     progress.say(f"error: {on_one_line(p.path)}: {on_one_line(p.error)}")
-            progress.update(predictions)
     finally:
         decoded.close()
         progress.close()
