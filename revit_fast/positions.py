@@ -45,7 +45,7 @@ class PositionTables:
 
     def learn(self, grids: Iterable[tuple[int, int]]) -> None:
         """Makes `grids` known; when too many have been met, all but the configured ones and these are forgotten."""
-        new = [grid for grid in dict.fromkeys(grids) if grid not in self._first_row]
+        new = [grid for grid in dict.fromkeys(grids) if grid not in self._first_row and 0 not in grid]
         if not new:
             return
         if len(self._first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
@@ -61,10 +61,13 @@ class PositionTables:
         self._cache: tuple[tuple, Tensor, Tensor] | None = None
 
     def offsets(self, grid_hw: Tensor) -> Tensor:
-        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for one not known."""
+        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for one not known.
+
+        An empty grid needs no rows and starts at 0.
+        """
         same = (grid_hw.unsqueeze(1) == self._grid_hw.to(grid_hw.device)).all(dim=-1)
         offset = self._offset.to(grid_hw.device)[same.int().argmax(dim=1)]
-        return torch.where(same.any(dim=1), offset, -1)
+        return torch.where(same.any(dim=1), offset, torch.where(grid_hw.prod(dim=1) == 0, 0, -1).to(torch.int32))
 
     def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
         """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.

@@ -140,6 +140,17 @@ def test_padding_rows_change_nothing_even_when_they_hold_nan(tiny):
 
 
 @torch.inference_mode()
+def test_an_empty_sequence_harms_no_other(tiny):
+    _, model = tiny
+    images = images_of([7, 10])
+    rows = model.pack(images).split()
+    batch = PackedBatch.from_list([rows[0], rows[0][:0], rows[1], rows[0][:0]], lengths=model.lengths)
+    logits = model(batch)
+    assert torch.isfinite(logits).all()
+    assert relative(logits[[0, 2]], model(images)) <= 1e-5
+
+
+@torch.inference_mode()
 def test_a_pack_made_for_other_lengths_is_read_by_this_models(tiny):
     _, model = tiny
     images = images_of([14, 10, 7])
