@@ -53,8 +53,10 @@ def tal_layer_norm(
     _check(x, weight, bias, cu_seqlens, length_index, eps, residual)
     cu_seqlens, length_index = cu_seqlens.contiguous(), length_index.contiguous()
     if residual is None:
-        return _OPS.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, eps, tiles)[0]
-    y, total, _, _ = _OPS.tal_layer_norm_residual(x, residual, weight, bias, cu_seqlens, length_index, eps, tiles)
+        return _OPS.tal_layer_norm.default(x, weight, bias, cu_seqlens, length_index, eps, tiles)[0]
+    y, total, _, _ = _OPS.tal_layer_norm_residual.default(
+        x, residual, weight, bias, cu_seqlens, length_index, eps, tiles
+    )
     return y, total
 
 
