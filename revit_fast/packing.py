@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,8 @@ SHORT_KEYS = 256
 SHORT, STREAMING = 0, 1
 """Schedule classes of the work list."""
 
+INT32_MAX = 2**31 - 1
+
 
 def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None) -> Tensor:
     """Tiles that cover every row of every sequence, one row `(sequence, first_row, schedule)` per tile.
@@ -41,22 +43,24 @@ def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None) 
     Returns:
         int32 tensor `[n_tiles, 3]` on the CPU.
     """
-    lengths = np.asarray(seqlens_q, dtype=np.int64).reshape(-1)
-    keys = lengths if seqlens_k is None else np.asarray(seqlens_k, dtype=np.int64).reshape(-1)
+    lengths = np.array(seqlens_q, dtype=np.int64).reshape(-1)
+    keys = lengths if seqlens_k is None else np.array(seqlens_k, dtype=np.int64).reshape(-1)
     n_tiles = -(-lengths // TILE_ROWS)
-    sequence = np.repeat(np.arange(len(lengths)), n_tiles)
-    first_tile = np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)
-    first_row = (np.arange(len(sequence)) - first_tile) * TILE_ROWS
-    schedule = np.where(keys <= SHORT_KEYS, SHORT, STREAMING)[sequence]
-    return torch.from_numpy(np.stack([sequence, first_row, schedule], axis=1).astype(np.int32))
+    sequence = np.arange(len(lengths)).repeat(n_tiles)
+    first_tile = (n_tiles.cumsum() - n_tiles)[sequence]
+    tiles = np.empty((len(sequence), 3), dtype=np.int32)
+    tiles[:, 0] = sequence
+    tiles[:, 1] = (np.arange(len(sequence)) - first_tile) * TILE_ROWS
+    tiles[:, 2] = np.where(keys <= SHORT_KEYS, SHORT, STREAMING)[sequence]
+    return torch.from_numpy(tiles)
 
 
 def cumulative(seqlens: Sequence[int]) -> Tensor:
     """`cu_seqlens` of the given lengths: int32 `[B + 1]` on the CPU, starting at 0."""
-    total = np.concatenate([[0], np.cumsum(np.asarray(seqlens, dtype=np.int64))])
-    if total[-1] > np.iinfo(np.int32).max:
+    total = [0, *accumulate(map(int, seqlens))]
+    if total[-1] > INT32_MAX:
         raise ValueError(f"seqlens: {total[-1]} rows exceed int32; split the batch into several packs")
-    return torch.from_numpy(total.astype(np.int32))
+    return torch.tensor(total, dtype=torch.int32)
 
 
 def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -202,11 +206,12 @@ class PackedBatch:
                     raise ValueError(f"grids: sequence {b} has {n} patches, but its grid {h}x{w} has {h * w}")
         device = data.device
         cu_seqlens = cumulative(seqlens)
-        index = nearest_length(torch.tensor(counts, dtype=torch.int64), lengths)
+        # The rule of `nearest_length`, on the host: a few counts do not pay for tensor operations.
+        index = [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
         return cls(
             data=data,
             cu_seqlens=cu_seqlens.to(device),
-            length_index=index.to(device),
+            length_index=torch.tensor(index, dtype=torch.int32, device=device),
             tiles=work_list(seqlens).to(device),
             seqlens=seqlens,
             lengths=lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
@@ -213,7 +214,7 @@ def _channels(values: Sequence[float] | None, name: str, default: tuple[float, .
         values = tuple(map(float, values))
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected three numbers, one per channel, got {values!r}") from None
-    if len(values) != 3 or not all(map(np.isfinite, values)):
+    if len(values) != 3 or not all(map(math.isfinite, values)):
         raise ValueError(f"{name}: expected three finite numbers, one per channel, got {values}")
     return values
 
