@@ -42,11 +42,6 @@ def grouped_sdpa(qkv):
     return out
 
 
-def nested_sdpa(qkv):
-    parts = [torch.nested.nested_tensor_from_jagged(t, CU_SEQLENS.long()).transpose(1, 2) for t in qkv.unbind(1)]
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2).values()
-
-
 def flex_attention_over_documents():
     """Compiled FlexAttention with its block mask built beforehand, as a model would share it among its layers."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -91,7 +86,6 @@ def build_forward():
     peers = {
         "sdpa_grouped": grouped_sdpa,
         "flex_attention": flex_attention_over_documents(),
-        "sdpa_nested": nested_sdpa,
     }
     return forward_comparison(torch.float32, 1e-5, peers)
 
@@ -137,7 +131,7 @@ def build_backward():
     return Comparison("attention", "backward float32", {"ours": ours, "sdpa_grouped": grouped}, check)
 
 
-@pytest.mark.parametrize("candidate", ["ours", "sdpa_grouped", "flex_attention", "sdpa_nested"])
+@pytest.mark.parametrize("candidate", ["ours", "sdpa_grouped", "flex_attention"])
 def test_forward(replay, candidate):
     replay(build_forward, candidate)
 
