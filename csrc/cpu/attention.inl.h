@@ -168,7 +168,7 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
           lse[i] = -std::numeric_limits<C>::infinity();
         } else {
           narrow_row(o_tile + i * kTileStride, dim, 1 / state[i].sum, out);
-          lse[i] = (state[i].maximum + std::log2(state[i].sum)) * static_cast<C>(kLn2);
+          lse[i] = static_cast<C>(kLn2 * (state[i].maximum + std::log2(static_cast<double>(state[i].sum))));
         }
       }
     }
@@ -187,6 +187,19 @@ REVIT_INLINE Compute<T> dot_row(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
+// Log-sum-exp in units of log 2 and what its rounding lost, which counts where scores are large.
+template <class T>
+struct Log2Sum {
+  T high, low;
+
+  explicit Log2Sum(T natural) : high(0), low(0) {
+    if (natural == -std::numeric_limits<T>::infinity()) return;  // no key is seen, and all scores are -inf
+    const double exact = natural * kLog2E;
+    high = static_cast<T>(exact);
+    low = static_cast<T>(exact - high);
+  }
+};
+
 // Sums over one row of a tile in the backward pass.
 template <class T>
 struct RowSums {
@@ -195,12 +208,12 @@ struct RowSums {
 
 // Turns one row of scores into p = 2^(s - lse), zero beyond `visible`. Returns the sums of p and of p dP.
 template <class T>
-REVIT_INLINE RowSums<T> probabilities_row(T* s, const T* dp, int64_t visible, int64_t padded, T lse) {
+REVIT_INLINE RowSums<T> probabilities_row(T* s, const T* dp, int64_t visible, int64_t padded, Log2Sum<T> lse) {
   constexpr int n = kLanes<T>;
   fill_row(s + visible, padded - visible, -std::numeric_limits<T>::infinity());
   Vec<T, n> p_sums = {}, p_dp_sums = {};
   for (int64_t j = 0; j < padded; j += n) {
-    const Vec<T, n> p = exp2_nonpositive<T, n>(load<n>(s + j) - lse);
+    const Vec<T, n> p = exp2_nonpositive<T, n>(load<n>(s + j) - lse.high - lse.low);
     store<n>(s + j, p);
     p_sums += p;
     p_dp_sums += p * load<n>(dp + j);
@@ -254,13 +267,6 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
       pack_tile(do_rows, args.grad_out.row_stride, rows, dim, C(1), do_tile);
       const Panels<C> q = pack_panels(q_rows, args.q.row_stride, rows, dim, q_panels);
       const Panels<C> d_out = pack_panels(do_rows, args.grad_out.row_stride, rows, dim, do_panels);
-      C lse[kGradRowTile], d_lse[kGradRowTile];
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = head * args.lse_head_stride + begin + i;
-        const C natural = static_cast<const C*>(args.lse)[at];
-        lse[i] = natural == -std::numeric_limits<C>::infinity() ? C(0) : natural * static_cast<C>(kLog2E);
-        d_lse[i] = args.grad_lse != nullptr ? static_cast<const C*>(args.grad_lse)[at] : C(0);
-      }
       for (int64_t key = 0; key < tile_keys; key += block) {
         const int64_t keys = std::min(block, tile_keys - key);
         multiply(rows, keys, dim, q_tile, k_transposed.from_column(key), 0, s_tile, kTileStride, false);
@@ -270,15 +276,18 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
           const int64_t padded = round_up(keys, kLanes<C>);
           C* p = s_tile + i * kTileStride;
           C* dp = dp_tile + i * kTileStride;
-          const RowSums<C> sums = probabilities_row(p, dp, visible, padded, lse[i]);
+          const int64_t at = head * args.lse_head_stride + begin + i;
+          const C d_lse = args.grad_lse != nullptr ? static_cast<const C*>(args.grad_lse)[at] : C(0);
+          const RowSums<C> sums =
+              probabilities_row(p, dp, visible, padded, Log2Sum<C>(static_cast<const C*>(args.lse)[at]));
           C norm = 1, delta;
-          if (block < n_keys) {
+          if (block < tile_keys) {
             delta = dot_row(do_rows + i * args.grad_out.row_stride, row_of<T>(args.out, begin + i, head), dim);
           } else {
             norm = visible == 0 ? C(0) : 1 / sums.p;
             delta = norm * sums.p_dp;
           }
-          grad_scores_row(p, dp, padded, norm, delta - d_lse[i], scale);
+          grad_scores_row(p, dp, padded, norm, delta - d_lse, scale);
         }
         multiply(rows, dim, keys, dp_tile, k, key, dq_tile, kTileStride, key > 0);
         multiply<C, true>(keys, dim, rows, dp_tile, q, 0, dk + key * padded_dim, padded_dim, true);
