@@ -54,6 +54,7 @@ class Comparison:
         check: asserts that a candidate's output is right, given (name, output), before anything is timed.
         threads: threads that torch may use.
         rounds: turns that each candidate takes.
+        pause_s: rest before each turn, for candidates whose own spinning threads would steal the next one's cores.
     """
 
     group: str
@@ -61,7 +62,8 @@ class Comparison:
     candidates: dict[str, Callable[[int], object]]
     check: Callable[[str, object], None]
     threads: int = 2
-    rounds: int = 15
+    rounds: int = 31
+    pause_s: float = 0.0
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -75,7 +77,8 @@ class Comparison:
             self.samples = {name: [] for name in names}
             for turn in range(self.rounds):
                 for name in names if turn % 2 == 0 else reversed(names):
-                    time.sleep(0.002)  # lets the previous candidate's spinning threads go to sleep
+                    if self.pause_s:
+                        time.sleep(self.pause_s)
                     begin = time.perf_counter()
                     self.candidates[name](turn)
                     self.samples[name].append(time.perf_counter() - begin)

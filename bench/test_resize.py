@@ -35,6 +35,10 @@ def patchify(image: Tensor) -> Tensor:
     return grid.permute(1, 3, 2, 4, 0).reshape(-1, PATCH * PATCH * channels)
 
 
+def pack(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def torchvision_rows(image: Tensor, size: tuple[int, int]) -> Tensor:
     image = v2.functional.resize(image, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     image = v2.functional.to_dtype(image, torch.float32, scale=True)
@@ -60,10 +64,10 @@ def compare(case: str, sources: list[tuple[int, int]], targets: list[int], *, th
         return ops.resize_patchify(sets[turn % N_SETS], sizes, PATCH, mean=MEAN, std=STD).data
 
     def torchvision_v2(turn: int) -> Tensor:
-        return torch.cat([torchvision_rows(im, size) for im, size in zip(chw[turn % N_SETS], sizes, strict=True)])
+        return pack([torchvision_rows(im, size) for im, size in zip(chw[turn % N_SETS], sizes, strict=True)])
 
     def pillow_13(turn: int) -> Tensor:
-        return torch.cat([pillow_rows(im, size) for im, size in zip(pillow[turn % N_SETS], sizes, strict=True)])
+        return pack([pillow_rows(im, size) for im, size in zip(pillow[turn % N_SETS], sizes, strict=True)])
 
     truth = pillow_13(0)
     one_step = 1.01 / 255 / min(STD)

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <tuple>
@@ -108,21 +109,26 @@ class Axis {
   bool identity_ = false;
 };
 
-// The axes of a call, each computed once: the images of a batch often share theirs.
-class AxisCache {
- public:
-  explicit AxisCache(bool bicubic) : bicubic_(bicubic) {}
+using AxisKey = std::tuple<int32_t, float, float, int32_t, bool, bool>;
 
-  cpu::ResizeAxis get(int32_t n_in, float begin, float end, int32_t n_out, bool even) {
-    auto& axis = axes_[{n_in, begin, end, n_out, even}];
-    if (axis == nullptr) axis = std::make_unique<Axis>(n_in, begin, end, n_out, bicubic_, even);
-    return axis->view();
+// The axes of recent calls: images of a batch, and batches of a data set, often share theirs, and the weights of a
+// small image cost a tenth of its time.
+std::shared_ptr<const Axis> shared_axis(const AxisKey& key) {
+  static std::mutex mutex;
+  static std::map<AxisKey, std::shared_ptr<const Axis>> axes;
+  constexpr size_t kMaxAxes = 256;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = axes.find(key);
+    if (found != axes.end()) return found->second;
   }
-
- private:
-  bool bicubic_;
-  std::map<std::tuple<int32_t, float, float, int32_t, bool>, std::unique_ptr<Axis>> axes_;
-};
+  const auto [n_in, begin, end, n_out, bicubic, even] = key;
+  auto axis = std::make_shared<const Axis>(n_in, begin, end, n_out, bicubic, even);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (axes.size() >= kMaxAxes) axes.clear();
+  axes[key] = axis;
+  return axis;
+}
 
 constexpr std::align_val_t kScratchAlign{64};
 struct FreeScratch {
@@ -178,7 +184,7 @@ Tensor resize_patchify(std::vector<Tensor> images, Tensor boxes, Tensor sizes, i
 
   const double* box = static_cast<const double*>(boxes.const_data_ptr());
   const int64_t* size = static_cast<const int64_t*>(sizes.const_data_ptr());
-  AxisCache axes(bicubic);
+  std::vector<std::shared_ptr<const Axis>> axes;  // keeps alive what `args` points to
   std::vector<cpu::ResizeArgs> args(batch);
   std::vector<int64_t> first_row(batch + 1, 0);
   for (int64_t b = 0; b < batch; ++b) {
@@ -211,8 +217,10 @@ Tensor resize_patchify(std::vector<Tensor> images, Tensor boxes, Tensor sizes, i
     args[b].width = static_cast<int32_t>(width);
     args[b].out_width = static_cast<int32_t>(out_width);
     args[b].patch_size = static_cast<int32_t>(patch_size);
-    args[b].horizontal = axes.get(args[b].width, edges[0], edges[2], args[b].out_width, true);
-    args[b].vertical = axes.get(args[b].height, edges[1], edges[3], static_cast<int32_t>(out_height), false);
+    axes.push_back(shared_axis({args[b].width, edges[0], edges[2], args[b].out_width, bicubic, true}));
+    args[b].horizontal = axes.back()->view();
+    axes.push_back(shared_axis({args[b].height, edges[1], edges[3], static_cast<int32_t>(out_height), bicubic, false}));
+    args[b].vertical = axes.back()->view();
     // Pillow 13 takes the vertical pass first where it shrinks the image by far more; the box has no say in it.
     args[b].vertical_first = height - out_height > 0 && height - out_height > 2 * (width - out_width);
     args[b].table = table.has_value() ? table->const_data_ptr() : nullptr;

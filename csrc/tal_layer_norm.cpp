@@ -21,6 +21,10 @@ constexpr int64_t kTaskElements = 16384;
 // does not depend on the number of threads.
 constexpr int64_t kPartRows = 64;
 
+// From this size on the sum with the residual is written past the caches. It is read only after the next matrix
+// products, which displace it anyway.
+constexpr int64_t kStreamedBytes = 1 << 20;
+
 struct Layout {
   cpu::DType dtype;
   cpu::DType param_dtype;
@@ -102,13 +106,13 @@ Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& wei
   void* mean_data = out.mean.mutable_data_ptr();
   void* rstd_data = out.rstd.mutable_data_ptr();
   const auto kernel = cpu::kernels().layer_norm.forward[static_cast<int>(layout.dtype)];
-  const bool needs_scratch = layout.dtype == cpu::DType::kBFloat16 || layout.dtype == cpu::DType::kFloat16;
+  const bool streams_sum = layout.n_rows * row_bytes >= kStreamedBytes;
 
   // A row's result depends on that row alone, so tasks are runs of rows that ignore where sequences end.
   const int64_t task_rows = std::max<int64_t>(1, kTaskElements / layout.n_channels);
   const int64_t n_tasks = (layout.n_rows + task_rows - 1) / task_rows;
   for_each_task(n_tasks, [&](int64_t task) {
-    std::vector<float> scratch(needs_scratch ? static_cast<size_t>(layout.n_channels) : 0);
+    std::vector<double> scratch(static_cast<size_t>(layout.n_channels));  // room for either compute type
     int64_t row = task * task_rows;
     const int64_t end = std::min(row + task_rows, layout.n_rows);
     int64_t b = std::upper_bound(layout.cu_seqlens, layout.cu_seqlens + layout.batch + 1, row) - layout.cu_seqlens - 1;
@@ -119,7 +123,7 @@ Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& wei
       kernel({offset(x_data, row * row_bytes), offset(residual_data, row * row_bytes),
               offset(weight_data, index * wide_row_bytes), offset(bias_data, index * wide_row_bytes),
               offset(y_data, row * row_bytes), offset(sum_data, row * row_bytes), offset(mean_data, row * stat_bytes),
-              offset(rstd_data, row * stat_bytes), scratch.data(), n, layout.n_channels, eps});
+              offset(rstd_data, row * stat_bytes), scratch.data(), n, layout.n_channels, eps, streams_sum});
       row += n;
     }
     if (row < end) {

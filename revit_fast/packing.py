@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -113,11 +114,34 @@ class Layout(NamedTuple):
     tiles: Tensor | None
 
 
+def _patch_counts(seqlens: Sequence[int], n_prefix: int) -> list[int]:
+    return [max(n - n_prefix, 0) for n in seqlens]
+
+
+@lru_cache(maxsize=256)
+def _index_tensors(
+    seqlens: tuple[int, ...],
+    n_prefix: int,
+    lengths: tuple[int, ...],
+    grids: tuple[tuple[int, int], ...] | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`cu_seqlens`, `length_index`, `tiles` and `grid_hw` of a pack, shared by all packs of the same lengths."""
+    # The rule of `nearest_length`, on the host: a few counts do not pay for tensor operations.
+    counts = _patch_counts(seqlens, n_prefix)
+    index = [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
+    with torch.inference_mode(False):  # a pack made for inference must serve training too
+        grid_hw = None if grids is None else torch.tensor(grids, dtype=torch.int32).reshape(-1, 2).to(device)
+        length_index = torch.tensor(index, dtype=torch.int32).to(device)
+        return cumulative(seqlens).to(device), length_index, work_list(seqlens).to(device), grid_hw
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A batch of sequences as one tensor of rows.
 
-    Make one with `from_list`, `from_images`, `ops.resize_patchify` or a preprocessor rather than field by field.
+    Make one with `from_list`, `from_images`, `ops.resize_patchify` or a preprocessor rather than field by field. Its
+    index tensors are shared with other packs of the same lengths: they must not be written to.
 
     Attributes:
         data: `[T, ...]` rows of all sequences, one after another; rows from `cu_seqlens[-1]` on are padding.
@@ -191,7 +215,7 @@ class PackedBatch:
             raise ValueError(f"seqlens: lengths must not be negative, got {min(seqlens)}")
         if sum(seqlens) > data.shape[0]:
             raise ValueError(f"seqlens: {sum(seqlens)} rows in all, but data has only {data.shape[0]}")
-        counts = [max(n - n_prefix, 0) for n in seqlens]
+        counts = _patch_counts(seqlens, n_prefix)
         lengths = tuple(g * g for g in DEFAULT_GRIDS) if lengths is None else check_grids(lengths)
         if grids is None:
             sides = [math.isqrt(n) for n in counts]
@@ -204,20 +228,17 @@ class PackedBatch:
             for b, ((h, w), n) in enumerate(zip(grids, counts, strict=True)):
                 if h * w != n:
                     raise ValueError(f"grids: sequence {b} has {n} patches, but its grid {h}x{w} has {h * w}")
-        device = data.device
-        cu_seqlens = cumulative(seqlens)
-        # The rule of `nearest_length`, on the host: a few counts do not pay for tensor operations.
-        index = [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
+        cu_seqlens, length_index, tiles, grid_hw = _index_tensors(seqlens, n_prefix, lengths, grids, data.device)
         return cls(
             data=data,
-            cu_seqlens=cu_seqlens.to(device),
-            length_index=torch.tensor(index, dtype=torch.int32, device=device),
-            tiles=work_list(seqlens).to(device),
+            cu_seqlens=cu_seqlens,
+            length_index=length_index,
+            tiles=tiles,
             seqlens=seqlens,
             lengths=lengths,
             n_prefix=n_prefix,
             grids=grids,
-            grid_hw=None if grids is None else torch.tensor(grids, dtype=torch.int32, device=device).reshape(-1, 2),
+            grid_hw=grid_hw,
             normalization=normalization,
         )
 

@@ -211,6 +211,27 @@ def test_bitwise_alone_and_packed(isa, dtype):
         assert torch.equal(grad_x[rows], grad_alone), f"grad_x of sequence {b}"
 
 
+def test_large_packs_take_another_store_and_give_the_same_bits(isa):
+    """From 1 MiB on the sum is written past the caches; the same rows in small packs are not."""
+    seqlens = [577, 197]
+    x, weight, bias, cu_seqlens, length_index, residual = make(seqlens, 384, padding=3)
+    assert x.numel() * x.element_size() > 1 << 20
+    y, total = ops.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, residual=residual)
+    for start in range(0, sum(seqlens), 50):
+        part = slice(start, min(start + 50, sum(seqlens)))
+        index = length_index[:1] if start < 577 and part.stop <= 577 else length_index[1:]
+        if start < 577 < part.stop:
+            continue
+        rows = part.stop - part.start
+        alone = ops.tal_layer_norm(
+            x[part], weight, bias, cu_seqlens_of([rows]), index.contiguous(), residual=residual[part]
+        )
+        assert torch.equal(alone[0], y[part])
+        assert torch.equal(alone[1], total[part])
+    assert torch.equal(y[-3:], torch.zeros(3, 384))
+    assert torch.equal(total[-3:], torch.zeros(3, 384))
+
+
 def test_bitwise_for_any_number_of_threads(isa):
     *args, residual = make((197, 101, 50, 101, 197, 50), 384, padding=3)
     grads = [randn(*args[0].shape, seed=13), randn(*args[0].shape, seed=14)]

@@ -18,10 +18,11 @@ struct LayerNormArgs {
   void* sum;      // x + residual, rounded to the type of x; used where residual is given
   void* mean;     // [n_rows], compute
   void* rstd;     // [n_rows], compute
-  void* scratch;  // [n_channels], compute; used by 16-bit rows
+  void* scratch;  // [n_channels], compute
   int64_t n_rows;
   int64_t n_channels;
   double eps;
+  bool streams_sum;  // `sum` is not read again soon, so it should not displace what is in the caches
 };
 
 inline constexpr int64_t kLayerNormBackwardScratchRows = 4;

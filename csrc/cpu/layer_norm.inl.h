@@ -38,13 +38,31 @@ REVIT_INLINE Vec<C, N> keep_first(Vec<C, N> v, int64_t n) {
   return v;
 }
 
-// Adds up s; stores it, as rounded, in `sum` where there is a residual, and widened in `wide` where T is no compute
-// type.
-template <class T, bool kResidual>
+// Stores a vector past the caches where the platform can: the line is neither fetched first nor kept. `p` is aligned.
+template <class V, class T>
+REVIT_INLINE void store_streaming(T* p, V v) {
+#if defined(__x86_64__)
+  constexpr int kParts = sizeof(V) / 16;
+  __m128i part[kParts];
+  __builtin_memcpy(part, &v, sizeof(v));
+  for (int i = 0; i < kParts; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, part[i]);
+#else
+  __builtin_memcpy(p, &v, sizeof(v));
+#endif
+}
+
+// How the sum with the residual is written: not at all, to be read again soon, or past the caches.
+enum class Sum { kNone, kCached, kStreamed };
+
+// Adds up s; stores it, as rounded, in `sum` where there is a residual, and in `wide` where the next passes cannot read
+// it from there: widened, or because `sum` is streamed.
+template <class T, Sum kSum>
 struct RowSum {
   using C = Compute<T>;
   static constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
+  static constexpr bool kResidual = kSum != Sum::kNone;
+  static constexpr bool kWide = sizeof(T) < sizeof(C) || kSum == Sum::kStreamed;
   const T* x;
   const T* residual;
   T* sum;
@@ -52,14 +70,11 @@ struct RowSum {
 
   REVIT_INLINE V vector(int64_t c) const {
     V s = load<N>(x + c);
-    if constexpr (kResidual) {
-      s += load<N>(residual + c);
-      store<N>(sum + c, s);
-    }
-    if constexpr (sizeof(T) < sizeof(C)) {
-      if constexpr (kResidual) s = load<N>(sum + c);
-      store<N>(wide + c, s);
-    }
+    if constexpr (kResidual) s += load<N>(residual + c);
+    if constexpr (kSum == Sum::kCached) store<N>(sum + c, s);
+    if constexpr (kSum == Sum::kStreamed) store_streaming(sum + c, s);
+    if constexpr (kSum == Sum::kCached && sizeof(T) < sizeof(C)) s = load<N>(sum + c);
+    if constexpr (kWide) store<N>(wide + c, s);
     return s;
   }
 
@@ -69,7 +84,7 @@ struct RowSum {
       store_first<N>(sum + c, s + load_first<N>(residual + c, n), n);
       s = load_first<N>(sum + c, n);
     }
-    if constexpr (sizeof(T) < sizeof(C)) store_first<N>(wide + c, s, n);
+    if constexpr (kWide) store_first<N>(wide + c, s, n);
     return s;
   }
 
@@ -134,7 +149,7 @@ REVIT_INLINE void row_write(const C* s, const C* weight, const C* bias, C m, C r
   }
 }
 
-template <class T, bool kResidual>
+template <class T, Sum kSum>
 void layer_norm_rows(const LayerNormArgs& args) {
   using C = Compute<T>;
   const int64_t n_channels = args.n_channels;
@@ -149,9 +164,9 @@ void layer_norm_rows(const LayerNormArgs& args) {
   C* rstd = static_cast<C*>(args.rstd);
   C* wide = static_cast<C*>(args.scratch);
   for (int64_t r = 0; r < args.n_rows; ++r) {
-    const C m = RowSum<T, kResidual>{x, residual, sum, wide}(n_channels) / count;
+    const C m = RowSum<T, kSum>{x, residual, sum, wide}(n_channels) / count;
     const C* s = wide;
-    if constexpr (sizeof(T) == sizeof(C)) s = kResidual ? sum : x;
+    if constexpr (!RowSum<T, kSum>::kWide) s = kSum == Sum::kNone ? x : sum;
     C first, second;
     row_moments(s, m, n_channels, &first, &second);
     const C d = first / count;
@@ -161,16 +176,25 @@ void layer_norm_rows(const LayerNormArgs& args) {
     row_write(s, weight, bias, m, rstd[r], -d * rstd[r], y, n_channels);
     x += n_channels;
     y += n_channels;
-    if constexpr (kResidual) {
+    if constexpr (kSum != Sum::kNone) {
       residual += n_channels;
       sum += n_channels;
     }
   }
+#if defined(__x86_64__)
+  if constexpr (kSum == Sum::kStreamed) _mm_sfence();
+#endif
 }
 
 template <class T>
 void layer_norm_forward(const LayerNormArgs& args) {
-  args.residual != nullptr ? layer_norm_rows<T, true>(args) : layer_norm_rows<T, false>(args);
+  if (args.residual == nullptr) return layer_norm_rows<T, Sum::kNone>(args);
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    // Only whole, aligned vectors can be streamed.
+    const bool aligned = reinterpret_cast<uintptr_t>(args.sum) % 16 == 0 && args.n_channels * sizeof(T) % 64 == 0;
+    if (args.streams_sum && aligned) return layer_norm_rows<T, Sum::kStreamed>(args);
+  }
+  layer_norm_rows<T, Sum::kCached>(args);
 }
 
 // Channels c to c + N of kRows rows at once, so that the running sums over rows are loaded and stored once for all of

@@ -50,7 +50,7 @@ def resize_patchify(
         boxes: (left, upper, right, lower) of the region to resize, in source pixels, fractions allowed: one for all
             images or a list, one per image, None in it or for it meaning the whole image.
         interpolation: "bicubic" or "bilinear", both antialiased.
-        exact: bit-equality is always kept, as giving it up would save little; False is accepted and means the same.
+        exact: whether bit-equality is required. It is always kept: False is accepted and means the same for now.
         dtype: of the rows: float32, bfloat16 or float16 for normalised pixels, or uint8 for pixels that still await
             the normalisation, which is then handed on in `PackedBatch.normalization`.
         lengths: configured lengths in patches, see `PackedBatch.from_rows`.
@@ -83,8 +83,8 @@ def resize_patchify(
     as_pixels = dtype == torch.uint8
     rows = torch.ops.revit_fast.resize_patchify(
         tensors,
-        torch.tensor(box_list, dtype=torch.float64),
-        torch.tensor(size_list),
+        _constant(tuple(box_list), torch.float64),
+        _constant(tuple(size_list), torch.int64),
         patch_size,
         None if as_pixels else _table(mean, std, dtype),
         interpolation == "bicubic",
@@ -217,6 +217,12 @@ def _channels(values: Sequence[float] | None, name: str, default: tuple[float, .
     if len(values) != 3 or not all(map(math.isfinite, values)):
         raise ValueError(f"{name}: expected three finite numbers, one per channel, got {values}")
     return values
+
+
+@lru_cache(maxsize=64)
+def _constant(rows: tuple[tuple[float, ...], ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that the op only reads: making one costs as much as resizing a thumbnail."""
+    return torch.tensor(rows, dtype=dtype)
 
 
 @lru_cache(maxsize=32)

@@ -31,7 +31,7 @@ void test_rows(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_rows, 
   std::vector<T> scratch(static_cast<size_t>(revit::cpu::kLayerNormBackwardScratchRows * n_channels));
   kernels.layer_norm.forward[d]({x.data(), with_residual ? residual.data() : nullptr, weight.data(), bias.data(),
                                  y.data(), sum.data(), mean.data(), rstd.data(), scratch.data(), n_rows, n_channels,
-                                 eps});
+                                 eps, true});
   const std::vector<T>& normed = with_residual ? sum : x;
   std::vector<T> grad_x(x.size()), parts(static_cast<size_t>(2 * n_channels));
   kernels.layer_norm.backward[d]({grad_y.data(), with_residual ? grad_sum.data() : nullptr, normed.data(),
@@ -87,7 +87,7 @@ void test_16_bit(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_chan
   kernels.layer_norm.widen[d]({param.data(), wide.data(), n_channels});
   CHECK(wide[n - 1] == 1.0f);
   kernels.layer_norm.forward[d]({x.data(), x.data(), wide.data(), wide.data(), y.data(), sum.data(), mean.data(),
-                                 rstd.data(), scratch.data(), 3, n_channels, 1e-6});
+                                 rstd.data(), scratch.data(), 3, n_channels, 1e-6, true});
   bool equal = true;
   for (uint16_t bits : y) equal = equal && bits == one;
   CHECK(equal);
