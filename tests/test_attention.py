@@ -166,6 +166,14 @@ def test_strided_views_are_read_in_place(isa):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_offsets_may_be_strided():
+    q, k, v, cu_seqlens_q, cu_seqlens_k = inputs([3, 5], [2, 7], heads=(2, 1), dim=16)
+    strided = [torch.stack([cu, cu], dim=1)[:, 0] for cu in (cu_seqlens_q, cu_seqlens_k)]
+    assert not strided[0].is_contiguous()
+    expected = ops.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    assert torch.equal(ops.varlen_attention(q, k, v, *strided), expected)
+
+
 def test_defaults_and_results():
     q, k, v, cu, _ = inputs((50, 7), (50, 7))
     out = ops.varlen_attention(q, k, v, cu, None, 50)
@@ -252,13 +260,18 @@ GOOD = dict(zip(("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"), inputs((5, 3), 
         ("q", torch.zeros(8, 0, 32), ValueError, "q: the number of heads"),
         ("k", torch.zeros(6, 2, 32, dtype=torch.bfloat16), TypeError, "k: expected torch.float32 like q"),
         ("k", torch.zeros(6, 2, 31), ValueError, "k: expected head_dim 32"),
-        ("k", torch.zeros(6, 2, 32, device="meta"), ValueError, "k: expected device cpu"),
+        ("k", torch.zeros(6, 2, 32, device="meta"), ValueError, "k: expected a tensor on cpu like q"),
         ("v", torch.zeros(7, 2, 32), ValueError, "v: expected"),
         ("v", torch.zeros(6, 1, 32), ValueError, "v: expected"),
         ("cu_seqlens_q", (0, 5, 8), TypeError, "cu_seqlens_q: expected an int32 tensor"),
         ("cu_seqlens_q", torch.tensor([0, 5, 8]), TypeError, "cu_seqlens_q: expected int32"),
         ("cu_seqlens_q", torch.zeros(1, 3, dtype=torch.int32), ValueError, "cu_seqlens_q: expected shape"),
-        ("cu_seqlens_q", torch.zeros(3, dtype=torch.int32, device="meta"), ValueError, "cu_seqlens_q: expected device"),
+        (
+            "cu_seqlens_q",
+            torch.zeros(3, dtype=torch.int32, device="meta"),
+            ValueError,
+            "cu_seqlens_q: expected a tensor on cpu like q",
+        ),
         ("cu_seqlens_k", cu_seqlens_of([4, 1, 1]), ValueError, "cu_seqlens_k: expected 3 offsets"),
         ("scale", float("nan"), ValueError, "scale: expected a finite number"),
     ],

@@ -16,14 +16,14 @@ def describe(value: object) -> str:
 
 
 def check_rows(name: str, value: Tensor, axes: str = "[T, C]") -> None:
-    """Raises unless `value` is a floating matrix; `axes` says how to call its dimensions."""
+    """Raises unless `value` is a floating tensor of as many dimensions as `axes` names."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {axes}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}; convert it with {name}.float()"
         )
-    if value.dim() != 2:
+    if value.dim() != axes.count(",") + 1:
         raise ValueError(f"{name}: expected shape {axes}, got {describe(value)}")
 
 
@@ -57,11 +57,11 @@ def check_index(name: str, value: Tensor, other_name: str, other: Tensor, axes: 
     check_device(name, value, other_name, other)
 
 
-def check_cu_seqlens(value: Tensor, other_name: str, other: Tensor) -> None:
+def check_cu_seqlens(value: Tensor, other_name: str, other: Tensor, name: str = "cu_seqlens") -> None:
     """Raises unless `value` can be the `cu_seqlens` of `other`."""
-    check_index("cu_seqlens", value, other_name, other, "[B + 1]")
+    check_index(name, value, other_name, other, "[B + 1]")
     if value.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected shape [B + 1], got an empty tensor; an empty batch is [0]")
+        raise ValueError(f"{name}: expected shape [B + 1], got an empty tensor; an empty batch is [0]")
 
 
 def check_per_sequence(name: str, value: Tensor, cu_seqlens: Tensor) -> None:

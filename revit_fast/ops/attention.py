@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from revit_fast import reference
-from revit_fast.ops import _library
+from revit_fast.ops import _checks, _library
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def varlen_attention(
@@ -61,8 +60,8 @@ def varlen_attention(
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     _check_heads(q, k, v)
-    _check_offsets(cu_seqlens_q, q, "cu_seqlens_q")
-    _check_offsets(cu_seqlens_k, q, "cu_seqlens_k")
+    _checks.check_cu_seqlens(cu_seqlens_q, "q", q, "cu_seqlens_q")
+    _checks.check_cu_seqlens(cu_seqlens_k, "q", q, "cu_seqlens_k")
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
         raise ValueError(
             f"cu_seqlens_k: expected {cu_seqlens_q.shape[0]} offsets like cu_seqlens_q, got {cu_seqlens_k.shape[0]}; "
@@ -72,23 +71,24 @@ def varlen_attention(
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     out, lse = torch.ops.revit_fast.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, bool(causal), tiles
+        q,
+        k,
+        v,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        bool(causal),
+        tiles,
     )
     return (out, lse) if return_lse else out
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor [T, H, D], got {type(t).__name__}")
-        if t.dim() != 3:
-            raise ValueError(f"{name}: expected shape [T, H, D], got {tuple(t.shape)}; pack a batch into rows first")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.dtype != q.dtype:
-            raise TypeError(f"{name}: expected {q.dtype} like q, got {t.dtype}; cast one of them")
-        if t.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} like q, got {t.device}")
+        _checks.check_rows(name, t, "[T, H, D]")
+        _checks.check_like(name, t, "q", q)
         if t.shape[2] != q.shape[2]:
             raise ValueError(f"{name}: expected head_dim {q.shape[2]} like q, got {t.shape[2]}")
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
@@ -99,17 +99,6 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q: the number of heads must be a positive multiple of those of k and v, got {q.shape[1]} and {k.shape[1]}"
         )
-
-
-def _check_offsets(cu_seqlens: Tensor, q: Tensor, name: str) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name}: expected an int32 tensor [B + 1], got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name}: expected int32, got {cu_seqlens.dtype}; convert it with .to(torch.int32)")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{name}: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} like q, got {cu_seqlens.device}; move it with .to()")
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

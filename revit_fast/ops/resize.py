@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..packing import PackedBatch
-from . import _library
+from revit_fast import reference
+from revit_fast.ops import _library
+from revit_fast.packing import PackedBatch
 
 Box = tuple[float, float, float, float]
 
