@@ -20,7 +20,7 @@ test-abi: build
 	$(PYTHON) -m venv $(VENV)-abi
 	$(VENV)-abi/bin/python -m pip install -q "$(OTHER_TORCH)" numpy "pillow>=13,<14" hypothesis pytest pytest-timeout
 	$(VENV)-abi/bin/python -m pytest tests/test_packing.py tests/test_attention.py tests/test_layer_norm.py \
-	    tests/test_tokens.py tests/test_resize.py -k "not torchvision and not compile"
+	    tests/test_tokens.py tests/test_resize.py -k "not compile"
 
 ## Speed of every op and of the model beside its peers; tables in bench/results/.
 bench: build
