@@ -3,9 +3,8 @@
   #include "cpu/prelude.h"
 
   #if defined(__clang__)
-    #pragma clang attribute push(                                                                            \
-        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))), \
-        apply_to = function)
+    #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                                 apply_to = function)
   #else
     #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
   #endif

@@ -100,7 +100,7 @@ REVIT_INLINE __m256i resample_column(const TapPair* pair, int32_t n_pairs, const
 // kRowBlock packed RGB rows resampled to `n_out` pixels each. Reads up to kRowOverrun bytes from a pixel on and writes
 // as many; `columns` is scratch memory.
 REVIT_INLINE void resample_horizontal(const ResizeAxis& axis, int32_t n_out, const uint8_t* const* in,
-                                      uint8_t* const* out, uint8_t* columns_memory) {
+                                      uint8_t* const* out, [[maybe_unused]] uint8_t* columns_memory) {
 #if REVIT_LANES >= 8
   __m256i* const columns = reinterpret_cast<__m256i*>(columns_memory);
   const int32_t begin = axis.first[0], end = axis.first[n_out - 1] + axis.n_taps[n_out - 1];

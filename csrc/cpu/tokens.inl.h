@@ -45,13 +45,13 @@ REVIT_INLINE void sum_rows_vectors(const SumRowsArgs& args, int64_t c) {
   using C = Compute<T>;
   constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
-  const T* x = static_cast<const T*>(args.x) + c;
+  const T* x = static_cast<const T*>(args.x);
   V total[kVectors] = {}, lost[kVectors] = {};
   for (int64_t begin = 0; begin < args.n_rows; begin += kSumBlock) {
     const int64_t end = std::min(begin + kSumBlock, args.n_rows);
     V block[kVectors] = {};
     for (int64_t i = begin; i < end; ++i) {
-      const T* row = x + (args.rows != nullptr ? args.rows[i] : i) * args.stride;
+      const T* row = x + (args.rows != nullptr ? args.rows[i] : i) * args.stride + c;
       for (int v = 0; v < kVectors; ++v) block[v] += load<N>(row + v * N);
     }
     for (int v = 0; v < kVectors; ++v) add_exactly(block[v], &total[v], &lost[v]);
@@ -70,12 +70,13 @@ void sum_rows(const SumRowsArgs& args) {
   for (; c + 4 * N <= args.n_channels; c += 4 * N) sum_rows_vectors<T, 4>(args, c);
   for (; c + N <= args.n_channels; c += N) sum_rows_vectors<T, 1>(args, c);
   for (; c < args.n_channels; ++c) {
-    const T* x = static_cast<const T*>(args.x) + c;
+    const T* x = static_cast<const T*>(args.x);
     C total = 0, lost = 0;
     for (int64_t begin = 0; begin < args.n_rows; begin += kSumBlock) {
       const int64_t end = std::min(begin + kSumBlock, args.n_rows);
       C block = 0;
-      for (int64_t i = begin; i < end; ++i) block += widen(x[(args.rows != nullptr ? args.rows[i] : i) * args.stride]);
+      for (int64_t i = begin; i < end; ++i)
+        block += widen(x[(args.rows != nullptr ? args.rows[i] : i) * args.stride + c]);
       add_exactly(block, &total, &lost);
     }
     narrow((total + lost) / static_cast<C>(args.divisor), static_cast<T*>(args.out) + c);
