@@ -69,7 +69,7 @@ double cost_of(const AttentionItem& item) {
 }
 
 // One item per sequence and key head, long sequences cut into parts of whole row tiles where that lets all threads work
-// (`row_tile` 0: never), the most expensive first.
+// (`row_tile` 0: never), the most expensive sequences first.
 std::vector<AttentionItem> plan(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t kv_heads,
                                 int64_t row_tile) {
   const int32_t* q_offsets = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
@@ -92,21 +92,27 @@ std::vector<AttentionItem> plan(const Tensor& cu_seqlens_q, const Tensor& cu_seq
   const int64_t n_threads = torch::stable::get_num_threads();
   const double target = total / static_cast<double>(n_threads * kItemsPerThread);
   std::vector<AttentionItem> items;
-  for (const AttentionItem& sequence : whole) {
-    int64_t rows_per_item = sequence.n_rows;
-    if (n_threads > 1 && row_tile > 0 && cost_of(sequence) > target) {
-      const double rows = target / static_cast<double>(sequence.n_keys + 1);
+  const auto add_head = [&](AttentionItem item, int64_t head) {
+    const int64_t n_rows = item.n_rows;
+    int64_t rows_per_item = n_rows;
+    if (n_threads > 1 && row_tile > 0 && cost_of(item) > target) {
+      const double rows = target / static_cast<double>(item.n_keys + 1);
       const int64_t tiles = std::max(kMinTilesPerItem, static_cast<int64_t>(rows) / row_tile);
       rows_per_item = std::min(rows_per_item, tiles * row_tile);
     }
+    item.kv_head = head;
+    do {
+      item.n_rows = std::min(rows_per_item, n_rows - item.first_row);
+      items.push_back(item);
+      item.first_row += item.n_rows;
+    } while (item.first_row < n_rows);
+  };
+  // As many sequences at a time as there are threads, head by head: each thread tends to keep to one of them, whose
+  // next head the kernel prefetches.
+  for (size_t begin = 0; begin < whole.size(); begin += n_threads) {
+    const size_t end = std::min(whole.size(), begin + static_cast<size_t>(n_threads));
     for (int64_t head = 0; head < kv_heads; ++head) {
-      AttentionItem item = sequence;
-      item.kv_head = head;
-      do {
-        item.n_rows = std::min(rows_per_item, sequence.n_rows - item.first_row);
-        items.push_back(item);
-        item.first_row += item.n_rows;
-      } while (item.first_row < sequence.n_rows);
+      for (size_t s = begin; s < end; ++s) add_head(whole[s], head);
     }
   }
   return items;
@@ -116,6 +122,7 @@ void fill_common(AttentionArgs& args, const Tensor& q, const Tensor& k, const Te
   args.q = heads_of(q);
   args.k = heads_of(k);
   args.v = heads_of(v);
+  args.n_heads = q.size(1);
   args.head_dim = q.size(2);
   args.group = q.size(1) / k.size(1);
   args.scale = scale;

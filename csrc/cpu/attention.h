@@ -22,6 +22,7 @@ struct MutableHeads {
 
 struct AttentionArgs {
   Heads q, k, v;
+  int64_t n_heads;   // query heads
   int64_t head_dim;  // at most 256
   int64_t group;     // query heads per key head
   double scale;

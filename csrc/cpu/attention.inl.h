@@ -44,7 +44,7 @@ REVIT_INLINE Vec<T, n> exp2_nonpositive(Vec<T, n> x) {
   } else {
     // At -127 the exponent field below is zero, and so is the result. A NaN passes the comparison.
     const Vec<T, n> lowest = broadcast<T, n>(-127.0f);
-    x = x < lowest ? lowest : x;
+    x = lowest > x ? lowest : x;
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits.
     const Vec<T, n> shifted = x + 12582912.0f;
     const Vec<T, n> f = x - (shifted - 12582912.0f);
@@ -76,27 +76,31 @@ struct RowState {
   T sum = 0;
 };
 
-// Turns one row of scores into 2^(s - maximum). `visible` scores count; up to `padded` (whole vectors) the rest becomes
-// zero. Returns the factor that brings earlier blocks to the new maximum.
+// The maximum of `maximum` and of the `visible` scores of a row; up to `padded` (whole vectors) the rest becomes -inf.
 template <class T>
-REVIT_INLINE T softmax_row(T* s, int64_t visible, int64_t padded, RowState<T>& state) {
+REVIT_INLINE T row_maximum(T* s, int64_t visible, int64_t padded, T maximum) {
   constexpr int n = kLanes<T>;
-  const T infinity = std::numeric_limits<T>::infinity();
-  fill_row(s + visible, padded - visible, -infinity);
-  Vec<T, n> maxima = broadcast<T, n>(state.maximum);
+  fill_row(s + visible, padded - visible, -std::numeric_limits<T>::infinity());
+  Vec<T, n> maxima = broadcast<T, n>(maximum);
   for (int64_t j = 0; j < padded; j += n) {
     const Vec<T, n> x = load<n>(s + j);
     maxima = maxima > x ? maxima : x;
   }
-  const T maximum = reduce_max<T, n>(maxima);
-  const T origin = maximum == -infinity ? T(0) : maximum;
+  return reduce_max<T, n>(maxima);
+}
+
+// Turns one row of scores into 2^(s - maximum). Returns the factor that brings earlier blocks to the new maximum.
+template <class T>
+REVIT_INLINE T exponentiate_row(T* s, int64_t padded, T maximum, RowState<T>& state) {
+  constexpr int n = kLanes<T>;
+  const T origin = maximum == -std::numeric_limits<T>::infinity() ? T(0) : maximum;
   Vec<T, n> sums = {};
   for (int64_t j = 0; j < padded; j += n) {
     const Vec<T, n> p = exp2_nonpositive<T, n>(load<n>(s + j) - origin);
     store<n>(s + j, p);
     sums += p;
   }
-  const T correction = exp2_nonpositive_scalar<T>(state.maximum - origin);
+  const T correction = state.sum == 0 ? T(0) : exp2_nonpositive_scalar<T>(state.maximum - origin);
   state.maximum = maximum;
   state.sum = state.sum * correction + reduce_add<T, n>(sums);
   return correction;
@@ -126,6 +130,16 @@ REVIT_INLINE T* row_of(const MutableHeads& heads, int64_t row, int64_t head) {
   return static_cast<T*>(heads.data) + row * heads.row_stride + head * heads.head_stride;
 }
 
+// Asks for rows [begin, begin + n_rows) of a head. The next head's rows lie beside this one's and the same thread is
+// likely to take it next (see `plan` in varlen_attention.cpp); waiting for them would cost a tenth of the time.
+template <class T>
+REVIT_INLINE void prefetch_rows(const Heads& heads, int64_t begin, int64_t n_rows, int64_t head, int64_t dim) {
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const T* row = row_of<T>(heads, begin + i, head);
+    for (int64_t j = 0; j < dim; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j, 0, 2);
+  }
+}
+
 template <class T>
 void attention_forward(const AttentionForward& args, const AttentionItem& item) {
   using C = Compute<T>;
@@ -149,13 +163,25 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
       const int64_t rows = std::min(kRowTile, end - first);
       const int64_t tile_keys = visible_keys(args, item, first + rows - 1);
       pack_tile(row_of<T>(args.q, item.q_begin + first, head), args.q.row_stride, rows, dim, score_scale, q_tile);
+      if (head + 1 < args.n_heads) prefetch_rows<T>(args.q, item.q_begin + first, rows, head + 1, dim);
+      if (member == 0 && head + args.group < args.n_heads) {
+        const int64_t key_rows = std::min(rows, n_keys - first);
+        prefetch_rows<T>(args.k, item.k_begin + first, key_rows, item.kv_head + 1, dim);
+        prefetch_rows<T>(args.v, item.k_begin + first, key_rows, item.kv_head + 1, dim);
+      }
       RowState<C> state[kRowTile];
       for (int64_t key = 0; key < tile_keys; key += block) {
         const int64_t keys = std::min(block, tile_keys - key);
         multiply(rows, keys, dim, q_tile, k_transposed.from_column(key), 0, s_tile, kTileStride, false);
+        // In two passes over the tile: a row's reduction to one number would hold up its own second pass.
+        const int64_t padded_keys = round_up(keys, kLanes<C>);
+        C maximum[kRowTile];
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t visible = std::max<int64_t>(0, std::min(keys, visible_keys(args, item, first + i) - key));
-          const C correction = softmax_row(s_tile + i * kTileStride, visible, round_up(keys, kLanes<C>), state[i]);
+          maximum[i] = row_maximum(s_tile + i * kTileStride, visible, padded_keys, state[i].maximum);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          const C correction = exponentiate_row(s_tile + i * kTileStride, padded_keys, maximum[i], state[i]);
           if (key > 0) scale_row(o_tile + i * kTileStride, padded_dim, correction);
         }
         multiply(rows, dim, keys, s_tile, v, key, o_tile, kTileStride, key > 0);

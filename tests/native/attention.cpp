@@ -97,6 +97,7 @@ void check_case(const revit::cpu::Kernels& kernels, const Case& c) {
   forward.q = {q.data.get(), q_row, c.dim};
   forward.k = {k.data.get(), k_row, c.dim};
   forward.v = {v.data.get(), k_row, c.dim};
+  forward.n_heads = heads;
   forward.head_dim = c.dim;
   forward.group = c.group;
   forward.scale = kScale;
