@@ -35,7 +35,6 @@ def take_turns(candidates: dict, rounds: int) -> dict[str, list[float]]:
     samples = {name: [] for name in candidates}
     for turn in range(-1, rounds):
         for name in candidates if turn % 2 else reversed(candidates):
-            time.sleep(0.01)  # lets the previous candidate's spinning threads go to sleep
             begin = time.perf_counter()
             candidates[name]()
             if turn >= 0:

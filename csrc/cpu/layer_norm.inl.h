@@ -41,7 +41,12 @@ REVIT_INLINE Vec<C, N> keep_first(Vec<C, N> v, int64_t n) {
 // Stores a vector past the caches where the platform can: the line is neither fetched first nor kept. `p` is aligned.
 template <class V, class T>
 REVIT_INLINE void store_streaming(T* p, V v) {
-#if defined(__x86_64__)
+#if REVIT_LANES >= 8
+  constexpr int kParts = sizeof(V) / 32;
+  __m256i part[kParts];
+  __builtin_memcpy(part, &v, sizeof(v));
+  for (int i = 0; i < kParts; ++i) _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, part[i]);
+#elif defined(__x86_64__)
   constexpr int kParts = sizeof(V) / 16;
   __m128i part[kParts];
   __builtin_memcpy(part, &v, sizeof(v));
@@ -191,7 +196,7 @@ void layer_norm_forward(const LayerNormArgs& args) {
   if (args.residual == nullptr) return layer_norm_rows<T, Sum::kNone>(args);
   if constexpr (sizeof(T) == sizeof(Compute<T>)) {
     // Only whole, aligned vectors can be streamed.
-    const bool aligned = reinterpret_cast<uintptr_t>(args.sum) % 16 == 0 && args.n_channels * sizeof(T) % 64 == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(args.sum) % 32 == 0 && args.n_channels * sizeof(T) % 64 == 0;
     if (args.streams_sum && aligned) return layer_norm_rows<T, Sum::kStreamed>(args);
   }
   layer_norm_rows<T, Sum::kCached>(args);
