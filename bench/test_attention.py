@@ -84,15 +84,15 @@ def forward_comparison(dtype, tolerance, peers):
 
 def build_forward():
     peers = {
-        "sdpa_grouped": grouped_sdpa,
-        "flex_attention": flex_attention_over_documents(),
+        "SDPA grouped by length": grouped_sdpa,
+        "compiled FlexAttention": flex_attention_over_documents(),
     }
     return forward_comparison(torch.float32, 1e-5, peers)
 
 
 def build_forward_bfloat16():
     # bfloat16 keeps 8 bits, and the outputs are below 4.
-    return forward_comparison(torch.bfloat16, 2**-6, {"sdpa_grouped": grouped_sdpa})
+    return forward_comparison(torch.bfloat16, 2**-6, {"SDPA grouped by length": grouped_sdpa})
 
 
 def build_backward():
@@ -128,19 +128,19 @@ def build_backward():
         error = (grads.double() - truth).abs().max().item()
         assert error <= 1e-4, f"{name}: max error {error:.2e}"
 
-    return Comparison("attention", "backward float32", {"ours": ours, "sdpa_grouped": grouped}, check)
+    return Comparison("attention", "backward float32", {"ours": ours, "SDPA grouped by length": grouped}, check)
 
 
-@pytest.mark.parametrize("candidate", ["ours", "sdpa_grouped", "flex_attention"])
+@pytest.mark.parametrize("candidate", ["ours", "SDPA grouped by length", "compiled FlexAttention"])
 def test_forward(replay, candidate):
     replay(build_forward, candidate)
 
 
-@pytest.mark.parametrize("candidate", ["ours", "sdpa_grouped"])
+@pytest.mark.parametrize("candidate", ["ours", "SDPA grouped by length"])
 def test_forward_bfloat16(replay, candidate):
     replay(build_forward_bfloat16, candidate)
 
 
-@pytest.mark.parametrize("candidate", ["ours", "sdpa_grouped"])
+@pytest.mark.parametrize("candidate", ["ours", "SDPA grouped by length"])
 def test_backward(replay, candidate):
     replay(build_backward, candidate)
