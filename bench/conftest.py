@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,8 @@ import pytest
 import torch
 
 import revit_fast
+from bench.turns import take_turns
+from revit_fast.cli.env import cpu_name
 from revit_fast.ops import _library
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,15 +74,7 @@ class Comparison:
             for name, candidate in self.candidates.items():
                 self.check(name, candidate(0))
                 candidate(1)
-            names = list(self.candidates)
-            self.samples = {name: [] for name in names}
-            for turn in range(self.rounds):
-                for name in names if turn % 2 == 0 else reversed(names):
-                    if self.pause_s:
-                        time.sleep(self.pause_s)
-                    begin = time.perf_counter()
-                    self.candidates[name](turn)
-                    self.samples[name].append(time.perf_counter() - begin)
+            self.samples = take_turns(self.candidates, self.rounds, self.pause_s)
         finally:
             torch.set_num_threads(before)
 
@@ -141,14 +134,6 @@ def machine_header() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def markdown(header: dict, rows: list[dict]) -> str:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import revit_fast as rf
+from bench.turns import take_turns
 from revit_fast.ops import _library
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,18 +29,6 @@ PHOTOGRAPHS = [
     Path(skimage.__file__).parent / "data" / name
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "motorcycle_left.png")
 ] + [Path(sklearn.__file__).parent / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")]
-
-
-def take_turns(candidates: dict, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every candidate, measured in alternation after one warm-up."""
-    samples = {name: [] for name in candidates}
-    for turn in range(-1, rounds):
-        for name in candidates if turn % 2 else reversed(candidates):
-            begin = time.perf_counter()
-            candidates[name]()
-            if turn >= 0:
-                samples[name].append((time.perf_counter() - begin) * 1e3)
-    return samples
 
 
 @torch.inference_mode()
@@ -94,15 +83,16 @@ def main() -> None:
     full = full.reshape(-1, 3, GRIDS[0] * patch, GRIDS[0] * patch)
     groups = [torch.stack([t for t, g in zip(tensors, grids, strict=True) if g == grid]) for grid in sorted(set(grids))]
     candidates = {
-        "timm, every image at 14x14": lambda: vit(full),
-        "timm, grouped by length": lambda: [vit(group) for group in groups],
-        "revit-fast, one packed forward": lambda: model(batch),
+        "timm, every image at 14x14": lambda _: vit(full),
+        "timm, grouped by length": lambda _: [vit(group) for group in groups],
+        "revit-fast, one packed forward": lambda _: model(batch),
     }
-    samples = take_turns(candidates, args.rounds)
-    ours = statistics.median(samples["revit-fast, one packed forward"])
+    for candidate in candidates.values():
+        candidate(0)
+    medians = {name: 1e3 * statistics.median(times) for name, times in take_turns(candidates, args.rounds).items()}
+    ours = medians["revit-fast, one packed forward"]
     print(f"\n{'forward pass':32} {'median ms':>9} {'images/s':>9} {'time / ours':>12}")
-    for name, times in samples.items():
-        median = statistics.median(times)
+    for name, median in medians.items():
         print(f"{name:32} {median:9.1f} {len(batch) / median * 1e3:9.1f} {median / ours:12.2f}")
 
 

@@ -8,6 +8,12 @@
 
 namespace revit {
 
+// Elements of one task of row arithmetic: below it a second thread costs more than it saves.
+inline constexpr int64_t kTaskElements = 16384;
+
+// Threads that so many elements of row arithmetic are worth.
+inline int64_t max_threads_for(int64_t elements) { return elements < kTaskElements ? 1 : elements / kTaskElements; }
+
 // Runs body(i) once for every i in [0, n_tasks), on at most `max_threads` threads of PyTorch's pool. Threads take the
 // next task as they become free, so put long tasks first; which thread runs a task must not change its result.
 template <class Body>

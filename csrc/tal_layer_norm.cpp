@@ -14,9 +14,6 @@
 namespace revit {
 namespace {
 
-// Elements of one task: below it a second thread costs more than it saves.
-constexpr int64_t kTaskElements = 16384;
-
 // Rows whose share of grad_weight and grad_bias is added up by one task. Fixed, so that the order of all additions
 // does not depend on the number of threads.
 constexpr int64_t kPartRows = 64;
@@ -222,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> tal_layer_norm_backward(const Tensor& grad_y_
   const cpu::LayerNormKernels& kernels = cpu::kernels().layer_norm;
   const auto backward = kernels.backward[static_cast<int>(layout.dtype)];
   const auto reduce = kernels.reduce[static_cast<int>(layout.param_dtype)];
-  const int64_t max_threads = std::max<int64_t>(1, layout.n_rows * n_channels / kTaskElements);
+  const int64_t max_threads = max_threads_for(layout.n_rows * n_channels);
   for_each_task(
       static_cast<int64_t>(parts.size()),
       [&](int64_t i) {

@@ -13,13 +13,8 @@
 namespace revit {
 namespace {
 
-// Elements of one task: below it a second thread costs more than it saves.
-constexpr int64_t kTaskElements = 16384;
-
 const char* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 char* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
-
-int64_t max_threads_for(int64_t elements) { return std::max<int64_t>(1, elements / kTaskElements); }
 
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 

@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
         "triton": attempt(lambda: import_module("triton").__version__),
         **{name: attempt(lambda name=name: metadata.version(name)) for name in ("timm", "pillow", "numpy")},
         "platform": platform.platform(),
-        "cpu": attempt(_cpu_name),
+        "cpu": attempt(cpu_name),
         "threads": torch.get_num_threads(),
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),
@@ -50,7 +50,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
