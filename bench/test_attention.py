@@ -12,7 +12,7 @@ GROUPS = ((4, 197), (6, 101), (6, 50))
 SEQLENS = [n for count, n in GROUPS for _ in range(count)]
 HEADS, HEAD_DIM = 6, 64
 N_SETS = 4
-CU_SEQLENS, TILES = cumulative(SEQLENS), work_list(SEQLENS)
+CU_SEQLENS, WORK = cumulative(SEQLENS), work_list(SEQLENS)
 
 
 def by_length(rows):
@@ -32,7 +32,7 @@ def make_inputs(dtype):
 
 
 def packed(qkv):
-    return ops.varlen_attention(*qkv.unbind(1), CU_SEQLENS, tiles=TILES)
+    return ops.varlen_attention(*qkv.unbind(1), CU_SEQLENS, tiles=WORK.tiles, tile_counts=WORK.counts)
 
 
 def grouped_sdpa(qkv):

@@ -43,12 +43,13 @@ void select_cpu_isa(std::string isa) {
 STABLE_TORCH_LIBRARY(revit_fast, m) {
   m.def(
       "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles) "
+      "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-      "float scale, bool causal, Tensor? tiles) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
       "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
       "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)");

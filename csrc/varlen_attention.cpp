@@ -149,7 +149,8 @@ void lse_of_padding(const Tensor& lse, const Tensor& cu_seqlens) {
 
 std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
                                             std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-                                            double scale, bool causal, std::optional<Tensor> tiles) {
+                                            double scale, bool causal, std::optional<Tensor> tiles,
+                                            std::vector<int64_t> tile_counts) {
   check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   q = rows_contiguous(q);
   k = rows_contiguous(k);
@@ -176,12 +177,10 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q,
-                                                             Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                             Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-                                                             std::optional<int64_t> max_seqlen_q,
-                                                             std::optional<int64_t> max_seqlen_k, double scale,
-                                                             bool causal, std::optional<Tensor> tiles) {
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    double scale, bool causal, std::optional<Tensor> tiles, std::vector<int64_t> tile_counts) {
   check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const auto like_q = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&

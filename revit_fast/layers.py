@@ -111,7 +111,7 @@ class Attention(nn.Module):
         """`[T, C]`, or `[Tq, C]` for the rows of `queries` only, which still attend to all rows of their sequence."""
         if queries is None:
             q, k, v = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-            out = ops.varlen_attention(q, k, v, layout.cu_seqlens, tiles=layout.tiles)
+            out = ops.varlen_attention(q, k, v, layout.cu_seqlens, tiles=layout.tiles, tile_counts=layout.tile_counts)
         else:
             width = self.num_heads * self.head_dim
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -120,7 +120,13 @@ class Attention(nn.Module):
             k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
             q = q.view(-1, self.num_heads, self.head_dim)
             out = ops.varlen_attention(
-                q, k, v, queries.layout.cu_seqlens, layout.cu_seqlens, tiles=queries.layout.tiles
+                q,
+                k,
+                v,
+                queries.layout.cu_seqlens,
+                layout.cu_seqlens,
+                tiles=queries.layout.tiles,
+                tile_counts=queries.layout.tile_counts,
             )
         return self.proj_drop(self.proj(out.reshape(out.shape[0], -1)))
 

@@ -311,13 +311,14 @@ class ReViT(nn.Module):
         return prefix if self.no_embed_class else prefix + self.pos_embed[0, : self.num_prefix_tokens]
 
     def pack(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PackedBatch:
-        """Any input of the model as a `PackedBatch` of patch rows.
+        """Any input of the model as a `PackedBatch` of patch rows without padding.
 
         Raises:
             TypeError, ValueError: naming the image and what is wrong with it.
         """
         if isinstance(x, PackedBatch):
-            return x
+            # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
+            return x if torch.compiler.is_compiling() else x.without_padding()
         if isinstance(x, Tensor):
             if x.dim() != 4:
                 raise ValueError(
@@ -365,13 +366,11 @@ class ReViT(nn.Module):
         if batch.lengths != self.lengths:
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
         table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
-        return Inputs(self._without_padding(batch), batch.cu_seqlens, layout, table, offset, batch.normalization)
+        return Inputs(self._finite_rows(batch), batch.cu_seqlens, layout, table, offset, batch.normalization)
 
-    def _without_padding(self, batch: PackedBatch) -> Tensor:
-        """The batch's rows, so that padding rows neither cost time nor, if they hold NaN, reach a weight's gradient."""
-        if not torch.compiler.is_compiling():
-            return batch.data[: sum(batch.seqlens)]
-        if not torch.is_grad_enabled():
+    def _finite_rows(self, batch: PackedBatch) -> Tensor:
+        """The batch's rows; compiled code, which cannot cut padding off, zeroes it where gradients are wanted."""
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             return batch.data  # the token ops zero what comes of padding
         rows = torch.arange(batch.data.shape[0], device=batch.device).unsqueeze(1)
         return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)

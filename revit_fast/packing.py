@@ -22,38 +22,61 @@ DEFAULT_GRIDS = (14, 10, 7)
 TILE_ROWS = 64
 """Query rows of one tile of the work list."""
 
-SHORT_KEYS = 256
-"""Sequences of at most this many keys take the short schedule: all keys of a head at once."""
+KEY_CLASSES = (32, 64, 112, 160, 208, 256)
+"""Most keys of a sequence in each short class, whose kernel holds all keys of a head at once.
 
-SHORT, STREAMING = 0, 1
-"""Schedule classes of the work list."""
+Multiples of 16, the depth of a tensor-core product: 7² = 49 patches fit 64, 10² = 100 fit 112, 14² = 196 fit 208, each
+with its prefix tokens, so that padded keys cost 4 to 28 % rather than up to twice the work.
+"""
+
+STREAMING, PADDING = len(KEY_CLASSES), len(KEY_CLASSES) + 1
+"""Classes of tiles whose keys are walked block by block, and of tiles of padding rows, whose result is zero."""
+
+N_CLASSES = PADDING + 1
 
 INT32_MAX = 2**31 - 1
 
 
-def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None) -> Tensor:
-    """Tiles that cover every row of every sequence, one row `(sequence, first_row, schedule)` per tile.
+class WorkList(NamedTuple):
+    """Tiles of a pack, class by class.
 
-    Tiles follow the order of the rows; `first_row` counts from the start of its sequence. A tile and its schedule
-    depend on the sequence's own lengths alone, so an image is computed alike in every pack.
+    Attributes:
+        tiles: int32 `[n_tiles, 3]`: sequence, first row within it, class.
+        counts: tiles of each class, on the host: kernels are launched once per class, over exactly its tiles.
+    """
+
+    tiles: Tensor
+    counts: tuple[int, ...]
+
+
+def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None, n_padding: int = 0) -> WorkList:
+    """Tiles that cover every row of every sequence.
+
+    A class is the index of the first of `KEY_CLASSES` that the sequence's keys fit, else `STREAMING`; within a class
+    tiles follow the order of the rows. A tile and its class depend on the sequence's own lengths alone, so an image is
+    computed alike in every pack. Padding rows count as one more sequence at the end, of class `PADDING`.
 
     Args:
         seqlens_q: rows (queries) per sequence.
         seqlens_k: keys per sequence; by default the same.
+        n_padding: padding rows behind the sequences.
 
     Returns:
-        int32 tensor `[n_tiles, 3]` on the CPU.
+        The list, its tensor on the CPU.
     """
-    lengths = np.array(seqlens_q, dtype=np.int64).reshape(-1)
-    keys = lengths if seqlens_k is None else np.array(seqlens_k, dtype=np.int64).reshape(-1)
+    lengths = np.array([*seqlens_q, n_padding], dtype=np.int64)
+    keys = lengths if seqlens_k is None else np.array([*seqlens_k, 0], dtype=np.int64)
+    classes = np.searchsorted(KEY_CLASSES, keys).astype(np.int32)
+    classes[-1] = PADDING
     n_tiles = -(-lengths // TILE_ROWS)
     sequence = np.arange(len(lengths)).repeat(n_tiles)
     first_tile = (n_tiles.cumsum() - n_tiles)[sequence]
     tiles = np.empty((len(sequence), 3), dtype=np.int32)
     tiles[:, 0] = sequence
     tiles[:, 1] = (np.arange(len(sequence)) - first_tile) * TILE_ROWS
-    tiles[:, 2] = np.where(keys <= SHORT_KEYS, SHORT, STREAMING)[sequence]
-    return torch.from_numpy(tiles)
+    tiles[:, 2] = classes[sequence]
+    tiles = tiles[np.argsort(tiles[:, 2], kind="stable")]
+    return WorkList(torch.from_numpy(tiles), tuple(np.bincount(tiles[:, 2], minlength=N_CLASSES).tolist()))
 
 
 def cumulative(seqlens: Sequence[int]) -> Tensor:
@@ -112,6 +135,7 @@ class Layout(NamedTuple):
     cu_seqlens: Tensor
     length_index: Tensor
     tiles: Tensor | None
+    tile_counts: tuple[int, ...] = ()
 
 
 def _patch_counts(seqlens: Sequence[int], n_prefix: int) -> list[int]:
@@ -124,16 +148,18 @@ def _index_tensors(
     n_prefix: int,
     lengths: tuple[int, ...],
     grids: tuple[tuple[int, int], ...] | None,
+    n_padding: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`cu_seqlens`, `length_index`, `tiles` and `grid_hw` of a pack, shared by all packs of the same lengths."""
+) -> tuple[Layout, Tensor | None]:
+    """Layout and `grid_hw` of a pack, shared by all packs of the same lengths."""
     # The rule of `nearest_length`, on the host: a few counts do not pay for tensor operations.
     counts = _patch_counts(seqlens, n_prefix)
     index = [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
     with torch.inference_mode(False):  # a pack made for inference must serve training too
         grid_hw = None if grids is None else torch.tensor(grids, dtype=torch.int32).reshape(-1, 2).to(device)
         length_index = torch.tensor(index, dtype=torch.int32).to(device)
-        return cumulative(seqlens).to(device), length_index, work_list(seqlens).to(device), grid_hw
+        work = work_list(seqlens, n_padding=n_padding)
+        return Layout(cumulative(seqlens).to(device), length_index, work.tiles.to(device), work.counts), grid_hw
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +173,8 @@ class PackedBatch:
         data: `[T, ...]` rows of all sequences, one after another; rows from `cu_seqlens[-1]` on are padding.
         cu_seqlens: int32 `[B + 1]`, first row of each sequence, then the end of the last.
         length_index: int32 `[B]`, index of the configured length nearest to each sequence's patch count.
-        tiles: int32 `[n_tiles, 3]`, the work list (see `work_list`).
+        tiles: int32 `[n_tiles, 3]`, the work list (see `work_list`), its rows sorted by class.
+        tile_counts: tiles of each class, on the host.
         seqlens: the lengths on the host. Compiled code must not read them: it would be recompiled for every batch.
         lengths: the configured lengths (in patches, strictly decreasing) that `length_index` points into.
         n_prefix: prefix tokens that every sequence starts with and `cu_seqlens` counts; 0 for a batch of patch rows.
@@ -160,6 +187,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     length_index: Tensor
     tiles: Tensor
+    tile_counts: tuple[int, ...]
     seqlens: tuple[int, ...]
     lengths: tuple[int, ...]
     n_prefix: int = 0
@@ -228,12 +256,11 @@ class PackedBatch:
             for b, ((h, w), n) in enumerate(zip(grids, counts, strict=True)):
                 if h * w != n:
                     raise ValueError(f"grids: sequence {b} has {n} patches, but its grid {h}x{w} has {h * w}")
-        cu_seqlens, length_index, tiles, grid_hw = _index_tensors(seqlens, n_prefix, lengths, grids, data.device)
+        n_padding = data.shape[0] - sum(seqlens)
+        layout, grid_hw = _index_tensors(seqlens, n_prefix, lengths, grids, n_padding, data.device)
         return cls(
             data=data,
-            cu_seqlens=cu_seqlens,
-            length_index=length_index,
-            tiles=tiles,
+            **layout._asdict(),
             seqlens=seqlens,
             lengths=lengths,
             n_prefix=n_prefix,
@@ -315,6 +342,14 @@ class PackedBatch:
         tensors = ("data", "cu_seqlens", "length_index", "tiles", "grid_hw", "normalization")
         return replace(self, **{name: move(getattr(self, name)) for name in tensors}, _layouts={})
 
+    def without_padding(self) -> PackedBatch:
+        """The same sequences without the padding rows behind them."""
+        n_rows = sum(self.seqlens)
+        if n_rows == self.data.shape[0]:
+            return self
+        counts = (*self.tile_counts[:PADDING], 0)
+        return replace(self, data=self.data[:n_rows], tiles=self.tiles[: sum(counts)], tile_counts=counts, _layouts={})
+
     def with_data(self, data: Tensor) -> PackedBatch:
         """The same layout over other rows `[T, ...]`."""
         if data.shape[0] != self.data.shape[0]:
@@ -328,7 +363,7 @@ class PackedBatch:
         the kernels, so that no batch's lengths become a guard.
         """
         if n_prefix == self.n_prefix:
-            return Layout(self.cu_seqlens, self.length_index, self.tiles)
+            return Layout(self.cu_seqlens, self.length_index, self.tiles, self.tile_counts)
         if self.n_prefix:
             raise ValueError(
                 f"n_prefix: this batch counts {self.n_prefix} prefix tokens already, cannot make it {n_prefix}"
@@ -339,8 +374,9 @@ class PackedBatch:
         if n_prefix not in self._layouts:
             seqlens = [n + n_prefix for n in self.seqlens]
             with torch.inference_mode(False):  # what inference leaves behind must serve training too
-                cu_seqlens, tiles = cumulative(seqlens).to(self.device), work_list(seqlens).to(self.device)
-            self._layouts[n_prefix] = Layout(cu_seqlens, self.length_index, tiles)
+                work = work_list(seqlens, n_padding=self.data.shape[0] - sum(self.seqlens))
+                cu_seqlens, tiles = cumulative(seqlens).to(self.device), work.tiles.to(self.device)
+            self._layouts[n_prefix] = Layout(cu_seqlens, self.length_index, tiles, work.counts)
         return self._layouts[n_prefix]
 
     def with_tokens(self, data: Tensor, n_prefix: int) -> PackedBatch:
@@ -352,6 +388,7 @@ class PackedBatch:
             data=data,
             cu_seqlens=layout.cu_seqlens,
             tiles=layout.tiles,
+            tile_counts=layout.tile_counts,
             seqlens=tuple(n + added for n in self.seqlens),
             n_prefix=n_prefix,
             normalization=None,

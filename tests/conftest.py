@@ -1,14 +1,45 @@
+import os
+
+import helpers
 import pytest
 import torch
-from helpers import ISAS
 
-from revit_fast.ops import _library
+from revit_fast.ops import _library, _triton
 
 
-@pytest.fixture(params=ISAS)
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "interpreter", "cuda"),
+        help="where the ops run: C++ kernels, Triton kernels in Triton's interpreter, or Triton kernels on a GPU",
+    )
+
+
+def pytest_configure(config):
+    helpers.device = config.getoption("--device")
+    if (helpers.device == "interpreter") != (os.environ.get("TRITON_INTERPRET") == "1"):
+        raise pytest.UsageError("--device=interpreter and TRITON_INTERPRET=1 in the environment go together")
+    if helpers.device == "interpreter":
+        _triton.register("CPU")
+
+
+@pytest.fixture
+def device():
+    """Device of the tensors that a test gives to an op: one test file serves every kind of kernel."""
+    return torch.device("cuda" if helpers.device == "cuda" else "cpu")
+
+
+def pytest_generate_tests(metafunc):
+    """The C++ kernels run once per instruction set that this machine can execute."""
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", helpers.ISAS if helpers.device == "cpu" else [helpers.device], indirect=True)
+
+
+@pytest.fixture
 def isa(request):
-    """Runs a test once per instruction set that this machine can execute."""
-    if not _library.HAS_EXTENSION:
+    """Instruction set of the C++ kernels, which is forced; elsewhere the name of the device."""
+    if not _library.HAS_EXTENSION or helpers.device != "cpu":
         yield request.param
         return
     before = _library.cpu_isa()

@@ -16,6 +16,9 @@ HEAD_DIMS = (1, 7, 32, 40, 64, 72, 80, 128, 256)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = _library.cpu_isas() or ["reference"]
 
+device = "cpu"
+"""Where the ops run, by the option --device: cpu, interpreter (CPU tensors, Triton kernels) or cuda."""
+
 
 def cu_seqlens_of(seqlens: Sequence[int]) -> Tensor:
     return cumulative(seqlens)

@@ -177,8 +177,9 @@ def test_offsets_may_be_strided():
 def test_defaults_and_results():
     q, k, v, cu, _ = inputs((50, 7), (50, 7))
     out = ops.varlen_attention(q, k, v, cu, None, 50)
+    work = work_list((50, 7))
     explicit, lse = ops.varlen_attention(
-        q, k, v, cu, cu, 50, 64, scale=32**-0.5, return_lse=True, tiles=work_list((50, 7))
+        q, k, v, cu, cu, 50, 64, scale=32**-0.5, return_lse=True, tiles=work.tiles, tile_counts=work.counts
     )
     assert torch.equal(out, explicit)
     assert (lse.shape, lse.dtype) == ((2, 57), torch.float32)
@@ -210,7 +211,7 @@ def test_gradient_through_lse_alone(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     q, k, v, cu_q, cu_k = inputs((5, 0, 9), (4, 2, 9), heads=(2, 1), dim=8, dtype=dtype)
-    options = (cu_q, cu_k, 9, None, 0.3, True, None)
+    options = (cu_q, cu_k, 9, None, 0.3, True, None, [])
     torch.library.opcheck(torch.ops.revit_fast.varlen_attention, (q, k, v, *options))
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     torch.library.opcheck(torch.ops.revit_fast.varlen_attention, (*leaves, *options))
@@ -319,9 +320,9 @@ def peak_kib(n):
     lengths = [n // 5, *[197] * ((n - n // 5) // 197)]
     cu = cumulative(lengths)
     args = (q[:n], k[:n], v[:n])
-    out, lse = torch.ops.revit_fast.varlen_attention(*args, cu, cu, None, None, scale, False, None)
+    out, lse = torch.ops.revit_fast.varlen_attention(*args, cu, cu, None, None, scale, False, None, [])
     torch.ops.revit_fast.varlen_attention_backward(
-        grad[:n], None, *args, out, lse, cu, cu, None, None, scale, False, None
+        grad[:n], None, *args, out, lse, cu, cu, None, None, scale, False, None, []
     )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

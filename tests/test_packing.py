@@ -7,32 +7,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revit_fast import PackedBatch
-from revit_fast.packing import SHORT, SHORT_KEYS, STREAMING, TILE_ROWS, check_grids, nearest_length, work_list
+from revit_fast.packing import (
+    KEY_CLASSES,
+    N_CLASSES,
+    PADDING,
+    STREAMING,
+    TILE_ROWS,
+    check_grids,
+    nearest_length,
+    work_list,
+)
 
 LENGTHS = (196, 100, 49)
 
 
-@given(st.lists(st.integers(0, 1100), max_size=12))
-def test_work_list_covers_every_row_once(seqlens):
-    covered = [set() for _ in seqlens]
-    for sequence, first_row, schedule in work_list(seqlens).tolist():
-        rows = range(first_row, min(first_row + TILE_ROWS, seqlens[sequence]))
+def class_of(n_keys):
+    return next((i for i, most in enumerate(KEY_CLASSES) if n_keys <= most), STREAMING)
+
+
+@given(st.lists(st.integers(0, 1100), max_size=12), st.integers(0, 200))
+def test_work_list_covers_every_row_once(seqlens, n_padding):
+    covered = [set() for _ in [*seqlens, n_padding]]
+    tiles, counts = work_list(seqlens, n_padding=n_padding)
+    for sequence, first_row, tile_class in tiles.tolist():
+        n_rows = [*seqlens, n_padding][sequence]
+        rows = range(first_row, min(first_row + TILE_ROWS, n_rows))
         assert len(rows) > 0, f"tile ({sequence}, {first_row}) holds no row"
         assert covered[sequence].isdisjoint(rows)
         covered[sequence].update(rows)
-        assert schedule == (SHORT if seqlens[sequence] <= SHORT_KEYS else STREAMING)
-    assert [len(c) for c in covered] == seqlens
+        assert tile_class == (PADDING if sequence == len(seqlens) else class_of(seqlens[sequence]))
+    assert [len(c) for c in covered] == [*seqlens, n_padding]
+    assert tiles[:, 2].tolist() == [c for c in range(N_CLASSES) for _ in range(counts[c])]
 
 
 def test_a_sequence_has_the_same_tiles_in_every_pack():
-    alone = work_list([577])[:, 1:]
-    packed = work_list([3, 577, 0, 1025])
+    alone = work_list([577]).tiles[:, 1:]
+    packed = work_list([3, 577, 0, 1025]).tiles
     assert torch.equal(packed[packed[:, 0] == 1][:, 1:], alone)
 
 
-def test_work_list_takes_its_schedule_from_the_keys():
-    tiles = work_list([1, 1], [SHORT_KEYS, SHORT_KEYS + 1])
-    assert tiles.tolist() == [[0, 0, SHORT], [1, 0, STREAMING]]
+def test_work_list_takes_its_classes_from_the_keys():
+    tiles, counts = work_list([1, 1, 1, 1], [KEY_CLASSES[-1], KEY_CLASSES[-1] + 1, 0, 50])
+    assert tiles.tolist() == [[2, 0, 0], [3, 0, 1], [0, 0, STREAMING - 1], [1, 0, STREAMING]]
+    assert counts == (1, 1, 0, 0, 0, 1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +69,8 @@ def test_from_list_round_trip_and_fields():
     assert batch.length_index.tolist() == [2, 2, 0, 1, 2]
     assert batch.grids == ((7, 7), (0, 0), (14, 14), (10, 10), (7, 7))
     assert batch.max_seqlen == 196
-    assert torch.equal(batch.tiles, work_list(batch.seqlens))
+    assert torch.equal(batch.tiles, work_list(batch.seqlens).tiles)
+    assert batch.tile_counts == work_list(batch.seqlens).counts
     for item, part in zip(items, batch.split(), strict=True):
         assert torch.equal(item, part)
 
@@ -74,13 +92,19 @@ def test_padding_rows_are_not_part_of_any_sequence():
     batch = PackedBatch.from_rows(torch.arange(10.0)[:, None], [4, 3])
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
     assert [part.flatten().tolist() for part in batch.split()] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert batch.tiles.tolist() == work_list([4, 3], n_padding=3).tiles.tolist()
+    assert batch.layout(1).tile_counts == work_list([5, 4], n_padding=3).counts
+    trimmed = batch.without_padding()
+    assert (trimmed.data.shape[0], trimmed.tile_counts) == (7, work_list([4, 3]).counts)
+    assert torch.equal(trimmed.tiles, work_list([4, 3]).tiles)
+    assert trimmed.without_padding() is trimmed
 
 
 def test_layout_counts_prefix_tokens():
     batch = PackedBatch.from_list([randn(n, 2) for n in (63, 0, 64)], grids=[(9, 7), (0, 0), (8, 8)])
     layout = batch.layout(1)
     assert layout.cu_seqlens.tolist() == [0, 64, 65, 130]
-    assert torch.equal(layout.tiles, work_list([64, 1, 65]))
+    assert torch.equal(layout.tiles, work_list([64, 1, 65]).tiles)
     assert layout.length_index is batch.length_index
     tokens = batch.with_tokens(randn(130, 2), 1)
     assert tokens.n_prefix == 1

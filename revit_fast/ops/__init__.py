@@ -1,8 +1,11 @@
 """Public operators on packed sequences."""
 
+from revit_fast.ops import _triton
 from revit_fast.ops.attention import varlen_attention
 from revit_fast.ops.layer_norm import tal_layer_norm
 from revit_fast.ops.resize import resize_patchify
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
+
+_triton.register()
 
 __all__ = ["assemble_tokens", "mean_pool", "resize_patchify", "tal_layer_norm", "varlen_attention"]

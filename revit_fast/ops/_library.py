@@ -15,10 +15,10 @@ import torch
 # Those of csrc/library.cpp, for installations without the extension; a test holds the two equal.
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, "
-    "SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles) -> (Tensor out, Tensor lse)",
+    "SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) -> (Tensor out, Tensor lse)",
     "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float scale, bool causal, Tensor? tiles) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    "float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
     "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)",
     "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor cu_seqlens, "
@@ -65,8 +65,13 @@ else:
         _fallback.define(_schema)
 
 
+reference_ops: dict[str, Callable] = {}
+"""Every op as a function over `revit_fast.reference`, on any device."""
+
+
 def register_fallback(name: str, function: Callable) -> None:
     """Runs the op `name` on the CPU by `function`, written over `revit_fast.reference`, where there is no extension."""
+    reference_ops[name] = function
     if not HAS_EXTENSION:
         _fallback.impl(name, function, "CPU")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def varlen_attention(
     causal: bool = False,
     return_lse: bool = False,
     tiles: Tensor | None = None,
+    tile_counts: Sequence[int] = (),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v within every sequence of a pack and every head; differentiable in q, k and v.
 
@@ -46,6 +48,7 @@ def varlen_attention(
         causal: query i of a sequence sees keys up to `i + Lk - Lq` (aligned bottom right).
         return_lse: whether to return the log-sum-exp of the scores too.
         tiles: work list of the pack (`PackedBatch.tiles`); it may save deriving one and never changes the result.
+        tile_counts: tiles of each class (`PackedBatch.tile_counts`), so that no program is launched without work.
 
     Returns:
         out `[Tq, Hq, D]` of q's dtype, zero for queries that see no key. With `return_lse` also lse `[Hq, Tq]`, float32
@@ -81,6 +84,7 @@ def varlen_attention(
         scale,
         bool(causal),
         tiles,
+        tile_counts,
     )
     return (out, lse) if return_lse else out
 
@@ -106,19 +110,33 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("revit_fast::varlen_attention")
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tiles):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tiles, counts):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q))
 
 
 @torch.library.register_fake("revit_fast::varlen_attention_backward")
 def _(
-    grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tiles
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
+    causal,
+    tiles,
+    counts,
 ):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, tiles = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, tiles, ctx.tile_counts = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles)
     ctx.set_materialize_grads(False)
@@ -129,21 +147,35 @@ def _backward(ctx, grad_out, grad_lse):
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.revit_fast.varlen_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, tiles
+        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, tiles, ctx.tile_counts
     )
-    return (*grads, *[None] * 7)
+    return (*grads, *[None] * 8)
 
 
 torch.library.register_autograd("revit_fast::varlen_attention", _backward, setup_context=_setup_context)
 
 
-def _reference_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tiles):
+def _reference_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, *work):
     out, lse = reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, causal=causal)
     return out.contiguous(), lse.contiguous()
 
 
 def _reference_backward(
-    grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tiles
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale,
+    causal,
+    tiles,
+    counts,
 ):
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]

@@ -1,0 +1,142 @@
+"""How a kernel meets a GPU: the target that launch choices are made for, and the one door through which all launch.
+
+Everything a launcher decides is a pure function of the target, the arguments' dtypes and shapes, and host-known counts.
+`record` therefore lets a machine without a GPU see every launch that a chip would get, from fake tensors: the
+machine-code tests compile exactly those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip as launch choices see it.
+
+    Attributes:
+        name: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
+        backend: Triton's "cuda" or "hip".
+        arch: Triton's name of the architecture: 90, or "gfx942".
+        warp_size: threads of a warp (wavefront).
+        shared_bytes: shared memory that one block may take.
+        registers: 32-bit registers of one multiprocessor.
+        max_warps: warps resident on one multiprocessor.
+        shared_bytes_per_sm: shared memory of one multiprocessor.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+    registers: int
+    max_warps: int
+    shared_bytes_per_sm: int
+
+
+# Sources: CUDA C++ programming guide, table "technical specifications per compute capability"; AMD CDNA 3 ISA guide.
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024, 65536, 64, 164 * 1024),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024, 65536, 64, 228 * 1024),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024, 65536, 64, 228 * 1024),
+        Target("sm_120", "cuda", 120, 32, 99 * 1024, 65536, 48, 100 * 1024),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 4 * 64 * 512, 32, 64 * 1024),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: programs along each axis.
+        arguments: run-time arguments by name, in the kernel's order.
+        constants: `tl.constexpr` arguments by name.
+        num_warps: warps per program.
+        num_stages: software-pipeline stages of its loops.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_assumed: Target | None = None
+_recorded: list[Launch] | None = None
+
+
+@lru_cache(maxsize=64)
+def _device_target(index: int | None) -> Target:
+    if torch.version.hip:
+        return TARGETS["gfx942"]
+    capability = 10 * torch.cuda.get_device_capability(index)[0]
+    # A chip between two that are tuned for takes the choices of the lower; sm_89 has the small shared memory of sm_120.
+    if torch.cuda.get_device_capability(index) in ((8, 6), (8, 9)):
+        return TARGETS["sm_120"]
+    known = [t for t in TARGETS.values() if t.backend == "cuda" and t.arch <= capability]
+    if not known:
+        raise RuntimeError(
+            f"device: the Triton kernels need compute capability 8.0 or later, cuda:{index} has {capability / 10}; "
+            "run the model on the CPU"
+        )
+    return max(known, key=lambda t: t.arch)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target whose launch choices fit `device`; that of `assume_target` where one is assumed.
+
+    CPU tensors are met in Triton's interpreter only, which runs the choices of sm_90 unless told otherwise.
+    """
+    if _assumed is not None:
+        return _assumed
+    return TARGETS["sm_90"] if device.type == "cpu" else _device_target(device.index)
+
+
+@contextlib.contextmanager
+def assume_target(target: Target | str) -> Iterator[Target]:
+    """Makes every launch choice for `target`, whatever the device."""
+    global _assumed
+    before, _assumed = _assumed, TARGETS[target] if isinstance(target, str) else target
+    try:
+        yield _assumed
+    finally:
+        _assumed = before
+
+
+@contextlib.contextmanager
+def record(target: Target | str) -> Iterator[list[Launch]]:
+    """Collects the launches for `target` instead of running them."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with assume_target(target):
+            yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any):
+    """Runs `kernel` over `grid` with the run-time `arguments` in order; nothing for an empty grid."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = dict(zip(kernel.arg_names, arguments, strict=False))
+        _recorded.append(Launch(kernel, grid, names, constants, num_warps, num_stages))
+        return
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
