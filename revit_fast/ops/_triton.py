@@ -22,7 +22,7 @@ KERNELS = {
     "mean_pool": "tokens",
     "mean_pool_backward": "tokens",
 }
-"""Module of `revit_fast.kernels` that has the function of each op, which bears the op's name and takes its arguments."""
+"""Module of `revit_fast.kernels` with the function of each op: its name is the op's, its arguments the schema's."""
 
 OLDEST_TRITON = (3, 5)
 
