@@ -6,9 +6,10 @@ The tables were chosen by what the compiler makes of each candidate (registers, 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -65,6 +66,15 @@ class Schedule:
     num_warps: int = 4
     num_stages: int = 1
 
+    def launch_options(self) -> dict[str, int]:
+        """What every attention kernel is launched with."""
+        return {
+            "FIRST_CLASS": self.first_class,
+            "LAST_CLASS": self.last_class,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
     def beyond(self, max_seqlen_k: int | None) -> bool:
         """Whether no sequence of at most that many keys has one of these classes."""
         return max_seqlen_k is not None and self.first_class > bisect_left(KEY_CLASSES, max_seqlen_k)
@@ -75,3 +85,22 @@ def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule
     """Schedules of the forward pass, which together serve every class once."""
     short = [Schedule("short", i, i, keys) for i, keys in enumerate(KEY_CLASSES)]
     return (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
+
+
+class Backward(NamedTuple):
+    """Schedules of the backward pass: `fused` serves its classes alone, `grad_q` and `grad_kv` together all others."""
+
+    fused: tuple[Schedule, ...]
+    grad_q: tuple[Schedule, ...]
+    grad_kv: tuple[Schedule, ...]
+
+
+@lru_cache(maxsize=256)
+def backward(target: Target, head_dim: int, dtype: torch.dtype, self_attention: bool) -> Backward:
+    """Schedules of the backward pass."""
+    n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention else 0
+    fused = [Schedule("fused", i, i, KEY_CLASSES[i], block_m=KEY_CLASSES[i]) for i in range(n_fused)]
+    short = [Schedule("short", i, i, KEY_CLASSES[i]) for i in range(n_fused, STREAMING)]
+    grad_q = (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
+    grad_kv = (Schedule("streaming", n_fused, STREAMING, 64, num_stages=2),)
+    return Backward(tuple(fused), grad_q, grad_kv)
