@@ -125,14 +125,14 @@ def test_packed_tensors_are_read_in_place(device):
 )
 def test_unsupported_arguments_are_refused_by_name(device, name, value, message):
     q, k, v, *sequences = make(device, heads=(2, 2))
+    kv, qkv = torch.stack([k, v], dim=1), torch.stack([k, k, v], dim=1)
     with pytest.raises(ValueError, match=message):
         flash_attn_compat.flash_attn_varlen_func(q, k, v, *sequences, **{name: value})
-    if name == "block_table":
+    if name == "block_table":  # the packed functions have none
         return
     with pytest.raises(ValueError, match=message):
-        flash_attn_compat.flash_attn_varlen_kvpacked_func(q, torch.stack([k, v], dim=1), *sequences, **{name: value})
+        flash_attn_compat.flash_attn_varlen_kvpacked_func(q, kv, *sequences, **{name: value})
     with pytest.raises(ValueError, match=message):
-        qkv = torch.stack([k, k, v], dim=1)
         flash_attn_compat.flash_attn_varlen_qkvpacked_func(qkv, sequences[1], sequences[3], **{name: value})
 
 

@@ -205,7 +205,8 @@ def _vectorizable(t: Tensor) -> Tensor:
 
     Zeros behind the head dimension change no score, and the zero outputs behind it are cut off.
     """
-    t = F.pad(t, (0, -t.shape[2] % 8))
+    if t.shape[2] % 8:
+        return F.pad(t, (0, -t.shape[2] % 8))
     aligned = t.stride(2) == 1 and not any(s % 8 for s in (*t.stride()[:2], t.storage_offset()))
     return t if aligned else t.clone(memory_format=torch.contiguous_format)
 
