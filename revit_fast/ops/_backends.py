@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from revit_fast.packing import PADDING
+from revit_fast.kernels.schedules import PADDING
 
 OLDEST_TRITON = (3, 5)
 
