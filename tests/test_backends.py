@@ -216,10 +216,20 @@ def test_work_list_without_padding_spares_the_masks(calls, cuda_dispatch, device
     q, k, v, cu, _ = make(((9, 9), (0, 0), (3, 3)), device)
     monkeypatch.setattr(_backends, "_left_out", None)
     work = work_list((9, 0, 3))
-    options = {"causal": True, "max_seqlen_q": 9, "max_seqlen_k": 10}
+    options = {"causal": True, "tiles": work.tiles.to(device), "tile_counts": work.counts}
     with rf.set_attention_backend(backend):
-        check_forward_and_backward(q, k, v, cu, cu, **options, tiles=work.tiles.to(device), tile_counts=work.counts)
+        check_forward_and_backward(q, k, v, cu, cu, **options, max_seqlen_q=9, max_seqlen_k=10)
     assert [call["max"] for call in calls] == [(9, 10)] * 2
+
+
+@pytest.mark.parametrize(("seqlens", "longest"), [((9, 3), 32), ((9, 0, 50), 64), ((257, 3), 260)])
+def test_work_list_bounds_the_lengths(calls, cuda_dispatch, device, seqlens, longest):
+    """By the keys of its longest class, or all rows where that streams."""
+    q, k, v, cu, _ = make([(n, n) for n in seqlens], device)
+    work = work_list(seqlens)
+    with rf.set_attention_backend("torch"):
+        check_forward_and_backward(q, k, v, cu, cu, tiles=work.tiles.to(device), tile_counts=work.counts)
+    assert [call["max"] for call in calls] == [(longest, longest)] * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

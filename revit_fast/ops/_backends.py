@@ -1,13 +1,13 @@
 """Whose kernels compute attention on CUDA tensors: ours in Triton, those of flash-attn, or those of PyTorch.
 
 The choice is read whenever the op runs, inside its CUDA implementation: compiled graphs keep no trace of it. It is one
-variable of the process rather than a context variable because autograd runs backward passes on threads of its own,
-which inherit no context; PyTorch's own `sdpa_kernel` does the same.
+variable of the process rather than a context variable because autograd runs CUDA backward passes on threads of its own,
+which do not see the caller's context; PyTorch's own `sdpa_kernel` sets process-wide flags too.
 
 Only the public functions of flash-attn and PyTorch are called. Their backward entry points are private, have changed
 their arguments from release to release, and take the log-sum-exp in layouts that differ with version, GPU and vendor.
 The backward pass therefore runs the public function again and differentiates it: nine matrix products instead of seven
-in a training step, for gradients that cannot go wrong unnoticed.
+in a training step, and no release can change what a gradient is made of unnoticed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from revit_fast.kernels.schedules import PADDING
+from revit_fast.kernels.schedules import KEY_CLASSES, PADDING, STREAMING
 
 OLDEST_TRITON = (3, 5)
 
@@ -94,8 +94,8 @@ def set_attention_backend(name: str) -> AbstractContextManager[None]:
     honour the pack contract for padding and empty sequences, but only "triton" promises an image the same bits in every
     pack. "flash_attn" and "torch" compute in float16 and bfloat16, have no gradient of the log-sum-exp, and compute
     the forward pass once more in the backward; what they cannot serve is an error that says so, never another backend
-    in silence. Without `max_seqlen` they launch for the longest sequence that could be there. Call it outside compiled
-    functions; they follow it without being compiled again.
+    in silence. Where neither `max_seqlen` nor a work list bounds the lengths, they launch for one sequence of all rows.
+    Call it outside compiled functions; they follow it without being compiled again.
 
     Args:
         name: "triton", our kernels; "flash_attn", `flash_attn.flash_attn_varlen_func` of flash-attn 2.7 and later 2.x;
@@ -178,7 +178,7 @@ def _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
 _FUNCTIONS = {"flash_attn": _flash_attn, "torch": _torch_varlen}
 
 
-def _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal):
+def _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tile_counts):
     """The backend's out `[Tq, Hq, D]` and lse `[Hq, Tq]`, unspecified for rows that see no key; differentiable in out.
 
     Brings every request of the op into the form that the backends take.
@@ -187,9 +187,11 @@ def _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     if scale <= 0:  # they keep a running maximum of the unscaled scores
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     q, k, v = (_vectorizable(t) for t in (q, k, v))
+    longest = _longest(tile_counts) if cu_seqlens_k is cu_seqlens_q else None
+    max_seqlen_q = next(n for n in (max_seqlen_q, longest, q.shape[0]) if n is not None)
+    max_seqlen_k = next(n for n in (max_seqlen_k, longest, k.shape[0]) if n is not None)
     # With one query per sequence flash-attn regroups the rows by heads and then takes every row for a sequence.
-    max_seqlen_q = max(q.shape[0] if max_seqlen_q is None else max_seqlen_q, 2)
-    max_seqlen_k = max(k.shape[0] if max_seqlen_k is None else max_seqlen_k, 2)
+    max_seqlen_q, max_seqlen_k = max(max_seqlen_q, 2), max(max_seqlen_k, 2)
     options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
     out, lse = _FUNCTIONS[backend](q, k, v, *options)
     if lse.shape != (q.shape[1], q.shape[0]):  # PyTorch pads it on some ROCm builds
@@ -198,6 +200,12 @@ def _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
             f'{list(lse.shape)}; use set_attention_backend("triton") with this version'
         )
     return out[..., :head_dim], lse
+
+
+def _longest(tile_counts) -> int | None:
+    """A bound on the keys of any sequence by the classes of a work list; None where they set none."""
+    classes = [i for i, n_tiles in enumerate(tile_counts[:PADDING]) if n_tiles]
+    return KEY_CLASSES[classes[-1]] if classes and classes[-1] < STREAMING else None
 
 
 def _vectorizable(t: Tensor) -> Tensor:
@@ -267,7 +275,8 @@ def _forward(
     if _is_empty(q, k, cu_seqlens_q):
         return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
     with torch.no_grad():
-        out, lse = _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
+        options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tile_counts)
+        out, lse = _attend(backend, q, k, v, *options)
         if not _all_rows_matter(cu_seqlens_q, cu_seqlens_k, tile_counts):
             blind = _left_out(cu_seqlens_q, cu_seqlens_k, q.shape[0], causal)
             out, lse = out.masked_fill(blind[:, None, None], 0), lse.masked_fill(blind, -math.inf)
@@ -300,7 +309,7 @@ def _backward(
         )
     if _is_empty(q, k, cu_seqlens_q):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
+    options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tile_counts)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         again, _ = _attend(backend, *leaves, *options)
