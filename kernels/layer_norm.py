@@ -164,6 +164,8 @@ def tal_layer_norm_backward_kernel(
         centre = tl.load(mean + rows, mask=exists & in_pack, other=0.0)[:, None]
         scale = tl.load(rstd + rows, mask=exists & in_pack, other=0.0)[:, None]
         xhat = tl.where(in_row, (s - centre) * scale, 0.0)
+        # The mean was rounded when it was stored: what is left of it goes, as in the forward pass.
+        xhat = tl.where(in_row, xhat - tl.sum(xhat, axis=1, keep_dims=True) / C, 0.0)
         sum_weight += grad * xhat
         sum_bias += grad
         h = grad * w
