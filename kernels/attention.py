@@ -224,7 +224,7 @@ def varlen_attention(
 
 def _forward_kernel(schedule: Schedule):
     if schedule.name == "short":
-        return attention_short_forward_kernel, {"KEY_PARTS": schedules.parts_of(schedule.keys)}
+        return attention_short_forward_kernel, {"KEY_PARTS": schedule.key_parts}
     return attention_streaming_forward_kernel, {"BLOCK_N": schedule.keys}
 
 

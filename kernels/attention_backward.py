@@ -353,7 +353,7 @@ def varlen_attention_backward(
             attention_grad_q_backward_kernel, (n_tiles, n_heads),
             grad_out, grad_lse, q, k, v, out, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, query_tiles.rows,
             first_tile, *rows, *strides, *out.stride()[:2], *factors,
-            **shared, KEY_PARTS=schedules.parts_of(schedule.keys) if short else None, BLOCK_N=schedule.keys,
+            **shared, KEY_PARTS=schedule.key_parts if short else None, BLOCK_N=schedule.keys,
             BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
     for schedule in plan.grad_kv:

@@ -61,6 +61,7 @@ class Schedule:
         block_m: query rows computed at a time.
         num_warps: warps of a program.
         num_stages: blocks of keys in flight.
+        widest_part: most keys of one product of a short tile.
     """
 
     name: str
@@ -70,6 +71,12 @@ class Schedule:
     block_m: int = 64
     num_warps: int = 4
     num_stages: int = 1
+    widest_part: int = 256
+
+    @property
+    def key_parts(self) -> Parts:
+        """The keys of a short tile as parts."""
+        return parts_of(self.keys, self.widest_part)
 
     def launch_options(self) -> dict[str, int]:
         """What every attention kernel is launched with."""

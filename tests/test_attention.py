@@ -5,15 +5,26 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import helpers
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, randn
+from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, only_on, randn
 
 from revit_fast import ops, reference
+from revit_fast.kernels import launch
+from revit_fast.kernels.schedules import KEY_CLASSES, PADDING, STREAMING
 from revit_fast.ops import _library
 from revit_fast.packing import work_list
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built")
+cpu_only = only_on("cpu", reason="about the C++ kernels")
+triton_only = only_on("interpreter", "cuda", reason="about the Triton kernels")
+contents = only_on("cpu", reason="contents of index tensors are clamped, not checked, where reading them is a sync")
+
+# A sequence that takes the streaming schedule; the interpreter, which takes milliseconds for each block, gets a short one.
+LONG = 300 if helpers.device == "interpreter" else 600
 
 # Lengths that leave a remainder in every blocking: rows (2, 6, 12, 24, 48), vectors (4, 8, 16) and key blocks (512).
 SHORT_MIX = (50, 0, 1, 101, 2, 7)
@@ -89,11 +100,12 @@ def test_scale(scale):
 
 
 def test_streaming_causal(isa):
-    check_forward_and_backward(*inputs((577, 1025), (577, 1025), heads=(1, 1), dim=16), causal=True)
+    lengths = (LONG - 23, LONG + 25)
+    check_forward_and_backward(*inputs(lengths, lengths, heads=(1, 1), dim=16), causal=True)
 
 
 def test_large_scores_stay_finite(isa):
-    q, k, v, cu, _ = inputs((600, 33), (600, 33))
+    q, k, v, cu, _ = inputs((LONG, 33), (LONG, 33))
     check_forward_and_backward(30 * q, 30 * k, v, cu, cu)
 
 
@@ -128,9 +140,9 @@ def run_all(q, k, v, grad, cu_q, cu_k, causal):
 
 @needs_extension
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("n_threads", [1, 2, 5] if helpers.device == "cpu" else [1])
 def test_bitwise_alone_and_packed(isa, causal, n_threads):
-    lengths = [(50, 50), (197, 197), (7, 101), (600, 600), (101, 30)]
+    lengths = [(50, 50), (197, 197), (7, 101), (LONG, LONG), (101, 30)]
     q, k, v, cu_q, cu_k = inputs(*zip(*lengths, strict=True), heads=(4, 2), dim=40)
     grad = randn(*q.shape, seed=9)
     before = torch.get_num_threads()
@@ -178,8 +190,9 @@ def test_defaults_and_results():
     q, k, v, cu, _ = inputs((50, 7), (50, 7))
     out = ops.varlen_attention(q, k, v, cu, None, 50)
     work = work_list((50, 7))
+    tiles = work.tiles.to(q.device)
     explicit, lse = ops.varlen_attention(
-        q, k, v, cu, cu, 50, 64, scale=32**-0.5, return_lse=True, tiles=work.tiles, tile_counts=work.counts
+        q, k, v, cu, cu, 50, 64, scale=32**-0.5, return_lse=True, tiles=tiles, tile_counts=work.counts
     )
     assert torch.equal(out, explicit)
     assert (lse.shape, lse.dtype) == ((2, 57), torch.float32)
@@ -248,6 +261,65 @@ def test_compiles_as_one_graph_for_every_mix():
     assert n_compiled <= 3
 
 
+@triton_only
+def test_a_derived_work_list_changes_nothing():
+    lengths, keys, n_padding = (50, 0, 197, 1, LONG, 64, 130), (50, 3, 0, 257, LONG, 64, 20), 70
+    q, k, v, cu_q, cu_k = inputs(lengths, keys, heads=(2, 1), padding=n_padding)
+    work = work_list(lengths, keys, n_padding=n_padding)
+    derived = ops.varlen_attention(q, k, v, cu_q, cu_k, return_lse=True)
+    tiles = work.tiles.to(q.device)
+    for given in ({"tiles": tiles}, {"tiles": tiles, "tile_counts": work.counts}, {"max_seqlen_k": max(keys)}):
+        for a, b in zip(derived, ops.varlen_attention(q, k, v, cu_q, cu_k, return_lse=True, **given), strict=True):
+            assert torch.equal(a, b), given.keys()
+
+
+@triton_only
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_programs_launched_are_tiles_that_hold_rows(self_attention):
+    lengths, n_padding, heads = (50, 0, 197, 1, 600, 64, 130), 70, 3
+    q, k, v, cu_q, cu_k = inputs(lengths, lengths, heads=(heads, heads), padding=n_padding)
+    work = work_list(lengths, n_padding=n_padding)
+    tiles, cu_k = work.tiles.to(q.device), cu_q if self_attention else cu_k
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    for target in launch.TARGETS:
+        with launch.record(target) as launches:
+            out = ops.varlen_attention(*leaves, cu_q, cu_k, tiles=tiles, tile_counts=work.counts)
+        assert sum(tiles * heads for tiles, heads in (entry.grid for entry in launches)) == len(tiles) * heads
+        with launch.record(target) as launches:
+            torch.autograd.grad(out, leaves, out.detach())
+        if self_attention:  # other keys have no list on the host: one is derived, with room for every possible tile
+            assert count_programs(launches, "fused", "grad_q") == (len(tiles) - work.counts[PADDING]) * heads
+            assert count_programs(launches, "fused", "grad_kv") == (len(tiles) - work.counts[PADDING]) * heads
+            assert count_programs(launches, "padding") == 3 * work.counts[PADDING] * heads
+
+
+def count_programs(launches, *names):
+    return sum(
+        entry.grid[0] * entry.grid[1] for entry in launches if any(name in entry.kernel.__name__ for name in names)
+    )
+
+
+@triton_only
+@pytest.mark.parametrize("target", launch.TARGETS)
+def test_choices_of_every_chip(target):
+    """One sequence of every class, with the tiles, warps and schedules that each chip would get."""
+    lengths = (*(n - 7 for n in KEY_CLASSES), KEY_CLASSES[-1] + 9)
+    assert len(lengths) == STREAMING + 1
+    with launch.assume_target(target):
+        check_forward_and_backward(*inputs(lengths, lengths, heads=(1, 1), dim=80, dtype=torch.bfloat16))
+
+
+@triton_only
+def test_offsets_out_of_range_touch_no_other_memory():
+    """Garbage offsets give garbage, but neither a fault nor a write beyond the outputs."""
+    q, k, v, _, _ = inputs((57,), (57,))
+    for offsets in ([0, 90, 57], [0, -5, 57], [40, 3, 900], [-(2**31), 2**31 - 1, 0]):
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+        work = work_list((50, 7))
+        for given in ({}, {"tiles": work.tiles.to(q.device) + 1}):
+            ops.varlen_attention(q, k, v, cu_seqlens, **given)
+
+
 GOOD = dict(zip(("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"), inputs((5, 3), (4, 2), heads=(4, 2)), strict=True))
 
 
@@ -283,6 +355,7 @@ def test_bad_arguments_are_named(name, value, error, message):
 
 
 @needs_extension
+@contents
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -333,6 +406,7 @@ print(*(peak_kib(n) - before for n in (1_000, 10_000, 100_000)))
 
 
 @needs_extension
+@cpu_only
 def test_peak_memory_grows_linearly():
     """One long sequence (a fifth of the tokens) among short ones: its scores alone would take 1.6 GB at 100k tokens."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -346,6 +420,7 @@ def test_peak_memory_grows_linearly():
 
 
 @needs_extension
+@cpu_only
 def test_fallback_without_the_extension_agrees():
     """The same script with and without the extension prints the same sums."""
     script = (
