@@ -163,9 +163,10 @@ def tal_layer_norm_backward_kernel(
         s = tl.load(_rows(x, first, local, X_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         centre = tl.load(mean + rows, mask=exists & in_pack, other=0.0)[:, None]
         scale = tl.load(rstd + rows, mask=exists & in_pack, other=0.0)[:, None]
-        xhat = tl.where(in_row, (s - centre) * scale, 0.0)
         # The mean was rounded when it was stored: what is left of it goes, as in the forward pass.
-        xhat = tl.where(in_row, xhat - tl.sum(xhat, axis=1, keep_dims=True) / C, 0.0)
+        centred = tl.where(in_row, s - centre, 0.0)
+        correction = tl.sum(centred, axis=1, keep_dims=True) / C
+        xhat = tl.where(in_row, (centred - correction) * scale, 0.0)
         sum_weight += grad * xhat
         sum_bias += grad
         h = grad * w
@@ -208,6 +209,9 @@ def tal_layer_norm_backward_reduce_kernel(
         mask = counts[:, None] & in_row[None, :]
         sum_weight += tl.load(sums, mask=mask, other=0.0)
         sum_bias += tl.load(sums + C, mask=mask, other=0.0)
+    # In two steps: rounding grows with the additions made one after another.
+    sum_weight = tl.sum(tl.reshape(sum_weight, (PARTS // 8, 8, BLOCK_C)), axis=0)
+    sum_bias = tl.sum(tl.reshape(sum_bias, (PARTS // 8, 8, BLOCK_C)), axis=0)
     out = length * C + cols
     tl.store(grad_weight + out, rounded(tl.sum(sum_weight, axis=0), grad_weight.dtype.element_ty), mask=in_row)
     tl.store(grad_bias + out, rounded(tl.sum(sum_bias, axis=0), grad_bias.dtype.element_ty), mask=in_row)

@@ -29,7 +29,7 @@ def only_on(*devices: str, reason: str) -> pytest.MarkDecorator:
 def cut(seqlens: Sequence[int]) -> tuple[int, ...]:
     """The lengths; in the interpreter, which takes milliseconds for each program, long ones are cut.
 
-    They stay odd, ragged and longer than any tile of rows.
+    They stay ragged; a pack of several still takes several programs.
     """
     return tuple(n if device != "interpreter" or n < 30 else n // 8 + 17 for n in seqlens)
 

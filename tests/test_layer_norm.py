@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, SEQLENS, assert_as_accurate, check_op, cu_seqlens_of, cut, only_on, randn, to_float64
+from helpers import (
+    FLOAT_DTYPES,
+    SEQLENS,
+    assert_as_accurate,
+    check_op,
+    cu_seqlens_of,
+    cut,
+    only_on,
+    randn,
+    thin,
+    to_float64,
+)
 
 from revit_fast import ops, reference
 from revit_fast.packing import work_list
@@ -14,7 +25,7 @@ triton_only = only_on("interpreter", "cuda", reason="about the Triton kernels")
 contents = only_on("cpu", reason="contents of index tensors are clamped, not checked, where reading them is a sync")
 
 # One channel, below a vector, around one, every tail of a four-vector step, DeiT-Ti to ViT-B, long rows.
-CHANNELS = (1, 3, 7, 16, 31, 50, 192, 384, 390, 768, 3001)
+CHANNELS = thin((1, 3, 7, 16, 31, 50, 192, 384, 390, 768, 3001))
 N_LENGTHS = 3
 
 
@@ -134,7 +145,7 @@ def gradients(function, args, residual, grads, **kwargs):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_backward_matches_reference(isa, dtype, with_residual):
-    for channels in (2, 7, 50, 384, 390):
+    for channels in thin((2, 7, 50, 384, 390)):
         *args, residual = make(cut((1, 0, 5, 130, 19, 0)), channels, dtype, padding=3)
         x, weight, bias, cu_seqlens, length_index = args
         end = int(cu_seqlens[-1])
@@ -161,6 +172,29 @@ def test_backward_matches_reference(isa, dtype, with_residual):
             assert_as_accurate(mine, same[i], truth[i], f"{name}, C={channels}")
         if with_residual:
             assert torch.equal(ours[0], ours[3])
+
+
+@triton_only
+@pytest.mark.parametrize("part_rows", [1, 6, 64])
+def test_parts_of_the_backward_may_have_any_size(monkeypatch, part_rows):
+    """Which rows share a partial sum is chosen by the size of the pack; small packs would only ever see one choice."""
+    from revit_fast.kernels import layer_norm
+
+    *args, _ = make((0, 1, 70, 0, 19, 5, 0), 40, padding=9)
+    grads = [randn(*args[0].shape, seed=9)]
+    expected = gradients(ops.tal_layer_norm, args, None, grads)
+    monkeypatch.setattr(layer_norm, "_part_rows", lambda n_rows: part_rows)
+    grad_x, grad_weight, grad_bias = gradients(ops.tal_layer_norm, args, None, grads)
+    assert torch.equal(grad_x, expected[0])
+    torch.testing.assert_close((grad_weight, grad_bias), expected[1:], rtol=1e-5, atol=1e-5)
+
+
+@triton_only
+def test_length_index_is_clamped():
+    x, weight, bias, cu_seqlens, _, _ = make((3, 4), 24)
+    for index, clamped in ((int32(-5, 99), int32(0, 2)), (int32(3, -(2**31)), int32(2, 0))):
+        got = ops.tal_layer_norm(x, weight, bias, cu_seqlens, index)
+        assert torch.equal(got, ops.tal_layer_norm(x, weight, bias, cu_seqlens, clamped))
 
 
 def test_backward_of_one_channel(isa):

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, SEQLENS, assert_as_accurate, check_op, cu_seqlens_of, cut, only_on, randn, to_float64
+from helpers import (
+    FLOAT_DTYPES,
+    SEQLENS,
+    assert_as_accurate,
+    check_op,
+    cu_seqlens_of,
+    cut,
+    only_on,
+    randn,
+    thin,
+    to_float64,
+)
 
 from revit_fast import ops, reference
 
@@ -13,7 +24,7 @@ triton_only = only_on("interpreter", "cuda", reason="about the Triton kernels")
 contents = only_on("cpu", reason="contents of index tensors are clamped, not checked, where reading them is a sync")
 
 # One channel, below a vector, every tail of a four-vector step, DeiT-S.
-CHANNELS = (1, 7, 50, 90, 384)
+CHANNELS = thin((1, 7, 50, 90, 384))
 (TABLE_ROWS,) = cut((300,))
 NAN = float("nan")
 
@@ -136,6 +147,15 @@ def test_bitwise_alone_and_packed(isa):
         of_alone = (alone, cu_seqlens_of([len(alone)]), 2)
         assert torch.equal(pooled[b : b + 1], ops.mean_pool(*of_alone))
         assert torch.equal(grad_tokens[out], gradients(ops.mean_pool, of_alone, 1, grad[b : b + 1])[0])
+
+
+@triton_only
+def test_positions_outside_the_table_add_nothing():
+    patches, prefix, pos_table, _, cu_seqlens = make_assemble((4, 3), 12)
+    tokens = ops.assemble_tokens(patches, prefix, pos_table, int32(-2, TABLE_ROWS - 1), cu_seqlens)
+    positions = torch.zeros(7, 12)
+    positions[2:4], positions[4] = pos_table[:2], pos_table[-1]
+    assert torch.equal(tokens[[2, 3, 4, 5, 8, 9, 10]], patches + positions)
 
 
 @cpu_only
