@@ -391,7 +391,7 @@ class ReViT(nn.Module):
         if batch.n_prefix:
             raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
         self._check_rows(batch.data, batch.normalization)
-        if batch.grids is None:
+        if batch.grid_hw is None:
             raise ValueError(
                 "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
             )
