@@ -240,6 +240,22 @@ class CudaGraphs:
         target.copy_(torch.from_numpy(vector).pin_memory(), non_blocking=True)
 
 
+class DirectCalls:
+    """Stands in for `CudaGraphs` where there is no GPU: "replay" calls the function on the same static memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.turn = contextlib.nullcontext
+
+    def capture(self, run: Run) -> Run:
+        """`run` itself."""
+        return run
+
+    @staticmethod
+    def send(vector: np.ndarray, target: Tensor) -> None:
+        """Copies host values."""
+        target.copy_(torch.from_numpy(vector))
+
+
 BACKENDS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraphs}
 """Device type -> what captures on it; on any other device an optimised model runs eagerly."""
 

@@ -1,6 +1,5 @@
 """`optimize`: buckets, padded index tensors and upkeep of graphs; a direct call stands in for capture and replay."""
 
-import contextlib
 import copy
 import pickle
 import random
@@ -14,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import revit_fast as rf
 from revit_fast import engine, ops
-from revit_fast.engine import Batch, Bucket, Index, bucket_of, round_up, tile_capacity
+from revit_fast.engine import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
 from revit_fast.model import Inputs
 from revit_fast.packing import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS, Layout, PackedBatch, work_list
 
@@ -23,22 +22,9 @@ PATCH = 2
 MIX = [4, 6, 2, (3, 5), 2, 6]
 
 
-class Direct:
-    """What stands in for CUDA graphs: "replay" calls the captured function, on the same static memory."""
-
-    def __init__(self, device):
-        self.turn = contextlib.nullcontext
-
-    def capture(self, run):
-        return run
-
-    def send(self, vector, target):
-        target.copy_(torch.from_numpy(vector))
-
-
 @pytest.fixture(autouse=True)
 def graphs_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(engine.BACKENDS, "cpu", Direct)
+    monkeypatch.setitem(engine.BACKENDS, "cpu", DirectCalls)
 
 
 def make_model(**options) -> rf.ReViT:
@@ -122,7 +108,7 @@ def test_index_tensors_of_a_bucket():
 def test_a_thousand_random_mixes_settle_into_few_graphs(monkeypatch):
     """1 to 64 images of random configured grids, as a service meets them: 33 row sizes come, one graph each."""
 
-    class Nothing(Direct):
+    class Nothing(DirectCalls):
         def capture(self, run):
             return lambda: torch.zeros(512, 5)
 
