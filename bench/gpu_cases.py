@@ -325,10 +325,8 @@ def padded_forward(vit: nn.Module, groups: list[Tensor]) -> Tensor:
 def whole_model(s: Setting) -> Iterator[Case]:
     vit = make_vit(s)
     model = rf.ReViT.from_timm(vit, grids=s.grids).eval()
-    images = [
-        [s.randn(count, 3, g * s.patch, g * s.patch, seed=10 * i + g) for count, g in zip(s.counts, s.grids, strict=True)]
-        for i in range(s.n_sets)
-    ]  # fmt: skip
+    shapes = [(count, 3, g * s.patch, g * s.patch) for count, g in zip(s.counts, s.grids, strict=True)]
+    images = [[s.randn(*shape, seed=10 * i + j) for j, shape in enumerate(shapes)] for i in range(s.n_sets)]
     packs = [model.pack([image for group in groups for image in group]) for groups in images]
     n_tokens = sum(s.seqlens)
     wide = s.channels * n_tokens * (2 * 12 * s.channels)  # 12 C² weights a block
