@@ -268,13 +268,23 @@ class Snapshot:
         for owner in module.modules():
             for table in (owner._modules, owner._parameters, owner._buffers):
                 self._slots += [(table, name, value) for name, value in table.items()]
-        tensors = [value for _, _, value in self._slots if isinstance(value, Tensor)]
-        self._tensors = [(t, t.data_ptr(), _version(t)) for t in tensors]
+        self._tensors = [value for _, _, value in self._slots if isinstance(value, Tensor)]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._pointers = self._read_pointers()
+        self._versions = self._read_versions()
+
+    def _read_pointers(self) -> list[int]:
+        return [t.data_ptr() for t in self._tensors]
+
+    def _read_versions(self) -> list[int]:
+        return [t._version for t in self._versioned]
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        return all(table.get(name) is value for table, name, value in self._slots) and all(
-            t.data_ptr() == pointer and _version(t) == version for t, pointer, version in self._tensors
+        return (
+            all(table.get(name) is value for table, name, value in self._slots)
+            and self._read_pointers() == self._pointers
+            and self._read_versions() == self._versions
         )
 
 
