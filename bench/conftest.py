@@ -8,24 +8,14 @@ A ratio table goes to `bench/results/` at the end.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import revit_fast
+from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
-from revit_fast.cli.env import cpu_name
-from revit_fast.ops import _library
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class ReplayClock:
@@ -79,18 +69,18 @@ class Comparison:
             torch.set_num_threads(before)
 
     def rows(self) -> list[dict]:
-        ours = statistics.median(self.samples["ours"])
+        ours_ms, _ = spread_ms(self.samples["ours"])
         rows = []
         for name, samples in self.samples.items():
-            low, median, high = np.quantile(samples, [0.25, 0.5, 0.75])
+            median_ms, quartiles_ms = spread_ms(samples)
             rows.append(
                 {
                     "group": self.group,
                     "case": self.case,
                     "candidate": name,
-                    "median_ms": median * 1e3,
-                    "quartiles_ms": [low * 1e3, high * 1e3],
-                    "ratio_to_ours": median / ours,
+                    "median_ms": median_ms,
+                    "quartiles_ms": quartiles_ms,
+                    "ratio_to_ours": median_ms / ours_ms,
                     "threads": self.threads,
                     "rounds": self.rounds,
                 }
@@ -124,20 +114,8 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
-def machine_header() -> dict:
-    return {
-        "machine": platform.machine(),
-        "processor": cpu_name(),
-        "cores": os.cpu_count(),
-        "isa": _library.cpu_isa(),
-        "revit_fast": revit_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def markdown(header: dict, rows: list[dict]) -> str:
-    lines = [" · ".join(f"{key} {value}" for key, value in header.items()), ""]
+    lines = [header_line(header), ""]
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += [
             f"## {group}",
@@ -160,9 +138,7 @@ def pytest_sessionfinish(session):
     rows = [row for comparison in FINISHED.values() for row in comparison.rows()]
     if not rows:
         return
-    RESULTS.mkdir(exist_ok=True)
     header = machine_header()
-    (RESULTS / "ratios.json").write_text(json.dumps({"machine": header, "results": rows}, indent=1))
     table = markdown(header, rows)
-    (RESULTS / "ratios.md").write_text(table)
+    write("ratios", header, {"results": rows}, table)
     print("\n\n" + table)

@@ -1,6 +1,7 @@
 """Fast Vision Transformers on images that need different numbers of tokens: one packed forward pass."""
 
 from revit_fast import flash_attn_compat, ops
+from revit_fast.engine import optimize
 from revit_fast.model import ReViT, create_model
 from revit_fast.ops._backends import set_attention_backend
 from revit_fast.packing import PackedBatch
@@ -13,5 +14,6 @@ __all__ = [
     "create_model",
     "flash_attn_compat",
     "ops",
+    "optimize",
     "set_attention_backend",
 ]

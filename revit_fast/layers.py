@@ -44,6 +44,18 @@ class TALLayerNorm(nn.Module):
         return f"n_lengths={self.weight.shape[0]}, dim={self.weight.shape[1]}, eps={self.eps}"
 
 
+class FoldedEmbedding(NamedTuple):
+    """A patch embedding that takes raw pixels, their normalisation folded in.
+
+    Attributes:
+        weight: `[C, P*P*3]`.
+        bias: `[C]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
 class PatchEmbed(nn.Module):
     """Linear embedding of patch rows `[T, P*P*3]`.
 
@@ -56,15 +68,23 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
         self.proj.weight.data = self.proj.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, rows: Tensor, normalization: Tensor | None = None) -> Tensor:
-        """Embeds normalised rows, or raw uint8 rows whose (mean, std) `[2, 3]` is folded into the weights."""
+    def fold(self, normalization: Tensor) -> FoldedEmbedding:
+        """The embedding of raw uint8 rows that await this (mean, std) `[2, 3]` of pixels in [0, 1]."""
         weight, bias = self.proj.weight, self.proj.bias
-        if normalization is not None:
-            mean, std = normalization.to(weight.dtype).view(2, 1, -1, 1, 1)
-            shift = -(weight * (mean / std)).sum(dim=(1, 2, 3))
-            weight = weight / (255 * std)
-            bias = shift if bias is None else bias + shift
-        return F.linear(rows.to(weight.dtype), weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1), bias)
+        mean, std = normalization.to(weight.dtype).view(2, 1, -1, 1, 1)
+        shift = -(weight * (mean / std)).sum(dim=(1, 2, 3))
+        return FoldedEmbedding(self._matrix(weight / (255 * std)), shift if bias is None else bias + shift)
+
+    def forward(self, rows: Tensor, normalization: Tensor | FoldedEmbedding | None = None) -> Tensor:
+        """Embeds normalised rows, or raw uint8 rows whose normalization is folded into the weights, here or before."""
+        if isinstance(normalization, Tensor):
+            normalization = self.fold(normalization)
+        weight, bias = (self._matrix(self.proj.weight), self.proj.bias) if normalization is None else normalization
+        return F.linear(rows.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
 class Queries(NamedTuple):
@@ -128,7 +148,7 @@ class Attention(nn.Module):
                 tiles=queries.layout.tiles,
                 tile_counts=queries.layout.tile_counts,
             )
-        return self.proj_drop(self.proj(out.reshape(out.shape[0], -1)))
+        return self.proj_drop(self.proj(out.flatten(1)))
 
 
 class Mlp(nn.Module):

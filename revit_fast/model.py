@@ -19,8 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from revit_fast import ops
 from revit_fast.checkpoint import read_checkpoint
-from revit_fast.layers import Block, PatchEmbed, Queries, TALLayerNorm
-from revit_fast.packing import DEFAULT_GRIDS, Layout, PackedBatch, check_grids, image_grid, nearest_length
+from revit_fast.layers import Block, FoldedEmbedding, PatchEmbed, Queries, TALLayerNorm
+from revit_fast.packing import (
+    DEFAULT_GRIDS,
+    Layout,
+    PackedBatch,
+    check_grids,
+    image_grid,
+    nearest_length,
+    patch_rows,
+)
 from revit_fast.positions import PositionTables, resample, wide_patches
 
 NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
@@ -35,7 +43,7 @@ class Inputs(NamedTuple):
         layout: of the tokens, prefix tokens included.
         pos_table: `[R, C]` position embeddings of several grids, one after another.
         pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
-        normalization: `[2, 3]` mean and std that uint8 rows await.
+        normalization: `[2, 3]` mean and std that uint8 rows await, or an embedding with it folded in.
     """
 
     rows: Tensor
@@ -43,7 +51,21 @@ class Inputs(NamedTuple):
     layout: Layout
     pos_table: Tensor
     pos_offset: Tensor
-    normalization: Tensor | None
+    normalization: Tensor | FoldedEmbedding | None
+
+
+class PatchRows(NamedTuple):
+    """Patch rows of a batch and what the host knows of them.
+
+    Attributes:
+        rows: `[Tp, P*P*3]`, one image after another, without padding.
+        grids: (rows, columns) of every image.
+        normalization: `[2, 3]` mean and std that uint8 rows await.
+    """
+
+    rows: Tensor
+    grids: Sequence[tuple[int, int]]
+    normalization: Tensor | None = None
 
 
 class ReViT(nn.Module):
@@ -319,16 +341,23 @@ class ReViT(nn.Module):
         if isinstance(x, PackedBatch):
             # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
             return x if torch.compiler.is_compiling() else x.without_padding()
+        rows, grids, _ = self._patch_rows(x)
+        return PackedBatch.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=self.lengths)
+
+    def _patch_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
+        """Any input of the model as patch rows; nothing is copied to another device."""
+        if isinstance(x, PackedBatch):
+            self._check_pack(x)
+            return PatchRows(x.data[: sum(x.seqlens)], x.grids, x.normalization)
         if isinstance(x, Tensor):
             if x.dim() != 4:
                 raise ValueError(
                     f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
                 )
             grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
-            seqlens = (grid[0] * grid[1],) * x.shape[0]
-            return PackedBatch.from_rows(self._patchify(x), seqlens, grids=(grid,) * x.shape[0], lengths=self.lengths)
+            return PatchRows(self._patchify(x), (grid,) * x.shape[0])
         if isinstance(x, Sequence):
-            return PackedBatch.from_images(x, self.patch_size, lengths=self.lengths)
+            return PatchRows(*patch_rows(x, self.patch_size))
         raise TypeError(
             f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
         )
@@ -344,21 +373,11 @@ class ReViT(nn.Module):
         if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
             return self._uniform_inputs(x)
         batch = self.pack(x)
-        if batch.n_prefix:
-            raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
-        width = self.patch_size**2 * self.in_chans
-        if batch.data.dim() != 2 or batch.data.shape[1] != width:
-            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(batch.data.shape)}")
+        self._check_pack(batch)
         if batch.device != self.pos_embed.device:
             raise ValueError(
                 f"x: batch is on {batch.device}, model on {self.pos_embed.device}; move one with .to(device)"
             )
-        if batch.grid_hw is None:
-            raise ValueError(
-                "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
-            )
-        if batch.data.dtype == torch.uint8 and batch.normalization is None:
-            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
         if not torch.compiler.is_compiling():
             self._positions.learn(batch.grids)
         offset = self._positions.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
@@ -367,6 +386,22 @@ class ReViT(nn.Module):
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
         table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
         return Inputs(self._finite_rows(batch), batch.cu_seqlens, layout, table, offset, batch.normalization)
+
+    def _check_pack(self, batch: PackedBatch) -> None:
+        if batch.n_prefix:
+            raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
+        self._check_rows(batch.data, batch.normalization)
+        if batch.grid_hw is None:
+            raise ValueError(
+                "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
+            )
+
+    def _check_rows(self, rows: Tensor, normalization: Tensor | None) -> None:
+        width = self.patch_size**2 * self.in_chans
+        if rows.dim() != 2 or rows.shape[1] != width:
+            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(rows.shape)}")
+        if rows.dtype == torch.uint8 and normalization is None:
+            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
 
     def _finite_rows(self, batch: PackedBatch) -> Tensor:
         """The batch's rows; compiled code, which cannot cut padding off, zeroes it where gradients are wanted."""
@@ -417,7 +452,10 @@ class ReViT(nn.Module):
 
         With class-token pooling the last block computes only what the head reads: its queries are the pooled tokens.
         """
-        inputs = self._inputs(x)
+        return self._run(self._inputs(x))
+
+    def _run(self, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+        """The forward pass from its inputs on: work of the device alone, whose shapes are those of the inputs."""
         tokens, delta, layout = self._embed(inputs), None, inputs.layout
         queries = self._pooled_tokens(layout) if self.global_pool == "token" else None
         for block in self.blocks[:-1]:

@@ -90,6 +90,11 @@ def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
     return (counts[:, None] - table).abs().argmin(dim=1).to(torch.int32)
 
 
+def nearest_lengths(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The rule of `nearest_length` on the host, where a few counts do not pay for tensor operations."""
+    return [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
+
+
 def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
     """The grids as a tuple of ints, after a check that they are positive and strictly decreasing."""
     try:
@@ -116,6 +121,28 @@ def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
+def patch_rows(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Patch rows `[sum(gh*gw), P*P*C]` of images `[C, gh*P, gw*P]`, one image after another, and their grids."""
+    images = list(images)
+    if not images:
+        raise ValueError("images: expected at least one image, got an empty list")
+    grids = [image_grid(image, patch_size, f"images[{i}]") for i, image in enumerate(images)]
+    first = images[0]
+    channels = first.shape[0]
+    rows = first.new_empty(sum(h * w for h, w in grids), patch_size * patch_size * channels)
+    begin = 0
+    for i, (image, (h, w)) in enumerate(zip(images, grids, strict=True)):
+        if (image.shape[0], image.dtype, image.device) != (channels, first.dtype, first.device):
+            raise ValueError(
+                f"images[{i}]: expected {channels} channels, {first.dtype} on {first.device} like images[0], "
+                f"got {image.shape[0]}, {image.dtype} on {image.device}"
+            )
+        out = rows[begin : begin + h * w].view(h, w, patch_size, patch_size, channels)
+        out.copy_(image.reshape(channels, h, patch_size, w, patch_size).permute(1, 3, 2, 4, 0))
+        begin += h * w
+    return rows, grids
+
+
 class Layout(NamedTuple):
     """What kernels need to know of a pack besides its rows; the fields are those of `PackedBatch`."""
 
@@ -139,14 +166,23 @@ def _index_tensors(
     device: torch.device,
 ) -> tuple[Layout, Tensor | None]:
     """Layout and `grid_hw` of a pack, shared by all packs of the same lengths."""
-    # The rule of `nearest_length`, on the host: a few counts do not pay for tensor operations.
-    counts = _patch_counts(seqlens, n_prefix)
-    index = [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
+    index = nearest_lengths(_patch_counts(seqlens, n_prefix), lengths)
     with torch.inference_mode(False):  # a pack made for inference must serve training too
         grid_hw = None if grids is None else torch.tensor(grids, dtype=torch.int32).reshape(-1, 2).to(device)
         length_index = torch.tensor(index, dtype=torch.int32).to(device)
         work = work_list(seqlens, n_padding=n_padding)
         return Layout(cumulative(seqlens).to(device), length_index, work.tiles.to(device), work.counts), grid_hw
+
+
+def _shared(normalization: Tensor, device: torch.device) -> Tensor:
+    """A CPU normalization on `device`: one tensor for all packs of the same values, so that it is folded once."""
+    return _shared_values(tuple(map(tuple, normalization.tolist())), normalization.dtype, device)
+
+
+@lru_cache(maxsize=16)
+def _shared_values(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype).to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,25 +336,8 @@ class PackedBatch:
             patch_size: P, in pixels.
             lengths: see `from_rows`.
         """
-        images = list(images)
-        if not images:
-            raise ValueError("images: expected at least one image, got an empty list")
-        grids = [image_grid(image, patch_size, f"images[{i}]") for i, image in enumerate(images)]
-        seqlens = [h * w for h, w in grids]
-        first = images[0]
-        channels = first.shape[0]
-        rows = first.new_empty(sum(seqlens), patch_size * patch_size * channels)
-        begin = 0
-        for i, (image, (h, w)) in enumerate(zip(images, grids, strict=True)):
-            if (image.shape[0], image.dtype, image.device) != (channels, first.dtype, first.device):
-                raise ValueError(
-                    f"images[{i}]: expected {channels} channels, {first.dtype} on {first.device} like images[0], "
-                    f"got {image.shape[0]}, {image.dtype} on {image.device}"
-                )
-            out = rows[begin : begin + h * w].view(h, w, patch_size, patch_size, channels)
-            out.copy_(image.reshape(channels, h, patch_size, w, patch_size).permute(1, 3, 2, 4, 0))
-            begin += h * w
-        return cls.from_rows(rows, seqlens, grids=grids, lengths=lengths)
+        rows, grids = patch_rows(images, patch_size)
+        return cls.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same pack with its tensors on `device`."""
@@ -326,8 +345,13 @@ class PackedBatch:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, non_blocking=non_blocking)
 
-        tensors = ("data", "cu_seqlens", "length_index", "tiles", "grid_hw", "normalization")
-        return replace(self, **{name: move(getattr(self, name)) for name in tensors}, _layouts={})
+        tensors = ("data", "cu_seqlens", "length_index", "tiles", "grid_hw")
+        normalization = self.normalization
+        if normalization is not None:
+            on_host = normalization.device.type == "cpu"
+            normalization = _shared(normalization, torch.device(device)) if on_host else move(normalization)
+        moved = {name: move(getattr(self, name)) for name in tensors}
+        return replace(self, **moved, normalization=normalization, _layouts={})
 
     def without_padding(self) -> PackedBatch:
         """The same sequences without the padding rows behind them."""

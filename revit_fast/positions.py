@@ -58,6 +58,7 @@ class PositionTables:
                 self._matrix = torch.cat([self._matrix, resample(identity, self.base_grid, grid)])
             self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32)
             self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32)
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._cache: tuple[tuple, Tensor, Tensor] | None = None
 
     def offsets(self, grid_hw: Tensor) -> Tensor:
@@ -65,9 +66,23 @@ class PositionTables:
 
         An empty grid needs no rows and starts at 0.
         """
-        same = (grid_hw.unsqueeze(1) == self._grid_hw.to(grid_hw.device)).all(dim=-1)
-        offset = self._offset.to(grid_hw.device)[same.int().argmax(dim=1)]
+        known_hw, known_offset = self._known_on(grid_hw.device)
+        same = (grid_hw.unsqueeze(1) == known_hw).all(dim=-1)
+        offset = known_offset[same.int().argmax(dim=1)]
         return torch.where(same.any(dim=1), offset, torch.where(grid_hw.prod(dim=1) == 0, 0, -1).to(torch.int32))
+
+    def _known_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Known grids and their offsets on `device`, copied there once: a copy in every forward would wait for it."""
+        if torch.compiler.is_compiling():
+            return self._grid_hw.to(device), self._offset.to(device)
+        if device not in self._placed:
+            with torch.inference_mode(False):
+                self._placed[device] = self._grid_hw.to(device), self._offset.to(device)
+        return self._placed[device]
+
+    def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
+        """`offsets` on the host, for grids that are known."""
+        return [0 if 0 in grid else self._first_row[grid] for grid in grids]
 
     def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
         """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.

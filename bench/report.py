@@ -1,0 +1,49 @@
+"""What the benches' tables have in common: the machine, medians with quartiles, files written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import revit_fast
+from revit_fast.cli.env import cpu_name
+from revit_fast.ops import _library
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine_header() -> dict:
+    return {
+        "machine": platform.machine(),
+        "processor": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": _library.cpu_isa(),
+        "revit_fast": revit_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def spread_ms(samples_s: Sequence[float]) -> tuple[float, list[float]]:
+    """Median and quartiles in milliseconds."""
+    low, median, high = np.quantile(samples_s, [0.25, 0.5, 0.75])
+    return median * 1e3, [low * 1e3, high * 1e3]
+
+
+def header_line(header: dict) -> str:
+    return " · ".join(f"{key} {value}" for key, value in header.items())
+
+
+def write(name: str, header: dict, content: dict, table: str, folder: Path = RESULTS) -> None:
+    """Writes `name`.json and `name`.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps({"machine": header, **content}, indent=1)), (".md", table)):
+        unfinished = folder / f".{name}{suffix}.{os.getpid()}"
+        unfinished.write_text(text)
+        unfinished.replace(folder / f"{name}{suffix}")
