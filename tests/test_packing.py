@@ -7,16 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revit_fast import PackedBatch
-from revit_fast.packing import (
-    KEY_CLASSES,
-    N_CLASSES,
-    PADDING,
-    STREAMING,
-    TILE_ROWS,
-    check_grids,
-    nearest_length,
-    work_list,
-)
+from revit_fast.kernels.schedules import KEY_CLASSES, N_CLASSES, PADDING, STREAMING, TILE_ROWS
+from revit_fast.packing import check_grids, nearest_length, work_list
 
 LENGTHS = (196, 100, 49)
 

@@ -13,7 +13,7 @@ from revit_fast.ops import _library
 
 KERNELS = {
     "varlen_attention": "attention",
-    "varlen_attention_backward": "attention",
+    "varlen_attention_backward": "attention_backward",
     "tal_layer_norm": "layer_norm",
     "tal_layer_norm_residual": "layer_norm",
     "tal_layer_norm_backward": "layer_norm",

@@ -1,0 +1,233 @@
+"""Attention over packed sequences: softmax(scale · q kᵀ) v within every sequence and head.
+
+Layout: q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with any strides but a contiguous last dimension; sequence b owns rows
+`cu_seqlens[b]` to `cu_seqlens[b + 1]`; lse `[Hq, Tq]` float32, natural logarithm. A program computes one tile of the
+work list, 64 rows of one sequence, for one head. Tiles whose sequence has few keys hold all of them at once (the short
+schedule); the others walk over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135). Which is
+chosen, and with which tiles, is in `kernels/schedules.py` and depends on the sequence's own length alone.
+
+Head dimensions and key counts that are no power of two are cut into parts that are: see `kernels/parts.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from revit_fast.kernels import schedules
+from revit_fast.kernels.launch import launch, target_of
+from revit_fast.kernels.parts import (
+    LOG2_E,
+    add_outer,
+    inner,
+    load_parts,
+    rows_contiguous,
+    scale_parts,
+    sequence_rows,
+    store_parts,
+    stride_alignment,
+    visible,
+    zero_parts,
+)
+from revit_fast.kernels.schedules import TILE_ROWS, Schedule
+from revit_fast.kernels.tiles import Tiles, zero_padding
+
+
+@triton.jit
+def _negate_parts(parts):
+    negated = ()
+    for i in tl.static_range(len(parts)):
+        # By way of float32: the interpreter cannot make a bfloat16 constant.
+        negated = negated + ((-parts[i].to(tl.float32)).to(parts[i].dtype),)
+    return negated
+
+
+@triton.jit
+def _store_rows(
+    out, lse, row, n_rows, begin, head, n_heads, n_rows_all, parts, m, total, PARTS, HEAD_DIM: tl.constexpr
+):
+    """Divides by the softmax's sum and writes out and lse; m is in units of log2. Rows that saw no key: 0 and -inf."""
+    seen = total != 0
+    scaled = scale_parts(parts, tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None])
+    base = out + (begin.to(tl.int64) * n_heads + head) * HEAD_DIM
+    store_parts(base, row, n_rows, n_heads * HEAD_DIM, scaled, PARTS, HEAD_DIM)
+    value = tl.where(seen, (m + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    tl.store(lse + head.to(tl.int64) * n_rows_all + begin + row, value, mask=row < n_rows)
+
+
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
+def attention_short_forward_kernel(
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale_log2,
+    N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
+    STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile whose keys are all held at once: one maximum, one sum, no rescaling."""
+    tile = tiles + (first_tile + tl.program_id(0)) * 3
+    tile_class = tl.load(tile + 2)
+    if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
+        return
+    sequence = tl.minimum(tl.maximum(tl.load(tile), 0), n_sequences - 1)
+    head = tl.program_id(1)
+    begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
+    begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
+    stride_qt, stride_qh = tl.multiple_of(stride_qt, STRIDE_ALIGN), tl.multiple_of(stride_qh, STRIDE_ALIGN)
+    stride_kt, stride_kh = tl.multiple_of(stride_kt, STRIDE_ALIGN), tl.multiple_of(stride_kh, STRIDE_ALIGN)
+    stride_vt, stride_vh = tl.multiple_of(stride_vt, STRIDE_ALIGN), tl.multiple_of(stride_vh, STRIDE_ALIGN)
+    q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
+    k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
+    v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
+
+    first_row = tl.load(tile + 1)
+    for step in tl.static_range(TILE // BLOCK_M):
+        rows = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
+        if NEGATE:
+            q_rows = _negate_parts(q_rows)
+        scores = ()
+        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        for i in tl.static_range(len(KEY_PARTS)):
+            keys = KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1])
+            s = inner(q_rows, load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, True))
+            s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
+            m = tl.maximum(m, tl.max(s, 1))
+            scores = scores + (s,)
+        m = tl.where(m == float("-inf"), 0.0, m) * scale_log2
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zero_parts(BLOCK_M, DIM_PARTS)
+        for i in tl.static_range(len(KEY_PARTS)):
+            keys = KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1])
+            p = tl.exp2(scores[i] * scale_log2 - m[:, None])
+            total += tl.sum(p, 1)
+            v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, True)
+            acc = add_outer(acc, p.to(v.dtype.element_ty), v_rows)
+        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, DIM_PARTS, HEAD_DIM)
+
+
+@triton.jit
+def _online_softmax_step(
+    q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale_log2,
+    DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Takes one block of keys, from `key` on, into the running maximum m, sum and weighted values."""
+    keys = tl.arange(0, BLOCK_N)
+    s = inner(q_rows, load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED))
+    if RAGGED:
+        s = tl.where(visible(rows[:, None], key + keys[None, :], n_k, diagonal, CAUSAL), s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if RAGGED else m_new
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    total = total * alpha + tl.sum(p, 1)
+    v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
+    acc = add_outer(scale_parts(acc, alpha[:, None]), p.to(v_block.dtype.element_ty), v_rows)
+    return acc, m_new, total
+
+
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
+def attention_streaming_forward_kernel(
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale_log2,
+    N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
+    STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile that walks over blocks of keys: whole blocks without masks, then what is left or on the diagonal."""
+    tile = tiles + (first_tile + tl.program_id(0)) * 3
+    tile_class = tl.load(tile + 2)
+    if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
+        return
+    sequence = tl.minimum(tl.maximum(tl.load(tile), 0), n_sequences - 1)
+    head = tl.program_id(1)
+    begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
+    begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
+    stride_qt, stride_qh = tl.multiple_of(stride_qt, STRIDE_ALIGN), tl.multiple_of(stride_qh, STRIDE_ALIGN)
+    stride_kt, stride_kh = tl.multiple_of(stride_kt, STRIDE_ALIGN), tl.multiple_of(stride_kh, STRIDE_ALIGN)
+    stride_vt, stride_vh = tl.multiple_of(stride_vt, STRIDE_ALIGN), tl.multiple_of(stride_vh, STRIDE_ALIGN)
+    q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
+    k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
+    v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
+
+    diagonal = n_k - n_q
+    first_row = tl.load(tile + 1)
+    for step in tl.static_range(TILE // BLOCK_M):
+        row = first_row + step * BLOCK_M
+        rows = row + tl.arange(0, BLOCK_M)
+        q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
+        if NEGATE:
+            q_rows = _negate_parts(q_rows)
+        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zero_parts(BLOCK_M, DIM_PARTS)
+        n_seen_by_all = n_k
+        n_seen = n_k
+        if CAUSAL:
+            n_seen_by_all = tl.minimum(tl.maximum(row + diagonal + 1, 0), n_k)
+            n_seen = tl.minimum(tl.maximum(row + BLOCK_M + diagonal, 0), n_k)
+        whole = n_seen_by_all // BLOCK_N * BLOCK_N
+        k_block, v_block = k_base, v_base
+        for key in range(0, whole, BLOCK_N):
+            acc, m, total = _online_softmax_step(
+                q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale_log2,
+                DIM_PARTS, HEAD_DIM, BLOCK_N, CAUSAL, False,
+            )  # fmt: skip
+            k_block += BLOCK_N * stride_kt
+            v_block += BLOCK_N * stride_vt
+        for key in range(whole, n_seen, BLOCK_N):
+            acc, m, total = _online_softmax_step(
+                q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale_log2,
+                DIM_PARTS, HEAD_DIM, BLOCK_N, CAUSAL, True,
+            )  # fmt: skip
+            k_block += BLOCK_N * stride_kt
+            v_block += BLOCK_N * stride_vt
+        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, DIM_PARTS, HEAD_DIM)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    scale: float,
+    causal: bool,
+    tiles: Tensor | None,
+    tile_counts: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The op `revit_fast::varlen_attention`; see `revit_fast.ops.varlen_attention`."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    n_heads, head_dim = q.shape[1:]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(n_heads, q.shape[0], dtype=torch.float32)
+    work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
+    for schedule in schedules.forward(target_of(q.device), head_dim, q.dtype):
+        if schedule.beyond(max_seqlen_k):
+            break
+        first_tile, n_tiles = work.of(schedule.first_class, schedule.last_class)
+        kernel, keys = _forward_kernel(schedule)
+        launch(
+            kernel, (n_tiles, n_heads),
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
+            work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], _scale_log2(scale),
+            N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
+            DIM_PARTS=schedules.parts_of(head_dim), **keys, BLOCK_M=schedule.block_m, CAUSAL=causal,
+            NEGATE=scale < 0, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS, **schedule.launch_options(),
+        )  # fmt: skip
+    zero_padding(out, lse, cu_seqlens_q, work)
+    return out, lse
+
+
+def _forward_kernel(schedule: Schedule):
+    if schedule.name == "short":
+        return attention_short_forward_kernel, {"KEY_PARTS": schedules.parts_of(schedule.keys)}
+    return attention_streaming_forward_kernel, {"BLOCK_N": schedule.keys}
+
+
+def _scale_log2(scale: float) -> float:
+    """|scale| in units of log2, not quite zero: scores of -inf, which mask keys, must stay so when scaled."""
+    return max(abs(scale) * LOG2_E, 1e-30)

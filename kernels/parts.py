@@ -1,0 +1,116 @@
+"""What the attention kernels share: rows as parts of the head dimension, and their products.
+
+Extents that are no power of two, head dimensions as 80 and key counts as 208, are cut into parts that are: 64 + 16, and
+128 + 64 + 16. A part is a pair (start, width); a tensor of rows is a tuple of tensors, one per part.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def sequence_rows(cu_seqlens, sequence, n_rows):
+    """First row and end of a sequence, clamped to the rows that there are."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), n_rows)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), n_rows)
+    return begin, end - begin
+
+
+@triton.jit
+def load_parts(base, rows, n_rows, stride, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Rows `[len(rows), HEAD_DIM]` from `base` as one tensor per part of the head dimension, zero beyond the ends."""
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        columns = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        pointers = base + rows[:, None] * stride + columns[None, :]
+        if PARTS[i][0] + PARTS[i][1] > HEAD_DIM:
+            inside = columns[None, :] < HEAD_DIM
+            if MASK_ROWS:
+                inside = inside & (rows[:, None] < n_rows)
+            part = tl.load(pointers, mask=inside, other=0.0)
+        elif MASK_ROWS:
+            part = tl.load(pointers, mask=rows[:, None] < n_rows, other=0.0)
+        else:
+            part = tl.load(pointers)
+        parts = parts + (part,)
+    return parts
+
+
+@triton.jit
+def store_parts(base, rows, n_rows, stride, parts, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    for i in tl.static_range(len(PARTS)):
+        columns = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        inside = rows[:, None] < n_rows
+        if PARTS[i][0] + PARTS[i][1] > HEAD_DIM:
+            inside = inside & (columns[None, :] < HEAD_DIM)
+        pointers = base + rows[:, None] * stride + columns[None, :]
+        tl.store(pointers, parts[i].to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def zero_parts(N_ROWS: tl.constexpr, PARTS: tl.constexpr):
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        parts = parts + (tl.zeros((N_ROWS, PARTS[i][1]), tl.float32),)
+    return parts
+
+
+@triton.jit
+def scale_parts(parts, factor):
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        scaled = scaled + (parts[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """a b + acc; acc float32 or None."""
+    if INTERPRETED:  # whose product takes the bits of a bfloat16 for an integer
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def inner(a, b):
+    """a bᵀ, summed over the parts of the head dimension."""
+    s = _dot(a[0], tl.trans(b[0]), None)
+    for i in tl.static_range(1, len(a)):
+        s = _dot(a[i], tl.trans(b[i]), s)
+    return s
+
+
+@triton.jit
+def add_outer(parts, weights, rows):
+    """parts + weights rows, part by part of the head dimension."""
+    summed = ()
+    for i in tl.static_range(len(parts)):
+        summed = summed + (_dot(weights, rows[i], parts[i]),)
+    return summed
+
+
+@triton.jit
+def visible(rows, keys, n_keys, diagonal, CAUSAL: tl.constexpr):
+    """Whether a query row sees a key: keys that there are, up to the diagonal (aligned bottom right) if causal."""
+    seen = keys < n_keys
+    if CAUSAL:
+        seen = seen & (keys <= rows + diagonal)
+    return seen
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is contiguous, else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def stride_alignment(*tensors: Tensor) -> int:
+    """Largest power of two up to 16 that divides every row and head stride: what wide loads may rely on."""
+    return math.gcd(16, *(stride for t in tensors for stride in t.stride()[:2]))

@@ -1,0 +1,106 @@
+"""Which attention kernel computes which tiles, and how: pure functions of the chip, the head dimension and the dtype.
+
+The tables were chosen by what the compiler makes of each candidate (registers, spills, instructions per useful product;
+`python -m bench.gpu_code`), not by a stopwatch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from revit_fast.kernels.launch import Target
+
+TILE_ROWS = 64
+"""Query rows of one tile of the work list."""
+
+KEY_CLASSES = (32, 64, 112, 160, 208, 256)
+"""Most keys of a sequence in each short class, whose kernel holds all keys of a head at once.
+
+Multiples of 16, the depth of a tensor-core product: 7² = 49 patches fit 64, 10² = 100 fit 112, 14² = 196 fit 208, each
+with its prefix tokens, so that padded keys cost 4 to 28 % rather than up to twice the work.
+"""
+
+STREAMING, PADDING = len(KEY_CLASSES), len(KEY_CLASSES) + 1
+"""Classes of tiles whose keys are walked block by block, and of tiles of padding rows, whose result is zero."""
+
+N_CLASSES = PADDING + 1
+
+Parts = tuple[tuple[int, int], ...]
+
+
+def parts_of(extent: int) -> Parts:
+    """Cuts an extent, rounded up to a multiple of 16, into (start, width), widths being powers of two, widest first."""
+    extent = -(-extent // 16) * 16
+    parts, start = [], 0
+    while start < extent:
+        width = 1 << ((extent - start).bit_length() - 1)
+        parts.append((start, width))
+        start += width
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the tiles of some classes are computed.
+
+    Attributes:
+        name: "short" or "streaming".
+        first_class: first class of the work list that it serves.
+        last_class: the last one.
+        keys: keys held at once: all of a short tile, one block of a streaming one.
+        block_m: query rows computed at a time.
+        num_warps: warps of a program.
+        num_stages: blocks of keys in flight.
+    """
+
+    name: str
+    first_class: int
+    last_class: int
+    keys: int
+    block_m: int = 64
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def launch_options(self) -> dict[str, int]:
+        """What every attention kernel is launched with."""
+        return {
+            "FIRST_CLASS": self.first_class,
+            "LAST_CLASS": self.last_class,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    def beyond(self, max_seqlen_k: int | None) -> bool:
+        """Whether no sequence of at most that many keys has one of these classes."""
+        return max_seqlen_k is not None and self.first_class > bisect_left(KEY_CLASSES, max_seqlen_k)
+
+
+@lru_cache(maxsize=256)
+def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, ...]:
+    """Schedules of the forward pass, which together serve every class once."""
+    short = [Schedule("short", i, i, keys) for i, keys in enumerate(KEY_CLASSES)]
+    return (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
+
+
+class Backward(NamedTuple):
+    """Schedules of the backward pass: `fused` serves its classes alone, `grad_q` and `grad_kv` together all others."""
+
+    fused: tuple[Schedule, ...]
+    grad_q: tuple[Schedule, ...]
+    grad_kv: tuple[Schedule, ...]
+
+
+@lru_cache(maxsize=256)
+def backward(target: Target, head_dim: int, dtype: torch.dtype, self_attention: bool) -> Backward:
+    """Schedules of the backward pass."""
+    n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention else 0
+    fused = [Schedule("fused", i, i, KEY_CLASSES[i], block_m=KEY_CLASSES[i]) for i in range(n_fused)]
+    short = [Schedule("short", i, i, KEY_CLASSES[i]) for i in range(n_fused, STREAMING)]
+    grad_q = (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
+    grad_kv = (Schedule("streaming", n_fused, STREAMING, 64, num_stages=2),)
+    return Backward(tuple(fused), grad_q, grad_kv)
