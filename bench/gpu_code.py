@@ -1,9 +1,9 @@
 """What the compiler makes of every GPU kernel, on a machine without a GPU: `python -m bench.gpu_code`.
 
-Prints, as Markdown, a table of the machine code per kernel and chip, then the estimate of `bench/issue_cycles.py` for the
-attention forward pass: cycles of one multiprocessor per thousand useful FLOP of one sequence and head. Useful are the
-4 L² D of its L rows; rows and keys that only pad a tile are cost without use. Three kernels stand side by side: the
-schedule that the launcher chooses, our streaming schedule at the same length, and the best configuration of
+Prints, as Markdown, a table of the machine code per kernel and chip, then the estimate of `bench/issue_cycles.py` for
+the attention forward pass: cycles of one multiprocessor per thousand useful FLOP of one sequence and head. Useful are
+the 4 L² D of its L rows; rows and keys that only pad a tile are cost without use. Three kernels stand side by side:
+the schedule that the launcher chooses, our streaming schedule at the same length, and the best configuration of
 `bench/tutorial_attention.py`. Where a chip's table has but one schedule for a length, the first two are the same.
 """
 

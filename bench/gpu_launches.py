@@ -183,7 +183,7 @@ def _launches(case: Case, target: str) -> list[Launch]:
     return case.launches(TARGETS[target])
 
 
-def _asked_of_compiler(launch: Launch) -> tuple[Any, ...]:
+def asked_of_compiler(launch: Launch) -> tuple[Any, ...]:
     """What the compiler sees of a launch: equal keys, equal machine code."""
     arguments = tuple(
         (name, a.dtype) if isinstance(a, torch.Tensor) else (name, a if a is None else type(a))
@@ -202,7 +202,7 @@ def compilations(of: Iterable[Case], targets: Iterable[str] = TARGETS) -> list[C
     found: dict[Any, Compilation] = {}
     for target, case in product(targets, of):
         for index, launch in enumerate(_launches(case, target)):
-            key = (target, _asked_of_compiler(launch))
+            key = (target, asked_of_compiler(launch))
             found.setdefault(key, Compilation(case, target, index, launch.kernel.__name__))
     return list(found.values())
 

@@ -1,13 +1,14 @@
 """An estimate of the time that a program takes from its machine code: what no GPU has confirmed, but can be counted.
 
-A program is charged the costliest path through its basic blocks that does exactly the tensor-core work of its tile. Loops
-are found from back edges; how often each runs follows from the tile's sizes and the sequence's length, and is stated by
-the caller. A path whose tensor products do not add up to those of the tile is no path: where a compiler peels or
-duplicates a loop in a way that this walk does not understand, it finds none and says so, rather than a wrong number.
+A program is charged the costliest path through its basic blocks that does exactly the tensor-core work of its tile.
+Loops are found from back edges; how often each runs follows from the tile's sizes and the sequence's length, and is
+stated by the caller. A path whose tensor products do not add up to those of the tile is no path: where a compiler
+peels or duplicates a loop in a way that this walk does not understand, it finds none and says so, rather than a wrong
+number.
 
 Each instruction on the path is then charged to the units of the multiprocessor that it keeps busy, and the program's
-cycles are those of the busiest unit (`RATES`): latencies are taken to be hidden by other programs, and nothing is said of
-caches or of memory bandwidth. It compares kernels of similar occupancy for the same chip; it predicts no seconds.
+cycles are those of the busiest unit (`RATES`): latencies are taken to be hidden by other programs, and nothing is said
+of caches or of memory bandwidth. It compares kernels of similar occupancy for the same chip; it predicts no seconds.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Rates:
 
 
 # NVIDIA: CUDA C++ programming guide, "throughput of native arithmetic instructions" and shared memory's 32 banks of 4
-# bytes; tensor cores: data-sheet peak (dense) / multiprocessors / boost clock / 2, A100 312 TFLOP/s, 108, 1.41 GHz; H100
-# 989 TFLOP/s, 132, 1.83 GHz; B200 2250 TFLOP/s, 148, 1.85 GHz; RTX PRO 6000 504 TFLOP/s, 188, 2.62 GHz.
+# bytes; tensor cores: data-sheet peak (dense) / multiprocessors / boost clock / 2, A100 312 TFLOP/s, 108, 1.41 GHz;
+# H100 989 TFLOP/s, 132, 1.83 GHz; B200 2250 TFLOP/s, 148, 1.85 GHz; RTX PRO 6000 504 TFLOP/s, 188, 2.62 GHz.
 # AMD CDNA 3 white paper: 4 SIMDs that each take 4 cycles for a wave of 64, MI300X 1307 TFLOP/s, 304 units, 2.1 GHz.
 RATES = {
     "sm_80": Rates(issue=4, fp32=64, alu=64, exp=16, shared_bytes=128, tensor=1024),
@@ -55,7 +56,7 @@ RATES = {
 }
 
 _NOT_ALU = re.compile(r"IMAD|I?MOV|CS2R|S2U?R|R2UR|U?LDCU?|U[A-Z]|NOP|v_mov|s_|v_accvgpr")
-"""Instructions of the kind "integer" that other units take: multiply-adds, moves, constants and the uniform data path."""
+"""Instructions of the kind "integer" that other units take: multiply-adds, moves, constants, the uniform data path."""
 
 _MMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
@@ -189,7 +190,7 @@ def _reverse_postorder(blocks: Sequence[Block]) -> list[int]:
 
 
 class _Walk:
-    """Costliest paths through a program whose tensor loops, in the order of their headers, run a stated number of times."""
+    """Costliest paths through a program whose tensor loops, in the order of their headers, run as often as stated."""
 
     def __init__(self, code: Code, iterations: Sequence[int]):
         self.blocks = code.blocks
@@ -223,16 +224,14 @@ class _Walk:
         Told by the bodies of the loops, or by the whole program where there are none.
         """
         stated = sum(self.iterations.values())
-        if stated:
-            bodies = {max(body) for header in self.iterations if (body := self._body(self.loop_at[header]))}
-            done, wanted = max(bodies), macs / stated
-        else:
-            done, wanted = max(self.program()), macs
-        factor = done * self.num_warps / wanted
+        if macs == 0:
+            return 1
+        if not stated:
+            return max(self.program()) * self.num_warps / macs
+        bodies = [body for header in self.iterations if (body := self._body(self.loop_at[header]))]
+        factor = max(max(body) for body in bodies) * self.num_warps / (macs / stated)
         if factor not in {(a + b) / 2 for a in (1, 2, 4) for b in (1, 2, 4)}:  # of a block's two products
-            raise NotImplementedError(
-                f"{self.name}: {done} multiply-adds per warp where {wanted} per program are stated"
-            )
+            raise NotImplementedError(f"{self.name}: a loop does {factor} times the products stated of it")
         return factor
 
     def program(self) -> Paths:

@@ -1,8 +1,9 @@
 """Machine code without the machine: compiles a recorded `Launch` for its chip and reads what came out.
 
-The compiler gets what Triton's own just-in-time path would give it: the launch's arguments pass through the same binder,
-so that types, alignment and specialised integers are those of a launch on the chip. Binaries are kept in Triton's cache
-on disk; the disassembly of NVIDIA code is nvdisasm's (SASS), of AMD code the compiler's own assembly text.
+The compiler gets what Triton's own just-in-time path would give it: the launch's arguments pass through the same
+binder, so that types, alignment and specialised integers are those of a launch on the chip. Binaries are kept in
+Triton's cache on disk; the disassembly of NVIDIA code is nvdisasm's (SASS), of AMD code the compiler's own assembly
+text.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ KINDS = {
     "shuffle": r"SHFL|REDUX|ds_(b?permute|swizzle).*",
     "tensor memory": r"LDTM|STTM|UTCCP",
     "local": r"LDL|STL|scratch_.*",
-    "barrier": r"BAR|BARRIER|(LDG)?DEPBAR|SYNCS|UTCBAR|WARPSYNC|WARPGROUP|MEMBAR|FENCE|ERRBAR|CCTL|UCGABAR_\w+|s_barrier",
+    "barrier": r"(UTC)?BAR|BARRIER|(LDG)?DEPBAR|SYNCS|WARPSYNC|WARPGROUP|MEMBAR|FENCE|ERRBAR|CCTL|UCGABAR_\w+|s_barrier",
     "wait": r"NOP|s_waitcnt.*|s_nop|s_sleep|s_setprio",
     "control": r"BRA|BRX|BRXU|JMP|EXIT|RET|CALL|BSSY|BSYNC|BREAK|s_c?branch.*|s_endpgm|s_setpc.*|s_swappc.*",
 }

@@ -1,10 +1,10 @@
 """The peer of `python -m bench.gpu_code`: Triton's fused-attention tutorial as a competent user would make it varlen.
 
-The tutorial (triton-lang/triton, python/tutorials/06-fused-attention.py) computes a batch of equal lengths. Kept from it:
-the online softmax in units of log2, its order of operations, an inner loop in two stages (there off and on the causal
-band, here whole blocks of keys and the ragged rest), and the space it tunes over. Changed, because lengths differ: rows
-come from `cu_seqlens`, the grid is dense (tiles of the longest sequence, heads, sequences) and programs beyond their
-sequence's end return at once; head dimensions that are no power of two are masked.
+The tutorial (triton-lang/triton, python/tutorials/06-fused-attention.py) computes a batch of equal lengths. Kept from
+it: the online softmax in units of log2, its order of operations, an inner loop in two stages (there off and on the
+causal band, here whole blocks of keys and the ragged rest), and the space it tunes over. Changed, because lengths
+differ: rows come from `cu_seqlens`, the grid is dense (tiles of the longest sequence, heads, sequences) and programs
+beyond their sequence's end return at once; head dimensions that are no power of two are masked.
 """
 
 from __future__ import annotations
