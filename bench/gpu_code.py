@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from revit_fast.kernels.launch import TARGETS, Launch, record
 
 ESTIMATED_SEQLENS = (50, 101, 197)
 KINDS_SHOWN = ("tensor", "fp32", "exp", "integer", "barrier")
+MARKS = ("<!-- python -m bench.gpu_code -->", "<!-- end -->")
 PADDING_KERNEL = "attention_padding_kernel"
 
 
@@ -176,7 +177,11 @@ def _or_reason(future: Future[Estimated]) -> Estimated | str:
         return f"no estimate: {reason}"
 
 
-def print_estimates(targets: Sequence[str], head_dims: Sequence[int], jobs: int) -> None:
+Report = Callable[[str], None]
+"""Takes the next line of the report."""
+
+
+def report_estimates(report: Report, targets: Sequence[str], head_dims: Sequence[int], jobs: int) -> None:
     """The table of estimates, a line as soon as it is known."""
     with gpu_launches.pool(jobs) as pool:
         rows = []
@@ -186,9 +191,27 @@ def print_estimates(targets: Sequence[str], head_dims: Sequence[int], jobs: int)
                     point = (target, head_dim, seqlen)
                     candidates = (estimate_ours, partial(estimate_ours, variant="streaming"), estimate_tutorial)
                     rows.append((point, [pool.submit(candidate, *point) for candidate in candidates]))
-        print(_header(["chip", "D", "L", "chosen schedule", "streaming schedule", "tutorial, its best"]))
+        report(_header(["chip", "D", "L", "chosen schedule", "streaming schedule", "tutorial, its best"]))
         for point, futures in rows:
-            print(_row([*point, *(_estimate_cell(_or_reason(future)) for future in futures)]), flush=True)
+            report(_row([*point, *(_estimate_cell(_or_reason(future)) for future in futures)]))
+
+
+def report_codes(report: Report, codes: dict[Compilation, Future[Code]]) -> None:
+    """The table of machine code, a line as soon as it is known."""
+    report(_header(CODE_HEADER))
+    for compilation, future in codes.items():
+        report(code_row(compilation, future.result()))
+
+
+def replace_section(page: Path, lines: Sequence[str]) -> None:
+    """Puts a report between the marks that a page has for it."""
+    text = page.read_text()
+    for mark in MARKS:
+        if text.count(mark) != 1:
+            raise ValueError(f"{page}: expected the mark {mark} once, found it {text.count(mark)} times")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    section = "\n".join([MARKS[0], *lines, MARKS[1]])
+    _write(page, f"{before}{section}{after}".encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -220,7 +243,7 @@ def emit(folder: Path, codes: dict[Compilation, Future[Code]]) -> None:
             }
         )
     _write(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-    print(f"\n{len(manifest)} binaries and manifest.json in {folder}")
+    print(f"{len(manifest)} binaries and manifest.json in {folder}")
 
 
 def main() -> None:
@@ -231,24 +254,31 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every dtype and size in the table, not bf16 with 64 or 384")
     parser.add_argument("--emit", type=Path, metavar="DIR", help="write every binary and manifest.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS, help="of the estimate")
+    parser.add_argument("--docs", type=Path, metavar="PAGE", help="put the report into a page, between its marks")
     parser.add_argument("--no-estimate", action="store_true", help="leave out the estimate of issue cycles")
     args = parser.parse_args()
 
     shown = [c for c in gpu_launches.cases() if c.dtype == "bf16" and c.size in (64, 384) and not c.variant]
     wanted = gpu_launches.compilations(gpu_launches.cases() if args.all or args.emit else shown, args.targets)
     wanted = [c for c in wanted if re.search(args.kernels, c.kernel)]
-    print(f"Triton {triton.__version__}, PyTorch {torch.__version__}, {gpu_launches.assemblers()}\n")
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    report(f"Triton {triton.__version__}, PyTorch {torch.__version__}, {gpu_launches.assemblers()}.\n")
     with gpu_launches.pool(args.jobs) as pool:
         codes = gpu_launches.submit(pool, wanted)
-        print(_header(CODE_HEADER))
-        for compilation, future in codes.items():
-            if args.all or compilation.case in shown:
-                print(code_row(compilation, future.result()), flush=True)
+        report_codes(report, {c: code for c, code in codes.items() if args.all or c.case in shown})
         if args.emit:
             emit(args.emit, codes)
     if not args.no_estimate and re.search(args.kernels, "attention_short_forward_kernel"):
-        print()
-        print_estimates(args.targets, HEAD_DIMS, args.jobs)
+        report("")
+        report_estimates(report, args.targets, args.head_dims, args.jobs)
+    if args.docs:
+        replace_section(args.docs, lines)
 
 
 if __name__ == "__main__":

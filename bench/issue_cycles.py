@@ -313,12 +313,15 @@ class _Walk:
         return leaving
 
 
+UNITS = ("issue", "fp32", "alu", "exp", "shared", "tensor")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Cycles of one multiprocessor for one program.
 
     Attributes:
-        units: cycles per unit ("issue", "fp32", "alu", "exp", "shared", "tensor").
+        units: cycles per unit, of `UNITS`.
     """
 
     units: dict[str, float]
@@ -364,4 +367,4 @@ def estimate(code: Code, iterations: Sequence[int], macs: int, staged_bytes: int
             )
         units = paths[per_warp].times(code.num_warps)
     units["shared"] += min(units["staged"], staged_bytes / rates.shared_bytes)
-    return Estimate({unit: cycles for unit, cycles in units.items() if unit not in ("macs", "staged")})
+    return Estimate({unit: units[unit] for unit in UNITS})

@@ -139,7 +139,7 @@ KINDS = {
     "shuffle": r"SHFL|REDUX|ds_(b?permute|swizzle).*",
     "tensor memory": r"LDTM|STTM|UTCCP",
     "local": r"LDL|STL|scratch_.*",
-    "barrier": r"(UTC)?BAR|BARRIER|(LDG)?DEPBAR|SYNCS|WARPSYNC|WARPGROUP|MEMBAR|FENCE|ERRBAR|CCTL|UCGABAR_\w+|s_barrier",
+    "barrier": r"(UTC)?BAR|BARRIER|(LDG)?DEPBAR|SYNCS|WARPSYNC|WARPGROUP|MEMBAR|FENCE|ERRBAR|CCTL|UCGABAR\w*|s_barrier",
     "wait": r"NOP|s_waitcnt.*|s_nop|s_sleep|s_setprio",
     "control": r"BRA|BRX|BRXU|JMP|EXIT|RET|CALL|BSSY|BSYNC|BREAK|s_c?branch.*|s_endpgm|s_setpc.*|s_swappc.*",
 }

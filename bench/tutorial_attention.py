@@ -21,6 +21,11 @@ from revit_fast.kernels.launch import Target, launch
 
 
 @triton.jit
+def _load(pointers, inside, MASKED: tl.constexpr):
+    return tl.load(pointers, mask=inside, other=0.0) if MASKED else tl.load(pointers)
+
+
+@triton.jit
 def _inner(
     acc, total, m, q, k_rows, v_rows, stride_k, stride_v, lo, hi, n_keys, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
@@ -37,10 +42,7 @@ def _inner(
         if RAGGED:
             k_inside = k_inside & (row[None, :] < n_keys)
             v_inside = v_inside & (row[:, None] < n_keys)
-        if RAGGED or HEAD_DIM < BLOCK_D:
-            k = tl.load(k_pointers, mask=k_inside, other=0.0)
-        else:
-            k = tl.load(k_pointers)
+        k = _load(k_pointers, k_inside, RAGGED or HEAD_DIM < BLOCK_D)
         qk = tl.dot(q, k, input_precision="ieee")
         if RAGGED:
             qk = qk * scale_log2 + tl.where(row[None, :] < n_keys, 0.0, -1.0e6)
@@ -53,10 +55,7 @@ def _inner(
         alpha = tl.math.exp2(m - m_new)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if RAGGED or HEAD_DIM < BLOCK_D:
-            v = tl.load(v_pointers, mask=v_inside, other=0.0)
-        else:
-            v = tl.load(v_pointers)
+        v = _load(v_pointers, v_inside, RAGGED or HEAD_DIM < BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         m = m_new
     return acc, total, m

@@ -4,7 +4,6 @@ import helpers
 import pytest
 import torch
 
-
 if helpers.device != "interpreter":
     pytest.skip("runs in Triton's interpreter: TRITON_INTERPRET=1 and --device=interpreter", allow_module_level=True)
 

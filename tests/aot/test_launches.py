@@ -78,7 +78,7 @@ def test_programs_are_tiles_with_rows(target, n_padding):
 
 
 def test_launches_do_not_depend_on_neighbours():
-    """The code that computes a sequence is chosen by its own length: alone or in a pack, the same launches but the grid."""
+    """Alone or in a pack, a sequence meets the same launches but for their grids."""
     alone = [Case("attention", "fwd", "bf16", 64, n).launches(TARGETS["sm_90"]) for n in (50, 197, 577)]
     with FakeTensorMode(), record("sm_90") as together:
         work = work_list((50, 197, 577), n_padding=64)
@@ -94,5 +94,4 @@ def test_launches_do_not_depend_on_neighbours():
 
     expected = sorted(key for key, _ in groupby(sorted(asked(launch) for one in alone for launch in one)))
     got = sorted(asked(launch) for launch in together)
-    # The strides and the scale of a launch differ; constants that hold the first of them would show here.
     assert got == expected
