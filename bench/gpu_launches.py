@@ -166,7 +166,7 @@ class Compilation:
     kernel: str
 
     def __str__(self) -> str:
-        return f"{self.target}-{self.case}-{self.kernel.removesuffix('_kernel')}"
+        return f"{self.target}-{self.case}-{self.index}-{self.kernel.removesuffix('_kernel')}"
 
     @property
     def launch(self) -> Launch:
