@@ -186,7 +186,9 @@ def _launches(case: Case, target: str) -> list[Launch]:
 def asked_of_compiler(launch: Launch) -> tuple[Any, ...]:
     """What the compiler sees of a launch: equal keys, equal machine code."""
     arguments = tuple(
-        (name, a.dtype) if isinstance(a, torch.Tensor) else (name, a if a is None else type(a))
+        (name, a.dtype, a.storage_offset() * a.element_size() % 16 == 0)
+        if isinstance(a, torch.Tensor)
+        else (name, a if a is None else type(a))
         for name, a in launch.arguments.items()
     )
     specialised = tuple(

@@ -10,8 +10,16 @@ import pytest
 SPILL_EXCEPTIONS: dict[str, str] = {}
 """Launches that may spill, by their test's id or a prefix of it, each with the reason. One that is not needed fails."""
 
-NO_ROWS = ("attention_tiles_kernel",)
-"""Kernels that move no rows: a few int32 each."""
+NARROW_LOADS = ("attention_tiles_kernel", "attention_padding_kernel")
+"""Kernels that read no rows, only a few int32."""
+
+NARROW_STORES = (
+    "attention_tiles_kernel",
+    "mean_pool_kernel",
+    "tal_layer_norm_backward_reduce_kernel",
+    "patch_embed_table_backward_kernel",
+)
+"""Kernels that write no rows of the pack, only a few int32 or sums over many rows, of which a thread holds one value."""
 
 NO_PRODUCTS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Attention kernels without matrix products."""
@@ -20,6 +28,19 @@ NO_PRODUCTS = ("attention_tiles_kernel", "attention_padding_kernel")
 def spill_exception(name: str) -> str | None:
     """Reason why a launch may spill, None where it may not."""
     return next((reason for prefix, reason in SPILL_EXCEPTIONS.items() if name.startswith(prefix)), None)
+
+
+def narrow_accesses(kernel: str, code) -> list[str]:
+    """Rows come and go 16 bytes at a time per thread. AMD's matrix products leave 8 bytes of a row in one thread."""
+    widths = code.global_widths()
+    widest_load = max((width for kind, width in widths if kind != "global store"), default=0)
+    widest_store = max((width for kind, width in widths if kind == "global store"), default=0)
+    faults = []
+    if kernel not in NARROW_LOADS and widest_load < 16:
+        faults.append(f"has no 16-byte load from global memory: {dict(widths)}")
+    if kernel not in NARROW_STORES and widest_store < (8 if code.target.backend == "hip" else 16):
+        faults.append(f"has no 16-byte store to global memory: {dict(widths)}")
+    return faults
 
 
 def test_code(compilation, code):
@@ -36,8 +57,7 @@ def test_code(compilation, code):
         faults.append(f"takes {code.shared_bytes} bytes of shared memory, {code.target.shared_bytes} are there")
     if code.programs_per_sm < 1:
         faults.append(f"does not fit a multiprocessor ({code.registers} registers, {code.shared_bytes} bytes)")
-    if compilation.kernel not in NO_ROWS and max(width for _, width in code.global_widths()) < 16:
-        faults.append(f"has no 16-byte access of global memory: {dict(code.global_widths())}")
+    faults += narrow_accesses(compilation.kernel, code)
     tensor = [i.opcode for i in code.instructions if i.kind == "tensor"]
     has_products = compilation.case.op == "attention" and compilation.kernel not in NO_PRODUCTS
     if has_products and compilation.case.dtype != "fp32" and not tensor:
