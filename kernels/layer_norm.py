@@ -41,6 +41,12 @@ def _tile(target: Target, n_channels: int) -> tuple[int, int, int]:
     return min(max(1, of_a_warp // block), 16), block, warps
 
 
+@triton.jit
+def _rows(matrix, first, local, STRIDE: tl.constexpr):
+    """Pointers `[len(local), 1]` to rows first + local: one 64-bit base, 32-bit steps."""
+    return matrix + tl.cast(first, tl.int64) * STRIDE + local[:, None] * STRIDE
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_sequences", "n_bits", "n_lengths"])
 def tal_layer_norm_kernel(
     x,
@@ -64,7 +70,9 @@ def tal_layer_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    local = tl.arange(0, ROWS)
+    rows = first + local
     cols = tl.arange(0, BLOCK_C)[None, :]
     exists = rows < n_rows
     sequence = sequence_of(rows, cu_seqlens, n_sequences, n_bits)
@@ -72,14 +80,13 @@ def tal_layer_norm_kernel(
     length = tl.load(length_index + sequence, mask=valid, other=0)
     length = tl.minimum(tl.maximum(length, 0), n_lengths - 1)
 
-    row = rows[:, None].to(tl.int64)
     read = valid[:, None] & (cols < C)
     write = exists[:, None] & (cols < C)
-    s = tl.load(x + row * X_STRIDE + cols, mask=read, other=0.0).to(tl.float32)
+    s = tl.load(_rows(x, first, local, X_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
     if residual is not None:
-        s += tl.load(residual + row * RESIDUAL_STRIDE + cols, mask=read, other=0.0).to(tl.float32)
+        s += tl.load(_rows(residual, first, local, RESIDUAL_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         as_stored = rounded(s, total.dtype.element_ty)
-        tl.store(total + row * C + cols, as_stored, mask=write)
+        tl.store(_rows(total, first, local, C) + cols, as_stored, mask=write)
         s = as_stored.to(tl.float32)
 
     # The first mean is off by the rounding of a long sum. What is left of it in the centred row corrects both the mean
@@ -94,7 +101,7 @@ def tal_layer_norm_kernel(
     shift = tl.load(bias + length[:, None] * C + cols, mask=read, other=0.0).to(tl.float32)
     xhat = (centred - correction[:, None]) * scale[:, None]
     out = tl.where(valid[:, None], xhat * w + shift, 0.0)
-    tl.store(y + row * C + cols, rounded(out, y.dtype.element_ty), mask=write)
+    tl.store(_rows(y, first, local, C) + cols, rounded(out, y.dtype.element_ty), mask=write)
     tl.store(mean + rows, tl.where(valid, estimate + correction, 0.0), mask=exists)
     tl.store(rstd + rows, tl.where(valid, scale, 0.0), mask=exists)
 
@@ -141,22 +148,24 @@ def tal_layer_norm_backward_kernel(
     length = tl.load(length_index + sequence, mask=in_pack, other=0)
     length = tl.minimum(tl.maximum(length, 0), n_lengths - 1)
 
+    local = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_C)[None, :]
     in_row = cols < C
     w = tl.load(weight + length * C + cols, mask=in_row & in_pack, other=0.0).to(tl.float32)
     sum_weight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     sum_bias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for first in range(start, stop, ROWS):
-        rows = first + tl.arange(0, ROWS)
+        rows = first + local
         exists = rows < stop
         write = exists[:, None] & in_row
         read = write & in_pack
-        row = rows[:, None].to(tl.int64)
-        grad = tl.load(grad_y + row * GRAD_Y_STRIDE + cols, mask=read, other=0.0).to(tl.float32)
-        s = tl.load(x + row * X_STRIDE + cols, mask=read, other=0.0).to(tl.float32)
+        grad = tl.load(_rows(grad_y, first, local, GRAD_Y_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
+        s = tl.load(_rows(x, first, local, X_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         centre = tl.load(mean + rows, mask=exists & in_pack, other=0.0)[:, None]
         scale = tl.load(rstd + rows, mask=exists & in_pack, other=0.0)[:, None]
         xhat = tl.where(in_row, (s - centre) * scale, 0.0)
+        # The mean was rounded when it was stored: what is left of it goes, as in the forward pass.
+        xhat = tl.where(in_row, xhat - tl.sum(xhat, axis=1, keep_dims=True) / C, 0.0)
         sum_weight += grad * xhat
         sum_bias += grad
         h = grad * w
@@ -164,8 +173,8 @@ def tal_layer_norm_backward_kernel(
         mean_hx = tl.sum(h * xhat, axis=1, keep_dims=True) / C
         out = (h - mean_h - xhat * mean_hx) * scale
         if grad_sum is not None:
-            out += tl.load(grad_sum + row * GRAD_SUM_STRIDE + cols, mask=read, other=0.0).to(tl.float32)
-        tl.store(grad_x + row * C + cols, rounded(out, grad_x.dtype.element_ty), mask=write)
+            out += tl.load(_rows(grad_sum, first, local, GRAD_SUM_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
+        tl.store(_rows(grad_x, first, local, C) + cols, rounded(out, grad_x.dtype.element_ty), mask=write)
 
     counts = in_pack & (start < stop)
     tl.store(part_length + part, tl.where(counts, length, -1))

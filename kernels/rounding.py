@@ -11,10 +11,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
     """`value`, float32, in `dtype`, to the nearest, ties to even."""
-    if (
-        INTERPRETED and dtype == tl.bfloat16
-    ):  # Triton 3.8's interpreter cuts the low bits off: add what rounds them first
+    # Triton 3.8's interpreter cuts off the low bits of what becomes a bfloat16.
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-        value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
+        nearest = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)

@@ -170,6 +170,8 @@ def mean_pool_kernel(
         rows = first + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & in_row[None, :]
         total += tl.load(x + rows[:, None].to(tl.int64) * X_STRIDE + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    # In two steps: rounding grows with the additions made one after another.
+    total = tl.sum(tl.reshape(total, (ROWS // 8, 8, BLOCK_C)), axis=0)
     mean = tl.div_rn(tl.sum(total, axis=0), tl.maximum(end - begin, 1).to(tl.float32))
     tl.store(out + sequence.to(tl.int64) * C + cols, rounded(mean, out.dtype.element_ty), mask=in_row)
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import helpers
@@ -28,6 +29,13 @@ def pytest_configure(config):
 def device():
     """Device of the tensors that a test gives to an op: one test file serves every kind of kernel."""
     return torch.device("cuda" if helpers.device == "cuda" else "cpu")
+
+
+@pytest.fixture
+def on_device(device):
+    """Whatever a test creates lies on `device`."""
+    with contextlib.nullcontext() if device.type == "cpu" else device:
+        yield
 
 
 def pytest_generate_tests(metafunc):

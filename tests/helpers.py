@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,14 +21,33 @@ device = "cpu"
 """Where the ops run, by the option --device: cpu, interpreter (CPU tensors, Triton kernels) or cuda."""
 
 
+def only_on(*devices: str, reason: str) -> pytest.MarkDecorator:
+    """Marks a test, or a parameter of one, that says something about these devices alone."""
+    return pytest.mark.skipif(device not in devices, reason=f"{reason} (--device={device})")
+
+
+def cut(seqlens: Sequence[int]) -> tuple[int, ...]:
+    """The lengths; in the interpreter, which takes milliseconds for each program, long ones are cut.
+
+    They stay odd, ragged and longer than any tile of rows.
+    """
+    return tuple(n if device != "interpreter" or n < 30 else n // 8 + 17 for n in seqlens)
+
+
+def thin(values: Sequence[int]) -> tuple[int, ...]:
+    """The values of a test's grid; in the interpreter every other one."""
+    return tuple(values[::2] if device == "interpreter" else values)
+
+
 def cu_seqlens_of(seqlens: Sequence[int]) -> Tensor:
     return cumulative(seqlens)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal values drawn in float64 and rounded, so that every dtype sees the same numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+    """Normal values drawn in float64 on the CPU and rounded, so that every dtype and device sees the same numbers."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = scale * torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device(), dtype)
 
 
 def to_float64(value):
