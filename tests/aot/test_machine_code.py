@@ -19,7 +19,7 @@ NARROW_STORES = (
     "tal_layer_norm_backward_reduce_kernel",
     "patch_embed_table_backward_kernel",
 )
-"""Kernels that write no rows of the pack, only a few int32 or sums over many rows, of which a thread holds one value."""
+"""Kernels that write no rows of the pack, only a few int32, or sums over many rows of which a thread holds one."""
 
 NO_PRODUCTS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Attention kernels without matrix products."""
