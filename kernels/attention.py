@@ -19,10 +19,10 @@ from torch import Tensor
 from revit_fast.kernels import schedules
 from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.parts import (
-    LOG2_E,
     add_outer,
     inner,
     load_parts,
+    multiply_rows,
     rows_contiguous,
     scale_parts,
     sequence_rows,
@@ -36,33 +36,32 @@ from revit_fast.kernels.tiles import Tiles, zero_padding
 
 
 @triton.jit
-def _negate_parts(parts):
-    negated = ()
-    for i in tl.static_range(len(parts)):
-        # By way of float32: the interpreter cannot make a bfloat16 constant.
-        negated = negated + ((-parts[i].to(tl.float32)).to(parts[i].dtype),)
-    return negated
+def _exponential(s, m, scale, EXACT: tl.constexpr):
+    """exp(scale (s - m))."""
+    if EXACT:
+        return tl.exp2((s - m) * (scale * 1.4426950408889634))
+    return tl.exp2(s * (scale * 1.4426950408889634) - m * (scale * 1.4426950408889634))
 
 
 @triton.jit
 def _store_rows(
-    out, lse, row, n_rows, begin, head, n_heads, n_rows_all, parts, m, total, PARTS, HEAD_DIM: tl.constexpr
+    out, lse, row, n_rows, begin, head, n_heads, n_rows_all, parts, m, total, scale, PARTS, HEAD_DIM: tl.constexpr
 ):
-    """Divides by the softmax's sum and writes out and lse; m is in units of log2. Rows that saw no key: 0 and -inf."""
+    """Divides by the softmax's sum and writes out and lse. Rows that saw no key: 0 and -inf."""
     seen = total != 0
     scaled = scale_parts(parts, tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None])
     base = out + (begin.to(tl.int64) * n_heads + head) * HEAD_DIM
     store_parts(base, row, n_rows, n_heads * HEAD_DIM, scaled, PARTS, HEAD_DIM)
-    value = tl.where(seen, (m + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    value = tl.where(seen, m * scale + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
     tl.store(lse + head.to(tl.int64) * n_rows_all + begin + row, value, mask=row < n_rows)
 
 
 @triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_short_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale_log2,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
+    KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile whose keys are all held at once: one maximum, one sum, no rescaling."""
@@ -85,8 +84,8 @@ def attention_short_forward_kernel(
     for step in tl.static_range(TILE // BLOCK_M):
         rows = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
-        if NEGATE:
-            q_rows = _negate_parts(q_rows)
+        if SCALE_Q:
+            q_rows = multiply_rows(q_rows, q_factor)
         scores = ()
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for i in tl.static_range(len(KEY_PARTS)):
@@ -95,21 +94,21 @@ def attention_short_forward_kernel(
             s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
             m = tl.maximum(m, tl.max(s, 1))
             scores = scores + (s,)
-        m = tl.where(m == float("-inf"), 0.0, m) * scale_log2
+        m = tl.where(m == float("-inf"), 0.0, m)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_parts(BLOCK_M, DIM_PARTS)
         for i in tl.static_range(len(KEY_PARTS)):
             keys = KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1])
-            p = tl.exp2(scores[i] * scale_log2 - m[:, None])
+            p = _exponential(scores[i], m[:, None], scale, q.dtype.element_ty == tl.float32)
             total += tl.sum(p, 1)
             v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, True)
             acc = add_outer(acc, p.to(v.dtype.element_ty), v_rows)
-        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, DIM_PARTS, HEAD_DIM)
+        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)
 
 
 @triton.jit
 def _online_softmax_step(
-    q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale_log2,
+    q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale,
     DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Takes one block of keys, from `key` on, into the running maximum m, sum and weighted values."""
@@ -117,10 +116,10 @@ def _online_softmax_step(
     s = inner(q_rows, load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED))
     if RAGGED:
         s = tl.where(visible(rows[:, None], key + keys[None, :], n_k, diagonal, CAUSAL), s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    m_new = tl.maximum(m, tl.max(s, 1))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if RAGGED else m_new
-    p = tl.exp2(s * scale_log2 - shift[:, None])
-    alpha = tl.exp2(m - shift)
+    p = _exponential(s, shift[:, None], scale, k_block.dtype.element_ty == tl.float32)
+    alpha = _exponential(m, shift, scale, True)
     total = total * alpha + tl.sum(p, 1)
     v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
     acc = add_outer(scale_parts(acc, alpha[:, None]), p.to(v_block.dtype.element_ty), v_rows)
@@ -130,9 +129,9 @@ def _online_softmax_step(
 @triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_streaming_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, scale_log2,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile that walks over blocks of keys: whole blocks without masks, then what is left or on the diagonal."""
@@ -157,8 +156,8 @@ def attention_streaming_forward_kernel(
         row = first_row + step * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
-        if NEGATE:
-            q_rows = _negate_parts(q_rows)
+        if SCALE_Q:
+            q_rows = multiply_rows(q_rows, q_factor)
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_parts(BLOCK_M, DIM_PARTS)
@@ -171,19 +170,19 @@ def attention_streaming_forward_kernel(
         k_block, v_block = k_base, v_base
         for key in range(0, whole, BLOCK_N):
             acc, m, total = _online_softmax_step(
-                q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale_log2,
+                q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale,
                 DIM_PARTS, HEAD_DIM, BLOCK_N, CAUSAL, False,
             )  # fmt: skip
             k_block += BLOCK_N * stride_kt
             v_block += BLOCK_N * stride_vt
         for key in range(whole, n_seen, BLOCK_N):
             acc, m, total = _online_softmax_step(
-                q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale_log2,
+                q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale,
                 DIM_PARTS, HEAD_DIM, BLOCK_N, CAUSAL, True,
             )  # fmt: skip
             k_block += BLOCK_N * stride_kt
             v_block += BLOCK_N * stride_vt
-        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, DIM_PARTS, HEAD_DIM)
+        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)
 
 
 def varlen_attention(
@@ -204,6 +203,7 @@ def varlen_attention(
     n_heads, head_dim = q.shape[1:]
     out = q.new_empty(q.shape)
     lse = q.new_empty(n_heads, q.shape[0], dtype=torch.float32)
+    q_factor, score_scale = _split_scale(scale, q.dtype)
     work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     for schedule in schedules.forward(target_of(q.device), head_dim, q.dtype):
         if schedule.beyond(max_seqlen_k):
@@ -213,10 +213,10 @@ def varlen_attention(
         launch(
             kernel, (n_tiles, n_heads),
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
-            work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], _scale_log2(scale),
+            work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor, score_scale,
             N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
-            DIM_PARTS=schedules.parts_of(head_dim), **keys, BLOCK_M=schedule.block_m, CAUSAL=causal,
-            NEGATE=scale < 0, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS, **schedule.launch_options(),
+            DIM_PARTS=schedules.head_dim_parts(head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m, CAUSAL=causal,
+            SCALE_Q=q_factor != 1, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
     zero_padding(out, lse, cu_seqlens_q, work)
     return out, lse
@@ -228,6 +228,12 @@ def _forward_kernel(schedule: Schedule):
     return attention_streaming_forward_kernel, {"BLOCK_N": schedule.keys}
 
 
-def _scale_log2(scale: float) -> float:
-    """|scale| in units of log2, not quite zero: scores of -inf, which mask keys, must stay so when scaled."""
-    return max(abs(scale) * LOG2_E, 1e-30)
+def _split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Factors of q and of the scores whose product is the scale.
+
+    Float32 queries take all of it, which spares the scores a rounding. Others take its sign, as masked scores of -inf
+    must stay so, for which the factor of the scores must not be zero either.
+    """
+    if dtype == torch.float32:
+        return scale, 1.0
+    return -1.0 if scale < 0 else 1.0, max(abs(scale), 1e-30)

@@ -14,10 +14,10 @@ from torch import Tensor
 from revit_fast.kernels import schedules
 from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.parts import (
-    LOG2_E,
     add_outer,
     inner,
     load_parts,
+    multiply_rows,
     rows_contiguous,
     scale_parts,
     sequence_rows,
@@ -32,14 +32,17 @@ from revit_fast.kernels.tiles import Tiles, zero_padding
 
 @triton.jit
 def _load_lse(lse, offset, rows, n_rows):
-    """lse of query rows in units of log2; beyond the last +inf, which makes their probabilities zero."""
-    return tl.load(lse + offset + rows, mask=rows < n_rows, other=float("inf")) * 1.4426950408889634
+    """lse of query rows; beyond the last +inf, which makes their probabilities zero."""
+    return tl.load(lse + offset + rows, mask=rows < n_rows, other=float("inf"))
 
 
 @triton.jit
-def _grad_scores(s, dp, lse, delta, seen, scale_log2, MASK: tl.constexpr):
-    """Probabilities and the gradient of the scores; s, dp, lse and delta broadcast against one another."""
-    p = tl.exp2(s * scale_log2 - lse)
+def _grad_scores(s, dp, lse, delta, seen, scale, MASK: tl.constexpr, EXACT: tl.constexpr):
+    """Probabilities exp(scale s - lse) and the gradient of the scores; lse and delta broadcast against s and dp."""
+    if EXACT:  # the difference is small where the probability is not: taken first, it keeps the digits of large scores
+        p = tl.exp2((s * scale - lse) * 1.4426950408889634)
+    else:
+        p = tl.exp2(s * (scale * 1.4426950408889634) - lse * 1.4426950408889634)
     if MASK:
         p = tl.where(seen, p, 0.0)
     return p, p * (dp - delta)
@@ -48,7 +51,8 @@ def _grad_scores(s, dp, lse, delta, seen, scale_log2, MASK: tl.constexpr):
 @triton.jit
 def _grad_q_step(
     grad_q, q_rows, grad_rows, lse_rows, delta, k_block, v_block, stride_kt, stride_vt, rows, key, keys, n_k, diagonal,
-    scale_log2, DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+    scale, DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     k_rows = load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED)
     v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
@@ -59,8 +63,9 @@ def _grad_q_step(
         lse_rows[:, None],
         delta[:, None],
         seen,
-        scale_log2,
+        scale,
         RAGGED,
+        EXACT,
     )
     return add_outer(grad_q, ds.to(k_block.dtype.element_ty), k_rows)
 
@@ -69,9 +74,9 @@ def _grad_q_step(
 def attention_grad_q_backward_kernel(
     grad_out, grad_lse, q, k, v, out, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
     n_rows_q, n_rows_k, n_sequences, stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh,
-    stride_vt, stride_vh, stride_ot, stride_oh, scale, scale_log2,
+    stride_vt, stride_vh, stride_ot, stride_oh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    KEY_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, over all keys at once (KEY_PARTS) or block by block; and their delta, the sum
@@ -107,14 +112,16 @@ def attention_grad_q_backward_kernel(
             delta_rows -= tl.load(grad_lse + lse_offset + rows, mask=rows < n_q, other=0.0)
         tl.store(delta + lse_offset + rows, delta_rows, mask=rows < n_q)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
+        if SCALE_Q:
+            q_rows = multiply_rows(q_rows, q_factor)
         lse_rows = _load_lse(lse, lse_offset, rows, n_q)
         grad_q_rows = zero_parts(BLOCK_M, DIM_PARTS)
         if KEY_PARTS is not None:
             for i in tl.static_range(len(KEY_PARTS)):
                 grad_q_rows = _grad_q_step(
                     grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, k_base, v_base, stride_kt, stride_vt, rows,
-                    0, KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1]), n_k, diagonal, scale_log2,
-                    DIM_PARTS, HEAD_DIM, CAUSAL, True,
+                    0, KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1]), n_k, diagonal, scale,
+                    DIM_PARTS, HEAD_DIM, CAUSAL, True, SCALE_Q,
                 )  # fmt: skip
         else:
             n_seen_by_all = n_k
@@ -127,19 +134,19 @@ def attention_grad_q_backward_kernel(
             for key in range(0, whole, BLOCK_N):
                 grad_q_rows = _grad_q_step(
                     grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, k_block, v_block, stride_kt, stride_vt, rows,
-                    key, tl.arange(0, BLOCK_N), n_k, diagonal, scale_log2, DIM_PARTS, HEAD_DIM, CAUSAL, False,
+                    key, tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM, CAUSAL, False, SCALE_Q,
                 )  # fmt: skip
                 k_block += BLOCK_N * stride_kt
                 v_block += BLOCK_N * stride_vt
             for key in range(whole, n_seen, BLOCK_N):
                 grad_q_rows = _grad_q_step(
                     grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, k_block, v_block, stride_kt, stride_vt, rows,
-                    key, tl.arange(0, BLOCK_N), n_k, diagonal, scale_log2, DIM_PARTS, HEAD_DIM, CAUSAL, True,
+                    key, tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM, CAUSAL, True, SCALE_Q,
                 )  # fmt: skip
                 k_block += BLOCK_N * stride_kt
                 v_block += BLOCK_N * stride_vt
         grad_q_base = grad_q + (begin_q.to(tl.int64) * N_HEADS + head) * HEAD_DIM
-        grad_q_rows = scale_parts(grad_q_rows, scale)
+        grad_q_rows = scale_parts(grad_q_rows, q_factor * scale)
         store_parts(grad_q_base, rows, n_q, N_HEADS * HEAD_DIM, grad_q_rows, DIM_PARTS, HEAD_DIM)
 
 
@@ -156,9 +163,9 @@ def _row_products(a, b):
 def attention_grad_kv_backward_kernel(
     grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
     n_rows_q, n_rows_k, n_sequences, stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh,
-    stride_vt, stride_vh, scale, scale_log2,
+    stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one key head, summed over its query heads and their rows in order.
@@ -199,6 +206,8 @@ def attention_grad_kv_backward_kernel(
             for row in range(first_row, n_q, BLOCK_M):
                 local = tl.arange(0, BLOCK_M)
                 q_rows = load_parts(q_block, local, n_q - row, stride_qt, DIM_PARTS, HEAD_DIM, True)
+                if SCALE_Q:
+                    q_rows = multiply_rows(q_rows, q_factor)
                 grad_rows = load_parts(grad_block, local, n_q - row, stride_gt, DIM_PARTS, HEAD_DIM, True)
                 rows = row + local
                 lse_rows = _load_lse(lse, lse_offset, rows, n_q)
@@ -207,7 +216,7 @@ def attention_grad_kv_backward_kernel(
                 # Beyond the last key a row is never stored; only the diagonal needs a mask.
                 p, ds = _grad_scores(
                     inner(k_rows, q_rows), inner(v_rows, grad_rows), lse_rows[None, :], delta_rows[None, :], seen,
-                    scale_log2, CAUSAL,
+                    scale, CAUSAL, SCALE_Q,
                 )  # fmt: skip
                 grad_v_rows = add_outer(grad_v_rows, p.to(v.dtype.element_ty), grad_rows)
                 grad_k_rows = add_outer(grad_k_rows, ds.to(q.dtype.element_ty), q_rows)
@@ -224,10 +233,10 @@ def attention_grad_kv_backward_kernel(
 def attention_fused_backward_kernel(
     grad_out, grad_lse, q, k, v, out, lse, grad_q, grad_k, grad_v, cu_seqlens, tiles, first_tile, n_rows, n_sequences,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    scale, scale_log2,
+    q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, STRIDE_ALIGN: tl.constexpr,
-    FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
+    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
+    STRIDE_ALIGN: tl.constexpr,     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a self-attention whose sequence is a single tile, for one key head and its query heads."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
@@ -252,6 +261,8 @@ def attention_fused_backward_kernel(
     for repeat in range(N_REP):
         head = key_head * N_REP + repeat
         q_rows = load_parts(q + first * stride_qt + head * stride_qh, rows, n, stride_qt, DIM_PARTS, HEAD_DIM, True)
+        if SCALE_Q:
+            q_rows = multiply_rows(q_rows, q_factor)
         grad_base = grad_out + first * stride_gt + head * stride_gh
         grad_rows = load_parts(grad_base, rows, n, stride_gt, DIM_PARTS, HEAD_DIM, True)
         out_rows = load_parts(out + first * stride_ot + head * stride_oh, rows, n, stride_ot, DIM_PARTS, HEAD_DIM, True)
@@ -261,13 +272,13 @@ def attention_fused_backward_kernel(
             delta -= tl.load(grad_lse + lse_offset + rows, mask=rows < n, other=0.0)
         lse_rows = _load_lse(lse, lse_offset, rows, n)
         p, ds = _grad_scores(
-            inner(q_rows, k_rows), inner(grad_rows, v_rows), lse_rows[:, None], delta[:, None], seen, scale_log2,
-            True,
+            inner(q_rows, k_rows), inner(grad_rows, v_rows), lse_rows[:, None], delta[:, None], seen, scale,
+            True, SCALE_Q,
         )  # fmt: skip
         ds = ds.to(q.dtype.element_ty)
         grad_v_rows = add_outer(grad_v_rows, tl.trans(p.to(v.dtype.element_ty)), grad_rows)
         grad_k_rows = add_outer(grad_k_rows, tl.trans(ds), q_rows)
-        grad_q_rows = scale_parts(add_outer(zero_parts(BLOCK, DIM_PARTS), ds, k_rows), scale)
+        grad_q_rows = scale_parts(add_outer(zero_parts(BLOCK, DIM_PARTS), ds, k_rows), q_factor * scale)
         grad_q_base = grad_q + (first * N_HEADS + head) * HEAD_DIM
         store_parts(grad_q_base, rows, n, N_HEADS * HEAD_DIM, grad_q_rows, DIM_PARTS, HEAD_DIM)
     grad_base = (first * (N_HEADS // N_REP) + key_head) * HEAD_DIM
@@ -313,12 +324,14 @@ def varlen_attention_backward(
         "N_HEADS": n_heads,
         "N_REP": n_heads // n_key_heads,
         "HEAD_DIM": head_dim,
-        "DIM_PARTS": schedules.parts_of(head_dim),
+        "DIM_PARTS": schedules.head_dim_parts(head_dim, q.dtype),
         "CAUSAL": causal,
+        "SCALE_Q": q.dtype == torch.float32,
         "STRIDE_ALIGN": stride_alignment(grad_out, q, k, v, out),
     }
     strides = [stride for t in (grad_out, q, k, v) for stride in t.stride()[:2]]
-    scales = (scale, scale * LOG2_E)
+    # As in the forward pass, float32 queries take the scale and spare the scores a rounding.
+    factors = (scale, 1.0) if q.dtype == torch.float32 else (1.0, scale)
     rows = (q.shape[0], k.shape[0], query_tiles.n_sequences)
     plan = schedules.backward(target_of(q.device), head_dim, q.dtype, self_attention)
     for schedule in plan.fused:
@@ -328,7 +341,7 @@ def varlen_attention_backward(
         launch(
             attention_fused_backward_kernel, (n_tiles, n_key_heads),
             grad_out, grad_lse, q, k, v, out, lse, grad_q, grad_k, grad_v, cu_seqlens_q, query_tiles.rows, first_tile,
-            q.shape[0], query_tiles.n_sequences, *strides, *out.stride()[:2], *scales,
+            q.shape[0], query_tiles.n_sequences, *strides, *out.stride()[:2], *factors,
             **shared, BLOCK=schedule.block_m, **schedule.launch_options(),
         )  # fmt: skip
     for schedule in plan.grad_q:
@@ -339,7 +352,7 @@ def varlen_attention_backward(
         launch(
             attention_grad_q_backward_kernel, (n_tiles, n_heads),
             grad_out, grad_lse, q, k, v, out, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, query_tiles.rows,
-            first_tile, *rows, *strides, *out.stride()[:2], *scales,
+            first_tile, *rows, *strides, *out.stride()[:2], *factors,
             **shared, KEY_PARTS=schedules.parts_of(schedule.keys) if short else None, BLOCK_N=schedule.keys,
             BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
@@ -350,7 +363,7 @@ def varlen_attention_backward(
         launch(
             attention_grad_kv_backward_kernel, (n_tiles, n_key_heads),
             grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_tiles.rows, first_tile,
-            *rows, *strides, *scales,
+            *rows, *strides, *factors,
             **shared, BLOCK_N=schedule.keys, BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
     zero_padding(grad_q, None, cu_seqlens_q, query_tiles)

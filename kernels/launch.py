@@ -83,15 +83,15 @@ _recorded: list[Launch] | None = None
 def _device_target(index: int | None) -> Target:
     if torch.version.hip:
         return TARGETS["gfx942"]
-    capability = 10 * torch.cuda.get_device_capability(index)[0]
+    major, minor = torch.cuda.get_device_capability(index)
     # A chip between two that are tuned for takes the choices of the lower; sm_89 has the small shared memory of sm_120.
-    if torch.cuda.get_device_capability(index) in ((8, 6), (8, 9)):
+    if (major, minor) in ((8, 6), (8, 9)):
         return TARGETS["sm_120"]
-    known = [t for t in TARGETS.values() if t.backend == "cuda" and t.arch <= capability]
+    known = [t for t in TARGETS.values() if t.backend == "cuda" and t.arch <= 10 * major]
     if not known:
         raise RuntimeError(
-            f"device: the Triton kernels need compute capability 8.0 or later, cuda:{index} has {capability / 10}; "
-            "run the model on the CPU"
+            f"device: the Triton kernels need compute capability 8.0 or later, {torch.device('cuda', index)} has "
+            f"{major}.{minor}; move the model and its inputs to the CPU"
         )
     return max(known, key=lambda t: t.arch)
 

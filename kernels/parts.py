@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -68,6 +67,16 @@ def scale_parts(parts, factor):
     scaled = ()
     for i in tl.static_range(len(parts)):
         scaled = scaled + (parts[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def multiply_rows(parts, factor):
+    """parts · factor in their own dtype."""
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        # By way of float32: the interpreter cannot make a bfloat16 constant.
+        scaled = scaled + ((parts[i].to(tl.float32) * factor).to(parts[i].dtype),)
     return scaled
 
 

@@ -33,15 +33,20 @@ N_CLASSES = PADDING + 1
 Parts = tuple[tuple[int, int], ...]
 
 
-def parts_of(extent: int) -> Parts:
+def parts_of(extent: int, widest: int = 256) -> Parts:
     """Cuts an extent, rounded up to a multiple of 16, into (start, width), widths being powers of two, widest first."""
     extent = -(-extent // 16) * 16
     parts, start = [], 0
     while start < extent:
-        width = 1 << ((extent - start).bit_length() - 1)
+        width = min(1 << ((extent - start).bit_length() - 1), widest)
         parts.append((start, width))
         start += width
     return tuple(parts)
+
+
+def head_dim_parts(head_dim: int, dtype: torch.dtype) -> Parts:
+    """Parts of the head dimension; narrow for float32, where without tensor cores a thread holds whole rows of them."""
+    return parts_of(head_dim, 16 if dtype == torch.float32 else 256)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Schedule:
 @lru_cache(maxsize=256)
 def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, ...]:
     """Schedules of the forward pass, which together serve every class once."""
+    if dtype == torch.float32:
+        return (Schedule("streaming", 0, STREAMING, 64, block_m=32, num_warps=8),)
     short = [Schedule("short", i, i, keys) for i, keys in enumerate(KEY_CLASSES)]
     return (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
 

@@ -1,8 +1,17 @@
 """Fast Vision Transformers on images that need different numbers of tokens: one packed forward pass."""
 
-from revit_fast import ops
+from revit_fast import flash_attn_compat, ops
 from revit_fast.model import ReViT, create_model
+from revit_fast.ops._backends import set_attention_backend
 from revit_fast.packing import PackedBatch
 from revit_fast.version import __version__
 
-__all__ = ["PackedBatch", "ReViT", "__version__", "create_model", "ops"]
+__all__ = [
+    "PackedBatch",
+    "ReViT",
+    "__version__",
+    "create_model",
+    "flash_attn_compat",
+    "ops",
+    "set_attention_backend",
+]

@@ -43,7 +43,10 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor, shape: 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raises unless both tensors are on the same device."""
     if value.device != other.device:
-        raise ValueError(f"{name}: expected a tensor on {other.device} like {other_name}, got {describe(value)}")
+        raise ValueError(
+            f"{name}: expected a tensor on {other.device} like {other_name}, got {describe(value)}; "
+            f"use {name}.to({other_name}.device)"
+        )
 
 
 def check_index(name: str, value: Tensor, other_name: str, other: Tensor, axes: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from revit_fast.ops import _library
+from revit_fast.ops import _backends, _library
 
 KERNELS = {
     "varlen_attention": "attention",
@@ -24,22 +25,11 @@ KERNELS = {
 }
 """Module of `revit_fast.kernels` with the function of each op: its name is the op's, its arguments the schema's."""
 
-OLDEST_TRITON = (3, 5)
 
-
+@functools.cache
 def load(module: str) -> ModuleType:
-    """Imports a module of `revit_fast.kernels`.
-
-    Raises:
-        ImportError: where Triton is missing or older than the kernels need; names the fix.
-    """
-    fix = f'pip install "triton>={".".join(map(str, OLDEST_TRITON))}" (Windows: triton-windows), or move to the CPU'
-    try:
-        import triton
-    except ImportError:
-        raise ImportError(f"revit_fast's GPU kernels need Triton, which is not installed: {fix}") from None
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        raise ImportError(f"revit_fast's GPU kernels do not run on Triton {triton.__version__}: {fix}")
+    """Imports a module of `revit_fast.kernels`; raises ImportError, naming the fix, where Triton cannot serve it."""
+    _backends.require_triton()
     return importlib.import_module(f"revit_fast.kernels.{module}")
 
 
@@ -48,15 +38,21 @@ def _launcher(name: str, module: str) -> Callable:
         floating = next(a for a in args if isinstance(a, Tensor))
         if floating.dtype == torch.float64:  # not a GPU's trade: the reference serves gradient checks
             return _library.reference_ops[name](*args)
-        return getattr(load(module), name)(*args)
+        implementation = _backends.selected_implementation(name) or getattr(load(module), name)
+        return implementation(*args)
 
     return launch
 
 
-def register(key: str = "CUDA") -> None:
-    """Puts the kernels behind a dispatch key; "CPU" is for Triton's interpreter, where they run on CPU tensors."""
+def register(key: str = "CUDA", library: torch.library.Library | None = None) -> None:
+    """Puts the kernels behind a dispatch key; "CPU" is for Triton's interpreter, where they run on CPU tensors.
+
+    Args:
+        key: dispatch key.
+        library: what keeps the registration alive; by default it lasts as long as the process.
+    """
     for name, module in KERNELS.items():
-        _implementations.impl(name, _launcher(name, module), key)
+        (library or _implementations).impl(name, _launcher(name, module), key)
 
 
 _implementations = torch.library.Library("revit_fast", "IMPL")

@@ -34,7 +34,7 @@ def varlen_attention(
     Semantics are those of `flash_attn_varlen_func` (flash-attention 2). A sequence's result is bitwise the same
     whatever else is in the pack. Rows beyond `cu_seqlens[-1]` are padding: their output and gradient are zero. The
     inputs may be strided views, such as the parts of one `[T, 3, H, D]` tensor; only the last dimension should be
-    contiguous, or the tensor is copied.
+    contiguous, or the tensor is copied. On CUDA tensors `revit_fast.set_attention_backend` selects whose kernels run.
 
     Args:
         q: `[Tq, Hq, D]`, float32, bfloat16, float16 or float64; D from 1 to 256.
@@ -70,6 +70,8 @@ def varlen_attention(
             f"cu_seqlens_k: expected {cu_seqlens_q.shape[0]} offsets like cu_seqlens_q, got {cu_seqlens_k.shape[0]}; "
             "a sequence without keys repeats its offset"
         )
+    if tiles is not None:
+        _checks.check_device("tiles", tiles, "q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -96,7 +98,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         if t.shape[2] != q.shape[2]:
             raise ValueError(f"{name}: expected head_dim {q.shape[2]} like q, got {t.shape[2]}")
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"q: head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[2]}")
+        raise ValueError(f"q: head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[2]}; split it over more heads")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v: expected {tuple(k.shape)} like k, got {tuple(v.shape)}")
     if k.shape[1] < 1 or q.shape[1] < 1 or q.shape[1] % k.shape[1]:
