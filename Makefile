@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-abi bench lint format build clean
+.PHONY: demo test test-full test-abi bench lint format build clean
 
 ## Main job on real photographs: mixed grids in one packed forward, against timm.
 demo: build
@@ -13,6 +13,10 @@ demo: build
 ## The whole test suite.
 test: build
 	$(BIN)/python -m pytest tests
+
+## Also the machine code of every GPU kernel, dtype, size and schedule, for every chip.
+test-full: build
+	$(BIN)/python -m pytest tests -m ""
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0

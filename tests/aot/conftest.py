@@ -1,0 +1,66 @@
+"""Machine-code tests compile for GPUs that are not there; they need Triton as a compiler, not as an interpreter."""
+
+import importlib.util
+import os
+from collections import Counter
+
+import pytest
+
+COMPILES = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
+
+collect_ignore_glob = [] if COMPILES else ["test_*.py"]
+
+if COMPILES:
+    from bench import gpu_launches
+
+    def _is_sample(case: gpu_launches.Case) -> bool:
+        """A bf16 case of every kernel and schedule, and one in fp32."""
+        if case.variant:
+            return case.variant == "derived" and case.direction == "fwd" and case.dtype == "bf16"
+        if case.dtype == "fp32":
+            return case.op == "attention" and case.direction == "fwd" and (case.size, case.seqlen) == (64, 50)
+        return case.dtype == "bf16" and case.size in (64, 384) and case.seqlen in (50, 197, 577)
+
+    def pytest_generate_tests(metafunc):
+        """One test per launch and target: the sample, and where they are asked for all others, marked `aot_full`."""
+        if "compilation" not in metafunc.fixturenames:
+            return
+        sample = gpu_launches.compilations(filter(_is_sample, gpu_launches.cases()))
+        found = [pytest.param(c, id=str(c)) for c in sample]
+        if metafunc.config.option.markexpr != "not aot_full":
+            keys = {(c.target, gpu_launches.asked_of_compiler(c.launch)) for c in sample}
+            for c in gpu_launches.compilations(gpu_launches.cases()):
+                if (c.target, gpu_launches.asked_of_compiler(c.launch)) not in keys:
+                    found.append(pytest.param(c, id=str(c), marks=pytest.mark.aot_full))
+        metafunc.parametrize("compilation", found)
+
+
+@pytest.fixture(scope="session")
+def compiling(request):
+    """Every selected launch on its way through the compilers, on all cores; a test takes its own out."""
+    wanted = [
+        item.callspec.params["compilation"]
+        for item in request.session.items
+        if "compilation" in getattr(getattr(item, "callspec", None), "params", {})
+    ]
+    with gpu_launches.pool() as pool:
+        futures = gpu_launches.submit(pool, wanted)
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.fixture
+def code(compilation, compiling):
+    """Machine code of the test's launch."""
+    return compiling.pop(compilation).result()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many cases were compiled, per target."""
+    reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
+    ids = [r.nodeid.partition("[")[2] for r in reports if "test_machine_code.py::test_code[" in r.nodeid]
+    if ids:
+        per_target = Counter(name.split("-")[0] for name in ids)
+        counts = ", ".join(f"{n} for {target}" for target, n in per_target.items())
+        terminalreporter.write_line(f"machine code: {len(ids)} cases ({counts})")

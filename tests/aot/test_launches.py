@@ -1,0 +1,97 @@
+"""Launchers on fake CUDA tensors: what they return is what the ops promise, and no program is launched without work."""
+
+from itertools import groupby
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.gpu_launches import Case
+from revit_fast.kernels.launch import TARGETS, record
+from revit_fast.kernels.schedules import PADDING, TILE_ROWS
+from revit_fast.ops import _triton
+from revit_fast.packing import work_list
+
+CALLS = [
+    Case(op, direction, dtype, size, variant=variant)
+    for op, size, variants in (
+        ("attention", 80, ("", "causal", "grouped", "derived")),
+        ("layer_norm", 384, ("", "residual", "fp32 weights")),
+        ("patch_embed", 384, ("",)),
+        ("mean_pool", 384, ("",)),
+    )
+    for direction in ("fwd", "bwd")
+    for dtype in ("bf16", "fp32")
+    for variant in variants
+    if not (dtype == "fp32" and variant == "fp32 weights")
+]
+
+
+def described(results):
+    results = [results] if isinstance(results, torch.Tensor) else results
+    return [(tuple(t.shape), t.dtype, t.device) for t in results]
+
+
+@pytest.mark.parametrize("case", CALLS, ids=str)
+def test_launcher_returns_what_the_op_promises(case):
+    with FakeTensorMode(), record("sm_90") as launches:
+        name, arguments = case.call()
+        launched = getattr(_triton.load(_triton.KERNELS[name]), name)(*arguments)
+        promised = getattr(torch.ops.revit_fast, name)(*arguments)
+        assert described(launched) == described(promised), name
+        assert all(device.type == "cuda" for _, _, device in described(promised))
+    assert launches, f"{name} launched nothing"
+
+
+SEQLENS = (0, 1, 50, 64, 65, 0, 101, 197, 257, 577)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("n_padding", [0, 1, 130])
+def test_programs_are_tiles_with_rows(target, n_padding):
+    n_rows, n_heads = sum(SEQLENS) + n_padding, 3
+    work = work_list(SEQLENS, n_padding=n_padding)
+    tiles_with_rows = sum(-(-n // TILE_ROWS) for n in SEQLENS)
+    assert sum(work.counts[:PADDING]) == tiles_with_rows
+    with FakeTensorMode():
+        q, grad = (torch.empty(n_rows, n_heads, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        lse = torch.empty(n_heads, n_rows, device="cuda")
+        cu_seqlens = torch.empty(len(SEQLENS) + 1, dtype=torch.int32, device="cuda")
+        tiles = torch.empty(work.tiles.shape, dtype=torch.int32, device="cuda")
+        pack = (cu_seqlens, cu_seqlens, max(SEQLENS), max(SEQLENS), 0.125, False, tiles, list(work.counts))
+        with record(target) as forward:
+            _triton.load("attention").varlen_attention(q, q, q, *pack)
+        with record(target) as backward:
+            _triton.load(_triton.KERNELS["varlen_attention_backward"]).varlen_attention_backward(
+                grad, None, q, q, q, q, lse, *pack
+            )
+    assert all(0 not in launch.grid for launch in forward + backward)
+    assert all(launch.grid[1] == n_heads for launch in forward + backward)
+
+    def programs(launches, *names):
+        return sum(launch.grid[0] for launch in launches if any(name in launch.kernel.__name__ for name in names))
+
+    assert programs(forward, "forward") == tiles_with_rows
+    assert programs(forward, "padding") == work.counts[PADDING]
+    assert programs(backward, "fused", "grad_q") == tiles_with_rows
+    assert programs(backward, "fused", "grad_kv") == tiles_with_rows
+
+
+def test_launches_do_not_depend_on_neighbours():
+    """Alone or in a pack, a sequence meets the same launches but for their grids."""
+    alone = [Case("attention", "fwd", "bf16", 64, n).launches(TARGETS["sm_90"]) for n in (50, 197, 577)]
+    with FakeTensorMode(), record("sm_90") as together:
+        work = work_list((50, 197, 577), n_padding=64)
+        q, k, v = torch.empty(50 + 197 + 577 + 64, 3, 6, 64, dtype=torch.bfloat16, device="cuda").unbind(1)
+        cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
+        tiles = torch.empty(work.tiles.shape, dtype=torch.int32, device="cuda")
+        _triton.load("attention").varlen_attention(
+            q, k, v, cu_seqlens, cu_seqlens, 577, 577, 0.125, False, tiles, list(work.counts)
+        )
+
+    def asked(launch):
+        return launch.kernel.__name__, str(launch.constants), launch.num_warps, launch.num_stages
+
+    expected = sorted(key for key, _ in groupby(sorted(asked(launch) for one in alone for launch in one)))
+    got = sorted(asked(launch) for launch in together)
+    assert got == expected

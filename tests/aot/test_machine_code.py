@@ -1,0 +1,78 @@
+"""What the compiler makes of every launch: no spills, wide accesses, tensor cores, full fp32 products.
+
+Plain pytest compiles a sample; `make test-full` the whole matrix of `bench/gpu_launches.py`.
+"""
+
+import re
+
+import pytest
+
+SPILL_EXCEPTIONS: dict[str, str] = {}
+"""Launches that may spill, by their test's id or a prefix of it, each with the reason. One that is not needed fails."""
+
+NARROW_LOADS = ("attention_tiles_kernel", "attention_padding_kernel")
+"""Kernels that read no rows, only a few int32."""
+
+NARROW_STORES = (
+    "attention_tiles_kernel",
+    "mean_pool_kernel",
+    "tal_layer_norm_backward_reduce_kernel",
+    "patch_embed_table_backward_kernel",
+)
+"""Kernels that write no rows of the pack, only a few int32, or sums over many rows of which a thread holds one."""
+
+NO_PRODUCTS = ("attention_tiles_kernel", "attention_padding_kernel")
+"""Attention kernels without matrix products."""
+
+
+def spill_exception(name: str) -> str | None:
+    """Reason why a launch may spill, None where it may not."""
+    return next((reason for prefix, reason in SPILL_EXCEPTIONS.items() if name.startswith(prefix)), None)
+
+
+def narrow_accesses(kernel: str, code) -> list[str]:
+    """Rows come and go 16 bytes at a time per thread. AMD's matrix products leave 8 bytes of a row in one thread."""
+    widths = code.global_widths()
+    widest_load = max((width for kind, width in widths if kind != "global store"), default=0)
+    widest_store = max((width for kind, width in widths if kind == "global store"), default=0)
+    faults = []
+    if kernel not in NARROW_LOADS and widest_load < 16:
+        faults.append(f"has no 16-byte load from global memory: {dict(widths)}")
+    if kernel not in NARROW_STORES and widest_store < (8 if code.target.backend == "hip" else 16):
+        faults.append(f"has no 16-byte store to global memory: {dict(widths)}")
+    return faults
+
+
+def test_code(compilation, code):
+    """One launch on one chip."""
+    faults = []
+    spills = f"{code.spilled_registers} registers, {code.spilled_scalars} scalars, {code.stack_bytes} bytes of stack"
+    spilled = code.spilled_registers + code.spilled_scalars + code.stack_bytes > 0
+    reason = spill_exception(str(compilation))
+    if spilled and reason is None:
+        faults.append(f"spills {spills}")
+    if reason is not None and not spilled:
+        faults.append(f"spills nothing, so its exception is not needed: {reason}")
+    if code.shared_bytes > code.target.shared_bytes:
+        faults.append(f"takes {code.shared_bytes} bytes of shared memory, {code.target.shared_bytes} are there")
+    if code.programs_per_sm < 1:
+        faults.append(f"does not fit a multiprocessor ({code.registers} registers, {code.shared_bytes} bytes)")
+    faults += narrow_accesses(compilation.kernel, code)
+    tensor = [i.opcode for i in code.instructions if i.kind == "tensor"]
+    has_products = compilation.case.op == "attention" and compilation.kernel not in NO_PRODUCTS
+    if has_products and compilation.case.dtype != "fp32" and not tensor:
+        faults.append("has no tensor-core instruction")
+    if compilation.case.dtype == "fp32":
+        rounded = [o for o in tensor if re.search(r"TF32|xf32|BF16|F16|f16", o)]
+        if rounded or "tf32" in code.text:
+            faults.append(f"rounds fp32 products: {rounded[:3] or 'tf32 in PTX'}")
+    assert not faults, f"{compilation}: " + "; ".join(faults)
+
+
+def test_exceptions_have_a_launch(request):
+    """An exception names a launch that is compiled (in the whole matrix; the sample need not hold it)."""
+    if request.config.option.markexpr == "not aot_full":
+        pytest.skip("the whole matrix only")
+    names = [i.callspec.id for i in request.session.items if "compilation" in getattr(i, "fixturenames", ())]
+    for prefix in SPILL_EXCEPTIONS:
+        assert any(name.startswith(prefix) for name in names), f"no launch is named {prefix}..."
