@@ -23,7 +23,7 @@ cpu_only = only_on("cpu", reason="about the C++ kernels")
 triton_only = only_on("interpreter", "cuda", reason="about the Triton kernels")
 contents = only_on("cpu", reason="contents of index tensors are clamped, not checked, where reading them is a sync")
 
-# A sequence that takes the streaming schedule; the interpreter, which takes milliseconds for each block, gets a short one.
+# A sequence that takes the streaming schedule; the interpreter takes milliseconds for each block and gets a short one.
 LONG = 300 if helpers.device == "interpreter" else 600
 
 # Lengths that leave a remainder in every blocking: rows (2, 6, 12, 24, 48), vectors (4, 8, 16) and key blocks (512).
