@@ -31,6 +31,7 @@ from revit_fast.kernels.parts import (
     visible,
     zero_parts,
 )
+from revit_fast.kernels.rounding import rounded
 from revit_fast.kernels.schedules import TILE_ROWS, Schedule
 from revit_fast.kernels.tiles import Tiles, zero_padding
 
@@ -61,10 +62,14 @@ def attention_short_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    KEY_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr, FULL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+    SCALE_Q: tl.constexpr, STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile whose keys are all held at once: one maximum, one sum, no rescaling."""
+    """One tile whose keys are known to be few: all held at once, or in a few blocks laid out in the code.
+
+    Every sequence of the class has FULL_KEYS keys at least, which need no mask.
+    """
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
     if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
@@ -80,29 +85,43 @@ def attention_short_forward_kernel(
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
 
+    if n_k < FULL_KEYS:  # no tile of this class: a list of another pack
+        return
     first_row = tl.load(tile + 1)
     for step in tl.static_range(TILE // BLOCK_M):
         rows = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
         if SCALE_Q:
             q_rows = multiply_rows(q_rows, q_factor)
-        scores = ()
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        for i in tl.static_range(len(KEY_PARTS)):
-            keys = KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1])
-            s = inner(q_rows, load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, True))
-            s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
-            m = tl.maximum(m, tl.max(s, 1))
-            scores = scores + (s,)
-        m = tl.where(m == float("-inf"), 0.0, m)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_parts(BLOCK_M, DIM_PARTS)
-        for i in tl.static_range(len(KEY_PARTS)):
-            keys = KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1])
-            p = _exponential(scores[i], m[:, None], scale, q.dtype.element_ty == tl.float32)
-            total += tl.sum(p, 1)
-            v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, True)
-            acc = add_outer(acc, p.to(v.dtype.element_ty), v_rows)
+        for block in tl.static_range(len(KEY_BLOCKS)):
+            scores = ()
+            m_new = m
+            for i in tl.static_range(len(KEY_BLOCKS[block])):
+                keys = KEY_BLOCKS[block][i][0] + tl.arange(0, KEY_BLOCKS[block][i][1])
+                RAGGED: tl.constexpr = KEY_BLOCKS[block][i][0] + KEY_BLOCKS[block][i][1] > FULL_KEYS
+                s = inner(q_rows, load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED))
+                if RAGGED or CAUSAL:
+                    s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
+                m_new = tl.maximum(m_new, tl.max(s, 1))
+                scores = scores + (s,)
+            shift = m_new
+            if CAUSAL or FULL_KEYS == 0:
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            if block > 0:
+                alpha = _exponential(m, shift, scale, True)
+                total *= alpha
+                acc = scale_parts(acc, alpha[:, None])
+            for i in tl.static_range(len(KEY_BLOCKS[block])):
+                keys = KEY_BLOCKS[block][i][0] + tl.arange(0, KEY_BLOCKS[block][i][1])
+                RAGGED: tl.constexpr = KEY_BLOCKS[block][i][0] + KEY_BLOCKS[block][i][1] > FULL_KEYS
+                p = _exponential(scores[i], shift[:, None], scale, q.dtype.element_ty == tl.float32)
+                total += tl.sum(p, 1)
+                v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
+                acc = add_outer(acc, rounded(p, v.dtype.element_ty), v_rows)
+            m = m_new
         _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)
 
 
@@ -122,7 +141,7 @@ def _online_softmax_step(
     alpha = _exponential(m, shift, scale, True)
     total = total * alpha + tl.sum(p, 1)
     v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
-    acc = add_outer(scale_parts(acc, alpha[:, None]), p.to(v_block.dtype.element_ty), v_rows)
+    acc = add_outer(scale_parts(acc, alpha[:, None]), rounded(p, v_block.dtype.element_ty), v_rows)
     return acc, m_new, total
 
 
@@ -224,7 +243,7 @@ def varlen_attention(
 
 def _forward_kernel(schedule: Schedule):
     if schedule.name == "short":
-        return attention_short_forward_kernel, {"KEY_PARTS": schedule.key_parts}
+        return attention_short_forward_kernel, {"KEY_BLOCKS": schedule.key_blocks, "FULL_KEYS": schedule.full_keys}
     return attention_streaming_forward_kernel, {"BLOCK_N": schedule.keys}
 
 

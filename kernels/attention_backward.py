@@ -1,7 +1,11 @@
 """Gradients of attention over packed sequences, without atomics; layout as in `kernels/attention.py`.
 
-With P the probabilities, recomputed from lse, and delta the row sums of grad_out · out (less the gradient of lse):
+With P the probabilities, recomputed from lse, and delta the row sums of P · grad_out vᵀ, which are those of
+grad_out · out, less the gradient of lse:
 grad_v = Pᵀ grad_out, dS = P · (grad_out vᵀ - delta), grad_q = scale · dS k, grad_k = scale · dSᵀ q.
+
+Float32 gradients are held to the accuracy of a softmax that kept P: a float32 lse has too few digits for that, so the
+rows of P are normalised anew (EXACT), at the price of a second look at the keys.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from revit_fast.kernels.parts import (
     visible,
     zero_parts,
 )
+from revit_fast.kernels.rounding import rounded
 from revit_fast.kernels.schedules import TILE_ROWS
 from revit_fast.kernels.tiles import Tiles, zero_padding
 
@@ -37,46 +42,53 @@ def _load_lse(lse, offset, rows, n_rows):
 
 
 @triton.jit
-def _grad_scores(s, dp, lse, delta, seen, scale, MASK: tl.constexpr, EXACT: tl.constexpr):
-    """Probabilities exp(scale s - lse) and the gradient of the scores; lse and delta broadcast against s and dp."""
+def _probabilities(s, lse, seen, scale, MASK: tl.constexpr, EXACT: tl.constexpr):
+    """exp(scale s - lse), zero where a mask says that the key is not seen; lse broadcasts against s."""
     if EXACT:  # the difference is small where the probability is not: taken first, it keeps the digits of large scores
         p = tl.exp2((s * scale - lse) * 1.4426950408889634)
     else:
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse * 1.4426950408889634)
-    if MASK:
-        p = tl.where(seen, p, 0.0)
-    return p, p * (dp - delta)
+    return tl.where(seen, p, 0.0) if MASK else p
+
+
+@triton.jit
+def _scores_step(
+    q_rows, grad_rows, lse_rows, k_block, v_block, stride_kt, stride_vt, rows, key, keys, n_k, diagonal, scale,
+    DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of one block of keys, the gradients that reach them, and the keys."""
+    k_rows = load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED)
+    v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
+    seen = visible(rows[:, None], key + keys[None, :], n_k, diagonal, CAUSAL)
+    p = _probabilities(inner(q_rows, k_rows), lse_rows[:, None], seen, scale, RAGGED or CAUSAL, EXACT)
+    return p, inner(grad_rows, v_rows), k_rows
 
 
 @triton.jit
 def _grad_q_step(
-    grad_q, q_rows, grad_rows, lse_rows, delta, k_block, v_block, stride_kt, stride_vt, rows, key, keys, n_k, diagonal,
-    scale, DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+    grad_q, q_rows, grad_rows, lse_rows, delta, normalizer, k_block, v_block, stride_kt, stride_vt, rows, key, keys,
+    n_k,
+    diagonal, scale, DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    k_rows = load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED)
-    v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
-    seen = visible(rows[:, None], key + keys[None, :], n_k, diagonal, CAUSAL)
-    _, ds = _grad_scores(
-        inner(q_rows, k_rows),
-        inner(grad_rows, v_rows),
-        lse_rows[:, None],
-        delta[:, None],
-        seen,
-        scale,
-        RAGGED,
-        EXACT,
-    )
-    return add_outer(grad_q, ds.to(k_block.dtype.element_ty), k_rows)
+    p, dp, k_rows = _scores_step(
+        q_rows, grad_rows, lse_rows, k_block, v_block, stride_kt, stride_vt, rows, key, keys, n_k, diagonal, scale,
+        DIM_PARTS, HEAD_DIM, CAUSAL, RAGGED, EXACT,
+    )  # fmt: skip
+    ds = p * (dp - delta[:, None])
+    if EXACT:
+        ds *= normalizer[:, None]
+    return add_outer(grad_q, rounded(ds, k_block.dtype.element_ty), k_rows)
 
 
 @triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_grad_q_backward_kernel(
-    grad_out, grad_lse, q, k, v, out, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
+    grad_out, grad_lse, q, k, v, out, lse, delta, normalizer, grad_q, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
     n_rows_q, n_rows_k, n_sequences, stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh,
     stride_vt, stride_vh, stride_ot, stride_oh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    KEY_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
+    KEY_PARTS: tl.constexpr, FULL_KEYS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, over all keys at once (KEY_PARTS) or block by block; and their delta, the sum
@@ -101,47 +113,70 @@ def attention_grad_q_backward_kernel(
     out_base = out + begin_q.to(tl.int64) * stride_ot + head * stride_oh
     lse_offset = head.to(tl.int64) * n_rows_q + begin_q
 
+    if KEY_PARTS is not None and n_k < FULL_KEYS:  # no tile of this class: a list of another pack
+        return
     diagonal = n_k - n_q
     first_row = tl.load(tile + 1)
     for step in tl.static_range(TILE // BLOCK_M):
         row = first_row + step * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         grad_rows = load_parts(grad_base, rows, n_q, stride_gt, DIM_PARTS, HEAD_DIM, True)
-        delta_rows = _row_products(grad_rows, load_parts(out_base, rows, n_q, stride_ot, DIM_PARTS, HEAD_DIM, True))
-        if grad_lse is not None:
-            delta_rows -= tl.load(grad_lse + lse_offset + rows, mask=rows < n_q, other=0.0)
-        tl.store(delta + lse_offset + rows, delta_rows, mask=rows < n_q)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
         if SCALE_Q:
             q_rows = multiply_rows(q_rows, q_factor)
         lse_rows = _load_lse(lse, lse_offset, rows, n_q)
+        n_seen_by_all = n_k
+        n_seen = n_k
+        if CAUSAL:
+            n_seen_by_all = tl.minimum(tl.maximum(row + diagonal + 1, 0), n_k)
+            n_seen = tl.minimum(tl.maximum(row + BLOCK_M + diagonal, 0), n_k)
+        if SCALE_Q:
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            delta_rows = tl.zeros((BLOCK_M,), tl.float32)
+            k_block, v_block = k_base, v_base
+            for key in range(0, n_seen, BLOCK_N):
+                p, dp, _ = _scores_step(
+                    q_rows, grad_rows, lse_rows, k_block, v_block, stride_kt, stride_vt, rows, key,
+                    tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM, CAUSAL, True, SCALE_Q,
+                )  # fmt: skip
+                total += tl.sum(p, 1)
+                delta_rows += tl.sum(p * dp, 1)
+                k_block += BLOCK_N * stride_kt
+                v_block += BLOCK_N * stride_vt
+            normalizer_rows = 1.0 / tl.where(total == 0, 1.0, total)
+            delta_rows *= normalizer_rows
+            tl.store(normalizer + lse_offset + rows, normalizer_rows, mask=rows < n_q)
+        else:
+            out_rows = load_parts(out_base, rows, n_q, stride_ot, DIM_PARTS, HEAD_DIM, True)
+            delta_rows = _row_products(grad_rows, out_rows)
+            normalizer_rows = None
+        if grad_lse is not None:
+            delta_rows -= tl.load(grad_lse + lse_offset + rows, mask=rows < n_q, other=0.0)
+        tl.store(delta + lse_offset + rows, delta_rows, mask=rows < n_q)
         grad_q_rows = zero_parts(BLOCK_M, DIM_PARTS)
         if KEY_PARTS is not None:
             for i in tl.static_range(len(KEY_PARTS)):
                 grad_q_rows = _grad_q_step(
-                    grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, k_base, v_base, stride_kt, stride_vt, rows,
-                    0, KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1]), n_k, diagonal, scale,
-                    DIM_PARTS, HEAD_DIM, CAUSAL, True, SCALE_Q,
+                    grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, normalizer_rows, k_base, v_base, stride_kt,
+                    stride_vt, rows, 0, KEY_PARTS[i][0] + tl.arange(0, KEY_PARTS[i][1]), n_k, diagonal, scale,
+                    DIM_PARTS, HEAD_DIM, CAUSAL, KEY_PARTS[i][0] + KEY_PARTS[i][1] > FULL_KEYS, SCALE_Q,
                 )  # fmt: skip
         else:
-            n_seen_by_all = n_k
-            n_seen = n_k
-            if CAUSAL:
-                n_seen_by_all = tl.minimum(tl.maximum(row + diagonal + 1, 0), n_k)
-                n_seen = tl.minimum(tl.maximum(row + BLOCK_M + diagonal, 0), n_k)
             whole = n_seen_by_all // BLOCK_N * BLOCK_N
             k_block, v_block = k_base, v_base
             for key in range(0, whole, BLOCK_N):
                 grad_q_rows = _grad_q_step(
-                    grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, k_block, v_block, stride_kt, stride_vt, rows,
-                    key, tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM, CAUSAL, False, SCALE_Q,
+                    grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, normalizer_rows, k_block, v_block,
+                    stride_kt, stride_vt, rows, key, tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM,
+                    CAUSAL, False, SCALE_Q,
                 )  # fmt: skip
                 k_block += BLOCK_N * stride_kt
                 v_block += BLOCK_N * stride_vt
             for key in range(whole, n_seen, BLOCK_N):
                 grad_q_rows = _grad_q_step(
-                    grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, k_block, v_block, stride_kt, stride_vt, rows,
-                    key, tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM, CAUSAL, True, SCALE_Q,
+                    grad_q_rows, q_rows, grad_rows, lse_rows, delta_rows, normalizer_rows, k_block, v_block,
+                    stride_kt, stride_vt, rows, key, tl.arange(0, BLOCK_N), n_k, diagonal, scale, DIM_PARTS, HEAD_DIM,
+                    CAUSAL, True, SCALE_Q,
                 )  # fmt: skip
                 k_block += BLOCK_N * stride_kt
                 v_block += BLOCK_N * stride_vt
@@ -161,7 +196,7 @@ def _row_products(a, b):
 
 @triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_grad_kv_backward_kernel(
-    grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
+    grad_out, q, k, v, lse, delta, normalizer, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
     n_rows_q, n_rows_k, n_sequences, stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh,
     stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
@@ -214,12 +249,12 @@ def attention_grad_kv_backward_kernel(
                 delta_rows = tl.load(delta + lse_offset + rows, mask=rows < n_q, other=0.0)
                 seen = visible(rows[None, :], keys[:, None], n_k, diagonal, CAUSAL)
                 # Beyond the last key a row is never stored; only the diagonal needs a mask.
-                p, ds = _grad_scores(
-                    inner(k_rows, q_rows), inner(v_rows, grad_rows), lse_rows[None, :], delta_rows[None, :], seen,
-                    scale, CAUSAL, SCALE_Q,
-                )  # fmt: skip
-                grad_v_rows = add_outer(grad_v_rows, p.to(v.dtype.element_ty), grad_rows)
-                grad_k_rows = add_outer(grad_k_rows, ds.to(q.dtype.element_ty), q_rows)
+                p = _probabilities(inner(k_rows, q_rows), lse_rows[None, :], seen, scale, CAUSAL, SCALE_Q)
+                if SCALE_Q:
+                    p *= tl.load(normalizer + lse_offset + rows, mask=rows < n_q, other=0.0)[None, :]
+                ds = p * (inner(v_rows, grad_rows) - delta_rows[None, :])
+                grad_v_rows = add_outer(grad_v_rows, rounded(p, v.dtype.element_ty), grad_rows)
+                grad_k_rows = add_outer(grad_k_rows, rounded(ds, q.dtype.element_ty), q_rows)
                 q_block += BLOCK_M * stride_qt
                 grad_block += BLOCK_M * stride_gt
         grad_base = (begin_k.to(tl.int64) * (N_HEADS // N_REP) + key_head) * HEAD_DIM
@@ -231,9 +266,8 @@ def attention_grad_kv_backward_kernel(
 
 @triton.jit(do_not_specialize=["first_tile", "n_rows", "n_sequences"])
 def attention_fused_backward_kernel(
-    grad_out, grad_lse, q, k, v, out, lse, grad_q, grad_k, grad_v, cu_seqlens, tiles, first_tile, n_rows, n_sequences,
-    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    q_factor, scale,
+    grad_out, grad_lse, q, k, v, lse, grad_q, grad_k, grad_v, cu_seqlens, tiles, first_tile, n_rows, n_sequences,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr,     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
@@ -250,7 +284,6 @@ def attention_fused_backward_kernel(
     stride_qt, stride_qh = tl.multiple_of(stride_qt, STRIDE_ALIGN), tl.multiple_of(stride_qh, STRIDE_ALIGN)
     stride_kt, stride_kh = tl.multiple_of(stride_kt, STRIDE_ALIGN), tl.multiple_of(stride_kh, STRIDE_ALIGN)
     stride_vt, stride_vh = tl.multiple_of(stride_vt, STRIDE_ALIGN), tl.multiple_of(stride_vh, STRIDE_ALIGN)
-    stride_ot, stride_oh = tl.multiple_of(stride_ot, STRIDE_ALIGN), tl.multiple_of(stride_oh, STRIDE_ALIGN)
     first = begin.to(tl.int64)
     rows = tl.arange(0, BLOCK)
     k_rows = load_parts(k + first * stride_kt + key_head * stride_kh, rows, n, stride_kt, DIM_PARTS, HEAD_DIM, True)
@@ -265,18 +298,18 @@ def attention_fused_backward_kernel(
             q_rows = multiply_rows(q_rows, q_factor)
         grad_base = grad_out + first * stride_gt + head * stride_gh
         grad_rows = load_parts(grad_base, rows, n, stride_gt, DIM_PARTS, HEAD_DIM, True)
-        out_rows = load_parts(out + first * stride_ot + head * stride_oh, rows, n, stride_ot, DIM_PARTS, HEAD_DIM, True)
-        delta = _row_products(grad_rows, out_rows)
         lse_offset = head.to(tl.int64) * n_rows + begin
+        lse_rows = _load_lse(lse, lse_offset, rows, n)
+        p = _probabilities(inner(q_rows, k_rows), lse_rows[:, None], seen, scale, True, SCALE_Q)
+        if SCALE_Q:
+            total = tl.sum(p, 1)
+            p *= (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+        dp = inner(grad_rows, v_rows)
+        delta = tl.sum(p * dp, 1)
         if grad_lse is not None:
             delta -= tl.load(grad_lse + lse_offset + rows, mask=rows < n, other=0.0)
-        lse_rows = _load_lse(lse, lse_offset, rows, n)
-        p, ds = _grad_scores(
-            inner(q_rows, k_rows), inner(grad_rows, v_rows), lse_rows[:, None], delta[:, None], seen, scale,
-            True, SCALE_Q,
-        )  # fmt: skip
-        ds = ds.to(q.dtype.element_ty)
-        grad_v_rows = add_outer(grad_v_rows, tl.trans(p.to(v.dtype.element_ty)), grad_rows)
+        ds = rounded(p * (dp - delta[:, None]), q.dtype.element_ty)
+        grad_v_rows = add_outer(grad_v_rows, tl.trans(rounded(p, v.dtype.element_ty)), grad_rows)
         grad_k_rows = add_outer(grad_k_rows, tl.trans(ds), q_rows)
         grad_q_rows = scale_parts(add_outer(zero_parts(BLOCK, DIM_PARTS), ds, k_rows), q_factor * scale)
         grad_q_base = grad_q + (first * N_HEADS + head) * HEAD_DIM
@@ -317,6 +350,7 @@ def varlen_attention_backward(
     n_key_heads = k.shape[1]
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = torch.empty_like(lse)
+    normalizer = torch.empty_like(lse) if q.dtype == torch.float32 else None
     query_tiles = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     self_attention = same_tensor(cu_seqlens_q, cu_seqlens_k) and q.shape[0] == k.shape[0]
     key_tiles = query_tiles if self_attention else Tiles(cu_seqlens_k, k.shape[0], cu_seqlens_k, k.shape[0], None, ())
@@ -340,8 +374,8 @@ def varlen_attention_backward(
         first_tile, n_tiles = query_tiles.of(schedule.first_class, schedule.last_class)
         launch(
             attention_fused_backward_kernel, (n_tiles, n_key_heads),
-            grad_out, grad_lse, q, k, v, out, lse, grad_q, grad_k, grad_v, cu_seqlens_q, query_tiles.rows, first_tile,
-            q.shape[0], query_tiles.n_sequences, *strides, *out.stride()[:2], *factors,
+            grad_out, grad_lse, q, k, v, lse, grad_q, grad_k, grad_v, cu_seqlens_q, query_tiles.rows, first_tile,
+            q.shape[0], query_tiles.n_sequences, *strides, *factors,
             **shared, BLOCK=schedule.block_m, **schedule.launch_options(),
         )  # fmt: skip
     for schedule in plan.grad_q:
@@ -351,9 +385,11 @@ def varlen_attention_backward(
         short = schedule.name == "short"
         launch(
             attention_grad_q_backward_kernel, (n_tiles, n_heads),
-            grad_out, grad_lse, q, k, v, out, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k, query_tiles.rows,
+            grad_out, grad_lse, q, k, v, out, lse, delta, normalizer, grad_q, cu_seqlens_q, cu_seqlens_k,
+            query_tiles.rows,
             first_tile, *rows, *strides, *out.stride()[:2], *factors,
-            **shared, KEY_PARTS=schedule.key_parts if short else None, BLOCK_N=schedule.keys,
+            **shared, KEY_PARTS=schedule.key_parts if short else None, FULL_KEYS=schedule.full_keys,
+            BLOCK_N=schedule.keys,
             BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
     for schedule in plan.grad_kv:
@@ -362,7 +398,8 @@ def varlen_attention_backward(
         first_tile, n_tiles = key_tiles.of(schedule.first_class, schedule.last_class)
         launch(
             attention_grad_kv_backward_kernel, (n_tiles, n_key_heads),
-            grad_out, q, k, v, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_tiles.rows, first_tile,
+            grad_out, q, k, v, lse, delta, normalizer, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, key_tiles.rows,
+            first_tile,
             *rows, *strides, *factors,
             **shared, BLOCK_N=schedule.keys, BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip

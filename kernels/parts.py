@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from revit_fast.kernels.rounding import INTERPRETED, rounded
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def store_parts(base, rows, n_rows, stride, parts, PARTS: tl.constexpr, HEAD_DIM
         if PARTS[i][0] + PARTS[i][1] > HEAD_DIM:
             inside = inside & (columns[None, :] < HEAD_DIM)
         pointers = base + rows[:, None] * stride + columns[None, :]
-        tl.store(pointers, parts[i].to(base.dtype.element_ty), mask=inside)
+        tl.store(pointers, rounded(parts[i], base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

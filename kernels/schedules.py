@@ -61,6 +61,7 @@ class Schedule:
         block_m: query rows computed at a time.
         num_warps: warps of a program.
         num_stages: blocks of keys in flight.
+        block_keys: most keys of a short tile whose scores are held at once.
         widest_part: most keys of one product of a short tile.
     """
 
@@ -71,12 +72,28 @@ class Schedule:
     block_m: int = 64
     num_warps: int = 4
     num_stages: int = 1
+    block_keys: int = 256
     widest_part: int = 256
 
     @property
     def key_parts(self) -> Parts:
         """The keys of a short tile as parts."""
         return parts_of(self.keys, self.widest_part)
+
+    @property
+    def key_blocks(self) -> tuple[Parts, ...]:
+        """The keys of a short tile as blocks of much the same size, each as parts."""
+        n_blocks = -(-self.keys // self.block_keys)
+        size = -(-self.keys // n_blocks // 16) * 16
+        return tuple(
+            tuple((start + offset, width) for offset, width in parts_of(min(size, self.keys - start), self.widest_part))
+            for start in range(0, self.keys, size)
+        )
+
+    @property
+    def full_keys(self) -> int:
+        """Keys that every sequence of a short class has."""
+        return KEY_CLASSES[self.first_class - 1] + 1 if self.first_class > 0 else 0
 
     def launch_options(self) -> dict[str, int]:
         """What every attention kernel is launched with."""
@@ -112,6 +129,9 @@ class Backward(NamedTuple):
 @lru_cache(maxsize=256)
 def backward(target: Target, head_dim: int, dtype: torch.dtype, self_attention: bool) -> Backward:
     """Schedules of the backward pass."""
+    if dtype == torch.float32:
+        grad_q = Schedule("streaming", 0, STREAMING, 64, block_m=32, num_warps=8)
+        return Backward((), (grad_q,), (Schedule("streaming", 0, STREAMING, 32, block_m=32, num_warps=8),))
     n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention else 0
     fused = [Schedule("fused", i, i, KEY_CLASSES[i], block_m=KEY_CLASSES[i]) for i in range(n_fused)]
     short = [Schedule("short", i, i, KEY_CLASSES[i]) for i in range(n_fused, STREAMING)]
