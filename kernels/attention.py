@@ -68,7 +68,7 @@ def attention_short_forward_kernel(
 ):  # fmt: skip
     """One tile whose keys are known to be few: all held at once, or in a few blocks laid out in the code.
 
-    Every sequence of the class has FULL_KEYS keys at least, which need no mask.
+    A part of a block is (start, width, whether it needs a mask): every sequence of the class has FULL_KEYS keys.
     """
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
@@ -101,9 +101,9 @@ def attention_short_forward_kernel(
             m_new = m
             for i in tl.static_range(len(KEY_BLOCKS[block])):
                 keys = KEY_BLOCKS[block][i][0] + tl.arange(0, KEY_BLOCKS[block][i][1])
-                RAGGED: tl.constexpr = KEY_BLOCKS[block][i][0] + KEY_BLOCKS[block][i][1] > FULL_KEYS
-                s = inner(q_rows, load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED))
-                if RAGGED or CAUSAL:
+                k_rows = load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, KEY_BLOCKS[block][i][2])
+                s = inner(q_rows, k_rows)
+                if KEY_BLOCKS[block][i][2] or CAUSAL:
                     s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
                 m_new = tl.maximum(m_new, tl.max(s, 1))
                 scores = scores + (s,)
@@ -116,10 +116,9 @@ def attention_short_forward_kernel(
                 acc = scale_parts(acc, alpha[:, None])
             for i in tl.static_range(len(KEY_BLOCKS[block])):
                 keys = KEY_BLOCKS[block][i][0] + tl.arange(0, KEY_BLOCKS[block][i][1])
-                RAGGED: tl.constexpr = KEY_BLOCKS[block][i][0] + KEY_BLOCKS[block][i][1] > FULL_KEYS
                 p = _exponential(scores[i], shift[:, None], scale, q.dtype.element_ty == tl.float32)
                 total += tl.sum(p, 1)
-                v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
+                v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, KEY_BLOCKS[block][i][2])
                 acc = add_outer(acc, rounded(p, v.dtype.element_ty), v_rows)
             m = m_new
         _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)

@@ -81,12 +81,15 @@ class Schedule:
         return parts_of(self.keys, self.widest_part)
 
     @property
-    def key_blocks(self) -> tuple[Parts, ...]:
-        """The keys of a short tile as blocks of much the same size, each as parts."""
+    def key_blocks(self) -> tuple[tuple[tuple[int, int, bool], ...], ...]:
+        """The keys of a short tile as blocks of much the same size, each as parts (start, width, needs a mask)."""
         n_blocks = -(-self.keys // self.block_keys)
         size = -(-self.keys // n_blocks // 16) * 16
         return tuple(
-            tuple((start + offset, width) for offset, width in parts_of(min(size, self.keys - start), self.widest_part))
+            tuple(
+                (start + offset, width, start + offset + width > self.full_keys)
+                for offset, width in parts_of(min(size, self.keys - start), self.widest_part)
+            )
             for start in range(0, self.keys, size)
         )
 
