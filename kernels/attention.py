@@ -23,6 +23,7 @@ from revit_fast.kernels.parts import (
     inner,
     load_parts,
     multiply_rows,
+    n_steps,
     rows_contiguous,
     scale_parts,
     sequence_rows,
@@ -88,7 +89,7 @@ def attention_short_forward_kernel(
     if n_k < FULL_KEYS:  # no tile of this class: a list of another pack
         return
     first_row = tl.load(tile + 1)
-    for step in tl.static_range(TILE // BLOCK_M):
+    for step in range(n_steps(first_row, n_q, TILE, BLOCK_M)):
         rows = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
         if SCALE_Q:
@@ -170,7 +171,7 @@ def attention_streaming_forward_kernel(
 
     diagonal = n_k - n_q
     first_row = tl.load(tile + 1)
-    for step in tl.static_range(TILE // BLOCK_M):
+    for step in range(n_steps(first_row, n_q, TILE, BLOCK_M)):
         row = first_row + step * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)

@@ -22,6 +22,7 @@ from revit_fast.kernels.parts import (
     inner,
     load_parts,
     multiply_rows,
+    n_steps,
     rows_contiguous,
     scale_parts,
     sequence_rows,
@@ -117,7 +118,7 @@ def attention_grad_q_backward_kernel(
         return
     diagonal = n_k - n_q
     first_row = tl.load(tile + 1)
-    for step in tl.static_range(TILE // BLOCK_M):
+    for step in range(n_steps(first_row, n_q, TILE, BLOCK_M)):
         row = first_row + step * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         grad_rows = load_parts(grad_base, rows, n_q, stride_gt, DIM_PARTS, HEAD_DIM, True)
@@ -222,7 +223,7 @@ def attention_grad_kv_backward_kernel(
 
     diagonal = n_k - n_q
     first_key = tl.load(tile + 1)
-    for step in tl.static_range(TILE // BLOCK_N):
+    for step in range(n_steps(first_key, n_k, TILE, BLOCK_N)):
         key = first_key + step * BLOCK_N
         keys = key + tl.arange(0, BLOCK_N)
         k_rows = load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, True)
@@ -258,7 +259,7 @@ def attention_grad_kv_backward_kernel(
                 q_block += BLOCK_M * stride_qt
                 grad_block += BLOCK_M * stride_gt
         grad_base = (begin_k.to(tl.int64) * (N_HEADS // N_REP) + key_head) * HEAD_DIM
-        grad_stride: tl.constexpr = N_HEADS // N_REP * HEAD_DIM
+        grad_stride = N_HEADS // N_REP * HEAD_DIM
         grad_k_rows = scale_parts(grad_k_rows, scale)
         store_parts(grad_k + grad_base, keys, n_k, grad_stride, grad_k_rows, DIM_PARTS, HEAD_DIM)
         store_parts(grad_v + grad_base, keys, n_k, grad_stride, grad_v_rows, DIM_PARTS, HEAD_DIM)
@@ -315,7 +316,7 @@ def attention_fused_backward_kernel(
         grad_q_base = grad_q + (first * N_HEADS + head) * HEAD_DIM
         store_parts(grad_q_base, rows, n, N_HEADS * HEAD_DIM, grad_q_rows, DIM_PARTS, HEAD_DIM)
     grad_base = (first * (N_HEADS // N_REP) + key_head) * HEAD_DIM
-    grad_stride: tl.constexpr = N_HEADS // N_REP * HEAD_DIM
+    grad_stride = N_HEADS // N_REP * HEAD_DIM
     grad_k_rows = scale_parts(grad_k_rows, scale)
     store_parts(grad_k + grad_base, rows, n, grad_stride, grad_k_rows, DIM_PARTS, HEAD_DIM)
     store_parts(grad_v + grad_base, rows, n, grad_stride, grad_v_rows, DIM_PARTS, HEAD_DIM)

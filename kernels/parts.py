@@ -24,6 +24,16 @@ def sequence_rows(cu_seqlens, sequence, n_rows):
 
 
 @triton.jit
+def n_steps(first, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of a tile that begins at row `first` of n and hold any row."""
+    if BLOCK == TILE:
+        steps: tl.constexpr = 1  # which the compiler takes for no loop at all
+    else:
+        steps = tl.cdiv(tl.minimum(n - first, TILE), BLOCK)
+    return steps
+
+
+@triton.jit
 def load_parts(base, rows, n_rows, stride, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
     """Rows `[len(rows), HEAD_DIM]` from `base` as one tensor per part of the head dimension, zero beyond the ends."""
     parts = ()
