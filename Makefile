@@ -10,13 +10,19 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 demo: build
 	$(BIN)/python -m bench.demo
 
-## The whole test suite.
+## The test suite, then the GPU kernels in Triton's interpreter, which needs a process of its own.
 test: build
 	$(BIN)/python -m pytest tests
+	$(INTERPRETED)
 
 ## Also the machine code of every GPU kernel, dtype, size and schedule, for every chip.
 test-full: build
 	$(BIN)/python -m pytest tests -m ""
+	$(INTERPRETED)
+
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py \
+    tests/test_layer_norm.py tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py \
+    tests/test_tutorial_attention.py
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0
