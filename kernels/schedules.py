@@ -112,13 +112,70 @@ class Schedule:
         return max_seqlen_k is not None and self.first_class > bisect_left(KEY_CLASSES, max_seqlen_k)
 
 
+class Choices(NamedTuple):
+    """Tiles of the 16-bit kernels of one chip, at head dimensions up to a bound: (keys, rows, warps, stages).
+
+    Attributes:
+        short: (keys whose scores are held at once, widest part of them, warps).
+        streaming: forward, block by block.
+        grad_q_short: (widest part of the keys, rows, warps); None where block by block is what fits.
+        grad_q: gradient of the queries, block by block.
+        grad_kv: gradient of the keys and values.
+        fused_warps: warps of the one pass over sequences of one tile; 0 where it does not fit and they take two.
+    """
+
+    short: tuple[int, int, int] | None
+    streaming: tuple[int, int, int, int]
+    grad_q_short: tuple[int, int, int] | None
+    grad_q: tuple[int, int, int, int]
+    grad_kv: tuple[int, int, int, int]
+    fused_warps: int
+
+
+_CHOICES: dict[tuple[str, int], Choices] = {
+    ("sm_80", 64): Choices((208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_90", 64): Choices((208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
+    ("sm_100", 64): Choices((208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
+    ("sm_120", 64): Choices((208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("gfx942", 64): Choices((208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
+}
+
+_TWO_WARPS_KEYS = {("sm_80", 64): 112, ("sm_120", 64): 112}
+"""Classes of at most so many keys take 32 rows a warp where products are per warp (mma.sync): every key that a warp
+reads from shared memory then serves twice as many rows. Longer ones would not fit the registers."""
+
+
+def _choices(target: Target, head_dim: int) -> Choices:
+    bound = next(bound for bound in (64, 80, 128, 256) if head_dim <= bound)
+    return _CHOICES[target.name, bound]
+
+
+def _block(name: str, first_class: int, tile: tuple[int, int, int, int]) -> Schedule:
+    keys, rows, warps, stages = tile
+    return Schedule(name, first_class, STREAMING, keys, block_m=rows, num_warps=warps, num_stages=stages)
+
+
+def _float32(target: Target, keys: int, rows: int) -> Schedule:
+    """Products without tensor cores, over few enough threads that each reads and writes 16 bytes at a time."""
+    return Schedule("streaming", 0, STREAMING, keys, block_m=rows, num_warps=128 // target.warp_size)
+
+
 @lru_cache(maxsize=256)
 def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, ...]:
     """Schedules of the forward pass, which together serve every class once."""
     if dtype == torch.float32:
-        return (Schedule("streaming", 0, STREAMING, 64, block_m=32, num_warps=8),)
-    short = [Schedule("short", i, i, keys) for i, keys in enumerate(KEY_CLASSES)]
-    return (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
+        return (_float32(target, 32, 32),)
+    choices = _choices(target, head_dim)
+    if choices.short is None:
+        return (_block("streaming", 0, choices.streaming),)
+    block_keys, widest, warps = choices.short
+    short = []
+    for i, keys in enumerate(KEY_CLASSES):
+        if head_dim <= 64 and keys <= _TWO_WARPS_KEYS.get((target.name, 64), 0):
+            short.append(Schedule("short", i, i, keys, num_warps=2, widest_part=32))
+        else:
+            short.append(Schedule("short", i, i, keys, num_warps=warps, block_keys=block_keys, widest_part=widest))
+    return (*short, _block("streaming", STREAMING, choices.streaming))
 
 
 class Backward(NamedTuple):
@@ -133,11 +190,19 @@ class Backward(NamedTuple):
 def backward(target: Target, head_dim: int, dtype: torch.dtype, self_attention: bool) -> Backward:
     """Schedules of the backward pass."""
     if dtype == torch.float32:
-        grad_q = Schedule("streaming", 0, STREAMING, 64, block_m=32, num_warps=8)
-        return Backward((), (grad_q,), (Schedule("streaming", 0, STREAMING, 32, block_m=32, num_warps=8),))
-    n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention else 0
-    fused = [Schedule("fused", i, i, KEY_CLASSES[i], block_m=KEY_CLASSES[i]) for i in range(n_fused)]
-    short = [Schedule("short", i, i, KEY_CLASSES[i]) for i in range(n_fused, STREAMING)]
-    grad_q = (*short, Schedule("streaming", STREAMING, STREAMING, 64, num_stages=2))
-    grad_kv = (Schedule("streaming", n_fused, STREAMING, 64, num_stages=2),)
-    return Backward(tuple(fused), grad_q, grad_kv)
+        return Backward((), (_float32(target, 32, 32),), (_float32(target, 32, 16),))
+    choices = _choices(target, head_dim)
+    n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention and choices.fused_warps else 0
+    fused = tuple(
+        Schedule("fused", i, i, KEY_CLASSES[i], block_m=KEY_CLASSES[i], num_warps=choices.fused_warps)
+        for i in range(n_fused)
+    )
+    grad_kv = (_block("streaming", n_fused, choices.grad_kv),)
+    if choices.grad_q_short is None:
+        return Backward(fused, (_block("streaming", n_fused, choices.grad_q),), grad_kv)
+    widest, rows, warps = choices.grad_q_short
+    short = [
+        Schedule("short", i, i, KEY_CLASSES[i], block_m=rows, num_warps=warps, widest_part=widest)
+        for i in range(n_fused, STREAMING)
+    ]
+    return Backward(fused, (*short, _block("streaming", STREAMING, choices.grad_q)), grad_kv)
