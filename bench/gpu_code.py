@@ -61,8 +61,8 @@ def workload(launch: Launch, seqlen: int) -> Workload:
     dim = constants["BLOCK_D"] if "BLOCK_D" in constants else sum(width for _, width in constants["DIM_PARTS"])
     rows = constants.get("TILE", constants["BLOCK_M"])
     steps = rows // constants["BLOCK_M"]
-    if constants.get("KEY_PARTS") is not None:
-        iterations, keys = (), sum(width for _, width in constants["KEY_PARTS"])
+    if "KEY_BLOCKS" in constants:
+        iterations, keys = (), sum(width for block in constants["KEY_BLOCKS"] for _, width, _ in block)
     else:
         block = constants["BLOCK_N"]
         one_step = (seqlen // block, int(seqlen % block > 0))

@@ -216,7 +216,7 @@ def schedule_of(launch: Launch) -> str:
         return ""
     if "fused" in name:
         return "fused"
-    return "short" if constants.get("KEY_PARTS") is not None else "streaming"
+    return "short" if "KEY_BLOCKS" in constants or constants.get("KEY_PARTS") is not None else "streaming"
 
 
 def pool(jobs: int | None = None) -> ProcessPoolExecutor:

@@ -116,7 +116,7 @@ class Choices(NamedTuple):
     """Tiles of the 16-bit kernels of one chip, at head dimensions up to a bound: (keys, rows, warps, stages).
 
     Attributes:
-        short: (keys whose scores are held at once, widest part of them, warps).
+        short: (most keys of a class, keys whose scores are held at once, widest part of them, warps); None: no class.
         streaming: forward, block by block.
         grad_q_short: (widest part of the keys, rows, warps); None where block by block is what fits.
         grad_q: gradient of the queries, block by block.
@@ -124,25 +124,40 @@ class Choices(NamedTuple):
         fused_warps: warps of the one pass over sequences of one tile; 0 where it does not fit and they take two.
     """
 
-    short: tuple[int, int, int] | None
+    short: tuple[int, int, int, int] | None
     streaming: tuple[int, int, int, int]
-    grad_q_short: tuple[int, int, int] | None
+    grad_q_short: tuple[int, int, int, int] | None
     grad_q: tuple[int, int, int, int]
     grad_kv: tuple[int, int, int, int]
     fused_warps: int
 
 
 _CHOICES: dict[tuple[str, int], Choices] = {
-    ("sm_80", 64): Choices((208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
-    ("sm_90", 64): Choices((208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
-    ("sm_100", 64): Choices((208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
-    ("sm_120", 64): Choices((208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
-    ("gfx942", 64): Choices((208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_80", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_80", 80): Choices((256, 32, 256, 4), (64, 64, 4, 2), (32, 64, 8), (32, 64, 4, 1), (64, 32, 4, 2), 0),
+    ("sm_80", 128): Choices((112, 112, 256, 4), (64, 64, 4, 2), None, (64, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_80", 256): Choices(None, (32, 64, 8, 2), None, (32, 64, 8, 1), (64, 32, 8, 1), 0),
+    ("sm_90", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
+    ("sm_90", 80): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
+    ("sm_90", 128): Choices((256, 64, 256, 4), (64, 64, 4, 2), (64, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_90", 256): Choices(None, (32, 64, 8, 2), None, (32, 64, 8, 1), (64, 32, 8, 1), 0),
+    ("sm_100", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
+    ("sm_100", 80): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
+    ("sm_100", 128): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_100", 256): Choices(None, (32, 64, 8, 2), None, (32, 64, 8, 1), (64, 32, 8, 1), 0),
+    ("sm_120", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("sm_120", 80): Choices((256, 64, 32, 4), (64, 64, 4, 2), None, (32, 64, 4, 2), (64, 32, 4, 1), 0),
+    ("sm_120", 128): Choices((64, 64, 256, 4), (32, 64, 4, 2), None, (32, 64, 4, 1), (64, 32, 4, 1), 8),
+    ("sm_120", 256): Choices(None, (32, 64, 8, 1), None, (32, 64, 8, 1), (64, 16, 8, 1), 0),
+    ("gfx942", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("gfx942", 80): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
+    ("gfx942", 128): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 1), 4),
+    ("gfx942", 256): Choices(None, (32, 64, 4, 1), None, (32, 64, 4, 1), (64, 16, 4, 1), 0),
 }
 
-_TWO_WARPS_KEYS = {("sm_80", 64): 112, ("sm_120", 64): 112}
-"""Classes of at most so many keys take 32 rows a warp where products are per warp (mma.sync): every key that a warp
-reads from shared memory then serves twice as many rows. Longer ones would not fit the registers."""
+_TWO_WARPS_KEYS = {"sm_80": 112, "sm_120": 64}
+"""At head dimensions up to 64 classes of at most so many keys take two warps, where products are per warp (mma.sync): a
+key that a warp reads from shared memory then serves 32 rows instead of 16. More keys would not fit the registers."""
 
 
 def _choices(target: Target, head_dim: int) -> Choices:
@@ -166,16 +181,14 @@ def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule
     if dtype == torch.float32:
         return (_float32(target, 32, 32),)
     choices = _choices(target, head_dim)
-    if choices.short is None:
-        return (_block("streaming", 0, choices.streaming),)
-    block_keys, widest, warps = choices.short
+    most_keys, block_keys, widest, warps = choices.short or (0, 0, 0, 0)
     short = []
-    for i, keys in enumerate(KEY_CLASSES):
-        if head_dim <= 64 and keys <= _TWO_WARPS_KEYS.get((target.name, 64), 0):
+    for i, keys in enumerate(KEY_CLASSES[: bisect_right(KEY_CLASSES, most_keys)]):
+        if head_dim <= 64 and keys <= _TWO_WARPS_KEYS.get(target.name, 0):
             short.append(Schedule("short", i, i, keys, num_warps=2, widest_part=32))
         else:
             short.append(Schedule("short", i, i, keys, num_warps=warps, block_keys=block_keys, widest_part=widest))
-    return (*short, _block("streaming", STREAMING, choices.streaming))
+    return (*short, _block("streaming", len(short), choices.streaming))
 
 
 class Backward(NamedTuple):
