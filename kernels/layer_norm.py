@@ -28,7 +28,7 @@ MAX_CHANNELS = 16384
 """Longest row that 32 warps hold in registers, twice, without spilling."""
 
 VALUES_PER_THREAD = 32
-"""Of a row that has a warp or more to itself; rows that share one have half as many, for their bookkeeping takes room."""
+"""Of a row that has a warp or more to itself. Rows that share a warp have half as many: more made ptxas spill."""
 
 
 def _tile(target: Target, n_channels: int) -> tuple[int, int, int]:
