@@ -9,7 +9,7 @@ With s the row (or the sum of the row and its residual, as rounded to the dtype 
     grad_x = rstd (h - mean(h) - xhat mean(h xhat)) + grad_sum
     grad_weight[l] = sum over rows of length l of grad_y xhat,  grad_bias[l] = the same sum of grad_y
 
-Rows are `[T, C]`, those from `cu_seqlens[-1]` on are padding: never read, all their results zero. All arithmetic is in
+Rows are `[T, C]`, those from `cu_seqlens[-1]` on are padding: never read, all their results zero. Arithmetic is in
 float32; a program holds its rows whole, in registers, so that each is read once.
 """
 
@@ -28,6 +28,7 @@ MAX_CHANNELS = 16384
 """Longest row that 32 warps hold in registers, twice, without spilling."""
 
 VALUES_PER_THREAD = 32
+"""Of a row that has a warp or more to itself. Rows that share a warp have half as many: more made ptxas spill."""
 
 
 def _tile(target: Target, n_channels: int) -> tuple[int, int, int]:
@@ -38,7 +39,7 @@ def _tile(target: Target, n_channels: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(n_channels)
     of_a_warp = VALUES_PER_THREAD * target.warp_size
     warps = min(max(1, block // of_a_warp), 1024 // target.warp_size)
-    return min(max(1, of_a_warp // block), 16), block, warps
+    return min(max(1, of_a_warp // 2 // block), 16), block, warps
 
 
 @triton.jit
@@ -95,7 +96,9 @@ def tal_layer_norm_kernel(
     centred = tl.where(cols < C, s - estimate[:, None], 0.0)
     correction = tl.sum(centred, axis=1) / C
     variance = tl.sum(centred * centred, axis=1) / C - correction * correction
-    scale = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+    # Correctly rounded: chips have no more than an approximation of 1 / sqrt, and rows of little variance show it.
+    deviation = tl.sqrt_rn(tl.maximum(variance, 0.0) + eps)
+    scale = tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)
 
     w = tl.load(weight + length[:, None] * C + cols, mask=read, other=0.0).to(tl.float32)
     shift = tl.load(bias + length[:, None] * C + cols, mask=read, other=0.0).to(tl.float32)
@@ -169,10 +172,11 @@ def tal_layer_norm_backward_kernel(
         xhat = tl.where(in_row, (centred - correction) * scale, 0.0)
         sum_weight += grad * xhat
         sum_bias += grad
+        # mean((h - mean(h)) xhat) is mean(h xhat), without what rounding leaves of mean(h) mean(xhat).
         h = grad * w
-        mean_h = tl.sum(h, axis=1, keep_dims=True) / C
+        h = tl.where(in_row, h - tl.sum(h, axis=1, keep_dims=True) / C, 0.0)
         mean_hx = tl.sum(h * xhat, axis=1, keep_dims=True) / C
-        out = (h - mean_h - xhat * mean_hx) * scale
+        out = (h - xhat * mean_hx) * scale
         if grad_sum is not None:
             out += tl.load(_rows(grad_sum, first, local, GRAD_SUM_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         tl.store(_rows(grad_x, first, local, C) + cols, rounded(out, grad_x.dtype.element_ty), mask=write)
@@ -209,12 +213,12 @@ def tal_layer_norm_backward_reduce_kernel(
         mask = counts[:, None] & in_row[None, :]
         sum_weight += tl.load(sums, mask=mask, other=0.0)
         sum_bias += tl.load(sums + C, mask=mask, other=0.0)
-    # In two steps: rounding grows with the additions made one after another.
-    sum_weight = tl.sum(tl.reshape(sum_weight, (PARTS // 8, 8, BLOCK_C)), axis=0)
-    sum_bias = tl.sum(tl.reshape(sum_bias, (PARTS // 8, 8, BLOCK_C)), axis=0)
+    # The last step in float64: too few additions to be slow, and all of them where a pack is small.
+    sum_weight = tl.sum(sum_weight.to(tl.float64), axis=0).to(tl.float32)
+    sum_bias = tl.sum(sum_bias.to(tl.float64), axis=0).to(tl.float32)
     out = length * C + cols
-    tl.store(grad_weight + out, rounded(tl.sum(sum_weight, axis=0), grad_weight.dtype.element_ty), mask=in_row)
-    tl.store(grad_bias + out, rounded(tl.sum(sum_bias, axis=0), grad_bias.dtype.element_ty), mask=in_row)
+    tl.store(grad_weight + out, rounded(sum_weight, grad_weight.dtype.element_ty), mask=in_row)
+    tl.store(grad_bias + out, rounded(sum_bias, grad_bias.dtype.element_ty), mask=in_row)
 
 
 def tal_layer_norm(

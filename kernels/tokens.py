@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revit_fast.kernels.launch import launch
+from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.pack import readable, row_stride, search_bits, sequence_of
 from revit_fast.kernels.rounding import rounded
 
+THREADS = 128
+"""Threads of one program, whatever the size of a warp."""
+
 TILE_BYTES = 8192
-"""Result of one program of the kernels that gather: four 16-byte accesses for each of 128 threads."""
+"""Result of one program of the kernels that gather: four 16-byte accesses for each thread."""
 
 
 def _tile(t: Tensor) -> tuple[int, int]:
@@ -220,6 +223,7 @@ def assemble_tokens(
         (triton.cdiv(n_rows, rows), triton.cdiv(n_channels, columns)),
         *(patches, prefix, pos_table, pos_offset, cu_seqlens, tokens),
         *(n_rows, n_patches, n_sequences, search_bits(n_sequences), n_prefix, pos_table.shape[0]),
+        num_warps=THREADS // target_of(patches.device).warp_size,
         PATCH_STRIDE=row_stride(patches),
         C=n_channels,
         ROWS=rows,
@@ -244,6 +248,7 @@ def assemble_tokens_backward(
         (triton.cdiv(n_patches, rows), triton.cdiv(n_channels, columns)),
         *(grad_tokens, cu_seqlens, grad_patches),
         *(n_rows, n_patches, n_sequences, search_bits(n_sequences), n_prefix),
+        num_warps=THREADS // target_of(grad_tokens.device).warp_size,
         GRAD_STRIDE=row_stride(grad_tokens),
         C=n_channels,
         ROWS=rows,
@@ -254,6 +259,7 @@ def assemble_tokens_backward(
         (n_prefix + n_positions, triton.cdiv(n_channels, columns)),
         *(grad_tokens, pos_offset, cu_seqlens, grad_prefix, grad_pos_table),
         *(n_rows, n_sequences, n_prefix),
+        num_warps=THREADS // target_of(grad_tokens.device).warp_size,
         GRAD_STRIDE=row_stride(grad_tokens),
         C=n_channels,
         SEQUENCES=min(rows, 16),
@@ -273,6 +279,7 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
         mean_pool_kernel,
         (n_sequences, triton.cdiv(n_channels, columns)),
         *(x, cu_seqlens, out, n_rows, skip),
+        num_warps=THREADS // target_of(x.device).warp_size,
         X_STRIDE=row_stride(x),
         C=n_channels,
         ROWS=64,
@@ -291,6 +298,7 @@ def mean_pool_backward(grad_out: Tensor, cu_seqlens: Tensor, skip: int, n_rows: 
         mean_pool_backward_kernel,
         (triton.cdiv(n_rows, rows), triton.cdiv(n_channels, columns)),
         *(grad_out, cu_seqlens, grad_x, n_rows, n_sequences, search_bits(n_sequences), skip),
+        num_warps=THREADS // target_of(grad_out.device).warp_size,
         GRAD_STRIDE=row_stride(grad_out),
         C=n_channels,
         ROWS=rows,

@@ -24,8 +24,9 @@ cpu_only = only_on("cpu", reason="about the C++ kernels")
 triton_only = only_on("interpreter", "cuda", reason="about the Triton kernels")
 contents = only_on("cpu", reason="contents of index tensors are clamped, not checked, where reading them is a sync")
 
-# One channel, below a vector, around one, every tail of a four-vector step, DeiT-Ti to ViT-B, long rows.
-CHANNELS = thin((1, 3, 7, 16, 31, 50, 192, 384, 390, 768, 3001))
+# One channel, below a vector, around one, every tail of a four-vector step, DeiT-Ti to ViT-B, long rows; in an order
+# that leaves DeiT-S to the interpreter.
+CHANNELS = thin((1, 3, 7, 16, 50, 31, 384, 192, 390, 768, 3001))
 N_LENGTHS = 3
 
 
@@ -83,7 +84,7 @@ def test_forward_matches_reference(isa, dtype, with_residual):
 
 
 def test_forward_of_every_length(isa):
-    *args, residual = make(SEQLENS, 40, padding=1)
+    *args, residual = make(cut(SEQLENS), 40, padding=1)
     check_forward(args, residual)
 
 
@@ -145,7 +146,7 @@ def gradients(function, args, residual, grads, **kwargs):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_backward_matches_reference(isa, dtype, with_residual):
-    for channels in thin((2, 7, 50, 384, 390)):
+    for channels in thin((2, 7, 50, 390, 384)):
         *args, residual = make(cut((1, 0, 5, 130, 19, 0)), channels, dtype, padding=3)
         x, weight, bias, cu_seqlens, length_index = args
         end = int(cu_seqlens[-1])
@@ -379,39 +380,39 @@ def int32(*values):
 @pytest.mark.parametrize(
     ("changes", "error", "name"),
     [
-        ({"x": [[1.0]]}, TypeError, "x"),
-        ({"x": torch.zeros(5, 8, dtype=torch.int64)}, TypeError, "x"),
-        ({"x": torch.zeros(5, 2, 4)}, ValueError, "x"),
-        ({"x": torch.zeros(5, 0)}, ValueError, "x"),
-        pytest.param({"x": torch.zeros(4, 8)}, RuntimeError, "cu_seqlens", marks=contents),
-        ({"weight": torch.zeros(3, 7)}, ValueError, "weight"),
-        ({"weight": torch.zeros(8)}, ValueError, "weight"),
-        ({"weight": torch.zeros(3, 8, dtype=torch.float16)}, TypeError, "weight"),
-        ({"weight": None}, TypeError, "weight"),
-        ({"weight": torch.zeros(3, 8, device="meta")}, ValueError, "weight"),
-        ({"bias": torch.zeros(2, 8)}, ValueError, "bias"),
-        ({"bias": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "bias"),
-        ({"bias": None}, TypeError, "bias"),
-        ({"cu_seqlens": [0, 3, 5]}, TypeError, "cu_seqlens"),
-        ({"cu_seqlens": torch.tensor([0, 3, 5])}, TypeError, "cu_seqlens"),
-        ({"cu_seqlens": int32(0, 3, 5)[None]}, ValueError, "cu_seqlens"),
-        ({"cu_seqlens": int32()}, ValueError, "cu_seqlens"),
-        ({"cu_seqlens": int32(0, 3, 5).to("meta")}, ValueError, "cu_seqlens"),
-        pytest.param({"cu_seqlens": int32(1, 3, 5)}, RuntimeError, "cu_seqlens", marks=contents),
-        pytest.param({"cu_seqlens": int32(0, 6, 5)}, RuntimeError, "cu_seqlens", marks=contents),
-        pytest.param({"cu_seqlens": int32(0, 3, 6)}, RuntimeError, "cu_seqlens", marks=contents),
-        ({"length_index": torch.tensor([0, 1])}, TypeError, "length_index"),
-        ({"length_index": int32(0, 1, 2)}, ValueError, "length_index"),
-        pytest.param({"length_index": int32(0, 3)}, RuntimeError, "length_index", marks=contents),
-        pytest.param({"length_index": int32(-1, 0)}, RuntimeError, "length_index", marks=contents),
-        ({"eps": float("nan")}, ValueError, "eps"),
-        ({"eps": -1e-6}, ValueError, "eps"),
-        ({"eps": float("inf")}, ValueError, "eps"),
-        ({"residual": torch.zeros(5, 9)}, ValueError, "residual"),
-        ({"residual": torch.zeros(5, 8, dtype=torch.float64)}, TypeError, "residual"),
-        ({"residual": 1.0}, TypeError, "residual"),
+        (lambda: {"x": [[1.0]]}, TypeError, "x"),
+        (lambda: {"x": torch.zeros(5, 8, dtype=torch.int64)}, TypeError, "x"),
+        (lambda: {"x": torch.zeros(5, 2, 4)}, ValueError, "x"),
+        (lambda: {"x": torch.zeros(5, 0)}, ValueError, "x"),
+        pytest.param(lambda: {"x": torch.zeros(4, 8)}, RuntimeError, "cu_seqlens", marks=contents),
+        (lambda: {"weight": torch.zeros(3, 7)}, ValueError, "weight"),
+        (lambda: {"weight": torch.zeros(8)}, ValueError, "weight"),
+        (lambda: {"weight": torch.zeros(3, 8, dtype=torch.float16)}, TypeError, "weight"),
+        (lambda: {"weight": None}, TypeError, "weight"),
+        (lambda: {"weight": torch.zeros(3, 8, device="meta")}, ValueError, "weight"),
+        (lambda: {"bias": torch.zeros(2, 8)}, ValueError, "bias"),
+        (lambda: {"bias": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "bias"),
+        (lambda: {"bias": None}, TypeError, "bias"),
+        (lambda: {"cu_seqlens": [0, 3, 5]}, TypeError, "cu_seqlens"),
+        (lambda: {"cu_seqlens": torch.tensor([0, 3, 5])}, TypeError, "cu_seqlens"),
+        (lambda: {"cu_seqlens": int32(0, 3, 5)[None]}, ValueError, "cu_seqlens"),
+        (lambda: {"cu_seqlens": int32()}, ValueError, "cu_seqlens"),
+        (lambda: {"cu_seqlens": int32(0, 3, 5).to("meta")}, ValueError, "cu_seqlens"),
+        pytest.param(lambda: {"cu_seqlens": int32(1, 3, 5)}, RuntimeError, "cu_seqlens", marks=contents),
+        pytest.param(lambda: {"cu_seqlens": int32(0, 6, 5)}, RuntimeError, "cu_seqlens", marks=contents),
+        pytest.param(lambda: {"cu_seqlens": int32(0, 3, 6)}, RuntimeError, "cu_seqlens", marks=contents),
+        (lambda: {"length_index": torch.tensor([0, 1])}, TypeError, "length_index"),
+        (lambda: {"length_index": int32(0, 1, 2)}, ValueError, "length_index"),
+        pytest.param(lambda: {"length_index": int32(0, 3)}, RuntimeError, "length_index", marks=contents),
+        pytest.param(lambda: {"length_index": int32(-1, 0)}, RuntimeError, "length_index", marks=contents),
+        (lambda: {"eps": float("nan")}, ValueError, "eps"),
+        (lambda: {"eps": -1e-6}, ValueError, "eps"),
+        (lambda: {"eps": float("inf")}, ValueError, "eps"),
+        (lambda: {"residual": torch.zeros(5, 9)}, ValueError, "residual"),
+        (lambda: {"residual": torch.zeros(5, 8, dtype=torch.float64)}, TypeError, "residual"),
+        (lambda: {"residual": 1.0}, TypeError, "residual"),
     ],
 )
 def test_bad_inputs_are_named(changes, error, name):
     with pytest.raises(error, match=rf"\b{name}\b"):
-        ops.tal_layer_norm(**replaced(**changes))
+        ops.tal_layer_norm(**replaced(**changes()))
