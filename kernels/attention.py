@@ -224,7 +224,8 @@ def varlen_attention(
     lse = q.new_empty(n_heads, q.shape[0], dtype=torch.float32)
     q_factor, score_scale = _split_scale(scale, q.dtype)
     work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
-    for schedule in schedules.forward(target_of(q.device), head_dim, q.dtype):
+    target = target_of(q.device)
+    for schedule in schedules.forward(target, head_dim, q.dtype):
         if schedule.beyond(max_seqlen_k):
             break
         first_tile, n_tiles = work.of(schedule.first_class, schedule.last_class)
@@ -234,7 +235,7 @@ def varlen_attention(
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
             work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor, score_scale,
             N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
-            DIM_PARTS=schedules.head_dim_parts(head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m, CAUSAL=causal,
+            DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m, CAUSAL=causal,
             SCALE_Q=q_factor != 1, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
     zero_padding(out, lse, cu_seqlens_q, work)

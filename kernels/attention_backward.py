@@ -355,11 +355,12 @@ def varlen_attention_backward(
     query_tiles = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     self_attention = same_tensor(cu_seqlens_q, cu_seqlens_k) and q.shape[0] == k.shape[0]
     key_tiles = query_tiles if self_attention else Tiles(cu_seqlens_k, k.shape[0], cu_seqlens_k, k.shape[0], None, ())
+    target = target_of(q.device)
     shared = {
         "N_HEADS": n_heads,
         "N_REP": n_heads // n_key_heads,
         "HEAD_DIM": head_dim,
-        "DIM_PARTS": schedules.head_dim_parts(head_dim, q.dtype),
+        "DIM_PARTS": schedules.head_dim_parts(target, head_dim, q.dtype),
         "CAUSAL": causal,
         "SCALE_Q": q.dtype == torch.float32,
         "STRIDE_ALIGN": stride_alignment(grad_out, q, k, v, out),
@@ -368,7 +369,7 @@ def varlen_attention_backward(
     # As in the forward pass, float32 queries take the scale and spare the scores a rounding.
     factors = (scale, 1.0) if q.dtype == torch.float32 else (1.0, scale)
     rows = (q.shape[0], k.shape[0], query_tiles.n_sequences)
-    plan = schedules.backward(target_of(q.device), head_dim, q.dtype, self_attention)
+    plan = schedules.backward(target, head_dim, q.dtype, self_attention, n_heads != n_key_heads)
     for schedule in plan.fused:
         if schedule.beyond(max_seqlen_k):
             break

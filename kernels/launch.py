@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +52,10 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 4 * 64 * 512, 32, 64 * 1024),
     )
 }
+
+
+INTERPRETER = replace(TARGETS["sm_90"], name="interpreter")
+"""Triton's interpreter, which has registers without end but takes milliseconds for every operation."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,11 @@ def _device_target(index: int | None) -> Target:
 def target_of(device: torch.device) -> Target:
     """The target whose launch choices fit `device`; that of `assume_target` where one is assumed.
 
-    CPU tensors are met in Triton's interpreter only, which runs the choices of sm_90 unless told otherwise.
+    CPU tensors are met in Triton's interpreter only.
     """
     if _assumed is not None:
         return _assumed
-    return TARGETS["sm_90"] if device.type == "cpu" else _device_target(device.index)
+    return INTERPRETER if device.type == "cpu" else _device_target(device.index)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from revit_fast.kernels.launch import Target
+from revit_fast.kernels.launch import INTERPRETER, Target
 
 TILE_ROWS = 64
 """Query rows of one tile of the work list."""
@@ -44,9 +44,11 @@ def parts_of(extent: int, widest: int = 256) -> Parts:
     return tuple(parts)
 
 
-def head_dim_parts(head_dim: int, dtype: torch.dtype) -> Parts:
+def head_dim_parts(target: Target, head_dim: int, dtype: torch.dtype) -> Parts:
     """Parts of the head dimension; narrow for float32, where without tensor cores a thread holds whole rows of them."""
-    return parts_of(head_dim, 16 if dtype == torch.float32 else 256)
+    if dtype != torch.float32:
+        return parts_of(head_dim)
+    return parts_of(head_dim, 64 if target == INTERPRETER else 16)
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,21 @@ _CHOICES: dict[tuple[str, int], Choices] = {
     ("sm_120", 80): Choices((256, 64, 32, 4), (64, 64, 4, 2), None, (32, 64, 4, 2), (64, 32, 4, 1), 0),
     ("sm_120", 128): Choices((64, 64, 256, 4), (32, 64, 4, 2), None, (32, 64, 4, 1), (64, 32, 4, 1), 8),
     ("sm_120", 256): Choices(None, (32, 64, 8, 1), None, (32, 64, 8, 1), (64, 16, 8, 1), 0),
-    ("gfx942", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
-    ("gfx942", 80): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
-    ("gfx942", 128): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 1), 4),
+    ("gfx942", 64): Choices((256, 208, 256, 4), (64, 64, 4, 1), (128, 64, 4), (64, 64, 4, 1), (64, 32, 4, 1), 4),
+    ("gfx942", 80): Choices((256, 208, 256, 4), (64, 64, 4, 1), (128, 64, 4), (64, 64, 4, 1), (64, 32, 4, 1), 4),
+    ("gfx942", 128): Choices((256, 208, 256, 4), (64, 64, 4, 1), (64, 64, 4), (64, 64, 4, 1), (64, 32, 4, 1), 4),
     ("gfx942", 256): Choices(None, (32, 64, 4, 1), None, (32, 64, 4, 1), (64, 16, 4, 1), 0),
 }
+
+_INTERPRETED = Choices((256, 256, 256, 4), (64, 64, 4, 1), (256, 64, 4), (64, 64, 4, 1), (64, 64, 4, 1), 4)
+
+_FLOAT32 = {
+    "sm_80": ((16, 16, 2), (16, 16, 2), (16, 16, 2)),
+    "gfx942": ((32, 32, 2), (32, 16, 2), (32, 16, 2)),
+    "interpreter": ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
+}
+"""(keys, rows, warps) of the forward pass and of the gradients of queries and of keys and values, in float32: products
+without tensor cores hold few rows, and few threads hold them, so that each reads and writes 16 bytes at a time."""
 
 _TWO_WARPS_KEYS = {"sm_80": 112, "sm_120": 64}
 """At head dimensions up to 64 classes of at most so many keys take two warps, where products are per warp (mma.sync): a
@@ -162,7 +174,7 @@ key that a warp reads from shared memory then serves 32 rows instead of 16. More
 
 def _choices(target: Target, head_dim: int) -> Choices:
     bound = next(bound for bound in (64, 80, 128, 256) if head_dim <= bound)
-    return _CHOICES[target.name, bound]
+    return _CHOICES.get((target.name, bound), _INTERPRETED)
 
 
 def _block(name: str, first_class: int, tile: tuple[int, int, int, int]) -> Schedule:
@@ -170,16 +182,18 @@ def _block(name: str, first_class: int, tile: tuple[int, int, int, int]) -> Sche
     return Schedule(name, first_class, STREAMING, keys, block_m=rows, num_warps=warps, num_stages=stages)
 
 
-def _float32(target: Target, keys: int, rows: int) -> Schedule:
-    """Products without tensor cores, over few enough threads that each reads and writes 16 bytes at a time."""
-    return Schedule("streaming", 0, STREAMING, keys, block_m=rows, num_warps=128 // target.warp_size)
+def _float32(target: Target) -> tuple[Schedule, ...]:
+    return tuple(
+        Schedule("streaming", 0, STREAMING, keys, block_m=rows, num_warps=warps)
+        for keys, rows, warps in _FLOAT32.get(target.name, _FLOAT32["sm_80"])
+    )
 
 
 @lru_cache(maxsize=256)
 def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, ...]:
     """Schedules of the forward pass, which together serve every class once."""
     if dtype == torch.float32:
-        return (_float32(target, 32, 32),)
+        return (_float32(target)[0],)
     choices = _choices(target, head_dim)
     most_keys, block_keys, widest, warps = choices.short or (0, 0, 0, 0)
     short = []
@@ -200,17 +214,29 @@ class Backward(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def backward(target: Target, head_dim: int, dtype: torch.dtype, self_attention: bool) -> Backward:
-    """Schedules of the backward pass."""
+def backward(
+    target: Target, head_dim: int, dtype: torch.dtype, self_attention: bool, grouped: bool = False
+) -> Backward:
+    """Schedules of the backward pass.
+
+    Args:
+        target: the chip.
+        head_dim: D.
+        dtype: of the rows.
+        self_attention: whether queries and keys are the same rows, so that one tile may hold a whole sequence.
+        grouped: whether several query heads share a key head; the loop over them takes registers of its own.
+    """
     if dtype == torch.float32:
-        return Backward((), (_float32(target, 32, 32),), (_float32(target, 32, 16),))
+        _, grad_q, grad_kv = _float32(target)
+        return Backward((), (grad_q,), (grad_kv,))
     choices = _choices(target, head_dim)
     n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention and choices.fused_warps else 0
     fused = tuple(
         Schedule("fused", i, i, KEY_CLASSES[i], block_m=KEY_CLASSES[i], num_warps=choices.fused_warps)
         for i in range(n_fused)
     )
-    grad_kv = (_block("streaming", n_fused, choices.grad_kv),)
+    keys, rows, warps, stages = choices.grad_kv
+    grad_kv = (_block("streaming", n_fused, (keys, min(rows, 32) if grouped else rows, warps, stages)),)
     if choices.grad_q_short is None:
         return Backward(fused, (_block("streaming", n_fused, choices.grad_q),), grad_kv)
     widest, rows, warps = choices.grad_q_short
