@@ -235,8 +235,9 @@ def varlen_attention(
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
             work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor, score_scale,
             N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
-            DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m, CAUSAL=causal,
-            SCALE_Q=q_factor != 1, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS, **schedule.launch_options(),
+            DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m,
+            CAUSAL=causal, SCALE_Q=q_factor != 1, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS,
+            **schedule.launch_options(),
         )  # fmt: skip
     zero_padding(out, lse, cu_seqlens_q, work)
     return out, lse

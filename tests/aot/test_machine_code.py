@@ -7,7 +7,15 @@ import re
 
 import pytest
 
-SPILL_EXCEPTIONS: dict[str, str] = {}
+_FP32_BACKWARD = (
+    "float32 products fill the registers with their operands; ptxas parks 2 to 4 of them, and no other tile tried is "
+    "clean on all of this chip's head dimensions"
+)
+SPILL_EXCEPTIONS: dict[str, str] = {
+    "sm_90-attention-bwd-fp32-64-L197-grouped-1-attention_grad_kv_backward": _FP32_BACKWARD,
+    "sm_120-attention-bwd-fp32-128-L32-0-attention_grad_q_backward": _FP32_BACKWARD,
+    "sm_120-attention-bwd-fp32-64-L50-causal-0-attention_grad_q_backward": _FP32_BACKWARD,
+}
 """Launches that may spill, by their test's id or a prefix of it, each with the reason. One that is not needed fails."""
 
 NARROW_LOADS = ("attention_tiles_kernel", "attention_padding_kernel")
@@ -46,8 +54,9 @@ def narrow_accesses(kernel: str, code) -> list[str]:
 def test_code(compilation, code):
     """One launch on one chip."""
     faults = []
-    spills = f"{code.spilled_registers} registers, {code.spilled_scalars} scalars, {code.stack_bytes} bytes of stack"
-    spilled = code.spilled_registers + code.spilled_scalars + code.stack_bytes > 0
+    spills = f"{code.spilled_registers} registers, {code.stack_bytes} bytes of stack"
+    # Scalars that gfx942 parks in lanes of vector registers stay on the chip; in memory they would count as stack.
+    spilled = code.spilled_registers + code.stack_bytes > 0
     reason = spill_exception(str(compilation))
     if spilled and reason is None:
         faults.append(f"spills {spills}")
