@@ -28,7 +28,9 @@ INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest --device=interpreter te
 OTHER_TORCH ?= torch==2.13.0
 test-abi: build
 	$(PYTHON) -m venv $(VENV)-abi
-	$(VENV)-abi/bin/python -m pip install -q "$(OTHER_TORCH)" numpy "pillow>=13,<14" hypothesis pytest pytest-timeout
+	$(VENV)-abi/bin/python -m pip install -q "$(OTHER_TORCH)" numpy "pillow>=13,<14" hypothesis pytest pytest-timeout \
+	    "setuptools>=77"
+	REVIT_FAST_NO_EXTENSION=1 $(VENV)-abi/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	$(VENV)-abi/bin/python -m pytest tests/test_packing.py tests/test_attention.py tests/test_layer_norm.py \
 	    tests/test_tokens.py tests/test_resize.py -k "not compile"
 
@@ -48,10 +50,12 @@ format: $(VENV)/installed
 
 build: $(VENV)/built
 
-# torch and torchvision in one step, so that each is downloaded once and they fit each other.
+# In one step, so that each is downloaded once and they fit each other. Tests hold the machine code of GPU kernels, which
+# is the work of the compiler that torch brings: they need this one.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "setuptools>=77" ninja "torch>=2.10" torchvision
+	$(BIN)/python -m pip install -q "setuptools>=77" ninja $(TORCH)
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,bench,demo,lint]"
 	touch $@
 

@@ -154,18 +154,20 @@ def tal_layer_norm_backward_kernel(
     local = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_C)[None, :]
     in_row = cols < C
-    w = tl.load(weight + length * C + cols, mask=in_row & in_pack, other=0.0).to(tl.float32)
+    # Masks are compared as vectors: the interpreter of Triton 3.9 takes a vector and a scalar truth for integers.
+    row_in_pack = sequence + local * 0 < n_sequences
+    w = tl.load(weight + length * C + cols, mask=in_row & (sequence + cols * 0 < n_sequences), other=0.0).to(tl.float32)
     sum_weight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     sum_bias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for first in range(start, stop, ROWS):
         rows = first + local
         exists = rows < stop
         write = exists[:, None] & in_row
-        read = write & in_pack
+        read = write & row_in_pack[:, None]
         grad = tl.load(_rows(grad_y, first, local, GRAD_Y_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         s = tl.load(_rows(x, first, local, X_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
-        centre = tl.load(mean + rows, mask=exists & in_pack, other=0.0)[:, None]
-        scale = tl.load(rstd + rows, mask=exists & in_pack, other=0.0)[:, None]
+        centre = tl.load(mean + rows, mask=exists & row_in_pack, other=0.0)[:, None]
+        scale = tl.load(rstd + rows, mask=exists & row_in_pack, other=0.0)[:, None]
         # The mean was rounded when it was stored: what is left of it goes, as in the forward pass.
         centred = tl.where(in_row, s - centre, 0.0)
         correction = tl.sum(centred, axis=1, keep_dims=True) / C
@@ -185,8 +187,9 @@ def tal_layer_norm_backward_kernel(
     tl.store(part_length + part, tl.where(counts, length, -1))
     channels = tl.arange(0, BLOCK_C)
     sums = part_sums + part.to(tl.int64) * (2 * C) + channels
-    tl.store(sums, tl.sum(sum_weight, axis=0), mask=(channels < C) & counts)
-    tl.store(sums + C, tl.sum(sum_bias, axis=0), mask=(channels < C) & counts)
+    written = (channels < C) & (start + channels * 0 < stop) & (sequence + channels * 0 < n_sequences)
+    tl.store(sums, tl.sum(sum_weight, axis=0), mask=written)
+    tl.store(sums + C, tl.sum(sum_bias, axis=0), mask=written)
 
 
 @triton.jit(do_not_specialize=["n_parts"])

@@ -140,15 +140,20 @@ def patch_embed_table_backward_kernel(
         patch = row - n_prefix - tl.load(pos_offset + sequence, mask=exists, other=0)
         local = tl.where(is_prefix, row, n_prefix + patch)
         token = begin + sequence * n_prefix + local
-        has_token = exists & (is_prefix | ((patch >= 0) & (patch < end - begin))) & (token >= 0) & (token < n_rows)
+        has_token = (
+            exists
+            & ((row + sequence * 0 < n_prefix) | ((patch >= 0) & (patch < end - begin)))
+            & (token >= 0)
+            & (token < n_rows)
+        )
         total += tl.load(
             grad_tokens + token[:, None].to(tl.int64) * GRAD_STRIDE + cols[None, :],
             mask=has_token[:, None] & in_row[None, :],
             other=0.0,
         ).to(tl.float32)
     out = rounded(tl.sum(total, axis=0), grad_prefix.dtype.element_ty)
-    tl.store(grad_prefix + row.to(tl.int64) * C + cols, out, mask=in_row & is_prefix)
-    tl.store(grad_pos_table + (row - n_prefix).to(tl.int64) * C + cols, out, mask=in_row & (not is_prefix))
+    tl.store(grad_prefix + row.to(tl.int64) * C + cols, out, mask=in_row & (row + cols * 0 < n_prefix))
+    tl.store(grad_pos_table + (row - n_prefix).to(tl.int64) * C + cols, out, mask=in_row & (row + cols * 0 >= n_prefix))
 
 
 @triton.jit(do_not_specialize=["n_rows", "skip"])
