@@ -4,25 +4,26 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-abi bench lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-abi bench lint format build clean
 
 ## Main job on real photographs: mixed grids in one packed forward, against timm.
 demo: build
 	$(BIN)/python -m bench.demo
 
-## The test suite, then the GPU kernels in Triton's interpreter, which needs a process of its own.
+## The test suite, and the GPU kernels in Triton's interpreter, which needs a process of its own: both at a time.
 test: build
-	$(BIN)/python -m pytest tests
-	$(INTERPRETED)
+	$(MAKE) -j2 --output-sync=target test-suite test-interpreter
 
 ## Also the machine code of every GPU kernel, dtype, size and schedule, for every chip.
 test-full: build
-	$(BIN)/python -m pytest tests -m ""
-	$(INTERPRETED)
+	$(MAKE) -j2 --output-sync=target test-suite test-interpreter PYTEST_SCOPE='-m ""'
 
-INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py \
-    tests/test_layer_norm.py tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py \
-    tests/test_tutorial_attention.py
+test-suite:
+	$(BIN)/python -m pytest tests $(PYTEST_SCOPE)
+
+test-interpreter:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py tests/test_layer_norm.py \
+	    tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_tutorial_attention.py
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0

@@ -25,7 +25,7 @@ struct LayerNormArgs {
   bool streams_sum;  // `sum` is not read again soon, so it should not displace what is in the caches
 };
 
-inline constexpr int64_t kLayerNormBackwardScratchRows = 4;
+inline constexpr int64_t kLayerNormBackwardScratchRows = 10;
 
 struct LayerNormBackwardArgs {
   const void* grad_y;

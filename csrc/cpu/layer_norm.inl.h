@@ -203,7 +203,8 @@ void layer_norm_forward(const LayerNormArgs& args) {
 }
 
 // Channels c to c + N of kRows rows at once, so that the running sums over rows are loaded and stored once for all of
-// them; they add in the order of the rows, whatever kRows. Leaves xhat and h of row r in scratch rows 2r and 2r + 1.
+// them. They grow by sums of kRows, and what that rounds off is kept in two more rows of `lost`. Leaves xhat and h of
+// row r in scratch rows 2r and 2r + 1.
 template <class T, int kRows>
 struct BackwardSums {
   using C = Compute<T>;
@@ -216,15 +217,29 @@ struct BackwardSums {
   const C* rstd;
   C* grad_weight;
   C* grad_bias;
+  C* lost;
   C* scratch;
   int64_t n_channels;
+
+  // total[0 : n] += value
+  REVIT_INLINE static void grow(V value, int64_t n, C* total, C* lost) {
+    V sum = n < N ? load_first<N>(total, n) : load<N>(total), rest = n < N ? load_first<N>(lost, n) : load<N>(lost);
+    add_exactly(value, &sum, &rest);
+    if (n < N) {
+      store_first<N>(total, sum, n);
+      store_first<N>(lost, rest, n);
+    } else {
+      store<N>(total, sum);
+      store<N>(lost, rest);
+    }
+  }
 
   void operator()(C* sum_h, C* sum_hx) const {
     V h_sums[kRows] = {}, hx_sums[kRows] = {};
     int64_t c = 0;
     for (; c + N <= n_channels; c += N) {
       const V w = load<N>(weight + c);
-      V dw = load<N>(grad_weight + c), db = load<N>(grad_bias + c);
+      V dw = {}, db = {};
       for (int r = 0; r < kRows; ++r) {
         const V g = load<N>(grad_y + r * n_channels + c);
         const V xhat = (load<N>(x + r * n_channels + c) - mean[r]) * rstd[r];
@@ -236,12 +251,12 @@ struct BackwardSums {
         dw += g * xhat;
         db += g;
       }
-      store<N>(grad_weight + c, dw);
-      store<N>(grad_bias + c, db);
+      grow(dw, N, grad_weight + c, lost + c);
+      grow(db, N, grad_bias + c, lost + n_channels + c);
     }
     if (const int64_t n = n_channels - c) {
       const V w = load_first<N>(weight + c, n);
-      V dw = load_first<N>(grad_weight + c, n), db = load_first<N>(grad_bias + c, n);
+      V dw = {}, db = {};
       for (int r = 0; r < kRows; ++r) {
         const V g = load_first<N>(grad_y + r * n_channels + c, n);
         const V xhat = keep_first<C, N>((load_first<N>(x + r * n_channels + c, n) - mean[r]) * rstd[r], n);
@@ -253,8 +268,8 @@ struct BackwardSums {
         dw += g * xhat;
         db += g;
       }
-      store_first<N>(grad_weight + c, dw, n);
-      store_first<N>(grad_bias + c, db, n);
+      grow(dw, n, grad_weight + c, lost + c);
+      grow(db, n, grad_bias + c, lost + n_channels + c);
     }
     for (int r = 0; r < kRows; ++r) {
       sum_h[r] = reduce_add<C, N>(h_sums[r]);
@@ -284,7 +299,7 @@ REVIT_INLINE void backward_write(const Compute<T>* xhat, const Compute<T>* h, co
 template <class T>
 void layer_norm_backward(const LayerNormBackwardArgs& args) {
   using C = Compute<T>;
-  constexpr int kRows = kLayerNormBackwardScratchRows / 2;
+  constexpr int kRows = (kLayerNormBackwardScratchRows - 2) / 2;
   const int64_t n_channels = args.n_channels;
   const C count = static_cast<C>(n_channels);
   const T* grad_y = static_cast<const T*>(args.grad_y);
@@ -297,6 +312,8 @@ void layer_norm_backward(const LayerNormBackwardArgs& args) {
   C* grad_weight = static_cast<C*>(args.grad_weight);
   C* grad_bias = static_cast<C*>(args.grad_bias);
   C* scratch = static_cast<C*>(args.scratch);
+  C* lost = scratch + 2 * kRows * n_channels;
+  std::fill_n(lost, 2 * n_channels, C(0));
   std::fill_n(grad_weight, n_channels, C(0));
   std::fill_n(grad_bias, n_channels, C(0));
   for (int64_t row = 0; row < args.n_rows;) {
@@ -305,11 +322,11 @@ void layer_norm_backward(const LayerNormBackwardArgs& args) {
     const int64_t n = args.n_rows - row >= kRows ? kRows : 1;
     C sum_h[kRows], sum_hx[kRows];
     if (n == kRows) {
-      BackwardSums<T, kRows>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, scratch, n_channels}(sum_h,
-                                                                                                                sum_hx);
+      BackwardSums<T, kRows>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, lost, scratch, n_channels}(
+          sum_h, sum_hx);
     } else {
-      BackwardSums<T, 1>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, scratch, n_channels}(sum_h,
-                                                                                                            sum_hx);
+      BackwardSums<T, 1>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, lost, scratch, n_channels}(
+          sum_h, sum_hx);
     }
     for (int64_t r = 0; r < n; ++r, ++row) {
       const int64_t at = row * n_channels;
@@ -322,6 +339,10 @@ void layer_norm_backward(const LayerNormBackwardArgs& args) {
         backward_write<T, false>(xhat, xhat + n_channels, nullptr, mean_h, mean_hx, rstd[row], grad_x + at, n_channels);
       }
     }
+  }
+  for (int64_t c = 0; c < n_channels; ++c) {
+    grad_weight[c] += lost[c];
+    grad_bias[c] += lost[n_channels + c];
   }
 }
 
@@ -336,14 +357,16 @@ void layer_norm_reduce(const LayerNormReduceArgs& args) {
     W* out = static_cast<W*>(which == 0 ? args.grad_weight : args.grad_bias);
     int64_t c = 0;
     for (; c + N <= n_channels; c += N) {
-      V sum = {};
-      for (int64_t p = 0; p < args.n_parts; ++p) sum += load<N>(parts + 2 * p * n_channels + c);
-      store<N>(out + c, sum);
+      V sum = {}, lost = {};
+      for (int64_t p = 0; p < args.n_parts; ++p) add_exactly(load<N>(parts + 2 * p * n_channels + c), &sum, &lost);
+      store<N>(out + c, sum + lost);
     }
     if (const int64_t n = n_channels - c) {
-      V sum = {};
-      for (int64_t p = 0; p < args.n_parts; ++p) sum += load_first<N>(parts + 2 * p * n_channels + c, n);
-      store_first<N>(out + c, sum, n);
+      V sum = {}, lost = {};
+      for (int64_t p = 0; p < args.n_parts; ++p) {
+        add_exactly(load_first<N>(parts + 2 * p * n_channels + c, n), &sum, &lost);
+      }
+      store_first<N>(out + c, sum + lost, n);
     }
   }
 }

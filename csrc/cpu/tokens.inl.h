@@ -1,19 +1,10 @@
 // Row arithmetic behind token assembly and mean pooling (see tokens.h for the formulas).
 //
 // Every channel is added up alone: blocks of kSumBlock rows, whose sums are added in turn with the rounding error of
-// each addition kept and added at the end (Knuth's TwoSum). The order depends on the number of rows only, and the error
+// each addition kept and added at the end. The order depends on the number of rows only, and the error
 // hardly grows with it.
 
 constexpr int64_t kSumBlock = 8;
-
-// total += value; the part that rounding loses is added to lost. C is a number or a vector.
-template <class C>
-REVIT_INLINE void add_exactly(C value, C* total, C* lost) {
-  const C sum = *total + value;
-  const C added = sum - *total;
-  *lost += (*total - (sum - added)) + (value - added);
-  *total = sum;
-}
 
 template <class T>
 void add_elements(const AddArgs& args) {

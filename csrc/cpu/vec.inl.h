@@ -188,3 +188,12 @@ REVIT_INLINE T reduce_max(Vec<T, N> v) {
     return reduce_max<T, N / 2>(low > high ? low : high);
   }
 }
+
+// total += value; what rounding loses is added to `lost` (Knuth's TwoSum). C is a number or a vector.
+template <class C>
+REVIT_INLINE void add_exactly(C value, C* total, C* lost) {
+  const C sum = *total + value;
+  const C added = sum - *total;
+  *lost += (*total - (sum - added)) + (value - added);
+  *total = sum;
+}
