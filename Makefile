@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-abi bench lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-abi bench bench-model lint format build clean
 
 ## Main job on real photographs: mixed grids in one packed forward, against timm.
 demo: build
@@ -38,6 +38,10 @@ test-abi: build
 ## Speed of every op and of the model beside its peers; tables in bench/results/.
 bench: build
 	$(BIN)/python -m pytest bench -p no:cacheprovider --benchmark-columns=median,iqr,rounds
+
+## The model beside its peers at all sizes, batches and mixes; ARGS=--quick for a few small cases.
+bench-model: build
+	$(BIN)/python -m bench.model $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -77,4 +77,17 @@ inline void check_length_index(const Tensor& length_index, int64_t batch, int64_
   }
 }
 
+// Checks that `pos_offset` is a contiguous int32 CPU vector [B] and that every sequence's patches lie within the table.
+inline void check_pos_offset(const Tensor& pos_offset, const int32_t* cu_seqlens, int64_t batch, int64_t table_rows) {
+  STD_TORCH_CHECK(pos_offset.is_cpu() && pos_offset.scalar_type() == ScalarType::Int && pos_offset.dim() == 1 &&
+                      pos_offset.size(0) == batch && pos_offset.is_contiguous(),
+                  "pos_offset must be a contiguous int32 CPU vector [B = ", batch, "]");
+  const int32_t* offset = static_cast<const int32_t*>(pos_offset.const_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t n = cu_seqlens[b + 1] - cu_seqlens[b];
+    STD_TORCH_CHECK(offset[b] >= 0 && offset[b] + n <= table_rows, "pos_offset of sequence ", b, " is ", offset[b],
+                    ": its ", n, " patches must lie within the ", table_rows, " rows of pos_table");
+  }
+}
+
 }  // namespace revit

@@ -71,6 +71,12 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
   m.def(
       "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, "
       "bool bicubic, SymInt n_rows) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor");
+  m.def(
+      "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
+      "Tensor prefix, Tensor[] weights, SymInt n_heads, SymInt head_dim, SymInt hidden, SymInt n_lengths, float eps, "
+      "SymInt activation, SymInt n_pooled) -> Tensor");
+  m.def("cpu_panel() -> int");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
   m.def("select_cpu_isa(str isa) -> ()");

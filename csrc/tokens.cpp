@@ -27,18 +27,6 @@ void check_matrix_like(const Tensor& t, const Tensor& like, const char* name) {
                   name, " must be a CPU matrix with the dtype and the channels of the rows");
 }
 
-void check_pos_offset(const Tensor& pos_offset, const int32_t* cu_seqlens, int64_t batch, int64_t table_rows) {
-  STD_TORCH_CHECK(pos_offset.is_cpu() && pos_offset.scalar_type() == ScalarType::Int && pos_offset.dim() == 1 &&
-                      pos_offset.size(0) == batch && pos_offset.is_contiguous(),
-                  "pos_offset must be a contiguous int32 CPU vector [B = ", batch, "]");
-  const int32_t* offset = ints(pos_offset);
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t n = cu_seqlens[b + 1] - cu_seqlens[b];
-    STD_TORCH_CHECK(offset[b] >= 0 && offset[b] + n <= table_rows, "pos_offset of sequence ", b, " is ", offset[b],
-                    ": its ", n, " patches must lie within the ", table_rows, " rows of pos_table");
-  }
-}
-
 Tensor assemble_tokens(const Tensor& patches_in, const Tensor& prefix_in, const Tensor& pos_table_in,
                        const Tensor& pos_offset, const Tensor& cu_seqlens) {
   check_matrix(patches_in, "patches");

@@ -11,17 +11,13 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "parallel.h"
+#include "attention_plan.h"
 
 namespace revit {
 namespace {
 
 using cpu::AttentionArgs;
 using cpu::AttentionItem;
-
-// Items per thread that the longest sequences are cut for; more balance better, but each packs its keys again.
-constexpr int64_t kItemsPerThread = 4;
-// An item shorter than this many row tiles would spend its time packing keys.
-constexpr int64_t kMinTilesPerItem = 4;
 
 // `t` itself where its last dimension is contiguous.
 Tensor rows_contiguous(const Tensor& t) {
@@ -31,9 +27,11 @@ Tensor rows_contiguous(const Tensor& t) {
 cpu::Heads heads_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 cpu::MutableHeads mutable_heads_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1)}; }
 
+const int32_t* offsets_of(const Tensor& cu_seqlens) { return static_cast<const int32_t*>(cu_seqlens.const_data_ptr()); }
+
 void check_max_seqlen(const std::optional<int64_t>& limit, const Tensor& cu_seqlens, const char* name) {
   if (!limit.has_value()) return;
-  const int32_t* offsets = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int32_t* offsets = offsets_of(cu_seqlens);
   for (int64_t b = 0; b + 1 < cu_seqlens.size(0); ++b) {
     STD_TORCH_CHECK(offsets[b + 1] - offsets[b] <= *limit, name, " is ", *limit, ", but sequence ", b, " has ",
                     offsets[b + 1] - offsets[b], " rows");
@@ -62,60 +60,6 @@ int64_t check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   check_max_seqlen(max_seqlen_q, cu_seqlens_q, "max_seqlen_q");
   check_max_seqlen(max_seqlen_k, cu_seqlens_k, "max_seqlen_k");
   return batch;
-}
-
-double cost_of(const AttentionItem& item) {
-  return static_cast<double>(item.n_rows) * static_cast<double>(item.n_keys + 1);
-}
-
-// One item per sequence and key head, long sequences cut into parts of whole row tiles where that lets all threads work
-// (`row_tile` 0: never), the most expensive sequences first.
-std::vector<AttentionItem> plan(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t kv_heads,
-                                int64_t row_tile) {
-  const int32_t* q_offsets = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
-  const int32_t* k_offsets = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
-  std::vector<AttentionItem> whole;
-  double total = 0;
-  for (int64_t b = 0; b + 1 < cu_seqlens_q.size(0); ++b) {
-    AttentionItem item = {};
-    item.q_begin = q_offsets[b];
-    item.n_queries = item.n_rows = q_offsets[b + 1] - q_offsets[b];
-    item.k_begin = k_offsets[b];
-    item.n_keys = k_offsets[b + 1] - k_offsets[b];
-    if (item.n_rows == 0 && item.n_keys == 0) continue;
-    whole.push_back(item);
-    total += cost_of(item) * static_cast<double>(kv_heads);
-  }
-  std::stable_sort(whole.begin(), whole.end(),
-                   [](const AttentionItem& a, const AttentionItem& b) { return cost_of(a) > cost_of(b); });
-
-  const int64_t n_threads = torch::stable::get_num_threads();
-  const double target = total / static_cast<double>(n_threads * kItemsPerThread);
-  std::vector<AttentionItem> items;
-  const auto add_head = [&](AttentionItem item, int64_t head) {
-    const int64_t n_rows = item.n_rows;
-    int64_t rows_per_item = n_rows;
-    if (n_threads > 1 && row_tile > 0 && cost_of(item) > target) {
-      const double rows = target / static_cast<double>(item.n_keys + 1);
-      const int64_t tiles = std::max(kMinTilesPerItem, static_cast<int64_t>(rows) / row_tile);
-      rows_per_item = std::min(rows_per_item, tiles * row_tile);
-    }
-    item.kv_head = head;
-    do {
-      item.n_rows = std::min(rows_per_item, n_rows - item.first_row);
-      items.push_back(item);
-      item.first_row += item.n_rows;
-    } while (item.first_row < n_rows);
-  };
-  // As many sequences at a time as there are threads, head by head: each thread tends to keep to one of them, whose
-  // next head the kernel prefetches.
-  for (size_t begin = 0; begin < whole.size(); begin += n_threads) {
-    const size_t end = std::min(whole.size(), begin + static_cast<size_t>(n_threads));
-    for (int64_t head = 0; head < kv_heads; ++head) {
-      for (size_t s = begin; s < end; ++s) add_head(whole[s], head);
-    }
-  }
-  return items;
 }
 
 void fill_common(AttentionArgs& args, const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
@@ -151,7 +95,7 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
                                             double scale, bool causal, std::optional<Tensor> tiles,
                                             std::vector<int64_t> tile_counts) {
-  check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  const int64_t batch = check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   q = rows_contiguous(q);
   k = rows_contiguous(k);
   v = rows_contiguous(v);
@@ -170,7 +114,8 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
   args.lse = lse.mutable_data_ptr();
   const cpu::AttentionKernels& kernels = cpu::kernels().attention;
   const auto kernel = kernels.forward[static_cast<int>(dtype_of(q, "q"))];
-  const std::vector<AttentionItem> items = plan(cu_seqlens_q, cu_seqlens_k, k.size(1), kernels.row_tile);
+  const std::vector<AttentionItem> items =
+      plan_attention(offsets_of(cu_seqlens_q), offsets_of(cu_seqlens_k), batch, k.size(1), kernels.row_tile);
   for_each_task(items.size(), [&](int64_t i) {
     if (items[i].n_rows > 0) kernel(args, items[i]);
   });
@@ -181,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     Tensor cu_seqlens_q, Tensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
     double scale, bool causal, std::optional<Tensor> tiles, std::vector<int64_t> tile_counts) {
-  check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  const int64_t batch = check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const auto like_q = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
                         t.scalar_type() == q.scalar_type() && t.is_cpu(),
@@ -218,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
   args.grad_k = mutable_heads_of(grad_k);
   args.grad_v = mutable_heads_of(grad_v);
   const auto kernel = cpu::kernels().attention.backward[static_cast<int>(dtype_of(q, "q"))];
-  const std::vector<AttentionItem> items = plan(cu_seqlens_q, cu_seqlens_k, k.size(1), 0);
+  const std::vector<AttentionItem> items =
+      plan_attention(offsets_of(cu_seqlens_q), offsets_of(cu_seqlens_k), batch, k.size(1), 0);
   for_each_task(items.size(), [&](int64_t i) { kernel(args, items[i]); });
   return {grad_q, grad_k, grad_v};
 }

@@ -1,411 +1,18 @@
-"""`optimize`: an inference copy of a model, which on a GPU replays CUDA graphs instead of launching kernels one by one.
-
-A graph replays fixed shapes, so batches are rounded up to buckets:
-
-- Patch rows: multiples of 128 up to 1,024, then eight sizes an octave, so that beyond 1,024 rows less than 12.5 % of
-  the real rows are added. What is added is padding, whose result every op leaves zero.
-- Sequences: as many slots as the bucket holds sequences of the shortest configured length (doubled where a batch of
-  smaller images needs more). Slots without an image are sequences of no patches. `assemble_tokens` still writes their
-  prefix tokens, but the layout of the tokens ends before them: for every later op they are padding and cost no tile.
-- Tiles of each class: grown to what the bucket's batches needed so far, rounded up; a class never met launches nothing.
-
-Everything up to the replay is host arithmetic on lengths that the host knows: no device memory is read back, and all
-index tensors of a batch travel in one copy.
-"""
+"""`optimize`: an inference copy of a model, fused over packed weights on a CPU, replayed from CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from revit_fast.layers import FoldedEmbedding
-from revit_fast.model import Inputs, PatchRows, ReViT
-from revit_fast.packing import KEY_CLASSES, PADDING, TILE_ROWS, Layout, PackedBatch, nearest_lengths, work_list
-
-MAX_ROWS = 16384
-"""Patch rows of the largest bucket: what a graph may hold on to in memory grows with it."""
-
-MAX_GRAPHS = 48
-"""Graphs kept; the least recently used one goes first. A stream of all batch sizes up to `MAX_ROWS` needs 40."""
-
-Run = Callable[[], Tensor]
-
-
-class Bucket(NamedTuple):
-    """Shape of the batches that share a graph: patch rows, and slots for sequences."""
-
-    n_rows: int
-    n_sequences: int
-
-
-def round_up(n: int, step: int, steps_per_octave: int) -> int:
-    """`n` rounded up to a multiple of `step`, and of its power of two over `steps_per_octave` (both powers of two)."""
-    octave = 1 << max(n - 1, 0).bit_length() >> 1
-    step = max(step, octave // steps_per_octave)
-    return -(-n // step) * step
-
-
-def bucket_of(n_rows: int, n_sequences: int, shortest: int) -> Bucket:
-    """The bucket of a batch.
-
-    Args:
-        n_rows: patch rows of the batch.
-        n_sequences: its images.
-        shortest: patches of the shortest configured length.
-    """
-    rows = round_up(max(n_rows, 1), 128, 8)
-    slots = -(-rows // shortest)
-    while slots < n_sequences:
-        slots *= 2
-    return Bucket(rows, slots)
-
-
-def tile_capacity(counts: Sequence[int], known: Sequence[int] | None, n_tokens: int, n_sequences: int) -> tuple:
-    """Tiles of each class that a graph has room for: at least `counts` and what is known, with room to grow.
-
-    Args:
-        counts: tiles of each class of the batch at hand.
-        known: the capacity that the batch did not fit; None for the bucket's first batch.
-        n_tokens: rows of tokens in the bucket, which bound the tiles of any batch.
-        n_sequences: its slots.
-    """
-    known = known or (0,) * len(counts)
-    fewest_keys = (1, *(keys + 1 for keys in KEY_CLASSES), n_tokens + 1)  # the last: padding is one sequence
-    capacity = []
-    for class_, (count, before) in enumerate(zip(counts, known, strict=True)):
-        if count > before:
-            partial = 1 if class_ == PADDING else min(n_sequences, n_tokens // fewest_keys[class_])
-            room = round_up(count * 3 // 2 if before else count * 5 // 4, 4, 4)
-            before = max(count, min(room, n_tokens // TILE_ROWS + partial))
-        capacity.append(before)
-    return tuple(capacity)
-
-
-class Index(NamedTuple):
-    """The index tensors of a bucket, views of one vector, each aligned to 16 bytes.
-
-    Attributes:
-        patch_cu_seqlens: int32 `[S + 1]` of the patch rows; slots without an image are empty.
-        cu_seqlens: the same of the tokens, which ends behind the last real token.
-        length_index: int32 `[S]`.
-        pos_offset: int32 `[S]`.
-        tiles: int32 `[n_tiles, 3]`, class by class; rows without work have class -1.
-    """
-
-    patch_cu_seqlens: np.ndarray | Tensor
-    cu_seqlens: np.ndarray | Tensor
-    length_index: np.ndarray | Tensor
-    pos_offset: np.ndarray | Tensor
-    tiles: np.ndarray | Tensor
-
-    @staticmethod
-    def slices(bucket: Bucket, capacity: Sequence[int]) -> list[slice]:
-        """Where each part lies."""
-        slots = bucket.n_sequences
-        sizes = (slots + 1, slots + 1, slots, slots, 3 * sum(capacity))
-        begins = accumulate((-(-size // 4) * 4 for size in sizes[:-1]), initial=0)
-        return [slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
-
-    @classmethod
-    def over(cls, vector: np.ndarray | Tensor, bucket: Bucket, capacity: Sequence[int]) -> Index:
-        """The parts of `vector`."""
-        parts = [vector[part] for part in cls.slices(bucket, capacity)]
-        return cls(*parts[:-1], parts[-1].reshape(-1, 3))
-
-
-class Batch(NamedTuple):
-    """What the host knows of a batch.
-
-    Attributes:
-        seqlens: patches of every image.
-        length_index: index of the configured length of each.
-        pos_offset: first row of each image's grid in the position table.
-        n_prefix: prefix tokens of a sequence.
-        bucket: where the batch belongs.
-    """
-
-    seqlens: list[int]
-    length_index: list[int]
-    pos_offset: list[int]
-    n_prefix: int
-    bucket: Bucket
-
-    @property
-    def n_tokens(self) -> int:
-        """Real tokens."""
-        return sum(self.seqlens) + self.n_prefix * len(self.seqlens)
-
-    @property
-    def n_token_rows(self) -> int:
-        """Rows of tokens in the bucket, padding included."""
-        return self.bucket.n_rows + self.n_prefix * self.bucket.n_sequences
-
-    def work(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Tiles over the tokens of the bucket, prefix tokens of empty slots being padding, and the count per class."""
-        n_padding = self.n_token_rows - self.n_tokens
-        work = work_list([n + self.n_prefix for n in self.seqlens], n_padding=n_padding)
-        return work.tiles.numpy(), work.counts
-
-    def index(self, tiles: np.ndarray, counts: Sequence[int], capacity: Sequence[int]) -> np.ndarray:
-        """The vector of all index tensors (see `Index`)."""
-        vector = np.zeros(Index.slices(self.bucket, capacity)[-1].stop, dtype=np.int32)
-        parts = Index.over(vector, self.bucket, capacity)
-        n = len(self.seqlens)
-        for cu_seqlens, added in ((parts.patch_cu_seqlens, 0), (parts.cu_seqlens, self.n_prefix)):
-            cu_seqlens[1 : n + 1] = list(accumulate(length + added for length in self.seqlens))
-            cu_seqlens[n + 1 :] = cu_seqlens[n]
-        parts.length_index[:n] = self.length_index
-        parts.pos_offset[:n] = self.pos_offset
-        parts.tiles[:, 2] = -1
-        begin = target = 0
-        for count, room in zip(counts, capacity, strict=True):
-            parts.tiles[target : target + count] = tiles[begin : begin + count]
-            begin, target = begin + count, target + room
-        return vector
-
-
-class GraphKey(NamedTuple):
-    """What decides a batch's graph: its bucket, the dtype of its rows, whether they await their normalisation."""
-
-    bucket: Bucket
-    dtype: torch.dtype
-    folded: bool
-
-
-class Graph(NamedTuple):
-    """A forward pass over static memory.
-
-    Attributes:
-        capacity: tiles of each class.
-        index: the vector that a batch's index tensors are copied to.
-        replay: computes the output from what the static memory holds.
-    """
-
-    capacity: tuple[int, ...]
-    index: Tensor
-    replay: Run
-
-
-class CudaGraphs:
-    """Captures functions as CUDA graphs; they share one memory pool, as no two run at a time.
-
-    Never yet executed: `docs/gpu.md` lists these lines.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream: torch.cuda.Stream | None = None
-
-    @contextlib.contextmanager
-    def turn(self):
-        """The device's turn: a call on another stream than the one before waits for it, as they share memory."""
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if self.stream is not None and self.stream != stream:
-                stream.wait_stream(self.stream)
-            self.stream = stream
-            yield
-
-    def capture(self, run: Run) -> Run:
-        """Records the kernels that `run` launches; the result replays them into the same output tensor."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and makes libraries allocate their workspaces
-            run()
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = run()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return output
-
-        return replay
-
-    @staticmethod
-    def send(vector: np.ndarray, target: Tensor) -> None:
-        """Copies host values without waiting; pinned memory is not reused before the copy is done."""
-        target.copy_(torch.from_numpy(vector).pin_memory(), non_blocking=True)
-
-
-class DirectCalls:
-    """Stands in for `CudaGraphs` where there is no GPU: "replay" calls the function on the same static memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.turn = contextlib.nullcontext
-
-    def capture(self, run: Run) -> Run:
-        """`run` itself."""
-        return run
-
-    @staticmethod
-    def send(vector: np.ndarray, target: Tensor) -> None:
-        """Copies host values."""
-        target.copy_(torch.from_numpy(vector))
-
-
-BACKENDS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraphs}
-"""Device type -> what captures on it; on any other device an optimised model runs eagerly."""
-
-
-class Snapshot:
-    """Notices whether parameters or submodules were replaced, moved or written to."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._slots = []
-        for owner in module.modules():
-            for table in (owner._modules, owner._parameters, owner._buffers):
-                self._slots += [(table, name, value) for name, value in table.items()]
-        self._tensors = [value for _, _, value in self._slots if isinstance(value, Tensor)]
-        self._versioned = [t for t in self._tensors if not t.is_inference()]
-        self._pointers = self._read_pointers()
-        self._versions = self._read_versions()
-
-    def _read_pointers(self) -> list[int]:
-        return [t.data_ptr() for t in self._tensors]
-
-    def _read_versions(self) -> list[int]:
-        return [t._version for t in self._versioned]
-
-    def holds(self) -> bool:
-        """Whether all is as it was."""
-        return (
-            all(table.get(name) is value for table, name, value in self._slots)
-            and self._read_pointers() == self._pointers
-            and self._read_versions() == self._versions
-        )
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
-class GraphCache:
-    """Runs a model through graphs, one a bucket and row dtype, over static memory that they share.
-
-    Args:
-        model: the model; its parameters may change later, which drops the graphs.
-        backend: `CudaGraphs`, or a stand-in.
-        max_rows: patch rows of the largest bucket.
-        max_graphs: graphs kept.
-    """
-
-    def __init__(self, model: ReViT, backend: Any, max_rows: int, max_graphs: int) -> None:
-        self._model, self._backend = model, backend
-        self._max_rows, self._max_graphs = max_rows, max_graphs
-        self._lock = threading.Lock()
-        self.n_captures = 0
-        self._drop()
-
-    def _drop(self) -> None:
-        self.graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
-        self._snapshot = Snapshot(self._model)
-        self._rows: dict[torch.dtype, Tensor] = {}
-        self._table: Tensor | None = None
-        self._table_source: Tensor | None = None
-        self._folded: FoldedEmbedding | None = None
-        self._folded_source: Any = None
-
-    def bucket(self, images: PatchRows) -> Bucket | None:
-        """The batch's bucket; None for a batch that no graph serves: without images, or beyond the largest bucket."""
-        bucket = bucket_of(images.rows.shape[0], len(images.grids), self._model.lengths[-1])
-        return bucket if images.grids and bucket.n_rows <= self._max_rows else None
-
-    def run(self, images: PatchRows, bucket: Bucket) -> Tensor:
-        """Logits of a batch."""
-        with self._lock, self._backend.turn():
-            if not self._snapshot.holds():
-                self._drop()
-            batch = self._batch(images, bucket)
-            tiles, counts = batch.work()
-            graph = self._graph(self._fill(images, bucket), batch, counts)
-            self._backend.send(batch.index(tiles, counts, graph.capacity), graph.index)
-            rows = batch.n_tokens if self._model.global_pool == "" else len(batch.seqlens)
-            return graph.replay()[:rows].clone()
-
-    def _batch(self, images: PatchRows, bucket: Bucket) -> Batch:
-        model = self._model
-        seqlens = [h * w for h, w in images.grids]
-        model._positions.learn(images.grids)
-        offsets = model._positions.first_rows(images.grids)
-        return Batch(seqlens, nearest_lengths(seqlens, model.lengths), offsets, model.num_prefix_tokens, bucket)
-
-    def _fill(self, images: PatchRows, bucket: Bucket) -> GraphKey:
-        """Brings rows, position table and folded embedding into static memory."""
-        model, rows = self._model, images.rows
-        # The copy converts float rows to the model's dtype; pixels stay bytes.
-        dtype = torch.uint8 if rows.dtype == torch.uint8 else model.pos_embed.dtype
-        if dtype not in self._rows:
-            self._rows[dtype] = rows.new_empty(
-                self._max_rows, rows.shape[1], dtype=dtype, device=model.pos_embed.device
-            )
-        self._rows[dtype][: rows.shape[0]].copy_(rows)
-        self._fill_table(model._positions.table(model.pos_embed, model._n_prefix_embedded))
-        if images.normalization is not None:
-            self._fold(images.normalization)
-        return GraphKey(bucket, dtype, images.normalization is not None)
-
-    def _fill_table(self, table: Tensor) -> None:
-        if table is self._table_source:
-            return
-        if self._table is None or self._table.shape[0] < table.shape[0]:  # grids were met for which there is no room
-            self._table = table.new_zeros(2 * table.shape[0], table.shape[1])
-            self.graphs.clear()
-        self._table[: table.shape[0]].copy_(table)
-        self._table_source = table
-
-    def _fold(self, normalization: Tensor) -> None:
-        """Folds a normalization into the embedding unless it is the one folded last."""
-        device = self._model.pos_embed.device
-        on_host = normalization.device.type == "cpu"
-        source = tuple(normalization.flatten().tolist()) if on_host else (normalization, _version(normalization))
-        known = self._folded_source
-        same = known == source if on_host else known is not None and known[0] is source[0] and known[1] == source[1]
-        if same:
-            return
-        folded = self._model.patch_embed.fold(normalization.to(device))
-        if self._folded is None:
-            self._folded = folded
-        else:
-            self._folded.weight.copy_(folded.weight)
-            self._folded.bias.copy_(folded.bias)
-        self._folded_source = source
-
-    def _graph(self, key: GraphKey, batch: Batch, counts: Sequence[int]) -> Graph:
-        """The batch's graph: a kept one with room for its tiles, else a new one."""
-        graph = self.graphs.get(key)
-        if graph is None or any(count > room for count, room in zip(counts, graph.capacity, strict=True)):
-            known = None if graph is None else graph.capacity
-            graph = self._capture(key, tile_capacity(counts, known, batch.n_token_rows, key.bucket.n_sequences))
-            self.graphs[key] = graph
-            while len(self.graphs) > self._max_graphs:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(key)
-        return graph
-
-    def _capture(self, key: GraphKey, capacity: tuple[int, ...]) -> Graph:
-        rows = self._rows[key.dtype][: key.bucket.n_rows]
-        size = Index.slices(key.bucket, capacity)[-1].stop
-        vector = torch.zeros(size, dtype=torch.int32, device=rows.device)
-        index = Index.over(vector, key.bucket, capacity)
-        index.tiles[:, 2] = -1  # the runs before the capture find no work
-        layout = Layout(index.cu_seqlens, index.length_index, index.tiles, capacity)
-        folded = self._folded if key.folded else None
-        inputs = Inputs(rows, index.patch_cu_seqlens, layout, self._table, index.pos_offset, folded)
-        self.n_captures += 1
-        return Graph(capacity, vector, self._backend.capture(lambda: self._model._run(inputs)))
+from revit_fast import fused, graphs
+from revit_fast.fused import FusedForward
+from revit_fast.graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
+from revit_fast.model import ReViT
+from revit_fast.packing import PackedBatch
 
 
 class OptimizedReViT(ReViT):
@@ -419,6 +26,7 @@ class OptimizedReViT(ReViT):
         self.to(dtype=dtype)
         self.max_rows, self.max_graphs = max_rows, max_graphs
         self._cache: GraphCache | None = None
+        self._fused = FusedForward(self)
 
     def train(self, mode: bool = True) -> OptimizedReViT:
         """Refuses training mode."""
@@ -427,28 +35,52 @@ class OptimizedReViT(ReViT):
         return super().train(False)
 
     def __getstate__(self) -> dict:
-        """All but the graphs, which belong to this process: a copy captures its own."""
-        return {**self.__dict__, "_cache": None}
+        """All but graphs and packed weights, which belong to this process and machine: a copy makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_fused")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._cache = None
+        self._fused = FusedForward(self)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits `[B, num_classes]` in the given order, without autograd."""
-        device, dtype = self.pos_embed.device, self.pos_embed.dtype
-        # float64 on a GPU is the reference's, which reads lengths back.
-        if torch.compiler.is_compiling() or device.type not in BACKENDS or dtype == torch.float64:
+        if self._fuses():
+            with torch.no_grad():
+                images = self._patch_rows(x)
+                self._check_rows(images.rows, images.normalization)
+                return self._fused.logits(images)
+        if not self._replays():
             with torch.no_grad():
                 return super().forward(x)
+        device = self.pos_embed.device
         with torch.inference_mode(False), torch.no_grad():  # static memory must serve calls outside inference mode too
             images = self._patch_rows(x)
             self._check_rows(images.rows, images.normalization)
             if images.rows.device not in (device, torch.device("cpu")):
                 raise ValueError(f"x: batch is on {images.rows.device}, model on {device}; move one with .to(device)")
             if self._cache is None:
-                self._cache = GraphCache(self, BACKENDS[device.type](device), self.max_rows, self.max_graphs)
+                self._cache = GraphCache(self, graphs.BACKENDS[device.type](device), self.max_rows, self.max_graphs)
             bucket = self._cache.bucket(images)
             if bucket is not None:
                 return self._cache.run(images, bucket)
             batch = self.pack(x)
             return super().forward(batch if batch.device == device else batch.to(device))
+
+    def _replays(self) -> bool:
+        # float64 on a GPU is the reference's, which reads lengths back.
+        known = self.pos_embed.device.type in graphs.BACKENDS and self.pos_embed.dtype != torch.float64
+        return known and not torch.compiler.is_compiling()
+
+    def _fuses(self) -> bool:
+        return not torch.compiler.is_compiling() and not self._replays() and fused.serves(self)
+
+    def _normed_tokens(self, batch: PackedBatch) -> Tensor:
+        if not self._fuses():
+            return super()._normed_tokens(batch)
+        self._check_pack(batch)
+        with torch.no_grad():
+            return self._fused.tokens(self._patch_rows(batch))
 
 
 def optimize(
@@ -456,15 +88,19 @@ def optimize(
 ) -> OptimizedReViT:
     """An inference copy of `model`: same calls, same results within rounding, `model` itself untouched.
 
-    On a GPU the forward pass is replayed from CUDA graphs, captured when a batch of a new shape comes (shapes are
-    rounded up, see this module), so that launching costs one call. A batch may then stay on the CPU, best as uint8
-    rows: these are copied once, their normalisation is folded into the embedding. Hooks run at capture only, and
-    batches beyond `max_rows`, float64 models and every other method (`forward_features` and its like) run eagerly. On
-    the CPU the copy runs the model's eager code.
+    On a CPU `forward` and `forward_features` run fused, over weights that the first call packs (the copy then holds
+    them twice: packed, and as its parameters). An image's result is bitwise the same whatever else is in its batch.
+    bfloat16 weights take half the memory and are widened as they are read: all arithmetic stays in float32. Threads may
+    call at a time.
 
-    Changed parameters (`load_state_dict`, `.to`, in-place updates, new modules) are noticed and drop the graphs; writes
-    through `.data` that keep its memory are not. Pickles and deep copies hold no graphs and capture their own. Calls
-    from several threads take turns.
+    On a GPU the forward pass is replayed from CUDA graphs, captured when a batch of a new shape comes (shapes are
+    rounded up, see `revit_fast.graphs`), so that launching costs one call. A batch may then stay on the CPU, best as
+    uint8 rows: these are copied once, their normalisation is folded into the embedding. Hooks run at capture only, and
+    batches beyond `max_rows` and every other method run eagerly. Calls from several threads take turns.
+
+    float64 models, other methods and code under `torch.compile` run the model's own code, and so does a CPU without the
+    C++ extension. Changed parameters (`load_state_dict`, `.to`, in-place updates, new modules) are noticed; writes
+    through `.data` that keep its memory are not. Pickles and deep copies hold parameters only and derive the rest anew.
 
     Args:
         model: the model to copy.
@@ -475,7 +111,8 @@ def optimize(
 
     Raises:
         TypeError: where `model` is no `ReViT`, or for another dtype.
-        ValueError: for bounds below 1.
+        ValueError: for bounds below 1; on a CPU for float16, and for a model with hooks or modules in the place of its
+            own that fused code would not run (names them).
     """
     if type(model) not in (ReViT, OptimizedReViT):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")
@@ -484,4 +121,8 @@ def optimize(
     for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    if model.pos_embed.device.type == "cpu":
+        if (dtype or model.pos_embed.dtype) == torch.float16:
+            raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")
+        fused.check_fusable(model)
     return OptimizedReViT(model, dtype, max_rows, max_graphs)

@@ -79,8 +79,12 @@ class PatchEmbed(nn.Module):
         """Embeds normalised rows, or raw uint8 rows whose normalization is folded into the weights, here or before."""
         if isinstance(normalization, Tensor):
             normalization = self.fold(normalization)
-        weight, bias = (self._matrix(self.proj.weight), self.proj.bias) if normalization is None else normalization
+        weight, bias = self.matrix() if normalization is None else normalization
         return F.linear(rows.to(weight.dtype), weight, bias)
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[C, P*P*3]` in the order of the rows, and bias."""
+        return self._matrix(self.proj.weight), self.proj.bias
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:

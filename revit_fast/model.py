@@ -493,14 +493,18 @@ class ReViT(nn.Module):
     def forward_features(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | PackedBatch:
         """All tokens after the final norm: `[B, N, C]` for an image tensor, else a `PackedBatch` of tokens."""
         batch = self.pack(x)
+        tokens = self._normed_tokens(batch)
+        if isinstance(x, Tensor):
+            return tokens.view(x.shape[0], -1, self.embed_dim)
+        return batch.with_tokens(tokens, self.num_prefix_tokens)
+
+    def _normed_tokens(self, batch: PackedBatch) -> Tensor:
+        """All tokens `[T, C]` after the final norm."""
         inputs = self._inputs(batch)
         tokens, delta = self._embed(inputs), None
         for block in self.blocks:
             tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
-        tokens = self._add_and_norm(tokens, delta, inputs.layout)
-        if isinstance(x, Tensor):
-            return tokens.view(x.shape[0], -1, self.embed_dim)
-        return batch.with_tokens(tokens, self.num_prefix_tokens)
+        return self._add_and_norm(tokens, delta, inputs.layout)
 
     def forward_head(self, x: Tensor | PackedBatch, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pools and classifies what `forward_features` returned; with `pre_logits` only pools."""

@@ -6,9 +6,12 @@ Written to be read beside the formulas, not to be fast. Tests compare every kern
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -130,6 +133,79 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
         kept = x[rows][skip:]
         means.append(kept.sum(dim=0) / max(kept.shape[0], 1))
     return torch.stack(means) if means else x.new_zeros(0, x.shape[1])
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """The activation of that name: "none", "gelu", "gelu_tanh", "silu" or "relu"."""
+    functions = {"gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu, "relu": F.relu}
+    return x if name == "none" else functions[name](x)
+
+
+class BlockWeights(NamedTuple):
+    """Weights of a transformer block: (weight, bias) pairs, those of norms `[n_lengths, C]`."""
+
+    norm1: tuple[Tensor, Tensor]
+    qkv: tuple[Tensor, Tensor]
+    proj: tuple[Tensor, Tensor]
+    norm2: tuple[Tensor, Tensor]
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+
+
+def vit_forward(
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    length_index: Tensor,
+    pos_offset: Tensor,
+    pos_table: Tensor,
+    prefix: Tensor,
+    embed: tuple[Tensor, Tensor],
+    norm_pre: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+    blocks: Sequence[BlockWeights],
+    *,
+    n_heads: int,
+    eps: float,
+    activation: str,
+    n_pooled: int,
+) -> Tensor:
+    """Patch rows to tokens after the final norm: embedding, pre-norm transformer blocks, norm.
+
+    Args:
+        rows: `[Tp, K]` patch rows.
+        cu_seqlens: `[B + 1]` of the patches.
+        length_index: `[B]`.
+        pos_offset: `[B]`, see `assemble_tokens`.
+        pos_table: `[R, C]`.
+        prefix: `[n_prefix, C]`.
+        embed: `[C, K]` and `[C]`.
+        norm_pre: norm between embedding and blocks; empty tensors for none.
+        norm: norm after the blocks; empty tensors for none.
+        blocks: weights of every block.
+        n_heads: attention heads.
+        eps: of every norm.
+        activation: see `activate`.
+        n_pooled: leading tokens of every sequence that are returned; 0: all.
+
+    Returns:
+        `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`.
+    """
+    x = assemble_tokens(F.linear(rows, *embed), prefix, pos_table, pos_offset, cu_seqlens)
+    cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype)
+
+    def normed(x: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
+        return tal_layer_norm(x, *parameters, cu_seqlens, length_index, eps) if parameters[0].numel() else x
+
+    x = normed(x, norm_pre)
+    for block in blocks:
+        q, k, v = F.linear(normed(x, block.norm1), *block.qkv).view(x.shape[0], 3, n_heads, -1).unbind(1)
+        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=q.shape[-1] ** -0.5)
+        x = x + F.linear(attended.flatten(1), *block.proj)
+        x = x + F.linear(activate(activation, F.linear(normed(x, block.norm2), *block.fc1)), *block.fc2)
+    x = normed(x, norm)
+    if n_pooled == 0:
+        return x
+    return x[(cu_seqlens[:-1, None] + torch.arange(n_pooled)).flatten().long()]
 
 
 RESIZE_WEIGHT_BITS = 22

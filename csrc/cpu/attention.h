@@ -32,7 +32,7 @@ struct AttentionArgs {
 
 struct AttentionForward : AttentionArgs {
   MutableHeads out;
-  void* lse;  // [Hq, Tq] in the compute type
+  void* lse;  // [Hq, Tq] in the compute type; null where it is not wanted
 };
 
 struct AttentionBackward : AttentionArgs {

@@ -186,16 +186,19 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
         }
         multiply(rows, dim, keys, s_tile, v, key, o_tile, kTileStride, key > 0);
       }
-      C* lse = static_cast<C*>(args.lse) + head * args.lse_head_stride + item.q_begin + first;
       for (int64_t i = 0; i < rows; ++i) {
         T* out = row_of<T>(args.out, item.q_begin + first + i, head);
         if (state[i].sum == 0) {
           fill_row(out, dim, T{});
-          lse[i] = -std::numeric_limits<C>::infinity();
         } else {
           narrow_row(o_tile + i * kTileStride, dim, 1 / state[i].sum, out);
-          lse[i] = static_cast<C>(kLn2 * (state[i].maximum + std::log2(static_cast<double>(state[i].sum))));
         }
+      }
+      if (args.lse == nullptr) continue;
+      C* lse = static_cast<C*>(args.lse) + head * args.lse_head_stride + item.q_begin + first;
+      for (int64_t i = 0; i < rows; ++i) {
+        lse[i] = state[i].sum == 0 ? -std::numeric_limits<C>::infinity()
+                                   : static_cast<C>(kLn2 * (state[i].maximum + std::log2(double(state[i].sum))));
       }
     }
   }

@@ -223,32 +223,6 @@ Panels<Compute<T>> pack_transposed(const T* in, int64_t stride, int64_t columns,
   return panels;
 }
 
-// Memory of one thread that outlives a call: fresh pages cost more than the work done in them.
-class Scratch {
- public:
-  ~Scratch() { release(); }
-
-  // At least `bytes` of uninitialised memory, valid until the next call.
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      release();
-      data_ = static_cast<char*>(::operator new(bytes, std::align_val_t{64}));
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
-    data_ = nullptr;
-    size_ = 0;
-  }
-
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 inline Scratch& thread_scratch() {
   static thread_local Scratch scratch;
   return scratch;

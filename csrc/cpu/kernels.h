@@ -4,7 +4,9 @@
 #pragma once
 
 #include "cpu/attention.h"
+#include "cpu/block.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear.h"
 #include "cpu/resize.h"
 #include "cpu/tokens.h"
 
@@ -16,6 +18,8 @@ struct Kernels {
   LayerNormKernels layer_norm;
   ResizeKernels resize;
   TokenKernels tokens;
+  LinearKernels linear;
+  BlockKernels block;
 };
 
 namespace baseline {

@@ -18,11 +18,20 @@ namespace {
 #include "cpu/layer_norm.inl.h"
 #include "cpu/resize.inl.h"
 #include "cpu/tokens.inl.h"
+//
+#include "cpu/linear.inl.h"
+//
+#include "cpu/block.inl.h"
 
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {REVIT_STRINGIZE(REVIT_ISA), attention_kernels, layer_norm_kernels, resize_kernels,
-                         token_kernels};
+const Kernels kernels = {REVIT_STRINGIZE(REVIT_ISA),
+                         attention_kernels,
+                         layer_norm_kernels,
+                         resize_kernels,
+                         token_kernels,
+                         linear_kernels,
+                         block_kernels};
 
 }  // namespace revit::cpu::REVIT_ISA

@@ -137,12 +137,29 @@ REVIT_INLINE void row_moments(const C* s, C m, int64_t n_channels, C* first, C* 
   *second = reduce_add<C, N>(q0 + q1);
 }
 
-// (s - m) * rstd + offset is (s - mean) * rstd, where offset = (m - mean) * rstd.
+// m is the estimate of the mean, `mean` the mean; (s - m) * rstd + offset is (s - mean) * rstd.
+template <class C>
+struct RowStatistics {
+  C m, mean, rstd, offset;
+};
+
+template <class C>
+REVIT_INLINE RowStatistics<C> row_statistics(const C* s, C m, C eps, int64_t n_channels) {
+  const C count = static_cast<C>(n_channels);
+  C first, second;
+  row_moments(s, m, n_channels, &first, &second);
+  const C d = first / count;
+  const C variance = second / count - d * d;
+  const C rstd = C(1) / std::sqrt((variance < 0 ? C(0) : variance) + eps);
+  return {m, m + d, rstd, -d * rstd};
+}
+
 template <class T, class C>
-REVIT_INLINE void row_write(const C* s, const C* weight, const C* bias, C m, C rstd, C offset, T* y,
+REVIT_INLINE void row_write(const C* s, const C* weight, const C* bias, const RowStatistics<C>& row, T* y,
                             int64_t n_channels) {
   constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
+  const C m = row.m, rstd = row.rstd, offset = row.offset;
   int64_t c = 0;
   for (; c + N <= n_channels; c += N) {
     const V xhat = (load<N>(s + c) - m) * rstd + offset;
@@ -172,13 +189,10 @@ void layer_norm_rows(const LayerNormArgs& args) {
     const C m = RowSum<T, kSum>{x, residual, sum, wide}(n_channels) / count;
     const C* s = wide;
     if constexpr (!RowSum<T, kSum>::kWide) s = kSum == Sum::kNone ? x : sum;
-    C first, second;
-    row_moments(s, m, n_channels, &first, &second);
-    const C d = first / count;
-    const C variance = second / count - d * d;
-    mean[r] = m + d;
-    rstd[r] = C(1) / std::sqrt((variance < 0 ? C(0) : variance) + eps);
-    row_write(s, weight, bias, m, rstd[r], -d * rstd[r], y, n_channels);
+    const RowStatistics<C> row = row_statistics(s, m, eps, n_channels);
+    mean[r] = row.mean;
+    rstd[r] = row.rstd;
+    row_write(s, weight, bias, row, y, n_channels);
     x += n_channels;
     y += n_channels;
     if constexpr (kSum != Sum::kNone) {

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
@@ -15,4 +14,5 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/types.h"

@@ -32,6 +32,10 @@ SCHEMAS = (
     "mean_pool_backward(Tensor grad_out, Tensor cu_seqlens, SymInt skip, SymInt n_rows) -> Tensor",
     "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, bool bicubic, "
     "SymInt n_rows) -> Tensor",
+    "packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor",
+    "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
+    "Tensor prefix, Tensor[] weights, SymInt n_heads, SymInt head_dim, SymInt hidden, SymInt n_lengths, float eps, "
+    "SymInt activation, SymInt n_pooled) -> Tensor",
 )
 
 HOW_TO_BUILD = "install a C++17 compiler (g++ or clang++) and reinstall: pip install --no-build-isolation ."

@@ -1,4 +1,4 @@
-"""`optimize`: buckets, padded index tensors and upkeep of graphs; a direct call stands in for capture and replay."""
+"""CUDA graphs behind `optimize`: buckets, padded index tensors, upkeep; direct calls stand in for capture."""
 
 import copy
 import pickle
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import revit_fast as rf
-from revit_fast import engine, ops
-from revit_fast.engine import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
+from revit_fast import graphs, ops
+from revit_fast.graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
 from revit_fast.model import Inputs
 from revit_fast.packing import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS, Layout, PackedBatch, work_list
 
@@ -24,7 +24,7 @@ MIX = [4, 6, 2, (3, 5), 2, 6]
 
 @pytest.fixture(autouse=True)
 def graphs_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(engine.BACKENDS, "cpu", DirectCalls)
+    monkeypatch.setitem(graphs.BACKENDS, "cpu", DirectCalls)
 
 
 def make_model(**options) -> rf.ReViT:
@@ -65,8 +65,8 @@ def test_sizes_are_eight_an_octave():
     assert [round_up(n, 128, 8) for n in (1, 128, 129, 1024, 1025, 2048, 2049, 4000, 4097)] == [
         128, 128, 256, 1024, 1152, 2048, 2304, 4096, 4608,
     ]  # fmt: skip
-    sizes = {round_up(n, 128, 8) for n in range(1, engine.MAX_ROWS + 1)}
-    assert len(sizes) == 40 <= engine.MAX_GRAPHS
+    sizes = {round_up(n, 128, 8) for n in range(1, graphs.MAX_ROWS + 1)}
+    assert len(sizes) == 40 <= graphs.MAX_GRAPHS
 
 
 @given(
@@ -112,7 +112,7 @@ def test_a_thousand_random_mixes_settle_into_few_graphs(monkeypatch):
         def capture(self, run):
             return lambda: torch.zeros(512, 5)
 
-    monkeypatch.setitem(engine.BACKENDS, "cpu", Nothing)
+    monkeypatch.setitem(graphs.BACKENDS, "cpu", Nothing)
     generator = random.Random(0)
     fast = rf.optimize(make_model(grids=(14, 10, 7), embed_dim=3, depth=0))
     waste, launched = [], []
@@ -327,16 +327,6 @@ def test_pickle_and_deepcopy_capture_their_own():
         assert torch.equal(other(x), expected)
     assert "_cache" in fast.__dict__
     assert fast._cache is not None
-
-
-def test_without_a_backend_the_copy_runs_eagerly(monkeypatch):
-    monkeypatch.delitem(engine.BACKENDS, "cpu")
-    model = make_model()
-    fast = rf.optimize(model)
-    out = fast(images_of(MIX))
-    with torch.no_grad():
-        assert torch.equal(out, model(images_of(MIX)))
-    assert fast._cache is None
 
 
 def test_bad_arguments_are_named():

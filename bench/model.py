@@ -1,0 +1,308 @@
+"""The whole model beside every other way to run it on mixed grids, and its time and memory per token.
+
+All candidates of a case run in this process, on the same images, in turns. Each is checked against timm first. Results
+go to `bench/results/model.md` and `model.json` after every case. Run: python -m bench.model [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import revit_fast as rf
+from bench.model_peers import PEERS, Peer, Run, Unsuited
+from bench.model_work import (
+    MIXES,
+    MODELS,
+    N_SETS,
+    SLOW_S,
+    Case,
+    Flops,
+    grids_of,
+    model_title,
+    random_vit,
+    timed,
+    ungroup,
+)
+from bench.probe import FmaProbe
+from bench.report import header_line, machine_header, spread_ms, write
+from bench.scaling import TOKENS, scaling, scaling_table
+from revit_fast.fused import pack_model
+from revit_fast.ops import packed_linear
+
+OURS, CEILING, PROBE = "ours", "matrix products alone", "FMA probe"
+TOLERANCE = 1e-4
+"""Largest difference to timm's logits, as a part of the largest logit: float32 through 12 blocks, summed otherwise."""
+
+BATCHES = (1, 3, 16, 64)
+
+
+def ours(case: Case) -> Peer:
+    """The optimised model on packs."""
+    model = rf.optimize(rf.ReViT.from_timm(case.vit))
+    packs = [model.pack(images) for images in case.sets]
+    run = torch.inference_mode()(lambda i: model(packs[i % N_SETS]))
+    return Peer(run, range(len(case.grids)), flops_of_ours(case))
+
+
+def flops_of_ours(case: Case) -> Flops:
+    """FLOP that ours executes: with class-token pooling the last block does only what the head reads."""
+    return case.shape.flops(case.seqlens, pooled_last=case.vit.global_pool == "token")
+
+
+def products_alone(case: Case) -> tuple[Run, float]:
+    """The linear layers of ours' blocks on our microkernel, layer by layer and nothing between, and their FLOP."""
+    n_images, n_tokens = len(case.grids), sum(case.seqlens)
+    pools = case.vit.global_pool == "token"
+    blocks = pack_model(rf.ReViT.from_timm(case.vit)).weights.blocks
+    calls = []
+    for block in blocks:
+        n_rows = n_images if pools and block is blocks[-1] else n_tokens
+        calls += [(n_tokens, block.qkv), (n_rows, block.proj), (n_rows, block.fc1), (n_rows, block.fc2)]
+    inputs = {(n, weight.panels.shape[1]): torch.randn(n, weight.panels.shape[1]) for n, weight in calls}
+
+    @torch.inference_mode()
+    def run(turn: int) -> None:
+        for n, weight in calls:
+            packed_linear(inputs[n, weight.panels.shape[1]], weight)
+
+    return run, sum(2.0 * n * weight.panels.shape[1] * weight.n_out for n, weight in calls)
+
+
+def problem_with(logits: Tensor, peer: Peer, case: Case) -> str | None:
+    """What is wrong with a candidate's logits of the first set."""
+    expected = case.expected
+    if logits.shape != expected.shape:
+        return f"wrong: shape {tuple(logits.shape)}, expected {tuple(expected.shape)}"
+    if not logits.isfinite().all():
+        return "wrong: logits are not finite"
+    if peer.order is None:
+        return None
+    difference = ((ungroup(logits, peer.order) - expected).abs().max() / expected.abs().max()).item()
+    return None if difference <= TOLERANCE else f"wrong: differs from timm by {difference:.1e} of the largest logit"
+
+
+def page_faults(run: Run, calls: int = 5) -> int:
+    """Minor page faults of a warm call, the median of a few."""
+    faults = []
+    for call in range(calls):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run(call)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return int(statistics.median(faults))
+
+
+def checked(case: Case, builders: dict[str, Callable[[Case], Peer]]) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The candidates whose logits are right, and why each of the others is left out."""
+    peers, reasons = {}, {}
+    for name, build in builders.items():
+        try:
+            peer = build(case)
+            problem = problem_with(peer.run(0), peer, case)
+        except Exception as error:  # a peer that is not installed or fails must not end the run of the others
+            problem = str(error) if isinstance(error, Unsuited) else f"{type(error).__name__}: {error}".splitlines()[0]
+        if problem is None:
+            peers[name] = peer
+        else:
+            reasons[name] = problem
+    return peers, reasons
+
+
+def measure(case: Case, peer_keys: Sequence[str], rounds: int, pause_s: float) -> dict:
+    """Checks and times all candidates of a case."""
+    builders = {OURS: ours} | {PEERS[key].name: PEERS[key].build for key in peer_keys}
+    peers, reasons = checked(case, builders)
+    probe = FmaProbe(case.n_threads)
+    runs = {name: peer.run for name, peer in peers.items()} | {PROBE: probe.run}
+    runs[CEILING], product_flops = products_alone(case)
+    samples = timed(runs, rounds, pause_s)
+    peak = probe.flops / statistics.median(samples[PROBE])
+    nominal = case.shape.flops(case.seqlens).total
+    result = {"flops_nominal": nominal, "fma_peak": peak, "fma_kind": probe.kind, "candidates": []}
+    for name in [*builders, CEILING]:
+        row = {"candidate": name, "reason": reasons.get(name)}
+        if name in samples:
+            row |= times(samples[name], samples.get(OURS), len(case.grids))
+            row["note"] = peers[name].note if name in peers else ""
+            flops = peers[name].flops.total if name in peers else product_flops
+            per_flop = 1e3 / row["median_ms"] / peak
+            row |= {"flops": flops, "of_peak": flops * per_flop}
+            row["of_peak_nominal"] = nominal * per_flop if name in peers else None
+        result["candidates"].append(row)
+    if OURS in peers:
+        result["page_faults"] = page_faults(peers[OURS].run)
+        result["ceiling_ms"] = statistics.median(samples[CEILING]) * 1e3 * flops_of_ours(case).total / product_flops
+        result["ours_of_ceiling"] = result["ceiling_ms"] / (statistics.median(samples[OURS]) * 1e3)
+    return result
+
+
+def times(samples: Sequence[float], of_ours: Sequence[float] | None, n_images: int) -> dict:
+    """Statistics of a candidate; its ratio is to ours in the rounds that both took part in."""
+    median_ms, quartiles_ms = spread_ms(samples)
+    ratio = statistics.median(samples) / statistics.median(of_ours[: len(samples)]) if of_ours else None
+    return {
+        "median_ms": median_ms,
+        "quartiles_ms": quartiles_ms,
+        "rounds": len(samples),
+        "images_per_s": n_images / median_ms * 1e3,
+        "ratio_to_ours": ratio,
+    }
+
+
+def case_title(result: dict) -> str:
+    return f"{model_title(result['model'])}, batch {result['batch']}, {MIXES[result['mix']]}"
+
+
+def case_table(result: dict, rounds: int) -> str:
+    """A case as Markdown."""
+    facts = [
+        f"{result['tokens']} tokens",
+        f"{result['flops_nominal'] / 1e9:.1f} GFLOP nominal",
+        f"FMA peak {result['fma_peak'] / 1e9:.0f} GFLOP/s ({result['fma_kind']})",
+    ]
+    if "page_faults" in result:
+        facts.append(f"{result['page_faults']} page faults in a warm call of ours")
+    if "ours_of_ceiling" in result:
+        facts.append(f"ours at {result['ours_of_ceiling']:.0%} of the ceiling of {result['ceiling_ms']:.1f} ms")
+    lines = [
+        f"## {case_title(result)}",
+        "",
+        " · ".join(facts),
+        "",
+        "| candidate | median ms | quartiles ms | images/s | time ÷ ours | GFLOP | of peak | of peak, nominal | note |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in result["candidates"]:
+        if row["reason"]:
+            lines.append(f"| {row['candidate']} | | | | | | | | {row['reason']} |")
+            continue
+        low, high = row["quartiles_ms"]
+        ratio = f"{row['ratio_to_ours']:.2f}" if row["ratio_to_ours"] else "–"
+        nominal = f"{row['of_peak_nominal']:.1%}" if row["of_peak_nominal"] else "–"
+        notes = [
+            row["note"],
+            f"rounds: {row['rounds']}, as a call takes over {SLOW_S:g} s" if row["rounds"] < rounds else "",
+        ]
+        lines.append(
+            f"| {row['candidate']} | {row['median_ms']:.2f} | {low:.2f}–{high:.2f} | {row['images_per_s']:.1f} "
+            f"| {ratio} | {row['flops'] / 1e9:.1f} | {row['of_peak']:.1%} | {nominal} "
+            f"| {'; '.join(filter(None, notes))} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def document(header: dict, results: Sequence[dict], scaling_rows: Sequence[dict], args: argparse.Namespace) -> str:
+    """All tables as Markdown, with what their columns and candidates mean."""
+    lines = [
+        "# The model beside its peers",
+        "",
+        header_line(header),
+        "",
+        f"{args.threads} threads, float32; {args.rounds} rounds in alternating order on {N_SETS} rotated sets of "
+        f"images, {args.pause:g} s rest before each turn. GFLOP: what a candidate executes, two for a multiply-add of "
+        "its matrix products and attention; of peak: that over its time and over the FMA peak, measured between the "
+        "turns of the same case; nominal: with the FLOP of every block on every token of the batch in place of those "
+        "executed (ours leaves out what the pooled token does not need in the last block, padded peers execute more). "
+        "The ceiling is the time of our linear layers alone on our microkernel, scaled to all FLOP that ours executes.",
+        "",
+        *(f"- **{kind.name}**: {kind.note}" for kind in (PEERS[key] for key in args.peers)),
+        "",
+        *(case_table(result, args.rounds) for result in results),
+    ]
+    if scaling_rows:
+        lines.append(scaling_table(scaling_rows))
+    return "\n".join(lines)
+
+
+def progress_line(result: dict) -> str:
+    """A case in a line: ours, then the ratios."""
+    parts = []
+    for row in result["candidates"]:
+        if row["reason"]:
+            parts.append(f"{row['candidate']} –")
+        elif row["candidate"] == OURS:
+            parts.append(f"ours {row['median_ms']:.1f} ms ({row['of_peak']:.0%} of peak)")
+        elif row["ratio_to_ours"]:
+            parts.append(f"{row['candidate']} {row['ratio_to_ours']:.2f}")
+    return f"{case_title(result)}: {' · '.join(parts)}"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments; `--quick` gives those not named a small value."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--mixes", nargs="+", choices=MIXES)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, help="turns of every candidate")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
+    parser.add_argument("--pause", type=float, default=0.3, help="seconds of rest before each turn")
+    parser.add_argument("--parts", nargs="+", choices=("cases", "scaling"), default=["cases", "scaling"])
+    parser.add_argument("--scaling-model", choices=MODELS)
+    parser.add_argument("--scaling-tokens", nargs="+", type=int)
+    parser.add_argument("--name", default="model", help="results are written under this name")
+    parser.add_argument("--quick", action="store_true", help="DeiT-Ti, batch 3, two mixes, 3 rounds, short scaling")
+    args = parser.parse_args(argv)
+    quick = {
+        "models": ["deit-ti"],
+        "batches": [3],
+        "mixes": ["mix", "random"],
+        "rounds": 3,
+        "scaling_model": "deit-ti",
+        "scaling_tokens": TOKENS[:3],
+    }
+    full = {
+        "models": list(MODELS),
+        "batches": list(BATCHES),
+        "mixes": list(MIXES),
+        "rounds": 15,
+        "scaling_model": "deit-s",
+        "scaling_tokens": TOKENS,
+    }
+    for name, value in (quick if args.quick else full).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the bench; fails at the end where ours was wrong."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    header = machine_header()
+    results, scaling_rows = [], []
+
+    def save() -> None:
+        content = {"settings": vars(args), "results": results, "scaling": scaling_rows}
+        write(args.name, header, content, document(header, results, scaling_rows, args))
+
+    for model_name in args.models if "cases" in args.parts else ():
+        vit = random_vit(MODELS[model_name])
+        for batch in args.batches:
+            for mix in args.mixes:
+                case = Case(vit, grids_of(mix, batch), open_ended=mix == "random", n_threads=args.threads)
+                about = {"model": model_name, "batch": batch, "mix": mix, "tokens": sum(case.seqlens)}
+                results.append(about | {"grids": case.grids} | measure(case, args.peers, args.rounds, args.pause))
+                print(progress_line(results[-1]), flush=True)
+                save()
+                del case
+                torch.compiler.reset()  # else dynamo holds compiled shapes, each with its copy of the weights
+                gc.collect()
+    if "scaling" in args.parts:
+        vit = random_vit(MODELS[args.scaling_model])
+        for n_threads in sorted({1, args.threads}):
+            scaling_rows += scaling(args.scaling_model, vit, args.scaling_tokens, n_threads, args.rounds, args.pause)
+            save()
+    wrong = [case_title(result) for result in results if result["candidates"][0]["reason"]]
+    if wrong:
+        raise SystemExit("ours failed: " + "; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

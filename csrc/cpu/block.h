@@ -1,0 +1,92 @@
+// A transformer block on a tile of rows: arguments and entry points.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/linear.h"
+#include "cpu/types.h"
+
+namespace revit::cpu {
+
+// Rows [n_rows, C] of float32, `stride` elements apart.
+struct Rows {
+  float* data;
+  int64_t stride;
+
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
+// LayerNorm with affine parameters [n_lengths, C] of which a row uses those of its length. Null: none.
+struct TokenNorm {
+  const float* weight;
+  const float* bias;
+};
+
+// What every tile of a block shares.
+struct BlockShape {
+  int64_t n_channels;  // C
+  int64_t width;       // heads * head_dim
+  int64_t hidden;
+  double eps;
+  Activation activation;
+};
+
+// y = norm(x) for rows [0, n_rows); `length` [n_rows] is the index of each row's length.
+struct NormTile {
+  Rows x, y;
+  const int32_t* length;
+  int64_t n_rows;
+  TokenNorm norm;
+  int64_t n_channels;
+  double eps;
+};
+
+// The second part of a block and the first part of the next, for rows [0, n_rows):
+//
+//   x += attended Wp' + bp
+//   x += act(norm2(x) W1' + b1) W2' + b2
+//   projected = next_norm(x) Wq' + bq, the columns of panels [first_panel, end_panel)
+//
+// Both parts may be absent: where `attended` or `projected` has no data. The hidden activations, n_rows x hidden, stay
+// in the second cache.
+struct BlockTile {
+  const BlockShape* shape;
+  Rows attended;
+  Rows x;
+  const int32_t* length;
+  int64_t n_rows;
+  PackedWeight proj;
+  TokenNorm norm2;
+  PackedWeight fc1, fc2;
+  TokenNorm next_norm;
+  PackedWeight next;
+  int64_t first_panel, end_panel;
+  Rows projected;
+};
+
+// Patch rows [0, n_rows) to tokens: tokens[i] = rows[i] W' + b + positions[i]. Where patches of several images meet in
+// a tile, `token` and `position` say where each row goes and which row of the table it takes.
+struct EmbedTile {
+  const void* rows;  // [n_rows, depth]
+  DType dtype;
+  bool bytes;  // uint8 instead of `dtype`
+  int64_t n_rows;
+  PackedWeight embed;
+  int64_t n_channels;
+  const float* table;
+  const int64_t* position;
+  const int64_t* token;
+  Rows tokens;
+};
+
+struct BlockKernels {
+  // Rows of a tile that keep it in the second cache.
+  int64_t (*max_rows)(const BlockShape&);
+  int64_t (*max_embed_rows)(int64_t depth);
+  // Indexed by the DType of the weights.
+  void (*tile[2])(const BlockTile&);
+  void (*embed[2])(const EmbedTile&);
+  void (*norm)(const NormTile&);
+};
+
+}  // namespace revit::cpu

@@ -1,0 +1,118 @@
+// A transformer block on a tile of rows (see block.h).
+//
+// The weights of a block pass by once for every tile; the tile's own activations stay in the second cache. So tiles are
+// as tall as that cache allows, and the MLP runs in chunks of hidden columns that are the chains of its second layer:
+// its sums grow chunk by chunk, in the order in which one product over the whole hidden row would add them.
+
+// Activations of a tile, in bytes: what the second cache holds beside the panels that pass by (512 KiB on Zen 3).
+inline constexpr int64_t kTileBytes = 320 << 10;
+
+// Stride of rows of n floats: an odd number of cache lines, so that rows do not compete for the same cache sets.
+REVIT_INLINE int64_t odd_lines(int64_t n) { return (((n + 15) / 16) | 1) * 16; }
+
+// Sums of a tile are kept in whole panels.
+REVIT_INLINE int64_t whole_panels(int64_t n) { return round_up(n, kLinearPanel); }
+
+int64_t max_block_rows(const BlockShape& shape) {
+  const int64_t floats =
+      odd_lines(shape.n_channels) + odd_lines(chain_of(shape.hidden)) + whole_panels(shape.n_channels);
+  const int64_t rows = kTileBytes / (floats * static_cast<int64_t>(sizeof(float)));
+  return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
+}
+
+int64_t max_embed_rows(int64_t depth) {
+  const int64_t rows = kTileBytes / (odd_lines(depth) * static_cast<int64_t>(sizeof(float)));
+  return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
+}
+
+void norm_tile(const NormTile& tile) {
+  const int64_t n_channels = tile.n_channels;
+  const float count = static_cast<float>(n_channels), eps = static_cast<float>(tile.eps);
+  for (int64_t i = 0; i < tile.n_rows; ++i) {
+    const float* x = tile.x.data + i * tile.x.stride;
+    const float m = RowSum<float, Sum::kNone>{x, nullptr, nullptr, nullptr}(n_channels) / count;
+    const int64_t parameters = tile.length[i] * n_channels;
+    row_write(x, tile.norm.weight + parameters, tile.norm.bias + parameters, row_statistics(x, m, eps, n_channels),
+              tile.y.data + i * tile.y.stride, n_channels);
+  }
+}
+
+template <class W>
+void block_tile(const BlockTile& tile) {
+  const BlockShape& shape = *tile.shape;
+  const int64_t rows = whole_rows(tile.n_rows), n_channels = shape.n_channels;
+  const int64_t chunk = chain_of(shape.hidden);
+  const int64_t a_stride = odd_lines(n_channels), h_stride = odd_lines(chunk);
+  const int64_t panel_sums = rows * kLinearPanel;
+  const auto [normed, hidden, sums, one_panel] =
+      Arrays<float, 4>({rows * a_stride, rows * h_stride, rows * whole_panels(n_channels), panel_sums}).array;
+  const auto norm = [&](const TokenNorm& parameters) {
+    norm_tile({tile.x, {normed, a_stride}, tile.length, tile.n_rows, parameters, n_channels, shape.eps});
+  };
+  const auto linear = [&](const PackedWeight& weight, const Rows& in, const Rows& out, Finish finish) {
+    return LinearTile{in.data,         in.stride, tile.n_rows,      weight,   0,
+                      weight.n_panels, finish,    shape.activation, out.data, out.stride};
+  };
+
+  if (tile.attended.data != nullptr) {
+    linear_chains<W>(linear(tile.proj, tile.attended, tile.x, Finish::kAdd), 0, shape.width, one_panel, 0);
+    norm(tile.norm2);
+    LinearTile fc1 = linear(tile.fc1, {normed, a_stride}, {hidden, h_stride}, Finish::kActivate);
+    const LinearTile fc2 = linear(tile.fc2, {hidden, h_stride}, tile.x, Finish::kAdd);
+    for (int64_t k = 0; k < shape.hidden; k += chunk) {
+      const int64_t end = std::min(k + chunk, shape.hidden);
+      fc1.first_panel = k / kLinearPanel;
+      fc1.end_panel = whole_panels(end) / kLinearPanel;
+      linear_chains<W>(fc1, 0, n_channels, one_panel, 0);
+      linear_chains<W>(fc2, k, end, sums, panel_sums);
+    }
+  }
+  if (tile.projected.data != nullptr) {
+    norm(tile.next_norm);
+    LinearTile next = linear(tile.next, {normed, a_stride}, tile.projected, Finish::kStore);
+    next.first_panel = tile.first_panel;
+    next.end_panel = tile.end_panel;
+    linear_chains<W>(next, 0, n_channels, one_panel, 0);
+  }
+}
+
+void row_to_float(const EmbedTile& tile, int64_t row, float* out) {
+  const int64_t n = tile.embed.depth, first = row * n;
+  if (tile.bytes) {
+    const uint8_t* pixels = static_cast<const uint8_t*>(tile.rows) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = pixels[i];
+    return;
+  }
+  switch (tile.dtype) {
+    case DType::kBFloat16:
+      return widen_row(static_cast<const BFloat16*>(tile.rows) + first, n, n, 1.0f, out);
+    case DType::kFloat16:
+      return widen_row(static_cast<const Float16*>(tile.rows) + first, n, n, 1.0f, out);
+    case DType::kFloat64:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(static_cast<const double*>(tile.rows)[first + i]);
+      return;
+    default:
+      std::memcpy(out, static_cast<const float*>(tile.rows) + first, n * sizeof(float));
+  }
+}
+
+template <class W>
+void embed_tile(const EmbedTile& tile) {
+  const int64_t rows = whole_rows(tile.n_rows), depth = tile.embed.depth, n_channels = tile.n_channels;
+  const int64_t a_stride = odd_lines(depth), out_stride = odd_lines(whole_panels(n_channels));
+  const auto [a, out, one_panel] = Arrays<float, 3>({rows * a_stride, rows * out_stride, rows * kLinearPanel}).array;
+  for (int64_t i = 0; i < tile.n_rows; ++i) row_to_float(tile, i, a + i * a_stride);
+  linear_chains<W>({a, a_stride, tile.n_rows, tile.embed, 0, tile.embed.n_panels, Finish::kStore, Activation::kNone,
+                    out, out_stride},
+                   0, depth, one_panel, 0);
+  for (int64_t i = 0; i < tile.n_rows; ++i) {
+    add_elements<float>({out + i * out_stride, tile.table + tile.position[i] * n_channels,
+                         tile.tokens.data + tile.token[i] * tile.tokens.stride, n_channels});
+  }
+}
+
+const BlockKernels block_kernels = {max_block_rows,
+                                    max_embed_rows,
+                                    {block_tile<float>, block_tile<BFloat16>},
+                                    {embed_tile<float>, embed_tile<BFloat16>},
+                                    norm_tile};

@@ -1,0 +1,49 @@
+// Linear layers on packed weights: arguments and entry points.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace revit::cpu {
+
+enum class Activation : int { kNone = 0, kGelu, kGeluTanh, kSilu, kRelu };
+inline constexpr int kActivations = 5;
+
+// What becomes of a finished sum plus its bias.
+enum class Finish : int { kStore = 0, kActivate, kAdd };  // kAdd: added to what `out` holds
+
+// A weight [N, depth] in panels of `panel` rows (see LinearKernels): panel p holds W[p * panel : (p + 1) * panel]
+// transposed, [depth][panel], zero beyond N. In bfloat16 the values of two depths stand side by side,
+// [ceil(depth / 2)][panel][2], so that one 32-bit lane widens to both.
+struct PackedWeight {
+  DType dtype;  // kFloat32 or kBFloat16
+  const void* panels;
+  const float* bias;  // [n_panels * panel]
+  int64_t depth;
+  int64_t n_panels;
+};
+
+// out[i, n] = finish(sum_k a[i, k] W[n, k] + bias[n]) for rows [0, n_rows) and the columns of panels
+// [first_panel, end_panel). Rows are computed in whole half blocks (LinearKernels::half_block): `a` and `out` must have
+// that many, whatever they hold.
+struct LinearTile {
+  const float* a;
+  int64_t a_stride;
+  int64_t n_rows;
+  PackedWeight weight;
+  int64_t first_panel, end_panel;
+  Finish finish;
+  Activation activation;
+  float* out;  // the column of the first panel
+  int64_t out_stride;
+};
+
+struct LinearKernels {
+  int64_t panel;       // columns of a panel
+  int64_t half_block;  // rows are computed in multiples of this
+  // Indexed by the DType of the weight. A row's result does not depend on the tile it is computed in.
+  void (*tile[2])(const LinearTile&);
+};
+
+}  // namespace revit::cpu

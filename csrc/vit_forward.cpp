@@ -1,0 +1,518 @@
+// The whole forward pass of a packed ViT but its head: patch rows to normalised tokens.
+//
+// Two stages a block, each shared among all threads: attention, over (sequence, head) items; and everything between two
+// attentions, over tiles of rows (cpu/block.h). A batch is computed in groups of sequences whose activations the last
+// cache can hold, so that memory and time per token do not grow with the batch.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "attention_plan.h"
+#include "cpu/scratch.h"
+#include "parallel.h"
+#include "weights.h"
+
+namespace revit {
+namespace {
+
+using cpu::Rows;
+
+// Activations of a group of sequences, in bytes.
+constexpr int64_t kGroupBytes = 24 << 20;
+// Rows that every thread should have in a group.
+constexpr int64_t kGroupRowsPerThread = 512;
+// Workspace that a thread keeps from one call to the next.
+constexpr size_t kKeptBytes = 128 << 20;
+// Blocks of rows per thread from which on every thread takes tiles of its own; fewer rows are shared by columns too.
+constexpr int64_t kBlocksPerThread = 12;
+constexpr int64_t kLeastTileBlocks = 3;
+constexpr int64_t kNormTaskRows = 16;
+
+constexpr int64_t kTensorsBeforeBlocks = 6, kTensorsPerBlock = 12;
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int64_t n_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+struct BlockWeights {
+  cpu::TokenNorm norm1;
+  cpu::PackedWeight qkv, proj;  // queries, keys and values each begin at a panel of their own
+  cpu::TokenNorm norm2;
+  cpu::PackedWeight fc1, fc2;
+};
+
+struct Model {
+  cpu::BlockShape shape;
+  int64_t n_heads, head_dim, n_lengths;
+  cpu::PackedWeight embed;
+  cpu::TokenNorm norm_pre, norm;
+  std::vector<BlockWeights> blocks;
+  const float* prefix;
+  int64_t n_prefix;
+  const float* table;
+};
+
+// Sequences [first, end) of a batch.
+struct Group {
+  int64_t first, end;
+};
+
+struct Batch {
+  const char* rows;
+  cpu::DType dtype;
+  bool bytes;
+  int64_t row_bytes;
+  const int32_t* patches;  // cu_seqlens
+  const int32_t* length_index;
+  const int32_t* pos_offset;
+};
+
+// float32 matrices with rows to spare, and index vectors, cut from one piece of memory.
+class Workspace {
+ public:
+  explicit Workspace(char* memory) : next_(memory) {}
+
+  template <class T>
+  T* array(int64_t n) {
+    T* array = reinterpret_cast<T*>(next_);
+    used_ += bytes<T>(n);
+    if (next_ != nullptr) next_ += bytes<T>(n);
+    return array;
+  }
+
+  // Rows up to the next whole block, their stride an odd number of cache lines that holds whole panels.
+  Rows rows(int64_t n_rows, int64_t n_columns) {
+    const int64_t stride = (divide_up(n_columns, 32) * 2 + 1) * 16;
+    return {array<float>(divide_up(n_rows, kSpareRows) * kSpareRows * stride), stride};
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kSpareRows = 12;
+
+  template <class T>
+  static int64_t bytes(int64_t n) {
+    return divide_up(n * static_cast<int64_t>(sizeof(T)), 64) * 64;
+  }
+
+  char* next_;
+  int64_t used_ = 0;
+};
+
+// What a group's stages work on. Constructed twice: to learn the size, then over the memory.
+struct Activations {
+  Rows x, qkv, attended, pooled, pooled_attended, pooled_queries, normed, hidden;
+  int32_t *cu_seqlens, *pooled_cu_seqlens, *length, *pooled_length;
+  int64_t *token, *position, *pooled_token;
+
+  Activations(Workspace& space, const Model& model, int64_t n_sequences, int64_t n_patches, int64_t n_pooled_rows,
+              int64_t few_rows) {
+    const int64_t n_rows = n_patches + n_sequences * model.n_prefix;
+    const int64_t panel = cpu::kernels().linear.panel, width = divide_up(model.shape.width, panel) * panel;
+    x = space.rows(n_rows, model.shape.n_channels);
+    qkv = space.rows(n_rows, 3 * width);
+    attended = space.rows(n_rows, width);
+    pooled = space.rows(n_pooled_rows, model.shape.n_channels);
+    pooled_attended = space.rows(n_pooled_rows, width);
+    pooled_queries = space.rows(n_pooled_rows, width);
+    const int64_t shared_rows = std::min(n_rows, few_rows);
+    normed = space.rows(shared_rows, model.shape.n_channels);
+    hidden = space.rows(shared_rows, model.shape.hidden);
+    cu_seqlens = space.array<int32_t>(n_sequences + 1);
+    pooled_cu_seqlens = space.array<int32_t>(n_sequences + 1);
+    length = space.array<int32_t>(n_rows);
+    pooled_length = space.array<int32_t>(n_pooled_rows);
+    token = space.array<int64_t>(n_patches);
+    position = space.array<int64_t>(n_patches);
+    pooled_token = space.array<int64_t>(n_pooled_rows);
+  }
+};
+
+// Stages over rows, shared among threads. Rows are cut at whole blocks, so that no tile writes into its neighbour's.
+class RowStages {
+ public:
+  RowStages(const cpu::BlockShape& shape, const cpu::PackedWeight& any_weight)
+      : shape_(shape), kernels_(cpu::kernels()), dtype_(static_cast<int>(any_weight.dtype)) {}
+
+  int64_t block_rows() const { return 2 * kernels_.linear.half_block; }
+  // Below so many rows there is not enough for a tile of its own for every thread.
+  int64_t few_rows() const { return kBlocksPerThread * n_threads() * block_rows(); }
+
+  void norm(cpu::NormTile whole) const {
+    for_each_task(divide_up(whole.n_rows, kNormTaskRows), [&](int64_t task) {
+      const int64_t row = task * kNormTaskRows;
+      cpu::NormTile tile = whole;
+      tile.x = whole.x.from(row);
+      tile.y = whole.y.from(row);
+      tile.length += row;
+      tile.n_rows = std::min(kNormTaskRows, whole.n_rows - row);
+      kernels_.block.norm(tile);
+    });
+  }
+
+  // The tile's work on all rows of `whole`. `normed` and `hidden` are used where there are few rows.
+  void block(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
+    if (whole.n_rows < few_rows()) return block_by_columns(whole, normed, hidden);
+    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows(shape_));
+    for_each_task(static_cast<int64_t>(begins.size()) - 1, [&](int64_t task) {
+      const int64_t row = begins[task];
+      cpu::BlockTile tile = whole;
+      if (tile.attended.data != nullptr) tile.attended = whole.attended.from(row);
+      if (tile.projected.data != nullptr) tile.projected = whole.projected.from(row);
+      tile.x = whole.x.from(row);
+      tile.length += row;
+      tile.n_rows = begins[task + 1] - row;
+      kernels_.block.tile[dtype_](tile);
+    });
+  }
+
+ private:
+  // Tall tiles first, then ever smaller ones, so that all threads end together.
+  std::vector<int64_t> tile_begins(int64_t n_rows, int64_t max_rows) const {
+    const int64_t unit = block_rows(), threads = n_threads(), most = max_rows / unit;
+    std::vector<int64_t> begins = {0};
+    for (int64_t left = divide_up(n_rows, unit); left > 0;) {
+      const int64_t fair = threads == 1 ? most : divide_up(left, 2 * threads);
+      const int64_t blocks = std::min(left, std::max(kLeastTileBlocks, std::min(most, fair)));
+      left -= blocks;
+      begins.push_back(left == 0 ? n_rows : begins.back() + blocks * unit);
+    }
+    return begins;
+  }
+
+  // One layer after another, each shared by rows and columns: the same sums in the same order.
+  void block_by_columns(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
+    const auto linear = [&](const cpu::PackedWeight& weight, const Rows& in, const Rows& out, cpu::Finish finish) {
+      return cpu::LinearTile{in.data,         in.stride, whole.n_rows,      weight,   0,
+                             weight.n_panels, finish,    shape_.activation, out.data, out.stride};
+    };
+    const auto norm_of_x = [&](const cpu::TokenNorm& parameters) {
+      norm({whole.x, normed, whole.length, whole.n_rows, parameters, shape_.n_channels, shape_.eps});
+    };
+    if (whole.attended.data != nullptr) {
+      share_linear(linear(whole.proj, whole.attended, whole.x, cpu::Finish::kAdd));
+      norm_of_x(whole.norm2);
+      share_linear(linear(whole.fc1, normed, hidden, cpu::Finish::kActivate));
+      share_linear(linear(whole.fc2, hidden, whole.x, cpu::Finish::kAdd));
+    }
+    if (whole.projected.data != nullptr) {
+      norm_of_x(whole.next_norm);
+      cpu::LinearTile next = linear(whole.next, normed, whole.projected, cpu::Finish::kStore);
+      next.first_panel = whole.first_panel;
+      next.end_panel = whole.end_panel;
+      share_linear(next);
+    }
+  }
+
+  const cpu::BlockShape& shape_;
+  const cpu::Kernels& kernels_;
+  int dtype_;
+};
+
+class Forward {
+ public:
+  Forward(const Model& model, const Batch& batch, int64_t n_pooled, float* out)
+      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out), stages_(model.shape, model.embed) {}
+
+  void run(const Group& group, cpu::Scratch& memory) {
+    const int64_t n_sequences = group.end - group.first;
+    const int64_t n_patches = batch_.patches[group.end] - batch_.patches[group.first];
+    const int64_t n_rows = n_patches + n_sequences * model_.n_prefix, n_pooled_rows = n_sequences * n_pooled_;
+    const auto lay_out = [&](Workspace& space) {
+      return Activations(space, model_, n_sequences, n_patches, n_pooled_rows, stages_.few_rows());
+    };
+    Workspace sizing(nullptr);
+    lay_out(sizing);
+    Workspace space(memory.reserve(static_cast<size_t>(sizing.used())));
+    const Activations at = lay_out(space);
+    index(group, at);
+    embed(group, at, n_patches);
+    if (model_.norm_pre.weight != nullptr) norm(at.x, at.x, at.length, n_rows, model_.norm_pre);
+
+    const size_t depth = model_.blocks.size();
+    const bool pools = n_pooled_ > 0;
+    const auto items = plan(at.cu_seqlens, at.cu_seqlens, n_sequences);
+    project(at, n_rows, 0, pools && depth == 1);
+    for (size_t i = 0; i < depth; ++i) {
+      const bool last = i + 1 == depth;
+      if (last && pools) break;
+      attend(at.qkv, at.attended, at, items);
+      cpu::BlockTile tile = second_part(model_.blocks[i], at.attended, at.x, at.length, n_rows);
+      if (!last) add_projection(&tile, at, i + 1, pools && i + 2 == depth);
+      stages_.block(tile, at.normed, at.hidden);
+    }
+    float* out = out_ + out_row(group) * model_.shape.n_channels;
+    if (!pools) return finish(at.x, at.length, n_rows, out);
+    gather(at, n_pooled_rows);
+    if (depth > 0) last_block(at, n_sequences, n_pooled_rows);
+    finish(at.pooled, at.pooled_length, n_pooled_rows, out);
+  }
+
+ private:
+  int64_t out_row(const Group& group) const {
+    if (n_pooled_ > 0) return group.first * n_pooled_;
+    return batch_.patches[group.first] + group.first * model_.n_prefix;
+  }
+
+  int64_t panels_of_width() const { return divide_up(model_.shape.width, cpu::kernels().linear.panel); }
+
+  // Offsets and lengths of the group's tokens, where its patches go, and its prefix tokens.
+  void index(const Group& group, const Activations& at) const {
+    const int64_t begin = batch_.patches[group.first], n_prefix = model_.n_prefix;
+    const size_t row_bytes = model_.shape.n_channels * sizeof(float);
+    int64_t row = 0, pooled = 0;
+    for (int64_t b = group.first; b < group.end; ++b) {
+      const int64_t s = b - group.first, n = batch_.patches[b + 1] - batch_.patches[b];
+      const int64_t patch = batch_.patches[b] - begin;
+      at.cu_seqlens[s] = static_cast<int32_t>(row);
+      at.pooled_cu_seqlens[s] = static_cast<int32_t>(pooled);
+      for (int64_t i = 0; i < n_prefix; ++i) {
+        std::memcpy(at.x.from(row + i).data, model_.prefix + i * model_.shape.n_channels, row_bytes);
+      }
+      std::fill_n(at.length + row, n_prefix + n, batch_.length_index[b]);
+      std::iota(at.token + patch, at.token + patch + n, row + n_prefix);
+      std::iota(at.position + patch, at.position + patch + n, int64_t{batch_.pos_offset[b]});
+      std::fill_n(at.pooled_length + pooled, n_pooled_, batch_.length_index[b]);
+      std::iota(at.pooled_token + pooled, at.pooled_token + pooled + n_pooled_, row);
+      row += n_prefix + n;
+      pooled += n_pooled_;
+    }
+    at.cu_seqlens[group.end - group.first] = static_cast<int32_t>(row);
+    at.pooled_cu_seqlens[group.end - group.first] = static_cast<int32_t>(pooled);
+  }
+
+  void embed(const Group& group, const Activations& at, int64_t n_patches) const {
+    const cpu::BlockKernels& kernels = cpu::kernels().block;
+    const int64_t unit = stages_.block_rows(), most = kernels.max_embed_rows(model_.embed.depth);
+    const int64_t fair = divide_up(divide_up(n_patches, 4 * n_threads()), unit) * unit;
+    const int64_t tile_rows = std::max(unit, std::min(most, fair));
+    const char* rows = batch_.rows + batch_.patches[group.first] * batch_.row_bytes;
+    for_each_task(divide_up(n_patches, tile_rows), [&](int64_t task) {
+      const int64_t row = task * tile_rows;
+      kernels.embed[static_cast<int>(model_.embed.dtype)](
+          {rows + row * batch_.row_bytes, batch_.dtype, batch_.bytes, std::min(tile_rows, n_patches - row),
+           model_.embed, model_.shape.n_channels, model_.table, at.position + row, at.token + row, at.x});
+    });
+  }
+
+  void norm(const Rows& x, const Rows& y, const int32_t* length, int64_t n_rows, const cpu::TokenNorm& norm) const {
+    stages_.norm({x, y, length, n_rows, norm, model_.shape.n_channels, model_.shape.eps});
+  }
+
+  cpu::BlockTile second_part(const BlockWeights& weights, const Rows& attended, const Rows& x, const int32_t* length,
+                             int64_t n_rows) const {
+    cpu::BlockTile tile = {};
+    tile.shape = &model_.shape;
+    tile.attended = attended;
+    tile.x = x;
+    tile.length = length;
+    tile.n_rows = n_rows;
+    tile.proj = weights.proj;
+    tile.norm2 = weights.norm2;
+    tile.fc1 = weights.fc1;
+    tile.fc2 = weights.fc2;
+    return tile;
+  }
+
+  // Queries, keys and values of block i; without queries where only pooled tokens will ask.
+  void add_projection(cpu::BlockTile* tile, const Activations& at, size_t i, bool keys_only) const {
+    const int64_t width = panels_of_width();
+    tile->next_norm = model_.blocks[i].norm1;
+    tile->next = model_.blocks[i].qkv;
+    tile->first_panel = keys_only ? width : 0;
+    tile->end_panel = 3 * width;
+    tile->projected = at.qkv;
+    tile->projected.data += tile->first_panel * cpu::kernels().linear.panel;
+  }
+
+  void project(const Activations& at, int64_t n_rows, size_t i, bool keys_only) const {
+    if (i >= model_.blocks.size()) return;
+    cpu::BlockTile tile = {};
+    tile.shape = &model_.shape;
+    tile.x = at.x;
+    tile.length = at.length;
+    tile.n_rows = n_rows;
+    add_projection(&tile, at, i, keys_only);
+    stages_.block(tile, at.normed, at.hidden);
+  }
+
+  std::vector<cpu::AttentionItem> plan(const int32_t* queries, const int32_t* keys, int64_t n_sequences) const {
+    return plan_attention(queries, keys, n_sequences, model_.n_heads, cpu::kernels().attention.row_tile);
+  }
+
+  void attend(const Rows& queries, const Rows& out, const Activations& at,
+              const std::vector<cpu::AttentionItem>& items) const {
+    const int64_t width = panels_of_width() * cpu::kernels().linear.panel;
+    cpu::AttentionForward args;
+    args.q = {queries.data, queries.stride, model_.head_dim};
+    args.k = {at.qkv.data + width, at.qkv.stride, model_.head_dim};
+    args.v = {at.qkv.data + 2 * width, at.qkv.stride, model_.head_dim};
+    args.n_heads = model_.n_heads;
+    args.head_dim = model_.head_dim;
+    args.group = 1;
+    args.scale = 1.0 / std::sqrt(static_cast<double>(model_.head_dim));
+    args.causal = false;
+    args.lse_head_stride = 0;
+    args.out = {out.data, out.stride, model_.head_dim};
+    args.lse = nullptr;
+    const auto kernel = cpu::kernels().attention.forward[static_cast<int>(cpu::DType::kFloat32)];
+    for_each_task(static_cast<int64_t>(items.size()), [&](int64_t i) {
+      if (items[i].n_rows > 0) kernel(args, items[i]);
+    });
+  }
+
+  void gather(const Activations& at, int64_t n_pooled_rows) const {
+    for (int64_t i = 0; i < n_pooled_rows; ++i) {
+      std::memcpy(at.pooled.from(i).data, at.x.from(at.pooled_token[i]).data, model_.shape.n_channels * sizeof(float));
+    }
+  }
+
+  // The last block where only pooled tokens are read: its keys and values are there already.
+  void last_block(const Activations& at, int64_t n_sequences, int64_t n_pooled_rows) const {
+    const BlockWeights& weights = model_.blocks.back();
+    cpu::BlockTile queries = {};
+    queries.shape = &model_.shape;
+    queries.x = at.pooled;
+    queries.length = at.pooled_length;
+    queries.n_rows = n_pooled_rows;
+    queries.next_norm = weights.norm1;
+    queries.next = weights.qkv;
+    queries.end_panel = panels_of_width();
+    queries.projected = at.pooled_queries;
+    stages_.block(queries, at.normed, at.hidden);
+    attend(at.pooled_queries, at.pooled_attended, at, plan(at.pooled_cu_seqlens, at.cu_seqlens, n_sequences));
+    stages_.block(second_part(weights, at.pooled_attended, at.pooled, at.pooled_length, n_pooled_rows), at.normed,
+                  at.hidden);
+  }
+
+  void finish(const Rows& x, const int32_t* length, int64_t n_rows, float* out) const {
+    const int64_t n_channels = model_.shape.n_channels;
+    if (model_.norm.weight != nullptr) return norm(x, {out, n_channels}, length, n_rows, model_.norm);
+    for (int64_t i = 0; i < n_rows; ++i) {
+      std::memcpy(out + i * n_channels, x.from(i).data, n_channels * sizeof(float));
+    }
+  }
+
+  const Model& model_;
+  const Batch& batch_;
+  int64_t n_pooled_;
+  float* out_;
+  RowStages stages_;
+};
+
+// Groups of whole sequences of about equal size, as few as their activations allow.
+std::vector<Group> groups_of(const int32_t* patches, int64_t n_sequences, int64_t n_prefix, int64_t row_bytes) {
+  const int64_t total = patches[n_sequences] + n_sequences * n_prefix;
+  const int64_t most = std::max(kGroupBytes / row_bytes, kGroupRowsPerThread * n_threads());
+  const int64_t target = divide_up(total, std::max<int64_t>(1, divide_up(total, most)));
+  std::vector<Group> groups;
+  for (int64_t b = 0; b < n_sequences;) {
+    const int64_t first = b;
+    int64_t rows = 0;
+    do {
+      rows += patches[b + 1] - patches[b] + n_prefix;
+      ++b;
+    } while (b < n_sequences && rows < target);
+    groups.push_back({first, b});
+  }
+  return groups;
+}
+
+cpu::TokenNorm token_norm(const Tensor& weight, const Tensor& bias, int64_t n_lengths, int64_t n_channels) {
+  if (weight.numel() == 0) return {nullptr, nullptr};
+  for (const Tensor* t : {&weight, &bias}) {
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->is_contiguous() &&
+                        t->size(0) == n_lengths && t->size(1) == n_channels,
+                    "norm parameters must be contiguous float32 CPU tensors [", n_lengths, ", ", n_channels, "]");
+  }
+  return {static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(bias.const_data_ptr())};
+}
+
+const float* float_matrix(const Tensor& t, int64_t n_columns, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.is_contiguous() && t.size(1) == n_columns,
+      name, " must be a contiguous float32 CPU tensor [N, ", n_columns, "]");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+Model model_of(const std::vector<Tensor>& weights, int64_t n_channels, int64_t n_heads, int64_t head_dim,
+               int64_t hidden, int64_t depth_of_rows, int64_t n_lengths, double eps, int64_t activation) {
+  STD_TORCH_CHECK(n_channels >= 1 && n_heads >= 1 && head_dim >= 1 && head_dim <= 256 && hidden >= 1 && n_lengths >= 1,
+                  "n_channels, n_heads, head_dim (at most 256), hidden and n_lengths must be positive");
+  const int64_t n = static_cast<int64_t>(weights.size()) - kTensorsBeforeBlocks;
+  STD_TORCH_CHECK(n >= 0 && n % kTensorsPerBlock == 0, "weights must be ", kTensorsBeforeBlocks, " tensors and ",
+                  kTensorsPerBlock, " for each block, got ", weights.size());
+  const int64_t panel = cpu::kernels().linear.panel, width = n_heads * head_dim;
+  const int64_t whole_width = divide_up(width, panel) * panel;
+  Model model = {};
+  model.shape = {n_channels, width, hidden, eps, activation_of(activation)};
+  model.n_heads = n_heads;
+  model.head_dim = head_dim;
+  model.n_lengths = n_lengths;
+  model.embed = packed_weight(weights[0], weights[1], n_channels, depth_of_rows, "embed");
+  model.norm_pre = token_norm(weights[2], weights[3], n_lengths, n_channels);
+  model.norm = token_norm(weights[4], weights[5], n_lengths, n_channels);
+  for (int64_t i = kTensorsBeforeBlocks; i < n + kTensorsBeforeBlocks; i += kTensorsPerBlock) {
+    const Tensor* w = weights.data() + i;
+    model.blocks.push_back(
+        {token_norm(w[0], w[1], n_lengths, n_channels), packed_weight(w[2], w[3], 3 * whole_width, n_channels, "qkv"),
+         packed_weight(w[4], w[5], n_channels, width, "proj"), token_norm(w[6], w[7], n_lengths, n_channels),
+         packed_weight(w[8], w[9], hidden, n_channels, "fc1"), packed_weight(w[10], w[11], n_channels, hidden, "fc2")});
+    const BlockWeights& block = model.blocks.back();
+    for (const cpu::PackedWeight* weight : {&block.qkv, &block.proj, &block.fc1, &block.fc2}) {
+      STD_TORCH_CHECK(weight->dtype == model.embed.dtype, "all weights must have one dtype");
+    }
+    STD_TORCH_CHECK(block.norm1.weight != nullptr && block.norm2.weight != nullptr, "a block needs both its norms");
+  }
+  return model;
+}
+
+Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor& length_index,
+                   const Tensor& pos_offset, const Tensor& pos_table, const Tensor& prefix, std::vector<Tensor> weights,
+                   int64_t n_heads, int64_t head_dim, int64_t hidden, int64_t n_lengths, double eps, int64_t activation,
+                   int64_t n_pooled) {
+  const bool bytes = rows_in.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(rows_in.is_cpu() && rows_in.dim() == 2 && (bytes || is_floating(rows_in)),
+                  "rows must be a floating or uint8 CPU tensor [Tp, P*P*3]");
+  STD_TORCH_CHECK(prefix.dim() == 2 && n_pooled >= 0 && n_pooled <= prefix.size(0),
+                  "n_pooled must be in [0, n_prefix = ", prefix.dim() == 2 ? prefix.size(0) : -1, "], got ", n_pooled);
+  const int64_t n_channels = prefix.size(1), n_prefix = prefix.size(0);
+  const int64_t n_sequences = check_cu_seqlens(cu_seqlens, rows_in.size(0), "cu_seqlens");
+  const int32_t* patches = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  STD_TORCH_CHECK(patches[n_sequences] == rows_in.size(0), "rows must end with the last sequence: cu_seqlens ends at ",
+                  patches[n_sequences], ", rows has ", rows_in.size(0));
+  check_length_index(length_index, n_sequences, n_lengths);
+  Model model = model_of(weights, n_channels, n_heads, head_dim, hidden, rows_in.size(1), n_lengths, eps, activation);
+  model.prefix = float_matrix(prefix, n_channels, "prefix");
+  model.n_prefix = n_prefix;
+  model.table = float_matrix(pos_table, n_channels, "pos_table");
+
+  const Tensor rows = revit::contiguous(rows_in);
+  Batch batch = {static_cast<const char*>(rows.const_data_ptr()),
+                 bytes ? cpu::DType::kFloat32 : dtype_of(rows, "rows"),
+                 bytes,
+                 rows.size(1) * static_cast<int64_t>(rows.element_size()),
+                 patches,
+                 static_cast<const int32_t*>(length_index.const_data_ptr()),
+                 static_cast<const int32_t*>(pos_offset.const_data_ptr())};
+  check_pos_offset(pos_offset, patches, n_sequences, pos_table.size(0));
+
+  const int64_t n_out = n_pooled > 0 ? n_sequences * n_pooled : patches[n_sequences] + n_sequences * n_prefix;
+  Tensor out = torch::stable::new_empty(pos_table, {n_out, n_channels});
+  static thread_local cpu::Scratch memory;
+  Forward forward(model, batch, n_pooled, static_cast<float*>(out.mutable_data_ptr()));
+  const int64_t row_bytes = (2 * n_channels + 4 * model.shape.width) * static_cast<int64_t>(sizeof(float));
+  for (const Group& group : groups_of(patches, n_sequences, n_prefix, row_bytes)) forward.run(group, memory);
+  memory.shrink(kKeptBytes);
+  return out;
+}
+
+}  // namespace
+}  // namespace revit
+
+STABLE_TORCH_LIBRARY_IMPL(revit_fast, CPU, m) { m.impl("vit_forward", TORCH_BOX(&revit::vit_forward)); }

@@ -1,0 +1,40 @@
+// Packed weights and norms as the engine's ops take them.
+#pragma once
+
+#include <cstdint>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace revit {
+
+// The weight [n_out, depth] packed in `panels` (see cpu/linear.h), with its bias.
+inline cpu::PackedWeight packed_weight(const Tensor& panels, const Tensor& bias, int64_t n_out, int64_t depth,
+                                       const char* name) {
+  const int64_t panel = cpu::kernels().linear.panel;
+  const int64_t n_panels = (n_out + panel - 1) / panel;
+  const bool narrow = panels.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(panels.is_cpu() && (narrow || panels.scalar_type() == ScalarType::Float) && panels.is_contiguous(),
+                  name, ": panels must be a contiguous float32 or bfloat16 CPU tensor");
+  const bool fits = narrow ? panels.dim() == 4 && panels.size(1) == (depth + 1) / 2 && panels.size(3) == 2
+                           : panels.dim() == 3 && panels.size(1) == depth;
+  STD_TORCH_CHECK(fits && panels.size(0) == n_panels && panels.size(2) == panel, name,
+                  ": panels must be those of a weight [", n_out, ", ", depth, "] for the instruction set in use, ",
+                  cpu::kernels().isa, " (", panel, " columns a panel); pack it again");
+  STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
+                      bias.size(0) == n_panels * panel && bias.is_contiguous(),
+                  name, ": bias must be a contiguous float32 vector [", n_panels * panel, "], zero beyond ", n_out);
+  return {narrow ? cpu::DType::kBFloat16 : cpu::DType::kFloat32, panels.const_data_ptr(),
+          static_cast<const float*>(bias.const_data_ptr()), depth, n_panels};
+}
+
+inline cpu::Activation activation_of(int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, "activation must be in [0, ", cpu::kActivations,
+                  "), got ", activation);
+  return static_cast<cpu::Activation>(activation);
+}
+
+// Calls the linear layer of `tile` in pieces of rows and panels that keep all threads at work.
+void share_linear(const cpu::LinearTile& tile);
+
+}  // namespace revit

@@ -1,0 +1,249 @@
+"""Running a model's forward pass on the CPU in one op, over weights packed once.
+
+Blocks run fused (csrc/vit_forward.cpp): norms, projections, the MLP and residual sums of a tile of rows never leave the
+cache of the core that computes them. What that changes for a caller: hooks of submodules would not run, nor modules put
+in the place of a block's own, so a model that has any is refused by name.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revit_fast import ops
+from revit_fast.layers import Attention, Block, FoldedEmbedding, LayerScale, Mlp, PatchEmbed, TALLayerNorm
+from revit_fast.model import PatchRows, ReViT
+from revit_fast.ops import _library
+from revit_fast.ops.linear import PACKED_DTYPES, PackedWeight, huge_pages, pack_weight, packed_linear
+from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
+from revit_fast.packing import cumulative, nearest_lengths
+from revit_fast.snapshot import Snapshot
+
+LINE = 64
+"""Bytes that weights are aligned to."""
+
+PARTS = {
+    ReViT: {"patch_embed": PatchEmbed, "norm_pre": (TALLayerNorm, nn.Identity), "norm": (TALLayerNorm, nn.Identity)},
+    PatchEmbed: {"proj": nn.Conv2d},
+    Block: {
+        "norm1": TALLayerNorm,
+        "attn": Attention,
+        "ls1": (LayerScale, nn.Identity),
+        "norm2": TALLayerNorm,
+        "mlp": Mlp,
+        "ls2": (LayerScale, nn.Identity),
+    },
+    Attention: {"qkv": nn.Linear, "proj": nn.Linear},
+    Mlp: {"fc1": nn.Linear, "fc2": nn.Linear},
+}
+"""The modules that fused code stands in for, and what each of them must be."""
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The kernels' name of an activation; None for one they do not have."""
+    if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
+        return "gelu_tanh"
+    names = {nn.GELU: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
+    return next((name for kind, name in names.items() if isinstance(act, kind)), None)
+
+
+def check_fusable(model: ReViT) -> None:
+    """Raises a ValueError that names what the fused forward pass cannot stand in for, and what to change."""
+    _check_parts(model, "", ReViT)
+    for i, block in enumerate(model.blocks):
+        name = f"blocks.{i}"
+        _check_type(name, block, Block)
+        _check_parts(block, f"{name}.", Block)
+        if activation_name(block.mlp.act) is None or activation_name(block.mlp.act) != activation_name(
+            model.blocks[0].mlp.act
+        ):
+            raise ValueError(
+                f"model: {name}.mlp.act is {type(block.mlp.act).__name__}; the fused forward pass has GELU (exact or "
+                "tanh), SiLU and ReLU, one for all blocks; run the model itself, which is not optimised"
+            )
+
+
+def _check_parts(owner: nn.Module, prefix: str, kind: type) -> None:
+    for name, expected in PARTS.get(kind, {}).items():
+        part = getattr(owner, name)
+        _check_type(prefix + name, part, expected)
+        _check_parts(part, f"{prefix}{name}.", type(part))
+
+
+def _check_type(name: str, module: nn.Module, expected: type | tuple[type, ...]) -> None:
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    if type(module) not in expected:
+        raise ValueError(
+            f"model: {name} is {type(module).__name__}, which the fused forward pass would not run; merge it into a "
+            f"plain {expected[0].__name__} first, or run the model itself, which is not optimised"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"model: {name} has a forward hook, which the fused forward pass would not run; remove it")
+
+
+def _gathered(weights: ViTWeights) -> ViTWeights:
+    """The same weights in one piece of memory, in the order in which they are read."""
+    tensors = [t for block in weights.blocks for part in block for t in part[:2]]
+    sizes = [-(-t.numel() * t.element_size() // LINE) * LINE for t in tensors]
+    memory = huge_pages(sum(sizes))
+    moved = iter(
+        part[: t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
+        for part, t in zip(memory.split(sizes), tensors, strict=True)
+    )
+    blocks = [
+        BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in block)) for block in weights.blocks
+    ]
+    return weights._replace(blocks=blocks)
+
+
+class Packed(NamedTuple):
+    """What is derived from a model's parameters.
+
+    Attributes:
+        isa: instruction set that the weights are packed for.
+        snapshot: tells whether the parameters are still the same.
+        weights: all but the head.
+        heads: a function from pooled rows to logits for each head.
+    """
+
+    isa: str
+    snapshot: Snapshot
+    weights: ViTWeights
+    heads: list
+
+
+def _norm(module: nn.Module) -> TokenNorm:
+    if not isinstance(module, TALLayerNorm):
+        return NO_NORM
+    return TokenNorm(module.weight.detach().float().contiguous(), module.bias.detach().float().contiguous())
+
+
+def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
+    """The layer with the LayerScale behind it folded in."""
+    if not isinstance(scale, LayerScale):
+        return pack_weight(linear.weight, linear.bias, dtype)
+    gamma = scale.gamma.double()
+    bias = None if linear.bias is None else linear.bias.double() * gamma
+    return pack_weight(linear.weight.double() * gamma.unsqueeze(1), bias, dtype)
+
+
+def pack_model(model: ReViT) -> Packed:
+    """Packs a model's weights for the instruction set in use; raises a ValueError for one that cannot be fused."""
+    check_fusable(model)
+    dtype = model.pos_embed.dtype
+    blocks = [
+        BlockWeights(
+            _norm(block.norm1),
+            pack_qkv(block.attn.qkv.weight, block.attn.qkv.bias, dtype),
+            _scaled(block.attn.proj, block.ls1, dtype),
+            _norm(block.norm2),
+            pack_weight(block.mlp.fc1.weight, block.mlp.fc1.bias, dtype),
+            _scaled(block.mlp.fc2, block.ls2, dtype),
+        )
+        for block in model.blocks
+    ]
+    first = model.blocks[0] if model.blocks else None
+    norms = [module for module in model.modules() if isinstance(module, TALLayerNorm)]
+    weights = ViTWeights(
+        embed=pack_weight(*model.patch_embed.matrix(), dtype),
+        norm_pre=_norm(model.norm_pre),
+        norm=_norm(model.norm),
+        blocks=blocks,
+        prefix=model._prefix().detach().float().contiguous(),
+        n_heads=first.attn.num_heads if first else 1,
+        head_dim=first.attn.head_dim if first else 1,
+        n_lengths=len(model.lengths),
+        eps=norms[0].eps if norms else 1e-6,
+        activation=activation_name(first.mlp.act) if first else "none",
+    )
+    heads = [_head(head, dtype) for head in (model.head, model.head_dist) if head is not None]
+    return Packed(_library.cpu_isa(), Snapshot(model), _gathered(weights), heads)
+
+
+def _head(head: nn.Module, dtype: torch.dtype):
+    if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+        return partial(packed_linear, weight=pack_weight(head.weight, head.bias, dtype))
+    return lambda rows: head(rows.to(dtype))
+
+
+def serves(model: ReViT) -> bool:
+    """Whether a model's dtype and device are those of the fused forward pass."""
+    return _library.HAS_EXTENSION and model.pos_embed.device.type == "cpu" and model.pos_embed.dtype in PACKED_DTYPES
+
+
+class FusedForward:
+    """The forward pass of a model on the CPU; several threads may call it at a time.
+
+    Args:
+        model: the model; changed parameters are noticed and packed again.
+    """
+
+    def __init__(self, model: ReViT) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._packed: Packed | None = None
+        self._table: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._folded: dict[tuple[float, ...], PackedWeight] = {}
+
+    def logits(self, images: PatchRows) -> Tensor:
+        """Logits of a batch, in the model's dtype."""
+        model = self._model
+        n_pooled = 0 if model.global_pool != "token" else 2 if model.distilled else 1
+        packed, tokens, length_index = self._tokens(images, n_pooled)
+        if model.global_pool == "avg":
+            seqlens = [h * w + model.num_prefix_tokens for h, w in images.grids]
+            skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
+            tokens = ops.mean_pool(tokens, cumulative(seqlens), skip)
+        if isinstance(model.fc_norm, TALLayerNorm):
+            sequences = torch.arange(tokens.shape[0] + 1, dtype=torch.int32)
+            tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), sequences, length_index, model.fc_norm.eps)
+        if model.distilled:
+            rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
+            logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]
+            return ((logits[0] + logits[1]) / 2).to(model.pos_embed.dtype)
+        return packed.heads[0](tokens).to(model.pos_embed.dtype)
+
+    def tokens(self, images: PatchRows) -> Tensor:
+        """All tokens after the final norm, `[T, C]` in the model's dtype."""
+        return self._tokens(images, 0)[1].to(self._model.pos_embed.dtype)
+
+    def _tokens(self, images: PatchRows, n_pooled: int) -> tuple[Packed, Tensor, Tensor]:
+        model = self._model
+        seqlens = [h * w for h, w in images.grids]
+        with self._lock:  # what is derived from the parameters; the work itself needs no turns
+            packed = self._current()
+            weights = packed.weights
+            if images.normalization is not None:
+                weights = weights._replace(embed=self._folded_embedding(images.normalization))
+            model._positions.learn(images.grids)
+            offsets = model._positions.first_rows(images.grids)
+            table = self._current_table()
+        length_index = torch.tensor(nearest_lengths(seqlens, model.lengths), dtype=torch.int32)
+        pos_offset = torch.tensor(offsets, dtype=torch.int32)
+        tokens = ops.vit_forward(images.rows, cumulative(seqlens), length_index, pos_offset, table, weights, n_pooled)
+        return packed, tokens, length_index
+
+    def _current(self) -> Packed:
+        packed = self._packed
+        if packed is None or packed.isa != _library.cpu_isa() or not packed.snapshot.holds():
+            self._folded.clear()
+            packed = self._packed = pack_model(self._model)
+        return packed
+
+    def _current_table(self) -> Tensor:
+        """Position embeddings of all known grids in float32."""
+        table = self._model._positions.table(self._model.pos_embed, self._model._n_prefix_embedded)
+        if table is not self._table[0]:
+            self._table = (table, table.float().contiguous())
+        return self._table[1]
+
+    def _folded_embedding(self, normalization: Tensor) -> PackedWeight:
+        key = tuple(normalization.flatten().tolist())
+        if key not in self._folded:
+            folded: FoldedEmbedding = self._model.patch_embed.fold(normalization)
+            self._folded = {key: pack_weight(folded.weight, folded.bias, self._model.pos_embed.dtype)}
+        return self._folded[key]

@@ -1,0 +1,159 @@
+"""`python -m bench.model`: every peer computes what timm does, its FLOP are right, wrong logits get no time."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from helpers import only_on
+
+timm = pytest.importorskip("timm")
+
+from bench import model as bench  # noqa: E402 (needs timm)
+from bench import probe  # noqa: E402
+from bench.model_peers import PEERS, Peer, Unsuited  # noqa: E402
+from bench.model_work import (  # noqa: E402
+    Case,
+    Flops,
+    ModelShape,
+    apportion,
+    grids_of,
+    grids_up_to,
+    random_vit,
+    rounds_for,
+    timed,
+)
+
+pytestmark = only_on("cpu", reason="a bench of the CPU")
+
+PACKAGES = {"openvino": ["openvino"], "onnxruntime": ["onnx", "onnxruntime"], "navit": ["vit_pytorch"]}
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return random_vit("vit_tiny_patch16_224", depth=2, embed_dim=64, num_heads=2, num_classes=10)
+
+
+@pytest.mark.parametrize("mix", ["mix", "random"])
+@pytest.mark.parametrize("key", [key for key in PEERS if key != "compile"])
+def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
+    for package in PACKAGES.get(key, []):
+        pytest.importorskip(package)
+    case = Case(vit, grids_of(mix, 4), open_ended=mix == "random")
+    peer = PEERS[key].build(case)
+    for turn in (0, 1, 0):
+        logits = peer.run(turn)
+    assert bench.problem_with(logits, peer, case) is None
+    assert (peer.order is None) == (key in ("timm-full", "navit")), "the others share timm's weights"
+    assert peer.flops.total >= case.shape.flops(case.seqlens).total or key == "navit"
+
+
+def test_the_compiled_peer_gives_the_logits_of_timm():
+    vit = random_vit("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=2, num_classes=10)
+    case = Case(vit, grids_of("all-7", 2))
+    peer = PEERS["compile"].build(case)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    logits = [peer.run(turn) for turn in (1, 0)][1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew after it was built"
+    assert bench.problem_with(logits, peer, case) is None
+    torch.compiler.reset()
+    with pytest.raises(Unsuited, match="compiled anew"):
+        PEERS["compile"].build(Case(vit, grids_of("random", 2), open_ended=True))
+
+
+def test_ours_and_its_products(vit):
+    case = Case(vit, grids_of("mix", 4))
+    peer = bench.ours(case)
+    assert bench.problem_with(peer.run(0), peer, case) is None
+    assert bench.page_faults(peer.run, calls=1) >= 0
+    products, flops = bench.products_alone(case)
+    products(0)
+    assert 0 < flops < bench.flops_of_ours(case).linear
+
+
+def test_flops_of_deit_small_on_the_mix():
+    shape = ModelShape(dim=384, depth=12, hidden=1536, patch_values=768, n_classes=1000, n_prefix=1)
+    seqlens = [197] * 4 + [101] * 6 + [50] * 6
+    nominal, executed = shape.flops(seqlens), shape.flops(seqlens, pooled_last=True)
+    assert nominal.total == pytest.approx(77.2e9, rel=1e-3)
+    c, n = 384, sum(seqlens)
+    left_out = 2 * (n - len(seqlens)) * (2 * c * c + 8 * c * c)  # queries, projection and MLP of unpooled tokens
+    assert nominal.linear - executed.linear == pytest.approx(left_out)
+    assert nominal.attention - executed.attention == 4 * c * sum(m * m - m for m in seqlens)
+
+
+def test_grids_of_a_batch():
+    assert [apportion(n) for n in (1, 3, 16, 64)] == [[0, 1, 0], [1, 1, 1], [4, 6, 6], [16, 24, 24]]
+    assert sorted(grids_of("mix", 3)) == [(7, 7), (10, 10), (14, 14)]
+    assert grids_of("all-14", 2) == [(14, 14)] * 2
+    grids = grids_of("random", 200)
+    assert {side for grid in grids for side in grid} == set(range(7, 15))
+    assert any(h != w for h, w in grids)
+
+
+@pytest.mark.parametrize("n_tokens", [50, 197, 1000, 4000, 200_000])
+def test_packs_come_near_the_number_of_tokens(n_tokens):
+    got = sum(h * w + 1 for h, w in grids_up_to(n_tokens))
+    assert got == n_tokens if n_tokens < 1000 else abs(got - n_tokens) <= 197 // 2
+
+
+def test_slow_candidates_take_fewer_rounds(monkeypatch):
+    assert [rounds_for(s, 9) for s in (0.1, 3.0, 100.0)] == [9, 3, 1]
+    monkeypatch.setattr("bench.model_work.SLOW_S", 0.05)
+    samples = timed({"slow": lambda turn: time.sleep(0.1), "fast": lambda turn: time.sleep(0.001)}, 5, 0.0)
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"slow": 3, "fast": 5}
+    assert min(samples["slow"]) >= 0.1
+    assert min(samples["fast"]) < 0.1, "of a call, though a turn is several"
+
+
+def test_wrong_results_get_no_time(vit, monkeypatch):
+    def wrong(case):
+        return Peer(lambda turn: case.expected + 1, range(len(case.grids)), Flops(1, 1))
+
+    def absent(case):
+        raise ImportError("not installed\nsecond line")
+
+    case = Case(vit, grids_of("mix", 3), n_threads=1)
+    peers, reasons = bench.checked(case, {"wrong": wrong, "absent": absent, "right": PEERS["timm"].build})
+    assert list(peers) == ["right"]
+    assert reasons["wrong"].startswith("wrong: differs from timm")
+    assert reasons["absent"] == "ImportError: not installed"
+    monkeypatch.setattr(bench, "ours", wrong)
+    result = bench.measure(case, ["timm"], rounds=1, pause_s=0)
+    ours, timm_, _ = result["candidates"]
+    assert "median_ms" not in ours
+    assert timm_["ratio_to_ours"] is None
+
+
+def test_the_command_writes_its_tables(monkeypatch, tmp_path):
+    write = bench.write
+    monkeypatch.setattr(bench, "write", lambda *args: write(*args, folder=tmp_path))
+    arguments = (
+        "--models deit-ti --batches 1 --mixes all-7 --peers timm timm-full --rounds 1 --threads 1 --pause 0 "
+        "--scaling-model deit-ti --scaling-tokens 50"
+    )
+    n_threads = torch.get_num_threads()
+    try:
+        bench.main(arguments.split())
+    finally:
+        torch.set_num_threads(n_threads)
+    content = json.loads((tmp_path / "model.json").read_text())
+    rows = {row["candidate"]: row for row in content["results"][0]["candidates"]}
+    assert rows["ours"]["ratio_to_ours"] == 1
+    assert 0 < rows["timm, grouped by length"]["of_peak"] < 1
+    assert rows["timm, full length"]["flops"] > rows["ours"]["flops"]
+    assert content["scaling"][0]["tokens"] == 50
+    table = (tmp_path / "model.md").read_text()
+    assert "## DeiT-Ti, batch 1, all 7×7" in table
+    assert "| ours |" in table
+    assert "## Scaling: DeiT-Ti, ours" in table
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.md"]
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_the_probe_measures_a_peak(n_threads):
+    peak = probe.fma_peak(n_threads, rounds=1)
+    assert math.isfinite(peak)
+    assert peak > 0
+    assert probe.FmaProbe(n_threads, seconds=0.001).kind in probe.KINDS
