@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-abi bench bench-model lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-abi bench bench-model gate lint format build clean
 
 ## Main job on real photographs: mixed grids in one packed forward, against timm.
 demo: build
@@ -21,8 +21,9 @@ test-full: build
 test-suite:
 	$(BIN)/python -m pytest tests $(PYTEST_SCOPE)
 
+# One thread: waiting ones would take time from the suite beside it.
 test-interpreter:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py tests/test_layer_norm.py \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py tests/test_layer_norm.py \
 	    tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_tutorial_attention.py
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
@@ -42,6 +43,10 @@ bench: build
 ## The model beside its peers at all sizes, batches and mixes; ARGS=--quick for a few small cases.
 bench-model: build
 	$(BIN)/python -m bench.model $(ARGS)
+
+## Instructions of the CPU kernels against those recorded: fails over 10 % more. ARGS=--update records them anew.
+gate:
+	$(PYTHON) -m bench.gate $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

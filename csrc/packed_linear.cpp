@@ -60,7 +60,8 @@ void share_linear(const cpu::LinearTile& whole) {
   const int64_t panel = cpu::kernels().linear.panel, n_panels = whole.end_panel - whole.first_panel;
   const int64_t row_tiles = divide_up(whole.n_rows, kTaskRows);
   const int64_t wanted = kTasksPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t task_panels = std::max<int64_t>(1, n_panels / std::max<int64_t>(1, divide_up(wanted, row_tiles)));
+  if (row_tiles == 0) return;
+  const int64_t task_panels = std::max<int64_t>(1, n_panels / divide_up(wanted, row_tiles));
   const int64_t column_tiles = divide_up(n_panels, task_panels);
   for_each_task(row_tiles * column_tiles, [&](int64_t task) {
     const int64_t row = task / column_tiles * kTaskRows, column = task % column_tiles * task_panels;

@@ -99,11 +99,25 @@ def _dot(a, b, acc):
 
 
 @triton.jit
+def _inner_part(a, b, acc):
+    """a bᵀ + acc; acc float32 or None."""
+    # A GPU adds float32 products in the order of the depth, so that a bᵀ and b aᵀ hold the same bits, as the backward
+    # passes expect of scores that they compute both ways. NumPy's matrix product does not, on every processor.
+    if INTERPRETED and a.dtype == tl.float32:
+        s = tl.sum(a[:, None, :] * b[None, :, :], 2)
+        if acc is not None:
+            s += acc
+    else:
+        s = _dot(a, tl.trans(b), acc)
+    return s
+
+
+@triton.jit
 def inner(a, b):
     """a bᵀ, summed over the parts of the head dimension."""
-    s = _dot(a[0], tl.trans(b[0]), None)
+    s = _inner_part(a[0], b[0], None)
     for i in tl.static_range(1, len(a)):
-        s = _dot(a[i], tl.trans(b[i]), s)
+        s = _inner_part(a[i], b[i], s)
     return s
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revit_fast import fused, graphs
 from revit_fast.fused import FusedForward
 from revit_fast.graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
-from revit_fast.model import ReViT
+from revit_fast.model import PatchRows, ReViT
 from revit_fast.packing import PackedBatch
 
 
@@ -45,20 +45,15 @@ class OptimizedReViT(ReViT):
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits `[B, num_classes]` in the given order, without autograd."""
-        if self._fuses():
-            with torch.no_grad():
-                images = self._patch_rows(x)
-                self._check_rows(images.rows, images.normalization)
-                return self._fused.logits(images)
-        if not self._replays():
+        fuses, replays = self._fuses(), self._replays()
+        if not fuses and not replays:
             with torch.no_grad():
                 return super().forward(x)
-        device = self.pos_embed.device
-        with torch.inference_mode(False), torch.no_grad():  # static memory must serve calls outside inference mode too
-            images = self._patch_rows(x)
-            self._check_rows(images.rows, images.normalization)
-            if images.rows.device not in (device, torch.device("cpu")):
-                raise ValueError(f"x: batch is on {images.rows.device}, model on {device}; move one with .to(device)")
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve calls outside inference mode too
+            images = self._checked_rows(x)
+            if fuses:
+                return self._fused.logits(images)
+            device = self.pos_embed.device
             if self._cache is None:
                 self._cache = GraphCache(self, graphs.BACKENDS[device.type](device), self.max_rows, self.max_graphs)
             bucket = self._cache.bucket(images)
@@ -66,6 +61,13 @@ class OptimizedReViT(ReViT):
                 return self._cache.run(images, bucket)
             batch = self.pack(x)
             return super().forward(batch if batch.device == device else batch.to(device))
+
+    def _checked_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
+        images, device = self._patch_rows(x), self.pos_embed.device
+        self._check_rows(images.rows, images.normalization)
+        if images.rows.device not in (device, torch.device("cpu")):
+            raise ValueError(f"x: batch is on {images.rows.device}, model on {device}; move one with .to(device)")
+        return images
 
     def _replays(self) -> bool:
         # float64 on a GPU is the reference's, which reads lengths back.
@@ -78,9 +80,8 @@ class OptimizedReViT(ReViT):
     def _normed_tokens(self, batch: PackedBatch) -> Tensor:
         if not self._fuses():
             return super()._normed_tokens(batch)
-        self._check_pack(batch)
-        with torch.no_grad():
-            return self._fused.tokens(self._patch_rows(batch))
+        with torch.inference_mode(False), torch.no_grad():
+            return self._fused.tokens(self._checked_rows(batch))
 
 
 def optimize(

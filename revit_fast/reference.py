@@ -198,8 +198,9 @@ def vit_forward(
 
     x = normed(x, norm_pre)
     for block in blocks:
-        q, k, v = F.linear(normed(x, block.norm1), *block.qkv).view(x.shape[0], 3, n_heads, -1).unbind(1)
-        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=q.shape[-1] ** -0.5)
+        head_dim = block.proj[0].shape[1] // n_heads
+        q, k, v = F.linear(normed(x, block.norm1), *block.qkv).view(-1, 3, n_heads, head_dim).unbind(1)
+        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=head_dim**-0.5)
         x = x + F.linear(attended.flatten(1), *block.proj)
         x = x + F.linear(activate(activation, F.linear(normed(x, block.norm2), *block.fc1)), *block.fc2)
     x = normed(x, norm)

@@ -60,30 +60,48 @@ REVIT_INLINE Vec<float, n> sigmoid(Vec<float, n> x) {
   return (x < zero ? e : broadcast<float, n>(1.0f)) / (1.0f + e);
 }
 
-template <int n>
-REVIT_INLINE Vec<float, n> activate(Activation activation, Vec<float, n> x) {
+template <Activation activation, int n>
+REVIT_INLINE Vec<float, n> activate(Vec<float, n> x) {
   const Vec<float, n> zero = {};
-  switch (activation) {
-    case Activation::kGelu:
-      return gelu<n>(x);
-    case Activation::kGeluTanh:  // tanh(u) = 2 sigmoid(2 u) - 1
-      return x * sigmoid<n>(1.5957691216057308f * (x + 0.044715f * x * x * x));
-    case Activation::kSilu:
-      return x * sigmoid<n>(x);
-    case Activation::kRelu:
-      return x < zero ? zero : x;
-    default:
-      return x;
+  if constexpr (activation == Activation::kGelu) return gelu<n>(x);
+  if constexpr (activation == Activation::kGeluTanh) {  // tanh(u) = 2 sigmoid(2 u) - 1
+    return x * sigmoid<n>(1.5957691216057308f * (x + 0.044715f * x * x * x));
+  }
+  if constexpr (activation == Activation::kSilu) return x * sigmoid<n>(x);
+  if constexpr (activation == Activation::kRelu) return x < zero ? zero : x;
+  return x;
+}
+
+// Three rows at a time: their polynomials, each a long chain of dependent steps, overlap and share their constants.
+template <Activation activation, int rows>
+__attribute__((noinline)) void activate_rows(float* out, int64_t stride) {
+  constexpr int n = kLanes<float>, kTogether = 3;
+  static_assert(rows % kTogether == 0);
+  for (int i = 0; i < rows; i += kTogether) {
+    Vec<float, n> v[2 * kTogether];
+    unroll<2 * kTogether>([&](auto j) __attribute__((always_inline)) {
+      v[j] = load<n>(out + (i + j / 2) * stride + j % 2 * n);
+    });
+    unroll<2 * kTogether>([&](auto j) __attribute__((always_inline)) { v[j] = activate<activation, n>(v[j]); });
+    unroll<2 * kTogether>([&](auto j) __attribute__((always_inline)) {
+      store<n>(out + (i + j / 2) * stride + j % 2 * n, v[j]);
+    });
   }
 }
 
 template <int rows>
-__attribute__((noinline)) void activate_block(Activation activation, float* out, int64_t stride) {
-  constexpr int n = kLanes<float>;
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 2 * n; j += n) {
-      store<n>(out + i * stride + j, activate<n>(activation, load<n>(out + i * stride + j)));
-    }
+REVIT_INLINE void activate_block(Activation activation, float* out, int64_t stride) {
+  switch (activation) {
+    case Activation::kGelu:
+      return activate_rows<Activation::kGelu, rows>(out, stride);
+    case Activation::kGeluTanh:
+      return activate_rows<Activation::kGeluTanh, rows>(out, stride);
+    case Activation::kSilu:
+      return activate_rows<Activation::kSilu, rows>(out, stride);
+    case Activation::kRelu:
+      return activate_rows<Activation::kRelu, rows>(out, stride);
+    default:
+      return;
   }
 }
 

@@ -16,7 +16,9 @@ int main() {
     if (!revit::cpu::select_isa(isa.c_str())) return 2;
     const revit::cpu::Kernels& kernels = revit::cpu::kernels();
     native::test_attention(kernels);
+    native::test_block(kernels);
     native::test_layer_norm(kernels);
+    native::test_linear(kernels);
     native::test_resize(kernels);
     native::test_tokens(kernels);
     std::printf("%s: %d checks, %d failures\n", isa.c_str(), native::checks, native::failures);

@@ -18,7 +18,9 @@ inline void check(bool ok, const char* condition, const char* isa, const char* f
 }
 
 void test_attention(const revit::cpu::Kernels& kernels);
+void test_block(const revit::cpu::Kernels& kernels);
 void test_layer_norm(const revit::cpu::Kernels& kernels);
+void test_linear(const revit::cpu::Kernels& kernels);
 void test_resize(const revit::cpu::Kernels& kernels);
 void test_tokens(const revit::cpu::Kernels& kernels);
 

@@ -1,0 +1,415 @@
+// Tiles of a transformer block against a plain double loop and against the same layers one after another, on buffers
+// that end with the last element that a kernel may touch.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "layers.h"
+#include "native_test.h"
+
+namespace native {
+namespace {
+
+using revit::cpu::BlockShape;
+using revit::cpu::BlockTile;
+using revit::cpu::Finish;
+using revit::cpu::Rows;
+using revit::cpu::TokenNorm;
+
+constexpr int32_t kLengths = 3;
+constexpr double kEps = 1e-6, kTolerance = 2e-5;
+
+int32_t length_of(int64_t row) { return static_cast<int32_t>((2 * row + 1) % kLengths); }
+
+std::vector<int32_t> lengths_of(int64_t n_rows) {
+  std::vector<int32_t> lengths(n_rows);
+  for (int64_t i = 0; i < n_rows; ++i) lengths[i] = length_of(i);
+  return lengths;
+}
+
+// Rows of which the last ends the buffer; NaN until they are written.
+struct Matrix {
+  int64_t n_rows, n_columns, stride;
+  std::vector<float> data;
+
+  Matrix(int64_t n_rows, int64_t n_columns, int64_t gap)
+      : n_rows(n_rows), n_columns(n_columns), stride(n_columns + gap), data((n_rows - 1) * stride + n_columns, kNan) {}
+
+  Rows view() { return {data.data(), stride}; }
+
+  // The first rows and columns become those of `values`, of `n` columns.
+  void fill(const std::vector<float>& values, int64_t rows, int64_t n) {
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(values.data() + i * n, n, data.data() + i * stride);
+  }
+
+  // Largest difference to rows of n columns, relative to 1 + |x|; infinity where a value is NaN.
+  double difference(const std::vector<double>& truth, int64_t rows, int64_t n) const {
+    double worst = 0;
+    for (int64_t at = 0; at < rows * n; ++at) {
+      const double error = std::fabs(data[at / n * stride + at % n] - truth[at]) / (1 + std::fabs(truth[at]));
+      worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
+    }
+    return worst;
+  }
+
+  bool same_bits(const Matrix& other, int64_t rows, int64_t n) const {
+    bool same = true;
+    for (int64_t i = 0; i < rows; ++i) {
+      same = same && std::memcmp(data.data() + i * stride, other.data.data() + i * other.stride, n * 4) == 0;
+    }
+    return same;
+  }
+
+  bool gaps_untouched() const {
+    bool untouched = true;
+    for (size_t at = 0; at < data.size(); ++at) {
+      untouched = untouched && (static_cast<int64_t>(at) % stride < n_columns || std::isnan(data[at]));
+    }
+    return untouched;
+  }
+};
+
+struct Norm {
+  int64_t n_channels;
+  std::vector<float> weight, bias;  // [kLengths, n_channels]
+
+  Norm(int64_t n_channels, Random& random)
+      : n_channels(n_channels), weight(kLengths * n_channels), bias(kLengths * n_channels) {
+    for (float& w : weight) w = 1 + uniform(random) / 2;
+    for (float& b : bias) b = uniform(random);
+  }
+
+  TokenNorm view() const { return {weight.data(), bias.data()}; }
+
+  void operator()(const double* x, int32_t length, double* y) const {
+    double mean = 0, variance = 0;
+    for (int64_t c = 0; c < n_channels; ++c) mean += x[c] / static_cast<double>(n_channels);
+    for (int64_t c = 0; c < n_channels; ++c) {
+      variance += (x[c] - mean) * (x[c] - mean) / static_cast<double>(n_channels);
+    }
+    const double scale = 1 / std::sqrt(variance + kEps);
+    for (int64_t c = 0; c < n_channels; ++c) {
+      y[c] = (x[c] - mean) * scale * weight[length * n_channels + c] + bias[length * n_channels + c];
+    }
+  }
+};
+
+std::vector<float> random_values(int64_t n, Random& random) {
+  std::vector<float> values(n);
+  for (float& value : values) value = 2 * uniform(random);
+  return values;
+}
+
+// A block's weights, its input, and what it makes of it in double.
+struct Problem {
+  BlockShape shape;
+  Layer proj, fc1, fc2, next;
+  Norm norm2, next_norm;
+  std::vector<float> x, attended;  // kMostRows
+  std::vector<double> block;       // x after the second part of the block
+  // Projections of x as it came and of x after the block, [kMostRows, next.n_out].
+  std::vector<double> projected, block_projected;
+
+  Problem(const BlockShape& s, int64_t n_next, Random& random)
+      : shape(s),
+        proj(random_layer(s.n_channels, s.width, random)),
+        fc1(random_layer(s.hidden, s.n_channels, random)),
+        fc2(random_layer(s.n_channels, s.hidden, random)),
+        next(random_layer(n_next, s.n_channels, random)),
+        norm2(s.n_channels, random),
+        next_norm(s.n_channels, random),
+        x(random_values(kMostRows * s.n_channels, random)),
+        attended(random_values(kMostRows * s.width, random)),
+        block(x.begin(), x.end()),
+        projected(kMostRows * n_next),
+        block_projected(kMostRows * n_next) {
+    const std::vector<double> wide(attended.begin(), attended.end());
+    std::vector<double> normed(s.n_channels), hidden(s.hidden);
+    for (int64_t i = 0; i < kMostRows; ++i) {
+      double* row = block.data() + i * s.n_channels;
+      project(row, i, normed.data(), projected.data());
+      for (int64_t n = 0; n < s.n_channels; ++n) row[n] += proj(wide.data() + i * s.width, n);
+      norm2(row, length_of(i), normed.data());
+      for (int64_t n = 0; n < s.hidden; ++n) hidden[n] = activated(s.activation, fc1(normed.data(), n));
+      for (int64_t n = 0; n < s.n_channels; ++n) row[n] += fc2(hidden.data(), n);
+      project(row, i, normed.data(), block_projected.data());
+    }
+  }
+
+  void project(const double* row, int64_t i, double* normed, double* out) const {
+    next_norm(row, length_of(i), normed);
+    for (int64_t n = 0; n < next.n_out; ++n) out[i * next.n_out + n] = next(normed, n);
+  }
+};
+
+// The same weights as the kernels read them.
+struct PackedBlock {
+  DType dtype;
+  Packed proj, fc1, fc2, next;
+
+  PackedBlock(const Problem& problem, DType dtype, int64_t panel)
+      : dtype(dtype),
+        proj(problem.proj, dtype, panel),
+        fc1(problem.fc1, dtype, panel),
+        fc2(problem.fc2, dtype, panel),
+        next(problem.next, dtype, panel) {}
+};
+
+struct Case {
+  int64_t n_rows, gap;
+  bool attended, projected;
+  int64_t first_panel, end_panel;
+};
+
+// What block.h says a tile does, one layer after another.
+void by_layers(const revit::cpu::Kernels& kernels, const BlockTile& tile) {
+  const BlockShape& shape = *tile.shape;
+  const int64_t rows = round_up(tile.n_rows, kernels.linear.half_block), panel = kernels.linear.panel;
+  Matrix normed(rows, shape.n_channels, 0), hidden(rows, round_up(shape.hidden, panel), 0);
+  const auto kernel = kernels.linear.tile[static_cast<int>(tile.fc1.dtype)];
+  const auto norm_of_x = [&](const TokenNorm& norm) {
+    kernels.block.norm({tile.x, normed.view(), tile.length, tile.n_rows, norm, shape.n_channels, shape.eps});
+  };
+  const auto layer = [&](const Rows& in, const revit::cpu::PackedWeight& weight, Finish finish, const Rows& out) {
+    kernel(
+        {in.data, in.stride, tile.n_rows, weight, 0, weight.n_panels, finish, shape.activation, out.data, out.stride});
+  };
+  if (tile.attended.data != nullptr) {
+    layer(tile.attended, tile.proj, Finish::kAdd, tile.x);
+    norm_of_x(tile.norm2);
+    layer(normed.view(), tile.fc1, Finish::kActivate, hidden.view());
+    layer(hidden.view(), tile.fc2, Finish::kAdd, tile.x);
+  }
+  if (tile.projected.data != nullptr) {
+    norm_of_x(tile.next_norm);
+    kernel({normed.data.data(), normed.stride, tile.n_rows, tile.next, tile.first_panel, tile.end_panel, Finish::kStore,
+            shape.activation, tile.projected.data, tile.projected.stride});
+  }
+}
+
+void check_tile(const revit::cpu::Kernels& kernels, const Problem& problem, const PackedBlock& weights, const Case& c) {
+  const BlockShape& shape = problem.shape;
+  const int64_t panel = kernels.linear.panel, rows = round_up(c.n_rows, kernels.linear.half_block);
+  const int64_t n_channels = shape.n_channels, columns = (c.end_panel - c.first_panel) * panel;
+  const std::vector<int32_t> lengths = lengths_of(c.n_rows);
+  Matrix attended(rows, shape.width, c.gap), x(rows, round_up(n_channels, panel), c.gap);
+  Matrix projected(rows, columns, c.gap);
+  attended.fill(problem.attended, c.n_rows, shape.width);
+  x.fill(problem.x, c.n_rows, n_channels);
+  BlockTile tile = {};
+  tile.shape = &shape;
+  tile.x = x.view();
+  tile.length = lengths.data();
+  tile.n_rows = c.n_rows;
+  if (c.attended) {
+    tile.attended = attended.view();
+    tile.proj = weights.proj.view();
+    tile.norm2 = problem.norm2.view();
+    tile.fc1 = weights.fc1.view();
+    tile.fc2 = weights.fc2.view();
+  }
+  if (c.projected) {
+    tile.next_norm = problem.next_norm.view();
+    tile.next = weights.next.view();
+    tile.first_panel = c.first_panel;
+    tile.end_panel = c.end_panel;
+    tile.projected = projected.view();
+  }
+  kernels.block.tile[static_cast<int>(weights.dtype)](tile);
+
+  const int64_t n_next = problem.next.n_out, first = c.first_panel * panel;
+  const int64_t n_projected = std::min(columns, n_next - first);
+  std::vector<double> expected(c.n_rows * n_projected);
+  for (int64_t i = 0; i < c.n_rows; ++i) {
+    const std::vector<double>& all = c.attended ? problem.block_projected : problem.projected;
+    std::copy_n(all.data() + i * n_next + first, n_projected, expected.data() + i * n_projected);
+  }
+  const double x_error = c.attended ? x.difference(problem.block, c.n_rows, n_channels)
+                                    : x.difference({problem.x.begin(), problem.x.end()}, c.n_rows, n_channels);
+  const double projected_error = c.projected ? projected.difference(expected, c.n_rows, n_projected) : 0;
+  CHECK(x_error <= (c.attended ? kTolerance : 0));
+  CHECK(projected_error <= kTolerance);
+  CHECK(x.gaps_untouched() && attended.gaps_untouched() && projected.gaps_untouched());
+  if (!c.projected) CHECK(std::all_of(projected.data.begin(), projected.data.end(), [](float v) { return v != v; }));
+
+  Matrix layers_x(rows, x.n_columns, 0), layers_projected(rows, columns, 0);
+  layers_x.fill(problem.x, c.n_rows, n_channels);
+  tile.x = layers_x.view();
+  if (c.projected) tile.projected = layers_projected.view();
+  by_layers(kernels, tile);
+  const bool same = x.same_bits(layers_x, c.n_rows, n_channels) &&
+                    (!c.projected || projected.same_bits(layers_projected, c.n_rows, columns));
+  CHECK(same);
+  if (!same || !(x_error <= kTolerance && projected_error <= kTolerance)) {
+    std::printf("  block tile, dtype %d, rows %d, C %d, width %d, hidden %d, attended %d, panels [%d, %d): x %g, %g\n",
+                static_cast<int>(weights.dtype), static_cast<int>(c.n_rows), static_cast<int>(n_channels),
+                static_cast<int>(shape.width), static_cast<int>(shape.hidden), c.attended,
+                static_cast<int>(c.first_panel), static_cast<int>(c.end_panel), x_error, projected_error);
+  }
+}
+
+void test_tiles(const revit::cpu::Kernels& kernels, const BlockShape& shape, Random& random) {
+  const int64_t panel = kernels.linear.panel;
+  const Problem problem(shape, 2 * panel + 3, random);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const PackedBlock weights(problem, dtype, panel);
+    for (const int64_t n_rows : kRowCounts) {
+      const int64_t gap = n_rows % 2 * 5;
+      for (const Case& c : {Case{n_rows, gap, true, true, 0, 3},
+                            {n_rows, 0, true, false, 0, 1},
+                            {n_rows, gap, false, true, 1, 3},
+                            {n_rows, 0, false, true, 1, 2}}) {
+        with_new_scratch([&] { check_tile(kernels, problem, weights, c); });
+      }
+    }
+    check_tile(kernels, problem, weights, {3, 5, false, false, 0, 1});
+  }
+}
+
+void test_max_rows(const revit::cpu::Kernels& kernels) {
+  const int64_t unit = 2 * kernels.linear.half_block;
+  for (const int64_t n_channels : {1, 7, 192, 384, 768, 4096}) {
+    const int64_t embed = kernels.block.max_embed_rows(n_channels);
+    CHECK(embed > 0 && embed % unit == 0);
+    for (const int64_t hidden : {int64_t{1}, int64_t{300}, 4 * n_channels}) {
+      const int64_t rows = kernels.block.max_rows({n_channels, n_channels, hidden, kEps, Activation::kGelu});
+      CHECK(rows > 0 && rows % unit == 0);
+    }
+  }
+}
+
+void test_norm(const revit::cpu::Kernels& kernels, int64_t n_rows, int64_t n_channels, Random& random) {
+  const Norm norm(n_channels, random);
+  const std::vector<float> values = random_values(n_rows * n_channels, random);
+  const std::vector<double> wide(values.begin(), values.end());
+  const std::vector<int32_t> lengths = lengths_of(n_rows);
+  std::vector<double> expected(wide.size());
+  for (int64_t i = 0; i < n_rows; ++i) {
+    norm(wide.data() + i * n_channels, length_of(i), expected.data() + i * n_channels);
+  }
+  Matrix x(n_rows, n_channels, 5), y(n_rows, n_channels, 2);
+  x.fill(values, n_rows, n_channels);
+  for (const Rows& out : {y.view(), x.view()}) {  // elsewhere, then in place
+    kernels.block.norm({x.view(), out, lengths.data(), n_rows, norm.view(), n_channels, kEps});
+  }
+  CHECK(y.difference(expected, n_rows, n_channels) <= kTolerance);
+  CHECK(x.same_bits(y, n_rows, n_channels));
+  CHECK(x.gaps_untouched() && y.gaps_untouched());
+}
+
+uint16_t half_bits(float value) {
+  if (value == 0) return 0;
+  const uint32_t bits = bits_of(value);
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits >> 13 & 0x3ffff) - (112 << 10)));
+}
+
+// Patch rows of whole numbers, a table of whole numbers and weights in multiples of 1/64: every sum is exact.
+struct EmbedProblem {
+  static constexpr int64_t kTableRows = 17;
+  Layer layer;
+  std::vector<float> rows, table;  // [kMostRows, depth], [kTableRows, n_out]
+  std::vector<double> sums;        // [kMostRows, n_out]
+  std::vector<int64_t> position;
+
+  EmbedProblem(int64_t n_channels, int64_t depth, bool bytes, Random& random)
+      : layer(exact_layer(n_channels, depth, random)),
+        rows(kMostRows * depth),
+        table(kTableRows * n_channels),
+        sums(kMostRows * n_channels),
+        position(kMostRows) {
+    for (float& value : rows) value = whole_number(random, bytes ? 0 : -128, 256);
+    for (float& value : table) value = whole_number(random, -8, 17);
+    for (int64_t& row : position) row = random() % kTableRows;
+    const std::vector<double> wide(rows.begin(), rows.end());
+    for (int64_t at = 0; at < kMostRows * n_channels; ++at) {
+      const int64_t i = at / n_channels, n = at % n_channels;
+      sums[at] = layer(wide.data() + i * depth, n) + table[position[i] * n_channels + n];
+    }
+  }
+};
+
+template <class T>
+void check_embed(const revit::cpu::Kernels& kernels, const EmbedProblem& problem, const Packed& weight,
+                 DType weight_dtype, DType dtype, int64_t n_rows, T (*encode)(float)) {
+  const int64_t depth = problem.layer.depth, n_channels = problem.layer.n_out, n_tokens = n_rows + 3;
+  std::vector<T> rows(n_rows * depth);
+  for (int64_t at = 0; at < n_rows * depth; ++at) rows[at] = encode(problem.rows[at]);
+  const std::vector<int64_t> position(problem.position.begin(), problem.position.begin() + n_rows);
+  std::vector<int64_t> places(n_tokens);
+  std::iota(places.begin(), places.end(), 0);
+  Random random(static_cast<uint32_t>(n_rows));
+  std::shuffle(places.begin(), places.end(), random);
+  const std::vector<int64_t> token(places.begin(), places.begin() + n_rows);
+  Matrix tokens(n_tokens, n_channels, n_rows % 2 * 5), expected(n_tokens, n_channels, 0);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    for (int64_t n = 0; n < n_channels; ++n) {
+      expected.data[token[i] * n_channels + n] = static_cast<float>(problem.sums[i * n_channels + n]);
+    }
+  }
+  kernels.block.embed[static_cast<int>(weight_dtype)]({rows.data(), dtype, sizeof(T) == 1, n_rows, weight.view(),
+                                                       n_channels, problem.table.data(), position.data(), token.data(),
+                                                       tokens.view()});
+  bool right = tokens.gaps_untouched();
+  for (int64_t at = 0; at < n_tokens * n_channels; ++at) {
+    const float ours = tokens.data[at / n_channels * tokens.stride + at % n_channels], truth = expected.data[at];
+    right = right && (std::isnan(truth) ? std::isnan(ours) : ours == truth);
+  }
+  CHECK(right);
+  if (!right) {
+    std::printf("  embed, weight dtype %d, row dtype %d of %d bytes, rows %d, depth %d, C %d\n",
+                static_cast<int>(weight_dtype), static_cast<int>(dtype), static_cast<int>(sizeof(T)),
+                static_cast<int>(n_rows), static_cast<int>(depth), static_cast<int>(n_channels));
+  }
+}
+
+void test_embed(const revit::cpu::Kernels& kernels, int64_t n_channels, int64_t depth, Random& random) {
+  const EmbedProblem floats(n_channels, depth, false, random), bytes(n_channels, depth, true, random);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const Packed weight(floats.layer, dtype, kernels.linear.panel);
+    const Packed weight_of_bytes(bytes.layer, dtype, kernels.linear.panel);
+    for (const int64_t n_rows : kRowCounts) {
+      with_new_scratch([&] {
+        const auto check = [&](DType of_rows, auto encode) {
+          check_embed(kernels, floats, weight, dtype, of_rows, n_rows, +encode);
+        };
+        check(DType::kFloat32, [](float value) { return value; });
+        check(DType::kBFloat16, [](float value) { return bfloat16_bits(value); });
+        check(DType::kFloat16, [](float value) { return half_bits(value); });
+        // What float cannot hold is rounded away.
+        check(DType::kFloat64, [](float value) { return value * (1 + 1e-12); });
+        check_embed(
+            kernels, bytes, weight_of_bytes, dtype, DType::kFloat32, n_rows,
+            +[](float value) { return static_cast<uint8_t>(value); });
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void test_block(const revit::cpu::Kernels& kernels) {
+  const int64_t panel = kernels.linear.panel;
+  Random random(2);
+  // One of everything; less than a panel; whole panels; a hidden layer of two ragged chunks, of three; more channels
+  // than a chain.
+  for (const BlockShape& shape : {BlockShape{1, 1, 1, kEps, Activation::kRelu},
+                                  {7, 12, 5, kEps, Activation::kSilu},
+                                  {panel, panel, 2 * panel, kEps, Activation::kGeluTanh},
+                                  {40, 24, 300, kEps, Activation::kGelu},
+                                  {72, 64, 601, kEps, Activation::kGelu},
+                                  {300, 257, 100, kEps, Activation::kNone}}) {
+    test_tiles(kernels, shape, random);
+  }
+  test_max_rows(kernels);
+  for (const int64_t n_channels : {1, 3, 7, 16, 31, 67, 150, 384}) {
+    for (const int64_t n_rows : {1, 2, 5, 13}) test_norm(kernels, n_rows, n_channels, random);
+  }
+  for (const int64_t depth : kDepths) {
+    for (const int64_t n_channels : {int64_t{1}, panel, 2 * panel + 3}) test_embed(kernels, n_channels, depth, random);
+  }
+}
+
+}  // namespace native

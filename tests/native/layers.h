@@ -1,0 +1,147 @@
+// What the tests of linear.h and block.h share: sizes, numbers, packed weights, and the truth in double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/linear.h"
+
+namespace native {
+
+using Random = std::mt19937;
+using revit::cpu::Activation;
+using revit::cpu::DType;
+
+// Below, at and beyond every block and half block of rows; one and two depths, odd and even ones around the longest
+// chain, and several chains.
+inline constexpr int64_t kRowCounts[] = {1, 2, 3, 5, 6, 7, 11, 12, 13, 72};
+inline constexpr int64_t kMostRows = 72;
+inline constexpr int64_t kDepths[] = {1, 2, 3, 7, 64, 255, 256, 257, 600};
+
+// Fills what a kernel may read without using it, and what it must leave alone.
+inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A whole number in [first, first + count).
+inline float whole_number(Random& random, int first, int count) {
+  return static_cast<float>(first + static_cast<int>(random() % static_cast<uint32_t>(count)));
+}
+
+// A number in [-1, 1).
+inline float uniform(Random& random) {
+  return static_cast<float>(static_cast<int32_t>(random() >> 8) - (1 << 23)) / static_cast<float>(1 << 23);
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// The upper half of the bits; exact for numbers of at most eight significant bits.
+inline uint16_t bfloat16_bits(float value) { return static_cast<uint16_t>(bits_of(value) >> 16); }
+
+inline float truncated_to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value) & 0xffff0000u;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// out = x weight' + bias with weights that bfloat16 holds exactly.
+struct Layer {
+  int64_t n_out, depth;
+  std::vector<float> weight, bias;  // [n_out, depth], [n_out]
+
+  double operator()(const double* x, int64_t n) const {
+    double sum = bias[n];
+    for (int64_t k = 0; k < depth; ++k) sum += x[k] * weight[n * depth + k];
+    return sum;
+  }
+};
+
+// Weights in multiples of 1/64 up to 1/16, biases up to 1.
+inline Layer exact_layer(int64_t n_out, int64_t depth, Random& random) {
+  Layer layer = {n_out, depth, std::vector<float>(n_out * depth), std::vector<float>(n_out)};
+  for (float& w : layer.weight) w = whole_number(random, -4, 9) / 64;
+  for (float& b : layer.bias) b = whole_number(random, -64, 129) / 64;
+  return layer;
+}
+
+// Weights that keep numbers of variance one at variance one.
+inline Layer random_layer(int64_t n_out, int64_t depth, Random& random) {
+  Layer layer = {n_out, depth, std::vector<float>(n_out * depth), std::vector<float>(n_out)};
+  const float scale = std::sqrt(3.0f / static_cast<float>(depth));
+  for (float& w : layer.weight) w = truncated_to_bfloat16(scale * uniform(random));
+  for (float& b : layer.bias) b = uniform(random);
+  return layer;
+}
+
+// A layer's weight packed as linear.h says, in buffers of exactly that size.
+class Packed {
+ public:
+  Packed(const Layer& layer, DType dtype, int64_t panel)
+      : dtype_(dtype),
+        depth_(layer.depth),
+        n_panels_(round_up(layer.n_out, panel) / panel),
+        bias_(n_panels_ * panel, 0.0f) {
+    const bool narrow = dtype == DType::kBFloat16;
+    const int64_t panel_size = (narrow ? round_up(depth_, 2) : depth_) * panel;
+    (narrow ? narrow_.resize(n_panels_ * panel_size) : wide_.resize(n_panels_ * panel_size));
+    for (int64_t n = 0; n < layer.n_out; ++n) {
+      const int64_t first = n / panel * panel_size, column = n % panel;
+      for (int64_t k = 0; k < depth_; ++k) {
+        const float w = layer.weight[n * depth_ + k];
+        if (narrow) {
+          narrow_[first + (k / 2 * panel + column) * 2 + k % 2] = bfloat16_bits(w);
+        } else {
+          wide_[first + k * panel + column] = w;
+        }
+      }
+      bias_[n] = layer.bias[n];
+    }
+  }
+
+  revit::cpu::PackedWeight view() const {
+    const void* panels = wide_.data();
+    if (dtype_ == DType::kBFloat16) panels = narrow_.data();
+    return {dtype_, panels, bias_.data(), depth_, n_panels_};
+  }
+  int64_t n_panels() const { return n_panels_; }
+
+ private:
+  DType dtype_;
+  int64_t depth_, n_panels_;
+  std::vector<float> wide_;
+  std::vector<uint16_t> narrow_;
+  std::vector<float> bias_;
+};
+
+inline double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kGelu:
+      return 0.5 * x * (1 + std::erf(x * std::sqrt(0.5)));
+    case Activation::kGeluTanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(8 / std::acos(-1.0)) / 2 * (x + 0.044715 * x * x * x)));
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case Activation::kRelu:
+      return x < 0 ? 0 : x;
+    default:
+      return x;
+  }
+}
+
+// Runs `body` on a new thread. Its scratch memory is new too, and exactly as large as the first call makes it.
+template <class Body>
+void with_new_scratch(const Body& body) {
+  std::thread(std::cref(body)).join();
+}
+
+}  // namespace native

@@ -1,0 +1,339 @@
+"""`optimize` on the CPU: the fused forward pass against timm and the eager model."""
+
+import copy
+import pickle
+import resource
+import threading
+
+import pytest
+import timm
+import torch
+from helpers import assert_as_accurate, only_on, randn
+from torch import nn
+
+import revit_fast as rf
+from revit_fast import fused
+from revit_fast.ops import _library
+from revit_fast.packing import PackedBatch
+
+pytestmark = [
+    only_on("cpu", reason="about the fused CPU engine"),
+    pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built"),
+]
+
+GRIDS = (6, 4, 2)
+PATCH = 2
+MIX = [4, 6, 2, (3, 5), 2, 6]
+
+
+def drawn(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """The model with every parameter drawn at random, norms of every length apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def make_model(**options) -> rf.ReViT:
+    arguments = dict(grids=GRIDS, patch_size=PATCH, num_classes=40, embed_dim=24, depth=2, num_heads=3, hidden_dim=40)
+    return drawn(rf.ReViT(**{**arguments, **options}))
+
+
+def images_of(grids, patch=PATCH, seed=0):
+    sides = [(g, g) if isinstance(g, int) else g for g in grids]
+    return [randn(3, patch * h, patch * w, seed=seed + i) for i, (h, w) in enumerate(sides)]
+
+
+def check(fast, model, x):
+    """Holds the optimised copy to the error rule beside the eager model."""
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()
+        double = x.with_data(x.data.double()) if isinstance(x, PackedBatch) else [image.double() for image in x]
+        assert_as_accurate(fast(x), model(x), truth(double), "logits")
+
+
+def ran_fused(fast) -> bool:
+    return fast._fused._packed is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "class_token": False, "pool_include_prefix": True, "fc_norm": False},
+        {"global_pool": ""},
+        {"distilled": True},
+        {"distilled": True, "reg_tokens": 2},
+        {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},
+        {"pre_norm": True, "fc_norm": True},
+        {"final_norm": False, "num_classes": 0},
+        {"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "patch_bias": False},
+        {"act_layer": nn.SiLU},
+        {"depth": 0},
+        {"depth": 1, "head_dim": 5},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_equals_the_eager_model(isa, options):
+    model = make_model(**options)
+    fast = rf.optimize(model)
+    check(fast, model, images_of(MIX * 6))  # of a few logits the largest error would be a matter of luck
+    with torch.no_grad():
+        for grids in ([6], [2] * 40, [(1, 1)] * 7):
+            torch.testing.assert_close(fast(images_of(grids)), model(images_of(grids)), rtol=1e-5, atol=2e-6)
+    assert ran_fused(fast)
+
+
+def test_every_form_of_input(isa):
+    model = make_model()
+    fast = rf.optimize(model)
+    x = torch.stack(images_of([6, 6]))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+        assert torch.equal(fast(list(x)), fast(x))
+        assert torch.equal(fast(model.pack(list(x))), fast(x))
+        padded = PackedBatch.from_rows(torch.cat([model.pack(x).data, torch.full((3, 12), torch.nan)]), [36, 36])
+        assert torch.equal(fast(padded), fast(x))
+        other_lengths = PackedBatch.from_rows(model.pack(x).data, [36, 36], lengths=(36, 9))
+        assert torch.equal(fast(other_lengths), fast(x))
+        assert fast(PackedBatch.from_rows(torch.empty(0, 12), [])).shape == (0, 40)
+        empty = PackedBatch.from_rows(randn(40, 12), [36, 0, 4], grids=[(6, 6), (0, 3), (2, 2)], lengths=model.lengths)
+        torch.testing.assert_close(fast(empty), model(empty))
+    with torch.inference_mode():
+        assert torch.equal(fast(x), fast(x.clone()))
+    assert not fast(x).requires_grad
+
+
+def test_features_equal_the_eager_models(isa):
+    model = make_model(reg_tokens=2)
+    fast = rf.optimize(model)
+    x = torch.stack(images_of([4, 4]))
+    with torch.no_grad():
+        torch.testing.assert_close(fast.forward_features(x), model.forward_features(x))
+        packed, expected = (m.forward_features(images_of(MIX)) for m in (fast, model))
+        torch.testing.assert_close(packed.data, expected.data)
+        assert packed.seqlens == expected.seqlens
+        torch.testing.assert_close(fast.forward_head(packed), fast(images_of(MIX)))
+        maps = fast.forward_intermediates(x, indices=1, intermediates_only=True)[0]
+        torch.testing.assert_close(maps, model.forward_intermediates(x, indices=1, intermediates_only=True)[0])
+
+
+@torch.inference_mode()
+def test_bitwise_alone_and_in_any_pack(isa):
+    vit = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+    fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05))
+    images = images_of([14, 7, 10, 7, 14, (9, 5), 14], patch=16)
+    packed = fast(images)
+    for order in ([5, 3, 1, 0, 2, 4, 6], [2], [0], [1, 1, 1], [4, 6]):
+        assert torch.equal(fast([images[i] for i in order]), packed[order])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "deit_small_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+)
+def test_random_norms_per_length_equal_the_timm_model_that_carries_them(name):
+    """Max logit error at most twice that of timm in float32, both against timm in float64."""
+    vit = timm.create_model(name, depth=3, img_size=224, num_classes=10, dynamic_img_size=True).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in vit.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.2 / max(parameter.shape[-1], 20) ** 0.5))
+    patch = vit.patch_embed.patch_size[0]
+    model = rf.ReViT.from_timm(vit)
+    norms = {n: p for n, p in model.named_parameters() if p.dim() == 2 and "norm" in n}
+    for parameter in norms.values():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    fast, carriers = rf.optimize(model), []
+    for index in range(3):
+        carrier = copy.deepcopy(vit)
+        carrier.load_state_dict({**vit.state_dict(), **{n: p[index] for n, p in norms.items()}})
+        carriers.append(carrier)
+    images = images_of([7, 14, 10, 7, (12, 12), (13, 12), (8, 9), (3, 5)], patch)
+    lengths = [2, 0, 1, 2, 1, 0, 2, 2]  # 144 patches are nearer to 100, 156 to 196; 72 and 15 to 49
+    same = torch.cat([carriers[i](x[None]) for x, i in zip(images, lengths, strict=True)])
+    doubles = [copy.deepcopy(carrier).double() for carrier in carriers]
+    truth = torch.cat([doubles[i](x[None].double()) for x, i in zip(images, lengths, strict=True)])
+    assert_as_accurate(fast(images), same, truth, "mixed pack")
+    assert torch.equal(torch.cat([fast(x[None]) for x in images]), fast(images))
+
+
+def test_bfloat16_weights_are_widened_not_the_arithmetic(isa):
+    """Against the float64 model with the rounded weights: float32's error and the rounding of the output remain.
+
+    The eager bfloat16 model rounds every activation, which costs it two digits.
+    """
+    model = make_model()
+    fast = rf.optimize(model, torch.bfloat16)
+    assert fast(images_of(MIX)).dtype == torch.bfloat16
+    assert fast.pos_embed.dtype == torch.bfloat16
+    with torch.no_grad():
+        rounded = copy.deepcopy(model).bfloat16()
+        truth = copy.deepcopy(rounded).double()([x.double() for x in images_of(MIX)])
+        error = (fast(images_of(MIX)).double() - truth).abs().max()
+        eager = (rounded([x.bfloat16() for x in images_of(MIX)]).double() - truth).abs().max()
+    # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; and float32's error.
+    assert error <= truth.abs().max() * 2**-8 + 1e-4
+    assert error < eager
+
+
+def test_pixels_are_normalised_by_the_embedding(isa):
+    model = make_model()
+    fast = rf.optimize(model)
+    rows = torch.randint(0, 256, (40, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for shift in (0.0, 0.1, 0.0):
+        normalization = torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.3, 0.1]]) + shift
+        batch = PackedBatch.from_rows(rows, [36, 4], lengths=model.lengths, normalization=normalization)
+        check(fast, model, batch)
+
+
+def test_threads_may_call_one_model_at_a_time(isa):
+    model = make_model(embed_dim=48, num_heads=3)
+    fast = rf.optimize(model)
+    batches = [images_of(grids, seed=i) for i, grids in enumerate((MIX, [6] * 9, [2], [(3, 7)] * 5))]
+    fresh = rf.optimize(model)
+    expected = [fresh(batch) for batch in batches]
+    failures = []
+
+    def call(i):
+        for _ in range(20):
+            if not torch.equal(fast(batches[i]), expected[i]):
+                failures.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("change", ["in place", "load", "dtype", "head", "replaced", "position"])
+def test_changed_parameters_are_packed_again(change):
+    model = make_model()
+    fast = rf.optimize(model)
+    x = images_of(MIX)
+    before = fast(x)
+    for m in (model, fast):
+        if change == "in place":
+            m.blocks[1].mlp.fc1.weight.detach().mul_(2)
+        elif change == "load":
+            m.load_state_dict({name: 0.5 * value for name, value in make_model().state_dict().items()})
+        elif change == "dtype":
+            m.bfloat16()
+        elif change == "head":
+            torch.manual_seed(1)
+            m.reset_classifier(3)
+        elif change == "replaced":
+            m.blocks[0].attn.proj.weight = nn.Parameter(randn(24, 24))
+        else:
+            m.pos_embed.detach().add_(1)
+    after = fast(x)
+    if change == "dtype":
+        assert after.dtype == torch.bfloat16
+    else:
+        check(fast, model, x)
+        assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def test_another_instruction_set_packs_again():
+    fast = rf.optimize(make_model())
+    before = _library.cpu_isa()
+    results = []
+    try:
+        for isa in _library.cpu_isas():
+            torch.ops.revit_fast.select_cpu_isa(isa)
+            results.append(fast(images_of(MIX)))
+    finally:
+        torch.ops.revit_fast.select_cpu_isa(before)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_copies_pickles_and_the_source():
+    model = make_model().train()
+    before = copy.deepcopy(model.state_dict())
+    fast = rf.optimize(model)
+    assert model.training
+    assert not fast.training
+    expected = fast(images_of(MIX))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert fast.state_dict().keys() == before.keys()
+    for other in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast), rf.optimize(fast)):
+        assert not ran_fused(other), "packed weights belong to this machine"
+        assert torch.equal(other(images_of(MIX)), expected)
+        assert other._fused._model is other
+
+
+def test_a_warm_call_faults_no_pages_in():
+    fast = rf.optimize(make_model(embed_dim=192, num_heads=3, hidden_dim=768))
+    batch = fast.pack(images_of([6] * 60))
+    faults = []
+    for _ in range(12):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        fast(batch)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # Its activations are about 10 MB, 2,600 pages.
+    assert sorted(faults)[len(faults) // 2] <= 8, faults
+
+
+def test_compiled_code_and_float64_run_the_models_own():
+    model = make_model()
+    fast = rf.optimize(model.double())
+    with torch.no_grad():
+        assert torch.equal(fast([x.double() for x in images_of(MIX)]), model([x.double() for x in images_of(MIX)]))
+    assert not ran_fused(fast)
+    fast = rf.optimize(model.float())
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.stack(images_of([6, 6]))), fast(torch.stack(images_of([6, 6]))))
+
+
+def test_what_cannot_be_fused_is_refused_by_name():
+    def refused(change, message):
+        model = make_model()
+        change(model)
+        with pytest.raises(ValueError, match=message):
+            rf.optimize(model)
+
+    refused(lambda m: m.blocks[1].attn.register_forward_hook(print), r"blocks\.1\.attn has a forward hook.*remove it")
+    refused(lambda m: m.patch_embed.proj.register_forward_pre_hook(print), r"patch_embed\.proj has a forward hook")
+    refused(lambda m: setattr(m.blocks[0].mlp, "act", nn.Hardswish()), r"blocks\.0\.mlp\.act is Hardswish; .* GELU")
+    refused(lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), r"blocks\.1\.mlp\.act is ReLU.*one for all blocks")
+    refused(
+        lambda m: setattr(m.blocks[0].mlp, "fc2", nn.Sequential(m.blocks[0].mlp.fc2)),
+        r"blocks\.0\.mlp\.fc2 is Sequential.*merge it into a plain Linear",
+    )
+    with pytest.raises(ValueError, match=r"dtype: float16 is not served on the CPU; use torch\.bfloat16"):
+        rf.optimize(make_model(), torch.float16)
+    fast = rf.optimize(make_model())
+    fast.blocks[0].norm1.register_forward_hook(print)
+    with pytest.raises(ValueError, match=r"blocks\.0\.norm1 has a forward hook"):
+        fast(images_of(MIX))
+
+
+def test_a_head_of_another_kind_is_called():
+    model = make_model()
+    model.head = nn.Sequential(nn.Linear(24, 7), nn.Tanh())
+    fast = rf.optimize(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images_of(MIX)), model(images_of(MIX)))
+
+
+def test_bad_inputs_are_named():
+    fast = rf.optimize(make_model())
+    with pytest.raises(ValueError, match="batch is on meta"):
+        fast(PackedBatch.from_list([randn(4, 12)]).to("meta"))
+    with pytest.raises(ValueError, match=r"patch rows \[T, 12\]"):
+        fast(torch.zeros(1, 4, 4, 4))
+    with pytest.raises(ValueError, match="n_prefix > 0"):
+        fast(fast.forward_features(images_of(MIX)))
+
+
+def test_without_the_extension_the_copy_runs_eagerly(monkeypatch):
+    monkeypatch.setattr(_library, "HAS_EXTENSION", False)
+    model = make_model()
+    fast = rf.optimize(model)
+    assert not fused.serves(fast)
+    with torch.no_grad():
+        assert torch.equal(fast(images_of(MIX)), model(images_of(MIX)))

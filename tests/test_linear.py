@@ -1,0 +1,280 @@
+"""packed_linear and the packing of its weights: against float64 by the error rule, invariances and errors."""
+
+import pytest
+import torch
+from helpers import ISAS, assert_as_accurate, check_op, only_on, randn
+from torch.nn import functional as F
+
+from revit_fast import ops, reference
+from revit_fast.ops import _library
+from revit_fast.ops.linear import ACTIVATIONS, PACKED_DTYPES, PackedWeight, cpu_panel, unpack_weight
+
+pytestmark = only_on("cpu", reason="a CPU op")
+
+needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the C++ extension is not built")
+
+# One row, less than a half block, a batch of classification tokens, several tasks of rows; one depth, an odd number,
+# DeiT's, four chains; less than a panel, a whole one of some instruction sets, ragged ones.
+ROWS = (1, 2, 5, 50, 197)
+DEPTHS = (1, 3, 147, 384, 768, 1000)
+COLUMNS = (1, 5, 16, 100, 384, 1000)
+# Every depth meets every number of rows and of columns: what they do to a result does not depend on the third.
+SHAPES = [(ROWS[(i + j) % len(ROWS)], k, n) for i, k in enumerate(DEPTHS) for j, n in enumerate(COLUMNS)]
+# An error is the largest of so many rows at least: that of one number says little.
+LEAST_ROWS = 64
+
+
+def linear(x, weight, bias, activation="none"):
+    return reference.activate(activation, F.linear(x, weight, bias))
+
+
+def make(n_out, depth, dtype=torch.float32, *, with_bias=True, seed=0):
+    """Weight and bias of a layer, and both packed. The weight is rounded first: how well bfloat16 holds it is not the
+    op's matter."""
+    weight = randn(n_out, depth, seed=seed + 1, scale=depth**-0.5).to(dtype).float()
+    bias = randn(n_out, seed=seed + 2) if with_bias else None
+    return weight, bias, ops.pack_weight(weight, bias, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_matches_float64(isa, dtype, activation):
+    for n_rows, depth, n_out in SHAPES:
+        weight, bias, packed = make(n_out, depth, dtype, with_bias=n_rows != 5)
+        x = randn(-(-LEAST_ROWS // n_rows) * n_rows, depth)
+        ours = torch.cat([ops.packed_linear(part, packed, activation) for part in x.split(n_rows)])
+        check_op(ours, linear, x, weight, bias, activation, what=f"T={n_rows}, K={depth}, N={n_out}")
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_no_rows(isa, dtype):
+    for depth, n_out in ((1, 1), (3, 16), (384, 100)):
+        *_, packed = make(n_out, depth, dtype)
+        assert ops.packed_linear(torch.empty(0, depth), packed, "gelu").shape == (0, n_out)
+
+
+def activated(values, activation):
+    """The activation alone: of a layer of one weight, which is one."""
+    return ops.packed_linear(values[:, None], ops.pack_weight(torch.ones(1, 1)), activation)[:, 0]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activation_on_a_dense_grid(isa, activation):
+    grid = torch.cat([torch.linspace(-8, 8, 40_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 1e4, -1e4])])
+    truth = reference.activate(activation, grid.double())
+    ours, same = (
+        (got.double() - truth).abs() for got in (activated(grid, activation), reference.activate(activation, grid))
+    )
+    assert ours.max() <= 2 * same.max(), (
+        f"error {ours.max():.3e} at {grid[ours.argmax()]}, torch {same.max():.3e} at {grid[same.argmax()]}"
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_infinity_and_nan_pass(isa, activation):
+    inf, nan = float("inf"), float("nan")
+    got = activated(torch.tensor([inf, nan, 1.0, 3e38, -nan]), activation)
+    expected = reference.activate(activation, torch.tensor([inf, nan, 1.0, 3e38, nan]))
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_packing_keeps_the_weight(isa, weight_dtype, dtype):
+    panel = cpu_panel()
+    for n_out, depth in ((1, 1), (panel, 4), (panel + 1, 7), (100, 33), (384, 257)):
+        weight, bias = randn(n_out, depth, dtype=weight_dtype), randn(n_out, seed=1, dtype=weight_dtype)
+        packed = ops.pack_weight(weight, bias, dtype)
+        n_panels = -(-n_out // panel)
+        shape = (n_panels, depth, panel) if dtype == torch.float32 else (n_panels, (depth + 1) // 2, panel, 2)
+        assert packed.n_out == n_out
+        assert packed.panels.shape == shape
+        assert packed.panels.dtype == dtype
+        assert packed.panels.is_contiguous()
+        assert torch.equal(unpack_weight(packed.panels, n_out, depth), weight.to(dtype))
+        assert torch.equal(packed.bias[:n_out], bias.float())
+        whole = unpack_weight(packed.panels, n_panels * panel, shape[1] * 2)
+        assert not whole[n_out:].any(), "not zero beyond N"
+        assert not whole[:, depth:].any(), "not zero beyond K"
+        assert packed.bias.shape == (n_panels * panel,)
+        assert not packed.bias[n_out:].any(), "bias is not zero beyond N"
+
+
+def test_packing_of_views_and_parameters(isa):
+    weight, bias = randn(40, 12), randn(40, seed=1)
+    expected = ops.pack_weight(weight, bias)
+    for other in (
+        (weight.t().contiguous().t(), bias[:, None].expand(-1, 2)[:, 0]),
+        (torch.nn.Parameter(weight), torch.nn.Parameter(bias)),
+    ):
+        packed = ops.pack_weight(*other)
+        assert torch.equal(packed.panels, expected.panels)
+        assert torch.equal(packed.bias, expected.bias)
+        assert not packed.panels.requires_grad
+        assert not packed.bias.requires_grad
+    assert torch.equal(ops.pack_weight(weight).bias, ops.pack_weight(weight, torch.zeros(40)).bias)
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("n_out", [64, 100])
+def test_a_row_is_bitwise_the_same_in_any_batch(isa, n_out, dtype):
+    """64 columns are whole panels of every instruction set, which are written in place."""
+    *_, packed = make(n_out, 600, dtype)
+    x = randn(150, 600)
+    whole = ops.packed_linear(x, packed, "gelu")
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    for rows in (*(slice(i, i + n) for n in (1, 2, 3, 5, 11, 13, 72, 75) for i in (0, 1, 75)), order, [7, 7, 7, 149]):
+        assert torch.equal(ops.packed_linear(x[rows], packed, "gelu"), whole[rows]), f"rows {rows}"
+
+
+@pytest.mark.parametrize("n_out", [64, 100])
+def test_rows_do_not_touch_each_other(isa, n_out):
+    *_, packed = make(n_out, 20)
+    x = randn(80, 20)
+    expected = ops.packed_linear(x, packed)
+    x[::3] = float("nan")
+    got = ops.packed_linear(x, packed)
+    assert got[::3].isnan().all()
+    for first in (1, 2):
+        assert torch.equal(got[first::3], expected[first::3])
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_bitwise_for_any_number_of_threads(isa, dtype):
+    before = torch.get_num_threads()
+    for n_rows, n_out in ((1, 1000), (7, 384), (197, 64), (200, 100)):
+        *_, packed = make(n_out, 300, dtype)
+        x = randn(n_rows, 300)
+        results = []
+        try:
+            for n_threads in (1, 2, 5):
+                torch.set_num_threads(n_threads)
+                results.append(ops.packed_linear(x, packed, "gelu"))
+        finally:
+            torch.set_num_threads(before)
+        for result in results[1:]:
+            assert torch.equal(result, results[0]), f"T={n_rows}, N={n_out}"
+
+
+def test_non_contiguous_x(isa):
+    *_, packed = make(100, 30)
+    x = randn(20, 30)
+    expected = ops.packed_linear(x, packed)
+    for other in (x.t().contiguous().t(), x.new_zeros(20, 60)[:, ::2].copy_(x), x.new_zeros(40, 30)[::2].copy_(x)):
+        assert not other.is_contiguous()
+        assert torch.equal(ops.packed_linear(other, packed), expected)
+    assert torch.equal(ops.packed_linear(x[:1].expand(5, -1), packed), expected[:1].expand(5, -1))
+
+
+def test_no_gradient_flows(isa):
+    weight, bias, packed = make(16, 8)
+    x = randn(3, 8).requires_grad_()
+    out = ops.packed_linear(x, packed)
+    assert not out.requires_grad
+    assert_as_accurate(out, linear(x, weight, bias).detach(), linear(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_opcheck(isa, dtype):
+    *_, packed = make(20, 7, dtype)
+    for n_rows in (5, 0):
+        arguments = (randn(n_rows, 7).requires_grad_(), *packed, ACTIVATIONS.index("gelu"))
+        torch.library.opcheck(torch.ops.revit_fast.packed_linear, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_panels_of_another_instruction_set_are_refused(isa, dtype):
+    *_, packed = make(100, 24, dtype)
+    x, panel = randn(5, 24), cpu_panel()
+    expected = ops.packed_linear(x, packed)
+    others = 0
+    for other in ISAS:
+        torch.ops.revit_fast.select_cpu_isa(other)
+        if cpu_panel() != panel:
+            others += 1
+            with pytest.raises(RuntimeError, match=f"panels must be .* in use, {other}.*pack it again"):
+                ops.packed_linear(x, packed)
+    torch.ops.revit_fast.select_cpu_isa(isa)
+    assert torch.equal(ops.packed_linear(x, packed), expected)
+    if others == 0:
+        pytest.skip("this machine has one width of panels")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (lambda: {"weight": [[1.0]]}, TypeError, "weight"),
+        (lambda: {"weight": torch.zeros(4, 3, dtype=torch.int8)}, TypeError, "weight"),
+        (lambda: {"weight": torch.zeros(3)}, ValueError, "weight"),
+        (lambda: {"weight": torch.zeros(4, 3, 1, 1)}, ValueError, "weight"),
+        (lambda: {"bias": 0.0}, TypeError, "bias"),
+        (lambda: {"bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "bias"),
+        (lambda: {"bias": torch.zeros(4, 1)}, ValueError, "bias"),
+        (lambda: {"bias": torch.zeros(3)}, ValueError, "bias"),
+        (lambda: {"dtype": torch.float16}, TypeError, "dtype"),
+        (lambda: {"dtype": "float32"}, TypeError, "dtype"),
+    ],
+)
+def test_bad_inputs_of_pack_weight_are_named(changes, error, match):
+    arguments = {"weight": torch.zeros(4, 3), "bias": torch.zeros(4), "dtype": torch.float32}
+    with pytest.raises(error, match=f"^{match}: "):
+        ops.pack_weight(**{**arguments, **changes()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (lambda: {"x": [[1.0]]}, TypeError, "x"),
+        (lambda: {"x": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "x"),
+        (lambda: {"x": torch.zeros(2, 3, dtype=torch.float64)}, TypeError, "x"),
+        (lambda: {"x": torch.zeros(2, 3, dtype=torch.bfloat16)}, TypeError, "x"),
+        (lambda: {"x": torch.zeros(3)}, ValueError, "x"),
+        (lambda: {"x": torch.zeros(1, 2, 3)}, ValueError, "x"),
+        (lambda: {"activation": "swish"}, ValueError, "activation"),
+        (lambda: {"activation": None}, ValueError, "activation"),
+    ],
+)
+def test_bad_inputs_of_packed_linear_are_named(isa, changes, error, match):
+    arguments = {"x": torch.zeros(2, 3), "weight": ops.pack_weight(torch.zeros(4, 3)), "activation": "gelu"}
+    with pytest.raises(error, match=f"^{match}: "):
+        ops.packed_linear(**{**arguments, **changes()})
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (lambda packed: {"n_out": 0}, "n_out must be positive, got 0"),
+        (lambda packed: {"n_out": 1000}, r"weight \[1000, 6\] .* pack it again"),
+        (lambda packed: {"panels": packed.panels.double()}, "panels"),
+        (lambda packed: {"panels": packed.panels[0]}, "panels"),
+        (lambda packed: {"panels": packed.panels[:, :-1]}, "panels"),
+        (lambda packed: {"panels": packed.panels[:, :-1].contiguous()}, r"weight \[20, 6\] .* pack it again"),
+        (lambda packed: {"bias": packed.bias[1:]}, "bias"),
+        (lambda packed: {"bias": packed.bias[:, None]}, "bias"),
+        (lambda packed: {"bias": packed.bias.double()}, "bias"),
+    ],
+)
+def test_weights_that_were_not_packed_so_are_refused(isa, changes, match, dtype):
+    *_, packed = make(20, 6, dtype)
+    with pytest.raises(RuntimeError, match=match):
+        ops.packed_linear(torch.zeros(2, 6), PackedWeight(**{**packed._asdict(), **changes(packed)}))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_another_depth_is_refused(isa, dtype):
+    *_, packed = make(20, 6, dtype)
+    for depth in (1, 4, 8, 60):
+        with pytest.raises(RuntimeError, match=rf"weight \[20, {depth}\] .* pack it again"):
+            ops.packed_linear(torch.zeros(2, depth), packed)
+
+
+@needs_extension
+def test_unknown_number_of_an_activation_is_refused(isa):
+    *_, packed = make(20, 6)
+    for number in (-1, len(ACTIVATIONS)):
+        with pytest.raises(RuntimeError, match=f"activation must be in .*, got {number}"):
+            torch.ops.revit_fast.packed_linear(torch.zeros(2, 6), *packed, number)

@@ -1,0 +1,287 @@
+"""vit_forward, the fused forward pass of a packed ViT, against the float64 reference."""
+
+import pytest
+import torch
+from helpers import assert_as_accurate, cu_seqlens_of, only_on, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from revit_fast import ops, reference
+from revit_fast.ops import _library
+from revit_fast.ops.linear import ACTIVATIONS, pack_weight, unpack_weight
+from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
+
+pytestmark = only_on("cpu", reason="a CPU op")
+
+N_LENGTHS = 3
+
+
+class Net:
+    """Random weights of a small ViT, plain for the reference and packed for the op.
+
+    Weights are rounded to `dtype` first: how well bfloat16 holds them is not the op's matter.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels=24,
+        n_heads=3,
+        head_dim=8,
+        hidden=40,
+        depth=2,
+        patch_values=12,
+        n_prefix=1,
+        activation="gelu",
+        pre_norm=False,
+        final_norm=True,
+        dtype=torch.float32,
+        seed=0,
+    ):
+        self.seed = 1000 * seed
+        self.dtype, self.n_heads, self.head_dim, self.activation = dtype, n_heads, head_dim, activation
+        width = n_heads * head_dim
+        self.embed = self.linear(channels, patch_values)
+        self.norm_pre = self.norm(channels) if pre_norm else (torch.empty(0), torch.empty(0))
+        self.final = self.norm(channels) if final_norm else (torch.empty(0), torch.empty(0))
+        self.blocks = [
+            reference.BlockWeights(
+                self.norm(channels),
+                self.linear(3 * width, channels),
+                self.linear(channels, width),
+                self.norm(channels),
+                self.linear(hidden, channels),
+                self.linear(channels, hidden),
+            )
+            for _ in range(depth)
+        ]
+        self.prefix, self.table = self.draw(n_prefix, channels), self.draw(300, channels)
+
+    def draw(self, *shape, scale=1.0):
+        self.seed += 1
+        return randn(*shape, seed=self.seed, scale=scale)
+
+    def linear(self, n_out, depth):
+        return self.draw(n_out, depth, scale=depth**-0.5).to(self.dtype).float(), self.draw(n_out)
+
+    def norm(self, channels):
+        return 1 + 0.3 * self.draw(N_LENGTHS, channels), 0.3 * self.draw(N_LENGTHS, channels)
+
+    def packed(self):
+        def pack(pair):
+            return pack_weight(*pair, self.dtype)
+
+        blocks = [
+            BlockWeights(
+                TokenNorm(*b.norm1), pack_qkv(*b.qkv, self.dtype), pack(b.proj), TokenNorm(*b.norm2), pack(b.fc1),
+                pack(b.fc2),
+            )
+            for b in self.blocks
+        ]  # fmt: skip
+        norms = [TokenNorm(*n) if n[0].numel() else NO_NORM for n in (self.norm_pre, self.final)]
+        return ViTWeights(
+            pack(self.embed), *norms, blocks, self.prefix, self.n_heads, self.head_dim, N_LENGTHS, 1e-6, self.activation
+        )
+
+    def rows(self, seqlens, seed=7):
+        return randn(sum(seqlens), self.embed[0].shape[1], seed=seed)
+
+    def run(self, seqlens, rows, n_pooled, index=None, offset=None):
+        return ops.vit_forward(
+            rows, cu_seqlens_of(seqlens), *self.index(seqlens, index, offset), self.table, self.packed(), n_pooled
+        )
+
+    def truth(self, seqlens, rows, n_pooled, dtype=torch.float64, index=None, offset=None):
+        def to(value):
+            return value.to(dtype) if isinstance(value, torch.Tensor) else type(value)(*map(to, value))
+
+        def pair(value):
+            return tuple(t.to(dtype) for t in value)
+
+        blocks = [reference.BlockWeights(*map(pair, block)) for block in self.blocks]
+        return reference.vit_forward(
+            to(rows), cu_seqlens_of(seqlens), *self.index(seqlens, index, offset), to(self.table), to(self.prefix),
+            pair(self.embed), pair(self.norm_pre), pair(self.final), blocks,
+            n_heads=self.n_heads, eps=1e-6, activation=self.activation, n_pooled=n_pooled,
+        )  # fmt: skip
+
+    @staticmethod
+    def index(seqlens, index=None, offset=None):
+        order = torch.arange(len(seqlens), dtype=torch.int32)
+        return order * 2 % N_LENGTHS if index is None else index, order * 3 % 7 if offset is None else offset
+
+    def check(self, seqlens, n_pooled, what=""):
+        rows = self.rows(seqlens)
+        same = self.truth(seqlens, rows, n_pooled, torch.float32)
+        assert_as_accurate(self.run(seqlens, rows, n_pooled), same, self.truth(seqlens, rows, n_pooled), what)
+
+
+MIX = (5, 0, 49, 1, 100, 17, 196, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"depth": 0},
+        {"depth": 1, "activation": "relu"},
+        {"depth": 3, "activation": "silu", "n_prefix": 5},
+        {"pre_norm": True, "final_norm": False, "activation": "gelu_tanh"},
+        {"channels": 40, "n_heads": 5, "head_dim": 7, "hidden": 33, "patch_values": 75},
+        {"channels": 7, "n_heads": 1, "head_dim": 1, "hidden": 1, "patch_values": 1},
+        {"channels": 64, "n_heads": 1, "head_dim": 64, "hidden": 600, "patch_values": 588},
+        {"channels": 300, "n_heads": 4, "head_dim": 75, "hidden": 31, "depth": 1},
+    ],
+    ids=lambda options: "-".join(f"{k}{v}" for k, v in options.items()) or "plain",
+)
+def test_matches_reference(isa, options, dtype):
+    net = Net(dtype=dtype, **options)
+    for n_pooled in (0, 1):
+        net.check(MIX, n_pooled, f"n_pooled={n_pooled}")
+
+
+def test_no_prefix_two_pooled_and_empty_batches(isa):
+    Net(n_prefix=0).check((0, 3, 0, 40), 0)
+    Net(n_prefix=3).check((4, 0, 25), 2)
+    for n_pooled in (0, 1):
+        assert Net().run((), torch.empty(0, 12), n_pooled).shape == (0, 24)
+    Net().check((0, 0, 0), 1, "sequences of nothing but their prefix")
+
+
+def test_many_sequences_run_in_groups(isa):
+    """12 KB of activations a token make groups of about 2,000 tokens; the result must not show where they end."""
+    net = Net(channels=512, n_heads=8, head_dim=64, hidden=16, depth=1)
+    seqlens = (196, 49, 100) * 14
+    for n_pooled in (0, 1):
+        net.check(seqlens, n_pooled, f"n_pooled={n_pooled}")
+
+
+@pytest.mark.parametrize("n_pooled", [0, 2])
+def test_bitwise_alone_and_in_any_pack(isa, n_pooled):
+    """Few rows are shared among threads by columns, many in tiles: the sums must be the same."""
+    net = Net(channels=64, n_heads=2, head_dim=32, hidden=600, n_prefix=2)
+    seqlens = (49, 196, 3, 100, 100, 49, 196, 14)
+    rows = net.rows(seqlens).split(seqlens)
+    index, offset = Net.index(seqlens)
+    starts = torch.tensor([0, *((torch.tensor(seqlens) + 2).cumsum(0).tolist())])
+
+    def run(order):
+        chosen = [seqlens[i] for i in order]
+        out = net.run(chosen, torch.cat([rows[i] for i in order]), n_pooled, index[order], offset[order])
+        return out.split([2] * len(order)) if n_pooled else out.split([n + 2 for n in chosen])
+
+    together = run(list(range(8)))
+    assert n_pooled or starts[-1] == sum(t.shape[0] for t in together)
+    for order in ([7, 6, 5, 4, 3, 2, 1, 0], [1], [0], [2], [6, 2, 1, 6]):
+        for i, got in zip(order, run(order), strict=True):
+            assert torch.equal(got, together[i]), f"sequence {i} in {order}"
+
+
+def test_bitwise_for_any_number_of_threads(isa):
+    net = Net(channels=64, n_heads=2, head_dim=32, hidden=600)
+    seqlens = (196, 196, 100, 49, 1)
+    rows, before = net.rows(seqlens), torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 16):
+            torch.set_num_threads(n)
+            results.append(net.run(seqlens, rows, 0))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_every_dtype(isa, dtype):
+    net = Net(patch_values=27)
+    rows = (100 * net.rows((30, 4)).abs()).clamp(max=255).to(dtype)
+    assert torch.equal(net.run((30, 4), rows, 0), net.run((30, 4), rows.float(), 0))
+
+
+def test_nan_stays_in_its_image(isa):
+    net = Net()
+    rows = net.rows((20, 30, 8))
+    clean = net.run((20, 30, 8), rows, 1)
+    rows[25] = float("nan")
+    got = net.run((20, 30, 8), rows, 1)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=9),
+    st.integers(8, 40),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.integers(1, 300),
+    st.sampled_from(ACTIVATIONS[1:]),
+    st.integers(0, 2),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(seqlens, channels, n_heads, head_dim, hidden, activation, n_prefix, dtype):
+    net = Net(
+        channels=channels, n_heads=n_heads, head_dim=head_dim, hidden=hidden, activation=activation, n_prefix=n_prefix,
+        depth=1, dtype=dtype, final_norm=False,
+    )  # fmt: skip
+    rows = net.rows(seqlens)
+    for n_pooled in range(n_prefix + 1):
+        truth = net.truth(seqlens, rows, n_pooled)
+        same = net.truth(seqlens, rows, n_pooled, torch.float32)
+        # Of a few values the largest error is a matter of luck: a term for values of order 10 is added to the rule.
+        allowed = 2e-5 + (2 * (same - truth).abs().max().item() if truth.numel() else 0)
+        torch.testing.assert_close(net.run(seqlens, rows, n_pooled).double(), truth, rtol=0, atol=allowed)
+
+
+def test_fallback_over_the_reference():
+    net = Net(channels=40, n_heads=5, head_dim=7, hidden=33, dtype=torch.bfloat16)
+    weights, seqlens = net.packed(), (30, 0, 7)
+    args = (net.rows(seqlens), cu_seqlens_of(seqlens), *Net.index(seqlens), net.table, net.prefix, weights.tensors())
+    got = _library.reference_ops["vit_forward"](*args, 5, 7, 33, N_LENGTHS, 1e-6, ACTIVATIONS.index("gelu"), 1)
+    torch.testing.assert_close(got, net.run(seqlens, args[0], 1), rtol=1e-4, atol=1e-4)
+    qkv = unpack_weight(weights.blocks[0].qkv.panels, weights.blocks[0].qkv.n_out, 40)
+    assert qkv.shape[0] % 3 == 0
+
+
+def test_opcheck():
+    net = Net()
+    seqlens, weights = (9, 4), net.packed()
+    for n_pooled in (0, 1):
+        torch.library.opcheck(
+            torch.ops.revit_fast.vit_forward.default,
+            (
+                net.rows(seqlens), cu_seqlens_of(seqlens), *Net.index(seqlens), net.table, net.prefix,
+                weights.tensors(), 3, 8, 40, N_LENGTHS, 1e-6, 1, n_pooled,
+            ),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+BAD = {
+    "padding rows": (lambda a: a | {"rows": randn(14, 12)}, RuntimeError, "rows must end with the last sequence"),
+    "row width": (lambda a: a | {"rows": randn(13, 11)}, RuntimeError, r"embed: panels must be those of a weight"),
+    "integers": (lambda a: a | {"rows": torch.ones(13, 12, dtype=torch.int32)}, TypeError, "rows: expected a float"),
+    "decreasing": (lambda a: a | {"cu_seqlens": torch.tensor([0, 14, 13]).int()}, RuntimeError, "must not decrease"),
+    "int64 offsets": (lambda a: a | {"cu_seqlens": torch.tensor([0, 9, 13])}, TypeError, "cu_seqlens: expected int32"),
+    "length": (lambda a: a | {"length_index": torch.tensor([0, 3]).int()}, RuntimeError, r"in \[0, 3\), got 3"),
+    "lengths": (lambda a: a | {"length_index": torch.tensor([0]).int()}, ValueError, "one entry for each of the 2"),
+    "position": (lambda a: a | {"pos_offset": torch.tensor([0, 299]).int()}, RuntimeError, "pos_offset of sequence 1"),
+    "table": (lambda a: a | {"pos_table": randn(300, 23)}, RuntimeError, "pos_table must be a contiguous float32"),
+    "pooled": (lambda a: a | {"n_pooled": 2}, ValueError, "n_pooled: expected 0 to 1 prefix tokens, got 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_inputs_are_named(case):
+    net = Net()
+    change, error, message = BAD[case]
+    length_index, pos_offset = Net.index((9, 4))
+    arguments = change(
+        {
+            "rows": net.rows((9, 4)), "cu_seqlens": cu_seqlens_of((9, 4)), "length_index": length_index,
+            "pos_offset": pos_offset, "pos_table": net.table, "weights": net.packed(), "n_pooled": 1,
+        }
+    )  # fmt: skip
+    with pytest.raises(error, match=message):
+        ops.vit_forward(**arguments)
