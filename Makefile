@@ -44,7 +44,7 @@ bench: build
 bench-model: build
 	$(BIN)/python -m bench.model $(ARGS)
 
-## Instructions of the CPU kernels against those recorded: fails over 10 % more. ARGS=--update records them anew.
+## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:
 	$(PYTHON) -m bench.gate $(ARGS)
 

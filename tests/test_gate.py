@@ -13,8 +13,8 @@ from bench.gate import Count, GateError, Record, compare
 ROOT = Path(__file__).parent.parent
 
 
-def count(instructions: int, work: int = 1000, unit: str = "FLOP") -> Count:
-    return Count(instructions, work, unit)
+def count(instructions: int, work: int = 1000, unit: str = "FLOP", stores: int = 10) -> Count:
+    return Count(instructions, stores, work, unit)
 
 
 def record(version: str = "12.2.0", compiler: str = "gcc", **cases: Count) -> Record:
@@ -52,16 +52,24 @@ def test_a_loss_over_a_tenth_fails(passes, instructions, status):
     assert "'b'" not in said
 
 
+@pytest.mark.parametrize(("stores", "status"), [(11, 0), (12, 1), (5, 0)], ids=str)
+def test_stores_are_gated_too(passes, stores, status):
+    got, said = passes(record(a=count(1000)), record(a=count(1000, stores=stores)))
+    assert got == status, said
+    assert ("FAILED: 'a' needs 20.0 % more stores than recorded" in said) == (status == 1)
+    assert ("better: 'a' needs 50.0 % fewer stores" in said) == (stores == 5)
+
+
 def test_one_loss_is_not_made_up_for_by_gains(passes):
     status, said = passes(record(a=count(1000), b=count(1000)), record(a=count(1200), b=count(100)))
     assert status == 1
-    assert "'a' needs 20.0% more" in said
+    assert "'a' needs 20.0 % more" in said
 
 
 def test_a_gain_asks_to_be_recorded(passes):
     status, said = passes(record(a=count(1000), b=count(1000)), record(a=count(900), b=count(960)))
     assert status == 0
-    assert "better: 'a' needs 10.0% fewer" in said
+    assert "better: 'a' needs 10.0 % fewer" in said
     assert "--update" in said
     assert "'b'" not in said
 
@@ -86,13 +94,13 @@ def test_a_case_that_cannot_be_compared_fails(passes, before, now):
 def test_cases_are_compared_by_name_in_the_order_of_the_program():
     rows = compare({"z": count(1), "c": count(2), "b": count(4)}, {"b": count(2), "a": count(1)})
     assert [row.case for row in rows] == ["b", "a", "c", "z"]
-    assert [row.change for row in rows] == [-0.5, None, None, None]
+    assert [row.change_percent("instructions") for row in rows] == [-50, None, None, None]
 
 
 def test_update_records_and_then_passes(passes, tmp_path):
     status, said = passes(record(a=count(1000)), record(a=count(3000), b=count(5, unit="byte")), "--update")
     assert status == 0
-    assert "+200.00%" in said
+    assert "+200.00 %" in said
     assert gate.load(tmp_path / "gate.json") == record(a=count(3000), b=count(5, unit="byte"))
     assert [path.name for path in tmp_path.iterdir()] == ["gate.json"]
 
@@ -114,8 +122,8 @@ GOOD = asdict(record(a=count(1000)))
         json.dumps(GOOD)[:-20],
         json.dumps({**GOOD, "cases": [1]}),
         json.dumps({**GOOD, "cases": {"a": {"instructions": 1}}}),
-        json.dumps({**GOOD, "cases": {"a": {"instructions": "1", "work": 1, "unit": "FLOP"}}}),
-        json.dumps({**GOOD, "cases": {"a": {"instructions": 0, "work": 1, "unit": "FLOP"}}}),
+        json.dumps({**GOOD, "cases": {"a": {"instructions": "1", "stores": 1, "work": 1, "unit": "FLOP"}}}),
+        json.dumps({**GOOD, "cases": {"a": {"instructions": 0, "stores": 1, "work": 1, "unit": "FLOP"}}}),
         json.dumps({**GOOD, "version": 12}),
         json.dumps({**GOOD, "isa": "sse2"}),
         json.dumps({**GOOD, "more": 1}),

@@ -56,7 +56,7 @@ __attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T
                                               bool accumulate) {
   constexpr int n = kLanes<T>;
   Vec<T, n> sum[rows * vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&]() __attribute__((always_inline)) {
     Vec<T, n> b_row[vectors];
     unroll<vectors>([&](auto j) __attribute__((always_inline)) { b_row[j] = load<n>(b + j * n); });
     unroll<rows>([&](auto i) __attribute__((always_inline)) {
@@ -65,7 +65,13 @@ __attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T
     });
     a += transposed ? kTileStride : 1;
     b += vectors * n;
+  };
+  int64_t k = depth;
+  for (; k >= 2; k -= 2) {
+    step();
+    step();
   }
+  if (k > 0) step();
   unroll<rows>([&](auto i) __attribute__((always_inline)) {
     unroll<vectors>([&](auto j) __attribute__((always_inline)) {
       T* out = c + i * c_stride + j * n;

@@ -79,13 +79,11 @@ __attribute__((noinline)) void activate_rows(float* out, int64_t stride) {
   static_assert(rows % kTogether == 0);
   for (int i = 0; i < rows; i += kTogether) {
     Vec<float, n> v[2 * kTogether];
-    unroll<2 * kTogether>([&](auto j) __attribute__((always_inline)) {
-      v[j] = load<n>(out + (i + j / 2) * stride + j % 2 * n);
-    });
+    unroll<2 * kTogether>(
+        [&](auto j) __attribute__((always_inline)) { v[j] = load<n>(out + (i + j / 2) * stride + j % 2 * n); });
     unroll<2 * kTogether>([&](auto j) __attribute__((always_inline)) { v[j] = activate<activation, n>(v[j]); });
-    unroll<2 * kTogether>([&](auto j) __attribute__((always_inline)) {
-      store<n>(out + (i + j / 2) * stride + j % 2 * n, v[j]);
-    });
+    unroll<2 * kTogether>(
+        [&](auto j) __attribute__((always_inline)) { store<n>(out + (i + j / 2) * stride + j % 2 * n, v[j]); });
   }
 }
 

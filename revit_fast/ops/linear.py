@@ -114,7 +114,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> 
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     index = ACTIVATIONS.index(activation)
-    return torch.ops.revit_fast.packed_linear.default(x, weight.panels, weight.bias, weight.n_out, index)
+    with torch.no_grad():
+        return torch.ops.revit_fast.packed_linear.default(x, weight.panels, weight.bias, weight.n_out, index)
 
 
 @torch.library.register_fake("revit_fast::packed_linear")

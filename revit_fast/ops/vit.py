@@ -118,22 +118,23 @@ def vit_forward(
     _checks.check_per_sequence("pos_offset", pos_offset, cu_seqlens)
     if not 0 <= n_pooled <= weights.prefix.shape[0]:
         raise ValueError(f"n_pooled: expected 0 to {weights.prefix.shape[0]} prefix tokens, got {n_pooled}")
-    return torch.ops.revit_fast.vit_forward.default(
-        rows,
-        cu_seqlens.contiguous(),
-        length_index.contiguous(),
-        pos_offset.contiguous(),
-        pos_table,
-        weights.prefix,
-        weights.tensors(),
-        weights.n_heads,
-        weights.head_dim,
-        weights.blocks[0].fc1.n_out if weights.blocks else 1,
-        weights.n_lengths,
-        weights.eps,
-        ACTIVATIONS.index(weights.activation),
-        n_pooled,
-    )
+    with torch.no_grad():
+        return torch.ops.revit_fast.vit_forward.default(
+            rows,
+            cu_seqlens.contiguous(),
+            length_index.contiguous(),
+            pos_offset.contiguous(),
+            pos_table,
+            weights.prefix,
+            weights.tensors(),
+            weights.n_heads,
+            weights.head_dim,
+            weights.blocks[0].fc1.n_out if weights.blocks else 1,
+            weights.n_lengths,
+            weights.eps,
+            ACTIVATIONS.index(weights.activation),
+            n_pooled,
+        )
 
 
 @torch.library.register_fake("revit_fast::vit_forward")

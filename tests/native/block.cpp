@@ -165,11 +165,11 @@ struct Case {
 };
 
 // What block.h says a tile does, one layer after another.
-void by_layers(const revit::cpu::Kernels& kernels, const BlockTile& tile) {
+void by_layers(const revit::cpu::Kernels& kernels, const BlockTile& tile, DType dtype) {
   const BlockShape& shape = *tile.shape;
   const int64_t rows = round_up(tile.n_rows, kernels.linear.half_block), panel = kernels.linear.panel;
   Matrix normed(rows, shape.n_channels, 0), hidden(rows, round_up(shape.hidden, panel), 0);
-  const auto kernel = kernels.linear.tile[static_cast<int>(tile.fc1.dtype)];
+  const auto kernel = kernels.linear.tile[static_cast<int>(dtype)];
   const auto norm_of_x = [&](const TokenNorm& norm) {
     kernels.block.norm({tile.x, normed.view(), tile.length, tile.n_rows, norm, shape.n_channels, shape.eps});
   };
@@ -239,7 +239,7 @@ void check_tile(const revit::cpu::Kernels& kernels, const Problem& problem, cons
   layers_x.fill(problem.x, c.n_rows, n_channels);
   tile.x = layers_x.view();
   if (c.projected) tile.projected = layers_projected.view();
-  by_layers(kernels, tile);
+  by_layers(kernels, tile, weights.dtype);
   const bool same = x.same_bits(layers_x, c.n_rows, n_channels) &&
                     (!c.projected || projected.same_bits(layers_projected, c.n_rows, columns));
   CHECK(same);
@@ -271,7 +271,7 @@ void test_tiles(const revit::cpu::Kernels& kernels, const BlockShape& shape, Ran
 
 void test_max_rows(const revit::cpu::Kernels& kernels) {
   const int64_t unit = 2 * kernels.linear.half_block;
-  for (const int64_t n_channels : {1, 7, 192, 384, 768, 4096}) {
+  for (const int64_t n_channels : {1, 7, 192, 384, 768, 16384}) {
     const int64_t embed = kernels.block.max_embed_rows(n_channels);
     CHECK(embed > 0 && embed % unit == 0);
     for (const int64_t hidden : {int64_t{1}, int64_t{300}, 4 * n_channels}) {
