@@ -30,7 +30,7 @@ namespace {
 
 using namespace revit::cpu;
 
-const Kernels& kernels = REVIT_GATE_ISA::kernels;
+const Kernels& counted = REVIT_GATE_ISA::kernels;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -105,12 +105,12 @@ constexpr int64_t kHeadDim = 64, kPatchDepth = 16 * 16 * 3;
 
 // Whole blocks of rows, an odd number of cache lines apart, as the engine lays them out.
 Rows rows(Arena& arena, int64_t n_rows, int64_t n_columns) {
-  const int64_t stride = (divide_up(n_columns, 32) * 2 + 1) * 16, block = 2 * kernels.linear.half_block;
+  const int64_t stride = (divide_up(n_columns, 32) * 2 + 1) * 16, block = 2 * counted.linear.half_block;
   return {arena.random(divide_up(n_rows, block) * block * stride), stride};
 }
 
 PackedWeight packed_weight(Arena& arena, DType dtype, int64_t n_out, int64_t depth) {
-  const int64_t panel = kernels.linear.panel, n_panels = divide_up(n_out, panel);
+  const int64_t panel = counted.linear.panel, n_panels = divide_up(n_out, panel);
   const int64_t n = n_panels * panel * (dtype == DType::kFloat32 ? depth : divide_up(depth, 2) * 2);
   const float scale = 1 / std::sqrt(static_cast<float>(depth));
   PackedWeight weight = {};
@@ -148,7 +148,7 @@ Call block_tile(Arena& arena, const Vit& vit, DType dtype, int64_t n_rows) {
   tile.next = packed_weight(arena, dtype, 3 * width, n_channels);
   tile.end_panel = tile.next.n_panels;
   tile.projected = rows(arena, n_rows, 3 * width);
-  const auto kernel = kernels.block.tile[static_cast<int>(dtype)];
+  const auto kernel = counted.block.tile[static_cast<int>(dtype)];
   return {[=] { kernel(tile); }, 2 * n_rows * n_channels * (width + 2 * hidden + 3 * width)};
 }
 
@@ -171,7 +171,7 @@ Call embed_tile(Arena& arena, const Vit& vit, bool bytes, int64_t n_rows) {
   tile.position = position;
   tile.token = token;
   tile.tokens = rows(arena, n_rows + 1, vit.n_channels);
-  const auto kernel = kernels.block.embed[0];
+  const auto kernel = counted.block.embed[0];
   return {[=] { kernel(tile); }, 2 * n_rows * kPatchDepth * vit.n_channels};
 }
 
@@ -203,7 +203,7 @@ Call attention_forward(Arena& arena, const Vit& vit, int64_t n_tokens) {
   const Rows out = rows(arena, n_tokens, vit.n_heads * kHeadDim);
   args.out = {out.data, out.stride, kHeadDim};
   const AttentionItem item = first_head(n_tokens);
-  const auto kernel = kernels.attention.forward[0];
+  const auto kernel = counted.attention.forward[0];
   return {[=] { kernel(args, item); }, 4 * n_tokens * n_tokens * kHeadDim};
 }
 
@@ -216,7 +216,7 @@ Call attention_backward(Arena& arena, const Vit& vit, int64_t n_tokens) {
   set_attention(forward, arena, vit, n_tokens);
   forward.out = gradient();
   forward.lse = arena.zeros<float>(vit.n_heads * n_tokens);
-  kernels.attention.forward[0](forward, item);
+  counted.attention.forward[0](forward, item);
   AttentionBackward args = {};
   static_cast<AttentionArgs&>(args) = forward;
   args.grad_out = {arena.random(n_tokens * width), width, kHeadDim};
@@ -225,7 +225,7 @@ Call attention_backward(Arena& arena, const Vit& vit, int64_t n_tokens) {
   args.grad_q = gradient();
   args.grad_k = gradient();
   args.grad_v = gradient();
-  const auto kernel = kernels.attention.backward[0];
+  const auto kernel = counted.attention.backward[0];
   return {[=] { kernel(args, item); }, 10 * n_tokens * n_tokens * kHeadDim};
 }
 
@@ -244,7 +244,7 @@ Call layer_norm_forward(Arena& arena, int64_t n_rows, int64_t n_channels) {
   args.n_rows = n_rows;
   args.n_channels = n_channels;
   args.eps = 1e-6;
-  const auto kernel = kernels.layer_norm.forward[0];
+  const auto kernel = counted.layer_norm.forward[0];
   return {[=] { kernel(args); }, 4 * n_rows * n_channels * static_cast<int64_t>(sizeof(float))};
 }
 
@@ -295,8 +295,8 @@ Call resize(Arena& arena, int32_t width, int32_t height, int32_t out_px) {
   args.table = arena.random(3 * 256);
   args.element_bytes = sizeof(float);
   args.out = arena.zeros<float>(n_out);
-  uint8_t* scratch = arena.zeros<uint8_t>(kernels.resize.scratch_bytes(args));
-  const auto kernel = kernels.resize.rows;
+  uint8_t* scratch = arena.zeros<uint8_t>(counted.resize.scratch_bytes(args));
+  const auto kernel = counted.resize.rows;
   return {[=] { kernel(args, 0, out_px, scratch); }, n_in + n_out * args.element_bytes};
 }
 

@@ -16,8 +16,6 @@ constexpr int64_t kTaskRows = 72;
 // Tasks per thread: more balance better, fewer read less twice.
 constexpr int64_t kTasksPerThread = 4;
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 Tensor packed_linear(const Tensor& x_in, const Tensor& panels, const Tensor& bias, int64_t n_out, int64_t activation) {
   STD_TORCH_CHECK(x_in.is_cpu() && x_in.dim() == 2 && x_in.scalar_type() == ScalarType::Float,
                   "x must be a float32 CPU tensor [T, K]");

@@ -8,6 +8,8 @@
 
 namespace revit {
 
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 // Elements of one task of row arithmetic: below it a second thread costs more than it saves.
 inline constexpr int64_t kTaskElements = 16384;
 

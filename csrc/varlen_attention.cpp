@@ -8,10 +8,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "attention_plan.h"
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "parallel.h"
-#include "attention_plan.h"
 
 namespace revit {
 namespace {

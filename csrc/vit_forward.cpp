@@ -34,8 +34,6 @@ constexpr int64_t kNormTaskRows = 16;
 
 constexpr int64_t kTensorsBeforeBlocks = 6, kTensorsPerBlock = 12;
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 int64_t n_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
 struct BlockWeights {

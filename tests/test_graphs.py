@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from helpers import assert_as_accurate, randn
+from helpers import randn
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import MIX, PATCH, check, images_of, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import revit_fast as rf
@@ -17,37 +18,10 @@ from revit_fast.graphs import Batch, Bucket, DirectCalls, Index, bucket_of, roun
 from revit_fast.model import Inputs
 from revit_fast.packing import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS, Layout, PackedBatch, work_list
 
-GRIDS = (6, 4, 2)
-PATCH = 2
-MIX = [4, 6, 2, (3, 5), 2, 6]
-
 
 @pytest.fixture(autouse=True)
 def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setitem(graphs.BACKENDS, "cpu", DirectCalls)
-
-
-def make_model(**options) -> rf.ReViT:
-    torch.manual_seed(0)
-    arguments = dict(grids=GRIDS, patch_size=PATCH, num_classes=5, embed_dim=24, depth=2, num_heads=3, hidden_dim=40)
-    model = rf.ReViT(**{**arguments, **options}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return model
-
-
-def images_of(grids, seed=0):
-    sides = [(g, g) if isinstance(g, int) else g for g in grids]
-    return [randn(3, PATCH * h, PATCH * w, seed=seed + i) for i, (h, w) in enumerate(sides)]
-
-
-def check(fast, model, x):
-    """Holds the optimised copy to the error rule beside the eager model."""
-    with torch.no_grad():
-        truth = copy.deepcopy(model).double()
-        double = x.with_data(x.data.double()) if isinstance(x, PackedBatch) else [image.double() for image in x]
-        assert_as_accurate(fast(x), model(x), truth(double), "logits")
 
 
 @given(st.integers(0, 20_000), st.integers(1, 500))
@@ -210,7 +184,7 @@ def test_every_form_of_input_and_every_other_method():
         assert torch.equal(fast.forward_head(features), model.forward_head(features))
         padded = PackedBatch.from_rows(torch.cat([model.pack(x).data, torch.full((3, 12), torch.nan)]), [36, 36])
         torch.testing.assert_close(fast(padded), model(x))
-        assert fast(PackedBatch.from_rows(torch.empty(0, 12), [])).shape == (0, 5)
+        assert fast(PackedBatch.from_rows(torch.empty(0, 12), [])).shape == (0, 40)
     with torch.inference_mode():
         inside = fast(x)
     outside = fast(x)
@@ -359,7 +333,7 @@ def test_the_captured_function_reads_nothing_back():
         layout = Layout(index.cu_seqlens, index.length_index, index.tiles, capacity)
         rows, table = torch.empty(256, 12, device="cuda"), torch.empty(99, 24, device="cuda")
         out = fake._run(Inputs(rows, index.patch_cu_seqlens, layout, table, index.pos_offset, None))
-    assert out.shape == (8, 5)
+    assert out.shape == (8, 40)
     assert out.device.type == "cuda"
 
 

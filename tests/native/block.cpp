@@ -398,9 +398,9 @@ void test_block(const revit::cpu::Kernels& kernels) {
   for (const BlockShape& shape : {BlockShape{1, 1, 1, kEps, Activation::kRelu},
                                   {7, 12, 5, kEps, Activation::kSilu},
                                   {panel, panel, 2 * panel, kEps, Activation::kGeluTanh},
-                                  {40, 24, 300, kEps, Activation::kGelu},
-                                  {72, 64, 601, kEps, Activation::kGelu},
-                                  {300, 257, 100, kEps, Activation::kNone}}) {
+                                  {40, 24, 400, kEps, Activation::kGelu},
+                                  {72, 64, 801, kEps, Activation::kGelu},
+                                  {400, 257, 100, kEps, Activation::kNone}}) {
     test_tiles(kernels, shape, random);
   }
   test_max_rows(kernels);

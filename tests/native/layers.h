@@ -18,11 +18,11 @@ using Random = std::mt19937;
 using revit::cpu::Activation;
 using revit::cpu::DType;
 
-// Below, at and beyond every block and half block of rows; one and two depths, odd and even ones around the longest
-// chain, and several chains.
+// Below, at and beyond every block and half block of rows; one depth and a few, odd ones and even, one chain and
+// several.
 inline constexpr int64_t kRowCounts[] = {1, 2, 3, 5, 6, 7, 11, 12, 13, 72};
 inline constexpr int64_t kMostRows = 72;
-inline constexpr int64_t kDepths[] = {1, 2, 3, 7, 64, 255, 256, 257, 600};
+inline constexpr int64_t kDepths[] = {1, 2, 3, 7, 64, 255, 256, 257, 385, 800};
 
 // Fills what a kernel may read without using it, and what it must leave alone.
 inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
