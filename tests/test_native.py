@@ -25,7 +25,7 @@ def compiler_with_sanitizers(directory: Path) -> str:
     return compiler
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # compiling with sanitizers takes minutes, beside other jobs many
 def test_kernels_pass_under_sanitizers(tmp_path):
     compiler = compiler_with_sanitizers(tmp_path)
     sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), *(ROOT / "tests" / "native").glob("*.cpp")]

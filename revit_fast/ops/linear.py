@@ -61,13 +61,13 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     panel = cpu_panel()
     with torch.no_grad():
         padded = -(-n_out // panel) * panel
-        wide = torch.zeros(padded, depth + depth % 2 if dtype == torch.bfloat16 else depth, dtype=dtype)
+        wide = torch.zeros(padded, depth + depth % 2 if dtype == torch.bfloat16 else depth, dtype=dtype, device="cpu")
         wide[:n_out, :depth] = weight
         if dtype == torch.bfloat16:
             panels = wide.view(-1, panel, wide.shape[1] // 2, 2).permute(0, 2, 1, 3)
         else:
             panels = wide.view(-1, panel, depth).permute(0, 2, 1)
-        wide_bias = torch.zeros(padded)
+        wide_bias = torch.zeros(padded, dtype=torch.float32, device="cpu")
         if bias is not None:
             wide_bias[:n_out] = bias
         return PackedWeight(panels.contiguous(), wide_bias, n_out)
