@@ -50,8 +50,8 @@ struct NormTile {
 // Both parts may be absent: where `attended` or `projected` has no data. The hidden activations, n_rows x hidden, stay
 // in the second cache.
 //
-// n_rows is positive. As in linear.h, all rows exist in whole half blocks; those of `x` and `projected` hold whole panels
-// of columns, which are written.
+// n_rows is positive. As in linear.h, all rows exist in whole half blocks; those of `x` and `projected` hold whole
+// panels of columns, which are written.
 struct BlockTile {
   const BlockShape* shape;
   Rows attended;
