@@ -5,15 +5,22 @@ from revit_fast.engine import optimize
 from revit_fast.model import ReViT, create_model
 from revit_fast.ops._backends import set_attention_backend
 from revit_fast.packing import PackedBatch
+from revit_fast.pipeline import AdaptivePipeline, pipeline
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.tla import TokenLengthAssigner
 from revit_fast.version import __version__
 
 __all__ = [
+    "AdaptivePipeline",
+    "AdaptivePreprocessor",
     "PackedBatch",
     "ReViT",
+    "TokenLengthAssigner",
     "__version__",
     "create_model",
     "flash_attn_compat",
     "ops",
     "optimize",
+    "pipeline",
     "set_attention_backend",
 ]

@@ -1,21 +1,24 @@
-"""Image files: finding them, and decoding them to upright uint8 RGB arrays.
+"""Images: finding files, and decoding whatever stands for an image to an upright uint8 RGB array.
 
-Needs Pillow: `pip install "revit-fast[cli]"`.
+Encoded images need Pillow: `pip install "revit-fast[cli]"`.
 """
 
 from __future__ import annotations
 
 import glob
+import io
 import os
 import stat
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
+
+try:
+    from PIL import Image
+except ModuleNotFoundError:  # arrays need no decoder
+    Image = None
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 """Names that are taken for images inside a folder, in any case."""
@@ -27,7 +30,7 @@ ORIENTATION_TAG = 0x0112
 
 
 class ImageError(Exception):
-    """A file that cannot be read as an image; the text is the reason, without the path."""
+    """A source that is no image that can be read; the text is the reason, without the source's name."""
 
 
 class Source(NamedTuple):
@@ -37,13 +40,8 @@ class Source(NamedTuple):
     error: str | None = None
 
 
-class Decoded(NamedTuple):
-    """What became of a source: an array `[H, W, 3]` or an error, and the milliseconds that it took."""
-
-    path: str
-    image: np.ndarray | None
-    error: str | None
-    ms: float
+ImageSource = "str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor | Source"
+"""What stands for an image: a path, the bytes of a file, a PIL image, or uint8 pixels `[H, W, 3]` or `[H, W]`."""
 
 
 def find_images(paths: Iterable[str]) -> Iterator[Source]:
@@ -109,42 +107,102 @@ def _folder_like_image(path: str) -> Source:
     return Source(path, f"is a folder, not an image; to read the images in it, give {path}{os.sep}")
 
 
-def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """Decodes a JPEG, PNG or WebP file to an upright RGB array.
+def name_of(source: ImageSource) -> str:
+    """What to call a source in a report."""
+    if isinstance(source, Source):
+        return source.path
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, (np.ndarray, Tensor)):
+        return f"<array {'x'.join(map(str, source.shape))}>"
+    return f"<{type(source).__name__}>"
 
-    The EXIF orientation is applied. Transparent pixels are composited on white. Sixteen-bit grey is scaled to eight
-    bits by the rule of the PNG specification, `round(v * 255 / 65535)`. Grey, palette and CMYK become RGB. Of an
-    animation the first frame is taken.
+
+def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
+    """The upright RGB pixels of an image.
+
+    Encoded images are JPEG, PNG or WebP; their contents decide the format, not their name. The EXIF orientation is
+    applied. Transparent pixels are composited on white. Sixteen-bit grey is scaled to eight bits by the rule of the PNG
+    specification, `round(v * 255 / 65535)`. Grey, palette and CMYK become RGB. Of an animation the first frame is
+    taken. An array is taken as it is.
 
     Args:
-        path: the file; its contents decide the format, not its suffix.
+        source: a path, the bytes of a file, a PIL image, or a uint8 array or CPU tensor `[H, W, 3]`, `[H, W, 1]` or
+            `[H, W]`.
+        draft_px: lets a JPEG be decoded at a half, a quarter or an eighth of its size (a scaled DCT), as long as its
+            shorter side keeps at least this many pixels. Approximate: the pixels are those of a box filter.
 
     Returns:
-        uint8 array `[H, W, 3]`.
+        uint8 array `[H, W, 3]` (an array that was given may be grey).
 
     Raises:
-        ImageError: with the reason: missing, empty, not an image, truncated, or larger than
-            `2 * PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+        ImageError: with the reason: missing, empty, not an image, truncated, larger than
+            `2 * PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), or an array of another type or shape.
     """
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError("is a folder, not an image")
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError("not a regular file")
-        if status.st_size == 0:
-            raise ImageError("empty file")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            image.load()
-            return _upright_rgb(image)
+        if isinstance(source, Source):
+            if source.error is not None:
+                raise ImageError(source.error)
+            source = source.path
+        if isinstance(source, (str, os.PathLike)):
+            return _read_file(source, draft_px)
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            if len(source) == 0:
+                raise ImageError("empty file")
+            return _decode(io.BytesIO(source), draft_px)
+        if Image is not None and isinstance(source, Image.Image):
+            return _upright_rgb(source)
+        return _checked_array(source)
     except ImageError:
         raise
-    except Image.UnidentifiedImageError:
-        raise ImageError("not a JPEG, PNG or WebP image") from None
     except OSError as error:
+        if Image is not None and isinstance(error, Image.UnidentifiedImageError):
+            raise ImageError("not a JPEG, PNG or WebP image") from None
         raise ImageError(_os_reason(error)) from error
     except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, SyntaxError, ...
         raise ImageError(str(error) or type(error).__name__) from error
+
+
+def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not a regular file")
+    if status.st_size == 0:
+        raise ImageError("empty file")
+    with open(path, "rb") as file:
+        return _decode(file, draft_px)
+
+
+def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
+    if Image is None:
+        raise ImageError('decoding needs Pillow: pip install "revit-fast[cli]"')
+    with Image.open(file, formats=FORMATS) as image:
+        if draft_px is not None and image.format == "JPEG":
+            image.draft("RGB", _draft_size(image.size, draft_px))
+        image.load()
+        return _upright_rgb(image)
+
+
+def _draft_size(size: tuple[int, int], draft_px: int) -> tuple[int, int]:
+    """The size to ask the decoder for: it takes the smallest scale that is not below it."""
+    scale = draft_px / min(size)
+    return tuple(max(1, int(np.ceil(side * scale))) for side in size)
+
+
+def _checked_array(array: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(array, Tensor) and array.device.type == "cpu":
+        array = array.numpy()
+    if not isinstance(array, np.ndarray):
+        raise ImageError(f"expected a path, bytes, a PIL image or a uint8 array, got {type(array).__name__}")
+    if array.dtype != np.uint8:
+        raise ImageError(f"expected uint8 pixels, got {array.dtype}")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
+        raise ImageError(f"expected shape [H, W, 3], [H, W, 1] or [H, W], got {list(array.shape)}")
+    return array
 
 
 def _os_reason(error: OSError) -> str:
@@ -183,38 +241,3 @@ def _upright_transposition(image: Image.Image) -> Image.Transpose | None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)
-
-
-def read_ahead(sources: Iterable[Source], n_workers: int) -> Iterator[Decoded]:
-    """Decodes sources on `n_workers` threads, in order, never more than `2 * n_workers` ahead of the consumer.
-
-    Args:
-        sources: from `find_images`; consumed as results are.
-        n_workers: decoding threads (Pillow's decoders release the GIL).
-
-    Yields:
-        One `Decoded` per source, in the order of the sources; a file that cannot be read gives its error.
-    """
-    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
-    ahead: deque[Future[Decoded]] = deque()
-    try:
-        for source in sources:
-            ahead.append(pool.submit(_decode, source))
-            if len(ahead) == 2 * n_workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _decode(source: Source) -> Decoded:
-    if source.error is not None:
-        return Decoded(source.path, None, source.error, 0.0)
-    begin = time.perf_counter()
-    image, reason = None, None
-    try:
-        image = read_rgb(source.path)
-    except ImageError as error:
-        reason = str(error)
-    return Decoded(source.path, image, reason, 1e3 * (time.perf_counter() - begin))

@@ -1,4 +1,4 @@
-"""The `revit-fast` command: classify image files in packed batches, and show what the installation can use."""
+"""The `revit-fast` command: classify image files in packed batches, each image at the tokens that it needs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,73 @@ def _grid(text: str) -> int | str:
     return text if text == "mixed" else _positive(text)
 
 
+def _policy(text: str) -> str | tuple[str, object]:
+    """`name` or `name:argument` as `policies.make_policy` takes it."""
+    name, colon, argument = text.partition(":")
+    if not colon:
+        return name
+    parsers = {
+        "threshold": float,
+        "fixed": int,
+        "random": lambda seed: {"seed": int(seed)},
+        "entropy": lambda bits: [float(b) for b in bits.split(",")],
+    }
+    try:
+        return name, parsers[name](argument)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            "expected argmax, threshold:THETA, fixed:GRID, cycle, random, random:SEED, entropy or entropy:BITS,BITS, "
+            f"got {text!r}"
+        ) from None
+
+
+def _budget(text: str) -> dict[str, float]:
+    """A number of tokens, or of multiply-adds as in `2.5gmacs`."""
+    number, unit = (text[:-5], "mean_gmacs") if text.lower().endswith("gmacs") else (text, "mean_tokens")
+    try:
+        return {unit: float(number)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}") from None
+
+
+def _add_images(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that read images and choose their grids."""
+    p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
+    p.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="timm name (default %(default)s)")
+    p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
+    p.add_argument(
+        "--policy",
+        type=_policy,
+        metavar="POLICY",
+        help="argmax (default with an assigner), threshold:THETA, entropy, random, cycle or fixed:GRID",
+    )
+    p.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="N",
+        help="mean patch tokens of an image, or 2.5gmacs: sets the threshold by the assigner's held-out images",
+    )
+    p.add_argument(
+        "--grid",
+        type=_grid,
+        metavar="14|10|7|mixed",
+        help="patches per side of every image (default without an assigner: 14); mixed takes the model's in turn",
+    )
+    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
+    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
+    p.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="resize bit for bit as Pillow does, or faster within 1/255 (default: --exact)",
+    )
+    p.add_argument(
+        "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
+    )
+    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; every subcommand sets `command`, the module whose `run` is called."""
     parser = argparse.ArgumentParser(prog="revit-fast", description=__doc__.splitlines()[0])
@@ -39,18 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("predict", help="classify image files", description="Classify JPEG, PNG and WebP files.")
-    p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
-    p.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="timm name (default %(default)s)")
+    _add_images(p)
     p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
-    p.add_argument(
-        "--grid",
-        type=_grid,
-        default=14,
-        metavar="14|10|7|mixed",
-        help="patches per side (default %(default)s); mixed takes the model's grids in turn, whatever the image shows",
-    )
     p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
-    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
     p.add_argument(
         "--batch-tokens",
         type=_positive,
@@ -58,16 +116,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
     )
-    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
-    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
-    p.add_argument(
-        "--exact",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="resize bit for bit as Pillow does, or faster within 1/255 (default: --exact)",
-    )
     p.set_defaults(command="predict")
+
+    p = commands.add_parser(
+        "assign",
+        help="print the grid that each image would get",
+        description="Print the token grid that each image would get; nothing is classified.",
+    )
+    _add_images(p)
+    p.set_defaults(command="assign", weights=None, labels=None, batch_tokens=4096)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")

@@ -8,12 +8,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from revit_fast.atomic import replaced
 from revit_fast.cli import UsageError
+from revit_fast.images import name_of
+from revit_fast.pipeline import Result
 
 
 @dataclass
@@ -25,24 +28,42 @@ class Prediction:
     grid: int = 0
     n_tokens: int = 0
     ms: float = 0.0
-    top: list[tuple[int, float]] = field(default_factory=list)
+    top: list[dict] = field(default_factory=list)
+    lengths: list[float] | None = None
+
+
+def prediction_of(result: Result, top_k: int) -> Prediction:
+    """The report of a pipeline's result; `lengths` are the assigner's probabilities, the longest length first."""
+    path = name_of(result.source)
+    if result.error is not None:
+        return Prediction(path, error=result.error.removeprefix(f"{path}: "))
+    lengths = None if result.probabilities is None else result.probabilities.tolist()
+    return Prediction(path, None, result.grid, result.n_tokens, result.ms, result.top(top_k), lengths)
 
 
 class TableFormat:
-    """Aligned lines; long paths are not cut, so that they can be copied."""
+    """Aligned lines; long paths are not cut, so that they can be copied.
 
-    def __init__(self, top_k: int, name: Callable[[int], Any]):
-        self.top_k, self.name = top_k, name
+    Args:
+        top_k: classes of an image.
+        grids: that the assigner gives probabilities for.
+    """
+
+    def __init__(self, top_k: int, grids: Sequence[int] = ()):
+        self.top_k, self.grids = top_k, grids
 
     def header(self) -> str:
-        return f"{'grid':>4} {'tokens':>6} {'ms':>8}  {'path':<40}  top-{self.top_k}\n"
+        lengths = "".join(f"  P({grid})".ljust(8) for grid in self.grids)
+        return f"{'grid':>4} {'tokens':>6} {'ms':>8}{lengths}  {'path':<40}  {f'top-{self.top_k}' * (self.top_k > 0)}\n"
 
     def row(self, p: Prediction) -> str:
         path = on_one_line(p.path)
         if p.error is not None:
-            return f"{'-':>4} {'-':>6} {'-':>8}  {path:<40}  error: {on_one_line(p.error)}\n"
-        top = ", ".join(f"{self.name(index)} {probability:.3f}" for index, probability in p.top)
-        return f"{p.grid:>4} {p.n_tokens:>6} {p.ms:>8.1f}  {path:<40}  {on_one_line(top)}\n"
+            lengths = f"  {'-':<6}" * len(self.grids)
+            return f"{'-':>4} {'-':>6} {'-':>8}{lengths}  {path:<40}  error: {on_one_line(p.error)}\n"
+        lengths = "".join(f"  {probability:<6.3f}" for probability in p.lengths or ())
+        top = ", ".join(f"{entry['label']} {entry['score']:.3f}" for entry in p.top)
+        return f"{p.grid:>4} {p.n_tokens:>6} {p.ms:>8.1f}{lengths}  {path:<40}  {on_one_line(top)}\n"
 
     def footer(self) -> str:
         return ""
@@ -51,8 +72,8 @@ class TableFormat:
 class JsonFormat:
     """One array, one object a line: valid however early the run ends."""
 
-    def __init__(self, top_k: int, name: Callable[[int], Any]):
-        self.name, self.comma = name, " "
+    def __init__(self, top_k: int, grids: Sequence[int] = ()):
+        self.top_k, self.grids, self.comma = top_k, grids, " "
 
     def header(self) -> str:
         return "[\n"
@@ -62,8 +83,12 @@ class JsonFormat:
         if p.error is not None:
             record["error"] = p.error
         else:
-            top = [{"class": self.name(index), "probability": probability} for index, probability in p.top]
-            record |= {"grid": p.grid, "tokens": p.n_tokens, "ms": round(p.ms, 3), "top": top}
+            record |= {"grid": p.grid, "tokens": p.n_tokens, "ms": round(p.ms, 3)}
+            if p.lengths is not None:
+                named = zip(self.grids, p.lengths, strict=True)
+                record["lengths"] = {str(grid): round(probability, 6) for grid, probability in named}
+            if self.top_k:
+                record["top"] = [{"class": entry["label"], "probability": entry["score"]} for entry in p.top]
         comma, self.comma = self.comma, ","
         return f"{comma}{json.dumps(record, allow_nan=False)}\n"
 
@@ -74,18 +99,20 @@ class JsonFormat:
 class CsvFormat:
     """A header and one row per image, errors in the last column."""
 
-    def __init__(self, top_k: int, name: Callable[[int], Any]):
-        self.top_k, self.name = top_k, name
+    def __init__(self, top_k: int, grids: Sequence[int] = ()):
+        self.top_k, self.grids = top_k, grids
 
     def header(self) -> str:
+        lengths = [f"p_{grid}" for grid in self.grids]
         classes = [f"{kind}_{rank}" for rank in range(1, self.top_k + 1) for kind in ("class", "prob")]
-        return self._line(["path", "grid", "tokens", "ms", *classes, "error"])
+        return self._line(["path", "grid", "tokens", "ms", *lengths, *classes, "error"])
 
     def row(self, p: Prediction) -> str:
         if p.error is not None:
-            return self._line([p.path, "", "", "", *[""] * (2 * self.top_k), p.error])
-        top = [value for index, probability in p.top for value in (self.name(index), probability)]
-        return self._line([p.path, p.grid, p.n_tokens, round(p.ms, 3), *top, ""])
+            return self._line([p.path, *[""] * (3 + len(self.grids) + 2 * self.top_k), p.error])
+        lengths = [round(probability, 6) for probability in p.lengths or ()]
+        top = [value for entry in p.top for value in (entry["label"], entry["score"])]
+        return self._line([p.path, p.grid, p.n_tokens, round(p.ms, 3), *lengths, *top, ""])
 
     def footer(self) -> str:
         return ""
@@ -111,22 +138,14 @@ def open_output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    path = os.path.realpath(path)
     is_device = os.path.exists(path) and not os.path.isfile(path)  # /dev/null must not be replaced
-    written = path if is_device else f"{path}.{os.getpid()}.tmp"
-    try:
-        file = open(written, "w", encoding="utf-8", newline="")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"--output: cannot write {path}: {error.strerror}") from error
-    try:
+    with nullcontext(path) if is_device else replaced(path) as written:
+        try:
+            file = open(written, "w", encoding="utf-8", newline="")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"--output: cannot write {path}: {error.strerror}") from error
         with file:
             yield file
-        if not is_device:
-            os.replace(written, path)
-    except BaseException:
-        if not is_device:
-            os.unlink(written)
-        raise
 
 
 def write(stream: TextIO, text: str) -> None:
@@ -146,11 +165,11 @@ class Progress:
         self.begin = time.perf_counter()
         self._reported = (0, self.begin)
 
-    def update(self, predictions: list[Prediction]) -> None:
-        """Counts finished images."""
-        self.n_images += len(predictions)
-        self.n_errors += sum(p.error is not None for p in predictions)
-        self.n_tokens += sum(p.n_tokens for p in predictions)
+    def update(self, p: Prediction) -> None:
+        """Counts a finished image."""
+        self.n_images += 1
+        self.n_errors += p.error is not None
+        self.n_tokens += p.n_tokens
         self._show()
 
     def _show(self) -> None:

@@ -1,0 +1,106 @@
+"""Grouping a stream of images into batches by their tokens: first fit, with a bounded wait."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class _OpenBatch(Generic[Item]):
+    """A batch that may still take items; `since` and `first` are the time and count at which its oldest came."""
+
+    since: float
+    first: int
+    items: list[Item] = field(default_factory=list)
+    n_tokens: int = 0
+    n_bytes: int = 0
+
+
+class TokenBudgetBatcher(Generic[Item]):
+    """Puts every item into the first open batch that has room for its tokens.
+
+    A batch is closed, and handed out, when no item can fit any more, when its oldest item has waited long enough (by
+    time or by items that came since), or when too many batches are open or too many bytes are held: then the oldest
+    goes. An item larger than the budget makes a batch of its own. Time is the caller's, so that waits can be tested
+    and replayed.
+
+    Args:
+        token_budget: tokens of a batch at most.
+        min_tokens: tokens of the smallest item that may come: a batch with less room than that is full.
+        max_wait_s: seconds that an item waits at most, as long as `expired` is called in time.
+        max_behind: items that may come and go before one that waits.
+        max_open: batches open at a time.
+        max_bytes: memory that waiting items may hold, as far as single items allow.
+
+    Raises:
+        ValueError: for bounds below 1 (`max_wait_s`: below 0).
+    """
+
+    def __init__(
+        self,
+        token_budget: int,
+        *,
+        min_tokens: int = 1,
+        max_wait_s: float = math.inf,
+        max_behind: int = 256,
+        max_open: int = 2,
+        max_bytes: float = math.inf,
+    ) -> None:
+        bounds = {"token_budget": token_budget, "min_tokens": min_tokens, "max_behind": max_behind}
+        for name, value in (bounds | {"max_open": max_open, "max_bytes": max_bytes}).items():
+            if not value >= 1:
+                raise ValueError(f"{name}: expected at least 1, got {value!r}")
+        if not max_wait_s >= 0:
+            raise ValueError(f"max_wait_s: expected at least 0, got {max_wait_s!r}")
+        self.token_budget, self.min_tokens, self.max_wait_s = token_budget, min_tokens, max_wait_s
+        self.max_behind, self.max_open, self.max_bytes = max_behind, max_open, max_bytes
+        self._open: list[_OpenBatch[Item]] = []  # in the order of their oldest items
+        self._n_seen = 0
+
+    def __len__(self) -> int:
+        """Items that wait."""
+        return sum(len(batch.items) for batch in self._open)
+
+    @property
+    def deadline(self) -> float:
+        """The time at which `expired` has something to hand out; infinite where nothing waits."""
+        return self._open[0].since + self.max_wait_s if self._open else math.inf
+
+    def add(self, item: Item, n_tokens: int, now: float = 0.0, n_bytes: int = 0) -> list[list[Item]]:
+        """Takes an item; returns the batches that this closes, the oldest first."""
+        self._n_seen += 1
+        batch = next((b for b in self._open if b.n_tokens + n_tokens <= self.token_budget), None)
+        if batch is None:
+            batch = _OpenBatch(now, self._n_seen)
+            self._open.append(batch)
+        batch.items.append(item)
+        batch.n_tokens += n_tokens
+        batch.n_bytes += n_bytes
+        return self._close(now)
+
+    def expired(self, now: float) -> list[list[Item]]:
+        """Batches whose oldest item has waited `max_wait_s` at the time `now`."""
+        return self._close(now)
+
+    def flush(self) -> list[list[Item]]:
+        """Everything that waits."""
+        batches, self._open = self._open, []
+        return [batch.items for batch in batches]
+
+    def _close(self, now: float) -> list[list[Item]]:
+        kept, closed, n_bytes = [], [], sum(batch.n_bytes for batch in self._open)
+        for i, batch in enumerate(self._open):
+            crowded = len(self._open) - len(closed) > self.max_open or n_bytes > self.max_bytes
+            full = self.token_budget - batch.n_tokens < self.min_tokens
+            waited = now - batch.since >= self.max_wait_s or self._n_seen - batch.first >= self.max_behind
+            if full or waited or (crowded and len(closed) == i):
+                closed.append(batch.items)
+                n_bytes -= batch.n_bytes
+            else:
+                kept.append(batch)
+        self._open = kept
+        return closed

@@ -1,0 +1,19 @@
+"""What a model's forward pass costs for an image of a given number of tokens."""
+
+from __future__ import annotations
+
+from revit_fast.model import ReViT
+
+
+def forward_macs(model: ReViT, n_patches: int) -> int:
+    """Multiply-adds of a forward pass over one image: linear layers and the products of attention.
+
+    Args:
+        model: the model.
+        n_patches: patch tokens of the image; prefix tokens are added here.
+    """
+    n_tokens = n_patches + model.num_prefix_tokens
+    linear = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2 and "norm" not in name)
+    width = sum(block.attn.num_heads * block.attn.head_dim for block in model.blocks)
+    head = sum(p.numel() for module in (model.head, model.head_dist) if module for p in module.parameters())
+    return n_patches * model.patch_embed.proj.weight.numel() + n_tokens * linear + 2 * n_tokens**2 * width + head

@@ -1,0 +1,137 @@
+"""Decoding a stream of images on threads, in order, a bounded number ahead of the consumer."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from revit_fast.images import ImageError, ImageSource, name_of
+from revit_fast.trace import StageTimes
+
+MAX_DECODERS = 8
+"""Decoding threads at most, unless asked for more."""
+
+CHUNK = 16
+"""Decoded images that are handed out at a time, where as many have come."""
+
+
+def default_decoders() -> int:
+    """As many threads as PyTorch computes on, at most `MAX_DECODERS`."""
+    return min(torch.get_num_threads(), MAX_DECODERS)
+
+
+class Decoded(NamedTuple):
+    """Pixels or the reason why there are none, and how long that took."""
+
+    image: np.ndarray | None
+    error: str | None
+    ms: float
+
+
+class Fed(NamedTuple):
+    """A source whose decoding has been asked for."""
+
+    index: int
+    source: ImageSource
+    decoded: Future[Decoded]
+
+
+class End(NamedTuple):
+    """The sources are exhausted, or their iterator raised this."""
+
+    error: BaseException | None = None
+
+
+class Decoders:
+    """Decodes a stream of sources on threads, in order, a bounded number ahead of the consumer.
+
+    Args:
+        sources: consumed by a thread of its own.
+        decode: from a source to pixels; raises `ImageError`.
+        n_workers: decoding threads.
+        times: told of every decoding.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[ImageSource],
+        decode: Callable[[ImageSource], np.ndarray],
+        n_workers: int,
+        times: StageTimes,
+    ) -> None:
+        self._decode, self._times = decode, times
+        self._fed: queue.SimpleQueue[Fed | End] = queue.SimpleQueue()
+        self._head: Fed | End | None = None
+        self._ahead = threading.Semaphore(2 * n_workers + CHUNK)
+        self._stopped = False
+        self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
+        threading.Thread(target=self._feed, args=(sources,), name="revit-fast-feed", daemon=True).start()
+
+    def _feed(self, sources: Iterable[ImageSource]) -> None:
+        end = End()
+        try:
+            for index, source in enumerate(sources):
+                self._ahead.acquire()
+                if self._stopped:
+                    return
+                self._fed.put(Fed(index, source, self._pool.submit(self._run, index, source)))
+        except BaseException as error:  # raised again where the results are consumed
+            end = End(error)
+        self._fed.put(end)
+
+    def _run(self, index: int, source: ImageSource) -> Decoded:
+        image, reason, begin = None, None, time.perf_counter()
+        with self._times.span("decode", index=index):
+            try:
+                image = self._decode(source)
+            except ImageError as error:
+                reason = f"{name_of(source)}: {error}"
+        return Decoded(image, reason, 1e3 * (time.perf_counter() - begin))
+
+    def chunk(self, deadline: float) -> tuple[list[Fed], End | None]:
+        """Waits for a decoded source until `deadline` (of `time.perf_counter`), then takes those decoded as well.
+
+        Returns:
+            At most `CHUNK` sources, none where the deadline came first; and the end, if it was reached.
+        """
+        chunk: list[Fed] = []
+        item = self._next(max(0.0, deadline - time.perf_counter()))
+        while item is not None:
+            if isinstance(item, End):
+                return chunk, item
+            chunk.append(item)
+            item = self._next(0.0) if len(chunk) < CHUNK else None
+        return chunk, None
+
+    def _next(self, timeout_s: float) -> Fed | End | None:
+        """The next source once it is decoded; None where that takes longer."""
+        end = time.perf_counter() + timeout_s
+
+        def left() -> float | None:
+            return None if math.isinf(timeout_s) else max(0.0, end - time.perf_counter())
+
+        try:
+            if self._head is None:
+                self._head = self._fed.get(timeout=left())
+            if isinstance(self._head, Fed):
+                self._head.decoded.exception(timeout=left())
+                self._ahead.release()
+        except (queue.Empty, FutureTimeout):
+            return None
+        head, self._head = self._head, None
+        return head
+
+    def close(self) -> None:
+        """Stops feeding and decoding; what has begun ends by itself."""
+        self._stopped = True
+        self._ahead.release()
+        self._pool.shutdown(wait=False, cancel_futures=True)

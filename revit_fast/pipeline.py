@@ -1,0 +1,389 @@
+"""From a stream of images to logits: decoded ahead, assigned, packed by tokens, one forward pass per pack, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_fast.batching import TokenBudgetBatcher
+from revit_fast.decoding import Decoders, Fed, default_decoders
+from revit_fast.engine import OptimizedReViT, optimize
+from revit_fast.images import ImageSource, name_of
+from revit_fast.model import ReViT, create_model
+from revit_fast.policies import PolicySpec
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.tla import TokenLengthAssigner
+from revit_fast.trace import StageTimes
+
+MAX_BYTES = 256 << 20
+"""Pixels of decoded images that may wait to be packed."""
+
+MAX_BEHIND = 1024
+"""Results that may wait for an earlier one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What became of a source.
+
+    Attributes:
+        index: its place in the stream.
+        source: as it was given.
+        grid: patches a side that it was given; None where there is an error.
+        n_tokens: tokens that the model processed, prefix tokens counted.
+        logits: float32 `[n_classes]` on the CPU.
+        error: None, or a text that names the source and what is wrong with it.
+        probabilities: the assigner's, `[n_lengths]`, the longest length first; None where it was not asked.
+        ms: time of decoding plus its share, by tokens, of what was done for its pack.
+        labels: names of the classes, where the pipeline has any.
+    """
+
+    index: int
+    source: ImageSource
+    grid: int | None = None
+    n_tokens: int | None = None
+    logits: Tensor | None = None
+    error: str | None = None
+    probabilities: np.ndarray | None = None
+    ms: float = 0.0
+    labels: Sequence[str] | None = field(default=None, repr=False)
+
+    def top(self, k: int = 5) -> list[dict]:
+        """The k best classes, `{"label": name or index, "score": probability}`; none where there is an error."""
+        if self.logits is None:
+            return []
+        scores, classes = self.logits.softmax(dim=0).topk(min(k, len(self.logits)))
+        names = self.labels if self.labels is not None else range(len(self.logits))
+        return [{"label": names[c], "score": s} for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
+
+
+class _Ready(NamedTuple):
+    """A decoded image and the result to be filled in."""
+
+    image: np.ndarray
+    result: Result
+
+
+class AdaptivePipeline:
+    """Images to logits, each at the number of tokens that its preprocessor's policy gives it.
+
+    Decoding runs ahead on threads. Decoded images are assigned in small groups, join the first open pack that has room
+    for their tokens, and are resized straight into it when it is full or has waited. Results come in the order of the
+    sources; a source that cannot be read gives an error and moves no other. Memory does not grow with the stream.
+
+    Args:
+        model: a `ReViT` in evaluation mode, best an `optimize`d one.
+        prep: decodes, assigns and packs for it.
+        token_budget: tokens of a pack at most, prefix tokens counted.
+        labels: names of the classes.
+        max_wait_s: seconds that an image waits for others to fill its pack.
+        n_decoders: decoding threads; by default `decoding.default_decoders()`.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: ReViT,
+        prep: AdaptivePreprocessor,
+        *,
+        token_budget: int = 4096,
+        labels: Sequence[str] | None = None,
+        max_wait_s: float = 0.1,
+        n_decoders: int | None = None,
+    ) -> None:
+        if not isinstance(model, ReViT):
+            raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}")
+        if model.training:
+            raise ValueError("model: expected evaluation mode; call model.eval()")
+        for name in ("grids", "patch_size"):
+            if getattr(prep, name) != getattr(model, name):
+                raise ValueError(
+                    f"prep: its {name} {getattr(prep, name)} differ from the model's {getattr(model, name)}; make it "
+                    "with AdaptivePreprocessor.for_model(model, ...)"
+                )
+        if labels is not None and len(labels) != model.num_classes:
+            raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
+        self.model, self.prep, self.labels = model, prep, labels
+        self.n_decoders = n_decoders or default_decoders()
+        n_tokens = [n + model.num_prefix_tokens for n in model.lengths]
+        options = {"min_tokens": n_tokens[-1], "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
+        self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
+        self._make_batcher()  # checks its arguments
+
+    def with_policy(self, policy: PolicySpec) -> AdaptivePipeline:
+        """The same with another policy."""
+        other = copy(self)
+        other.prep = self.prep.with_policy(policy)
+        return other
+
+    def __call__(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
+        """One `Result` per source, in their order, as they are consumed.
+
+        Args:
+            sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them.
+            times: collects the time of every stage; a `Trace` keeps its spans.
+        """
+        _check_sources(sources)
+        return self._run(sources, times or StageTimes())
+
+    def assign(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
+        """The decisions alone: results as of a call, without logits, as soon as they are made."""
+        _check_sources(sources)
+        return self._assign(sources, times or StageTimes())
+
+    def classify(self, images: Iterable[ImageSource], top_k: int = 5) -> list[dict]:
+        """A list of `{"predictions": [{"label", "score"}, ...], "grid", "tokens", "error"}`, one per image."""
+        return [
+            {"predictions": r.top(top_k), "grid": r.grid, "tokens": r.n_tokens, "error": r.error} for r in self(images)
+        ]
+
+    def session(self) -> Session:
+        """A running pipeline that images can be submitted to from any thread; a context manager."""
+        return Session(self)
+
+    async def stream(self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource]) -> AsyncIterator[Result]:
+        """The results of a stream without blocking the event loop, in order; waits for its consumer."""
+        waiting: asyncio.Queue[asyncio.Future | None] = asyncio.Queue(maxsize=MAX_BEHIND)
+
+        async def submit_all(session: Session) -> None:
+            try:
+                if isinstance(sources, AsyncIterable):
+                    async for source in sources:
+                        await waiting.put(asyncio.wrap_future(session.submit(source)))
+                else:
+                    for source in sources:
+                        await waiting.put(asyncio.wrap_future(session.submit(source)))
+            finally:
+                await waiting.put(None)
+
+        session = self.session()
+        submitting = asyncio.create_task(submit_all(session))
+        try:
+            while (future := await waiting.get()) is not None:
+                yield await future
+            await submitting
+        finally:
+            submitting.cancel()
+            await asyncio.to_thread(session.close)
+
+    def _run(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
+        batcher: TokenBudgetBatcher[_Ready] = self._make_batcher()
+        done: dict[int, Result] = {}
+        next_index = 0
+        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
+        try:
+            end = None
+            while end is None:
+                chunk, end = decoders.chunk(batcher.deadline)
+                packs = []
+                now = time.perf_counter()
+                for item in self._assigned(chunk, times):
+                    if isinstance(item, Result):
+                        done[item.index] = item
+                    else:
+                        packs += batcher.add(item, item.result.n_tokens, now, item.image.nbytes)
+                packs += batcher.expired(time.perf_counter())
+                if end is not None or len(done) >= MAX_BEHIND:
+                    packs += batcher.flush()
+                for pack in packs:
+                    done.update((result.index, result) for result in self._forward(pack, times))
+                while next_index in done:
+                    yield done.pop(next_index)
+                    next_index += 1
+            if end.error is not None:
+                raise end.error
+        finally:
+            decoders.close()
+
+    def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
+        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
+        try:
+            end = None
+            while end is None:
+                chunk, end = decoders.chunk(math.inf)
+                items = self._assigned(chunk, times)
+                yield from sorted((i if isinstance(i, Result) else i.result for i in items), key=lambda r: r.index)
+            if end.error is not None:
+                raise end.error
+        finally:
+            decoders.close()
+
+    def _assigned(self, chunk: list[Fed], times: StageTimes) -> list[_Ready | Result]:
+        """Images with their grids; results for what could not be read."""
+        readable = []
+        items: list[_Ready | Result] = []
+        for fed in chunk:
+            image, error, ms = fed.decoded.result()
+            result = Result(fed.index, fed.source, error=error, ms=ms, labels=self.labels)
+            if image is None:
+                items.append(result)
+            else:
+                readable.append(_Ready(image, result))
+        if not readable:
+            return items
+        begin = time.perf_counter()
+        with times.span("assign", images=len(readable)):
+            assignment = self.prep.assign([r.image for r in readable], [r.result.index for r in readable])
+        ms = 1e3 * (time.perf_counter() - begin) / len(readable)
+        for i, (ready, grid) in enumerate(zip(readable, assignment.grids, strict=True)):
+            result = replace(
+                ready.result,
+                grid=grid,
+                n_tokens=grid * grid + self.model.num_prefix_tokens,
+                probabilities=None if assignment.probabilities is None else assignment.probabilities[i],
+                ms=ready.result.ms + ms,
+            )
+            items.append(_Ready(ready.image, result))
+        return items
+
+    def _forward(self, pack: list[_Ready], times: StageTimes) -> Iterator[Result]:
+        """One packed forward pass; its time is shared out by tokens."""
+        begin = time.perf_counter()
+        results = [ready.result for ready in pack]
+        n_tokens = sum(result.n_tokens for result in results)
+        with times.span("pack", images=len(pack), tokens=n_tokens):
+            batch = self.prep.pack([ready.image for ready in pack], [result.grid for result in results])
+        with times.span("forward", images=len(pack), tokens=n_tokens), torch.inference_mode():
+            # An optimised model moves the batch by itself.
+            device = self.model.pos_embed.device
+            logits = self.model(batch if isinstance(self.model, OptimizedReViT) else batch.to(device)).float().cpu()
+        is_finite = logits.isfinite().all(dim=1).tolist()
+        ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
+        for result, row, finite in zip(results, logits.unbind(), is_finite, strict=True):
+            if finite:
+                yield replace(result, logits=row, ms=result.ms + ms_per_token * result.n_tokens)
+            else:
+                error = f"{name_of(result.source)}: the model's output is not a number"
+                yield Result(result.index, result.source, error=error, ms=result.ms, labels=self.labels)
+
+
+def _check_sources(sources: Iterable[ImageSource]) -> None:
+    if isinstance(sources, (str, bytes, PathLike, np.ndarray, Tensor)):
+        got = type(sources).__name__
+        raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
+
+
+class Session:
+    """A pipeline that runs in a thread of its own on images submitted from any thread.
+
+    Args:
+        pipe: the pipeline; its `max_wait_s` is how long an image waits for others.
+    """
+
+    def __init__(self, pipe: AdaptivePipeline) -> None:
+        self._pipe = pipe
+        self._sources: queue.SimpleQueue = queue.SimpleQueue()
+        self._waiting: deque[Future[Result]] = deque()
+        self._lock = threading.Lock()
+        self._end = object()
+        self._closed: str | None = None
+        self._thread = threading.Thread(target=self._serve, name="revit-fast-session", daemon=True)
+        self._thread.start()
+
+    def submit(self, source: ImageSource) -> Future[Result]:
+        """The future result of an image; never an exception for an image that cannot be read.
+
+        Raises:
+            RuntimeError: where the session is closed or its pipeline has failed.
+        """
+        future: Future[Result] = Future()
+        with self._lock:  # results come in the order of the queue
+            if self._closed is not None:
+                raise RuntimeError(f"submit: {self._closed}")
+            self._waiting.append(future)
+            self._sources.put(source)
+        return future
+
+    def close(self) -> None:
+        """Finishes what was submitted and ends the thread."""
+        with self._lock:
+            if self._closed is None:
+                self._closed = "the session is closed"
+                self._sources.put(self._end)
+        self._thread.join()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Images that wait for their results."""
+        return len(self._waiting)
+
+    def _submitted(self) -> Iterator[ImageSource]:
+        while (source := self._sources.get()) is not self._end:
+            yield source
+
+    def _serve(self) -> None:
+        try:
+            for result in self._pipe(self._submitted()):
+                future = self._waiting.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_result(result)
+        except BaseException as error:
+            with self._lock:
+                self._closed = f"its pipeline failed: {error}"
+            for future in self._waiting:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            self._waiting.clear()
+
+
+def pipeline(
+    model: ReViT | str = "deit_small_patch16_224",
+    assigner: TokenLengthAssigner | str | PathLike | None = None,
+    *,
+    weights: str | PathLike | None = None,
+    policy: PolicySpec | None = None,
+    labels: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    token_budget: int = 4096,
+    **options,
+) -> AdaptivePipeline:
+    """A pipeline over an optimised model, ready to be called with images.
+
+    Args:
+        model: a `ReViT`, or a timm name to make one of (needs timm).
+        assigner: a `TokenLengthAssigner`, or a file that one was saved to.
+        weights: of a model made by name: .safetensors or .pth, of a plain ViT or of a ReViT.
+        policy: see `revit_fast.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
+        labels: names of the classes.
+        device: of the model; by default where it is.
+        dtype: of the model, see `optimize`.
+        token_budget: tokens of a pack at most.
+        **options: further arguments of `AdaptivePipeline`, or of `AdaptivePreprocessor` (draft, crop_pct, ...).
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: for what cannot be loaded or does not fit together.
+    """
+    if isinstance(model, str):
+        model = create_model(model, weights=weights)
+    elif weights is not None:
+        raise ValueError("weights: they are for a model made by name; load them with model.load_checkpoint(path)")
+    if isinstance(assigner, (str, PathLike)):
+        assigner = TokenLengthAssigner.load(assigner)
+    fast = optimize(model if device is None else model.to(device), dtype)
+    own = {name: options.pop(name) for name in ("max_wait_s", "n_decoders") if name in options}
+    policy = policy or ("argmax" if assigner is not None else ("fixed", fast.grids[0]))
+    prep = AdaptivePreprocessor.for_model(fast, assigner, policy=policy, **options)
+    return AdaptivePipeline(fast, prep, token_budget=token_budget, labels=labels, **own)

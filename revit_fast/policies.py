@@ -1,0 +1,249 @@
+"""From what the assigner believes of an image to the grid that it gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from revit_fast.packing import check_grids
+
+POLICIES = ("argmax", "threshold", "budget", "fixed", "cycle", "random", "entropy")
+BUDGETS = ("mean_tokens", "mean_gmacs")
+
+PolicySpec = str | tuple[str, Any]
+
+
+class Evidence(NamedTuple):
+    """What a policy may look at, for a batch of B images.
+
+    Attributes:
+        index: int `[B]`, place of each image in its stream.
+        probabilities: float `[B, n_lengths]` of the assigner, the longest length first; None where it was not asked.
+        entropy: float `[B]`, see `grey_entropy`; None where it was not asked for.
+    """
+
+    index: np.ndarray
+    probabilities: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out images taught about an assigner.
+
+    Attributes:
+        temperature: that its logits are divided by.
+        suffices: float32 `[n_images, n_lengths]`, P(label <= length) of every held-out image, from which the cost of
+            any threshold follows.
+        entropies: `[n_lengths - 1]` decreasing; an image of at least the first gets the longest grid, and so on.
+    """
+
+    temperature: float
+    suffices: np.ndarray = field(repr=False)
+    entropies: tuple[float, ...]
+
+    def shares(self, threshold: float) -> np.ndarray:
+        """Share of the held-out images that each length gets at a threshold, `[n_lengths]`."""
+        chosen = smallest_sufficient(self.suffices, threshold)
+        return np.bincount(chosen, minlength=self.suffices.shape[1]) / len(chosen)
+
+    def threshold_for(self, costs: Sequence[float], budget: float, name: str) -> float:
+        """The largest threshold whose mean cost over the held-out images is at most `budget`.
+
+        Args:
+            costs: of an image at each length, decreasing.
+            budget: mean cost that may be spent on an image.
+            name: of the budget, for the error.
+
+        Raises:
+            ValueError: where even the shortest length costs more.
+        """
+        if budget < costs[-1]:
+            raise ValueError(
+                f"policy: {name} {budget:g} is below the cost of the shortest length; expected {costs[-1]:g} (every "
+                f"image at the shortest length) to {costs[0]:g} (every image at the longest)"
+            )
+        # A length i is chosen from the threshold above which no shorter one suffices: candidates are these values.
+        candidates = np.unique(np.concatenate([[0.0, 1.0], self.suffices[:, 1:].ravel()]))
+        low, high = 0, len(candidates) - 1  # mean cost grows with the threshold
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.shares(candidates[middle]) @ np.asarray(costs) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return float(candidates[low])
+
+
+def suffices(probabilities: np.ndarray) -> np.ndarray:
+    """P(label <= length) `[B, n_lengths]`: the probability that a length is long enough; 1 for the longest."""
+    cumulative = probabilities[:, ::-1].cumsum(axis=1)[:, ::-1]
+    cumulative[:, 0] = 1.0
+    return cumulative
+
+
+def smallest_sufficient(suffices: np.ndarray, threshold: float) -> np.ndarray:
+    """Index `[B]` of the smallest length that suffices with at least this probability."""
+    n_lengths = suffices.shape[1]
+    return n_lengths - 1 - (suffices[:, ::-1] >= threshold).argmax(axis=1)
+
+
+def grey_entropy(rows: np.ndarray) -> np.ndarray:
+    """Shannon entropy in bits (0 to 8) of the grey values of each image.
+
+    Args:
+        rows: uint8 `[B, n, 3]`, RGB pixels of each image in any order.
+    """
+    grey = (rows.astype(np.uint16) @ np.array([77, 150, 29], dtype=np.uint16)) >> 8  # BT.601, as Pillow's "L"
+    offset = 256 * np.arange(len(grey))[:, None]
+    counts = np.bincount((grey + offset).ravel(), minlength=256 * len(grey)).reshape(-1, 256)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return -(share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)
+
+
+def uniform(seed: int, index: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each place in a stream, the same in every run, batch and process (splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)) / float(1 << 53)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How grids are chosen; an image's grid never depends on the images beside it.
+
+    Attributes:
+        spec: as it was given.
+        needs: "probabilities", "entropy" or None: the evidence it looks at.
+        choose: from `Evidence` to int `[B]`, indices of lengths, 0 the longest.
+    """
+
+    spec: PolicySpec
+    needs: str | None
+    choose: Any = field(repr=False)
+
+
+def make_policy(
+    spec: PolicySpec | Policy,
+    grids: Sequence[int],
+    *,
+    calibration: Calibration | None = None,
+    macs: Sequence[float] | None = None,
+) -> Policy:
+    """The policy that a specification stands for.
+
+    Args:
+        spec: one of
+            "argmax": the most probable length, ties to the longer;
+            ("threshold", θ): the smallest length with P(label <= length) >= θ;
+            ("budget", mean_tokens) or ("budget", {"mean_tokens": n}) or ("budget", {"mean_gmacs": g}): the threshold
+            whose mean cost over the assigner's held-out images is at most that, patch tokens counted;
+            ("fixed", grid) for all images or ("fixed", [grid, ...]) one for each image of a stream;
+            "cycle": the grids in turn;
+            "random", or ("random", {"seed": s, "shares": [p, ...]}): by the image's place in its stream alone;
+            "entropy", or ("entropy", [bits, ...]): by the entropy of grey values, of at least the first the longest.
+        grids: the lengths to choose among.
+        calibration: of the assigner, for "budget" and for the bits of "entropy".
+        macs: multiply-adds of the model for an image of each grid, for mean_gmacs.
+
+    Raises:
+        TypeError, ValueError: for a specification that is not as above, or whose needs are not met.
+    """
+    if isinstance(spec, Policy):
+        spec = spec.spec
+    grids = check_grids(grids)
+    name, argument = spec if isinstance(spec, (tuple, list)) and len(spec) == 2 else (spec, None)
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, alone or with its argument, got {spec!r}")
+    if argument is not None and name in ("argmax", "cycle"):
+        raise ValueError(f"policy: {name} takes no argument, got {argument!r}")
+    n_lengths = len(grids)
+    if name == "argmax":
+        return Policy(spec, "probabilities", lambda evidence: evidence.probabilities.argmax(axis=1))
+    if name == "cycle":
+        return Policy(spec, None, lambda evidence: evidence.index % n_lengths)
+    if name == "fixed":
+        return Policy(spec, None, _fixed(argument, grids))
+    if name == "random":
+        return Policy(spec, None, _random(argument, n_lengths))
+    if name == "entropy":
+        return Policy(spec, "entropy", _entropy(argument, n_lengths, calibration))
+    threshold = argument if name == "threshold" else _budget_threshold(argument, grids, calibration, macs)
+    if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
+        raise ValueError(f'policy: expected ("threshold", θ) with θ in [0, 1], got {spec!r}')
+
+    def by_threshold(evidence: Evidence) -> np.ndarray:
+        return smallest_sufficient(suffices(evidence.probabilities), threshold)
+
+    return Policy(spec, "probabilities", by_threshold)
+
+
+def _fixed(argument, grids: tuple[int, ...]):
+    given = [argument] if isinstance(argument, (int, np.integer)) else argument
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str) or len(given) == 0:
+        raise TypeError(f'policy: expected ("fixed", grid) or one grid per image, got {argument!r}')
+    unknown = sorted({int(g) for g in given} - set(grids))
+    if unknown:
+        raise ValueError(f"policy: fixed grids {unknown} are not among the configured {list(grids)}")
+    index = np.array([grids.index(int(g)) for g in given])
+    if given is not argument:
+        return lambda evidence: np.broadcast_to(index, evidence.index.shape)
+
+    def per_image(evidence: Evidence) -> np.ndarray:
+        if evidence.index.size and evidence.index.max() >= len(index):
+            raise ValueError(f"policy: {len(index)} fixed grids, but image {evidence.index.max()} came")
+        return index[evidence.index]
+
+    return per_image
+
+
+def _random(argument, n_lengths: int):
+    options = {"seed": 0, "shares": [1 / n_lengths] * n_lengths}
+    if argument is not None:
+        if not isinstance(argument, Mapping) or not set(argument) <= set(options):
+            raise ValueError(f'policy: expected ("random", {{"seed": int, "shares": [...]}}), got {argument!r}')
+        options |= argument
+    shares = np.asarray(options["shares"], dtype=np.float64)
+    if shares.shape != (n_lengths,) or not (shares >= 0).all() or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6):
+        raise ValueError(f"policy: expected {n_lengths} shares that sum to 1, got {options['shares']!r}")
+    bounds = shares.cumsum()[:-1]
+    return lambda evidence: np.searchsorted(bounds, uniform(int(options["seed"]), evidence.index), side="right")
+
+
+def _entropy(argument, n_lengths: int, calibration: Calibration | None):
+    if argument is None:
+        # Without held-out images: a flat image has 0 bits, photographs about 7.
+        equal_parts = tuple(8.0 * (n_lengths - i) / n_lengths for i in range(1, n_lengths))
+        argument = calibration.entropies if calibration else equal_parts
+    bits = np.asarray(argument, dtype=np.float64)
+    if bits.shape != (n_lengths - 1,) or not (np.diff(bits) <= 0).all():
+        raise ValueError(f"policy: expected {n_lengths - 1} decreasing entropies in bits, got {argument!r}")
+    return lambda evidence: (evidence.entropy[:, None] < bits).sum(axis=1)
+
+
+def _budget_threshold(argument, grids, calibration: Calibration | None, macs: Sequence[float] | None) -> float:
+    kind, budget = "mean_tokens", argument
+    if isinstance(argument, Mapping) and len(argument) == 1:
+        ((kind, budget),) = argument.items()
+    if kind not in BUDGETS or not isinstance(budget, (int, float)) or not math.isfinite(budget):
+        raise ValueError(f'policy: expected ("budget", {{"mean_tokens" or "mean_gmacs": number}}), got {argument!r}')
+    if calibration is None:
+        raise ValueError(
+            "policy: a budget needs an assigner calibrated on held-out images; call assigner.calibrate(images)"
+        )
+    if kind == "mean_tokens":
+        costs = [float(g * g) for g in grids]
+    elif macs is None:
+        raise ValueError(
+            "policy: mean_gmacs needs the model's cost; make the preprocessor with for_model, or give macs"
+        )
+    else:
+        costs = [m / 1e9 for m in macs]
+    return calibration.threshold_for(costs, budget, kind)

@@ -1,0 +1,222 @@
+"""From images to the patch rows of one pack, each image at the grid that a policy gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_fast import ops
+from revit_fast.costs import forward_macs
+from revit_fast.images import ImageError, ImageSource, name_of, read_rgb
+from revit_fast.model import ReViT
+from revit_fast.packing import DEFAULT_GRIDS, PackedBatch, check_grids
+from revit_fast.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
+from revit_fast.tla import TokenLengthAssigner
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEIT_CROP_PCT = 0.9
+
+ENTROPY_PX = 64
+"""Side of the thumbnail whose entropy is taken where there is no assigner to take it from."""
+
+
+def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[float, float, float, float]:
+    """The region, (left, upper, right, lower) in source pixels, that timm's evaluation transform shows the model.
+
+    timm scales the shorter side to `floor(image_px / crop_pct)`, the longer in proportion, rounded down, and cuts a
+    centred square of `image_px`, its corner rounded to a pixel. Resizing this region is the same as that, without
+    computing what is cut away: the filter takes the same source pixels with the same weights, up to the rounding of the
+    region's edges to float32 and, where their order differs, of the image between the two passes.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        image_px: side of the square that the model sees.
+        crop_pct: share of the scaled shorter side that is kept, in (0, 1].
+    """
+    scaled = math.floor(image_px / crop_pct)
+    shorter, longer = min(height, width), max(height, width)
+    longer_scaled = int(scaled * longer / shorter)
+    out_height, out_width = (scaled, longer_scaled) if height <= width else (longer_scaled, scaled)
+    top, left = (round((side - image_px) / 2.0) for side in (out_height, out_width))
+    y, x = height / out_height, width / out_width
+    return left * x, top * y, min((left + image_px) * x, width), min((top + image_px) * y, height)
+
+
+class Assignment(NamedTuple):
+    """The grids of a batch and why.
+
+    Attributes:
+        grids: patches a side of every image.
+        probabilities: float `[B, n_lengths]` of the assigner, the longest length first; None where it was not asked.
+    """
+
+    grids: list[int]
+    probabilities: np.ndarray | None
+
+
+class Prepared(NamedTuple):
+    """A batch for the model, and the grid of every image in it."""
+
+    batch: PackedBatch
+    grids: list[int]
+
+
+class AdaptivePreprocessor:
+    """Images to one `PackedBatch`, each resized straight into its place at the grid that it is assigned.
+
+    Defaults are those of DeiT's evaluation transform; crops are timm's, see `eval_box`.
+
+    Args:
+        tla: the assigner, in evaluation mode; None for policies that do without.
+        grids: the model's configured grids; by default those of the assigner.
+        patch_size: P of the model, in pixels.
+        mean: of each channel, of pixels in [0, 1].
+        std: of each channel, likewise.
+        crop_pct: share of the scaled shorter side that the model sees.
+        interpolation: "bicubic" or "bilinear".
+        policy: how grids are chosen, see `revit_fast.policies.make_policy`.
+        dtype: of the rows; uint8 leaves their normalisation to the model, which may be on a GPU.
+        macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
+        draft: decode JPEGs at a fraction of their size where the largest grid allows it: faster on large photographs,
+            approximate (see `images.read_rgb`).
+        exact: see `ops.resize_patchify`.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above; for an assigner of other grids than the model's.
+    """
+
+    def __init__(
+        self,
+        tla: TokenLengthAssigner | None = None,
+        *,
+        grids: Sequence[int] | None = None,
+        patch_size: int = 16,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        crop_pct: float = DEIT_CROP_PCT,
+        interpolation: str = "bicubic",
+        policy: PolicySpec = "argmax",
+        dtype: torch.dtype = torch.float32,
+        macs: Sequence[float] | None = None,
+        draft: bool = False,
+        exact: bool = True,
+    ) -> None:
+        if tla is not None and not isinstance(tla, TokenLengthAssigner):
+            raise TypeError(f"tla: expected a TokenLengthAssigner or None, got {type(tla).__name__}")
+        self.grids = check_grids(grids if grids is not None else tla.grids if tla is not None else DEFAULT_GRIDS)
+        if tla is not None and tla.grids != self.grids:
+            raise ValueError(
+                f"tla: it assigns grids {tla.grids}, the model has {self.grids}; give the assigner that was trained "
+                "for this model"
+            )
+        if not 0.0 < crop_pct <= 1.0:
+            raise ValueError(f"crop_pct: expected a share in (0, 1], got {crop_pct!r}")
+        self.tla, self.patch_size, self.crop_pct, self.macs, self.draft = tla, patch_size, crop_pct, macs, draft
+        self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype, "exact": exact}
+        self.policy = self._policy(policy)
+
+    @classmethod
+    def for_model(cls, model: ReViT, tla: TokenLengthAssigner | None = None, **options) -> AdaptivePreprocessor:
+        """A preprocessor with the grids, patch size and timm settings (mean, std, crop, interpolation) of a model.
+
+        Args:
+            model: the model that batches are for.
+            tla: the assigner.
+            **options: arguments of the constructor that take the place of the model's.
+        """
+        config = model.pretrained_cfg or {}
+        interpolation = config.get("interpolation")
+        own = {
+            "grids": model.grids,
+            "patch_size": model.patch_size,
+            "mean": config.get("mean") or IMAGENET_MEAN,
+            "std": config.get("std") or IMAGENET_STD,
+            "crop_pct": config.get("crop_pct") or DEIT_CROP_PCT,
+            "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+            "dtype": torch.float32 if model.pos_embed.device.type == "cpu" else torch.uint8,
+            "macs": [forward_macs(model, n) for n in model.lengths],
+        }
+        return cls(tla, **own | options)
+
+    def _policy(self, spec: PolicySpec | Policy) -> Policy:
+        calibration = self.tla.calibration if self.tla is not None else None
+        policy = make_policy(spec, self.grids, calibration=calibration, macs=self.macs)
+        if policy.needs == "probabilities" and self.tla is None:
+            raise ValueError(f"policy: {policy.spec!r} needs an assigner; give tla, or a policy that does without")
+        return policy
+
+    def with_policy(self, policy: PolicySpec) -> AdaptivePreprocessor:
+        """The same with another policy."""
+        other = copy(self)
+        other.policy = self._policy(policy)
+        return other
+
+    @property
+    def draft_px(self) -> int | None:
+        """Pixels of the shorter side that the largest grid needs, where JPEGs may be decoded smaller."""
+        return math.floor(self.grids[0] * self.patch_size / self.crop_pct) if self.draft else None
+
+    def decode(self, source: ImageSource) -> np.ndarray:
+        """The pixels of a source; raises `images.ImageError`."""
+        return read_rgb(source, draft_px=self.draft_px)
+
+    def assign(self, images: Sequence[np.ndarray], index: Sequence[int] | None = None) -> Assignment:
+        """The grids of decoded images.
+
+        Args:
+            images: uint8 arrays `[H, W, 3]` or `[H, W]`.
+            index: place of each in its stream; by default 0, 1, ...
+        """
+        index = np.arange(len(images)) if index is None else np.asarray(index)
+        probabilities = entropy = None
+        if self.policy.needs is not None:
+            image_px = self.grids[0] * self.patch_size
+            boxes = [eval_box(*image.shape[:2], image_px, self.crop_pct) for image in images]
+            if self.policy.needs == "probabilities":
+                probabilities = self.tla.predict_proba(images, boxes).numpy()
+            else:
+                entropy = self._entropy(images, boxes)
+        chosen = self.policy.choose(Evidence(index, probabilities, entropy))
+        return Assignment([self.grids[i] for i in chosen], probabilities)
+
+    def _entropy(self, images: Sequence[np.ndarray], boxes: list) -> np.ndarray:
+        if self.tla is not None:
+            rows = self.tla.thumbnails(images, boxes, torch.uint8)
+        else:
+            options = {"boxes": boxes, "interpolation": "bilinear", "dtype": torch.uint8}
+            rows = ops.resize_patchify(images, ENTROPY_PX, ENTROPY_PX, **options).data
+        return grey_entropy(rows.view(len(images), -1, 3).numpy())
+
+    def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:
+        """Decoded images, each at its grid, as one pack of patch rows."""
+        sizes = [grid * self.patch_size for grid in grids]
+        boxes = [eval_box(*image.shape[:2], size, self.crop_pct) for image, size in zip(images, sizes, strict=True)]
+        lengths = [grid * grid for grid in self.grids]
+        return ops.resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
+
+    def __call__(self, images: Sequence[ImageSource]) -> Prepared:
+        """Decodes, assigns and packs a batch; unpacks as `batch, grids`.
+
+        Args:
+            images: paths, bytes of encoded files, PIL images, or uint8 arrays `[H, W, 3]` or `[H, W]`.
+
+        Raises:
+            ImageError: for an image that cannot be read, which it names; `AdaptivePipeline` goes on with the others.
+        """
+        if isinstance(images, (str, bytes, np.ndarray, Tensor)):
+            raise TypeError(f"images: expected a list of images, got one {type(images).__name__}; wrap it: [image]")
+        decoded = []
+        for i, source in enumerate(images):
+            try:
+                decoded.append(self.decode(source))
+            except ImageError as error:
+                raise ImageError(f"images[{i}], {name_of(source)}: {error}") from error
+        grids = self.assign(decoded).grids
+        return Prepared(self.pack(decoded, grids), grids)

@@ -1,0 +1,382 @@
+"""The Token-Length Assigner: from a thumbnail, which token length an image needs.
+
+The paper (arXiv 2307.02092) has a light classifier; this one, a depthwise-separable CNN on patch rows, is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revit_fast import ops
+from revit_fast.atomic import replaced
+from revit_fast.costs import forward_macs
+from revit_fast.model import ReViT
+from revit_fast.ops import _library
+from revit_fast.ops.linear import PackedWeight, pack_weight
+from revit_fast.packing import DEFAULT_GRIDS, check_grids
+from revit_fast.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
+from revit_fast.snapshot import Snapshot
+
+STEM_PATCH = 4
+"""Pixels a side of the patches that the stem embeds."""
+
+MAX_SHARE = 0.01
+"""Of the model's shortest path, in multiply-adds, that an assigner made for it may take: convolutions and thumbnails
+run at a fraction of the rate of the model's own products, so that this keeps their time within a twentieth."""
+
+SIZES = ((64, (32, 64, 128)), (64, (16, 32, 64)), (32, (16, 32, 64)), (32, (8, 16, 32)), (16, (8, 16)))
+"""(thumbnail_px, widths) from large to small."""
+
+BATCH = 64
+"""Thumbnails that go through the network at a time: their activations stay in the caches."""
+
+FORMAT = "revit-fast token-length assigner 1"
+
+
+class SeparableBlock(nn.Module):
+    """A 3×3 convolution of every channel by itself, then a linear layer over channels, norm and GELU."""
+
+    def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim_in, dim_in, 3, stride, padding=1, groups=dim_in, bias=False)
+        self.pointwise = nn.Conv2d(dim_in, dim_out, 1, bias=False)
+        self.norm = nn.BatchNorm2d(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.pointwise(self.depthwise(x))))
+
+
+class SeparableCNN(nn.Module):
+    """Patches, separable blocks that halve the side, mean over positions, linear head.
+
+    Args:
+        n_out: outputs.
+        widths: channels of the stem and of every block after it.
+    """
+
+    def __init__(self, n_out: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.stem = nn.Conv2d(3, widths[0], STEM_PATCH, STEM_PATCH, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        blocks = [SeparableBlock(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairwise(widths))]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B, n_out]` of images `[B, 3, S, S]`."""
+        x = self.blocks(F.gelu(self.norm(self.stem(x))))
+        return self.head(x.mean(dim=(2, 3)))
+
+    def macs(self, image_px: int) -> int:
+        """Multiply-adds for one image of this side."""
+        side = image_px // STEM_PATCH
+        total = side**2 * self.stem.weight.numel() + self.head.weight.numel()
+        for block in self.blocks:
+            side = -(-side // block.depthwise.stride[0])
+            total += side**2 * (block.depthwise.weight.numel() + block.pointwise.weight.numel())
+        return total
+
+
+class FusedCNN:
+    """A `SeparableCNN` in evaluation mode on patch rows: norms folded, linear layers packed, activations in place.
+
+    An image's logits are bitwise the same in every batch.
+    """
+
+    class Layer(NamedTuple):
+        """The depthwise convolution before a linear layer, as `F.conv2d` wants it, and that layer."""
+
+        depthwise: Tensor | None
+        stride: int
+        linear: PackedWeight
+
+    def __init__(self, cnn: SeparableCNN) -> None:
+        self.snapshot, self.isa = Snapshot(cnn), _library.cpu_isa()
+        stem = cnn.stem.weight.permute(0, 2, 3, 1).flatten(1)  # in the order of patch rows
+        self.layers = [self.Layer(None, 1, self._folded(stem, cnn.norm))]
+        for block in cnn.blocks:
+            linear = self._folded(block.pointwise.weight.flatten(1), block.norm)
+            self.layers.append(self.Layer(block.depthwise.weight.detach(), block.depthwise.stride[0], linear))
+        self.head = pack_weight(cnn.head.weight, cnn.head.bias)
+
+    @staticmethod
+    def _folded(weight: Tensor, norm: nn.BatchNorm2d) -> PackedWeight:
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        bias = norm.bias.double() - norm.running_mean.double() * scale
+        return pack_weight(weight.double() * scale.unsqueeze(1), bias)
+
+    def holds(self) -> bool:
+        """Whether the network and the instruction set are as they were."""
+        return self.snapshot.holds() and self.isa == _library.cpu_isa()
+
+    def logits(self, rows: Tensor, side: int) -> Tensor:
+        """Logits `[B, n_out]` of B images as patch rows `[B * side², P·P·3]`."""
+        n_images = rows.shape[0] // side**2
+        for layer in self.layers:
+            if layer.depthwise is not None:
+                # Rows are an image in channels-last memory: convolved without being moved.
+                x = rows.view(n_images, side, side, -1).permute(0, 3, 1, 2)
+                x = F.conv2d(x, layer.depthwise, stride=layer.stride, padding=1, groups=x.shape[1])
+                side = x.shape[2]
+                rows = x.permute(0, 2, 3, 1).reshape(n_images * side**2, -1)
+            rows = ops.packed_linear(rows, layer.linear, "gelu")
+        pooled = ops.mean_pool(rows, torch.arange(0, rows.shape[0] + 1, side**2, dtype=torch.int32), 0)
+        return ops.packed_linear(pooled, self.head)
+
+
+class TokenLengthAssigner(nn.Module):
+    """Predicts, from a thumbnail, the smallest sufficient token length of an image (TLA, arXiv 2307.02092).
+
+    Args:
+        grids: token grids to choose among, strictly decreasing: index 0 is the longest.
+        thumbnail_px: side of the square thumbnail in pixels.
+        widths: channels of the CNN's stem and of each block after it.
+        backbone: instead of the CNN, the name of a timm model, made with one output per grid (needs timm).
+        mean: of each channel, of pixels in [0, 1].
+        std: of each channel, likewise.
+
+    Raises:
+        ValueError: for grids that do not decrease, or a thumbnail that the stem cannot cut into patches.
+    """
+
+    def __init__(
+        self,
+        grids: Sequence[int] = DEFAULT_GRIDS,
+        *,
+        thumbnail_px: int = 64,
+        widths: Sequence[int] = (32, 64, 128),
+        backbone: str | None = None,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+    ) -> None:
+        super().__init__()
+        self.grids = check_grids(grids)
+        if thumbnail_px < STEM_PATCH or thumbnail_px % STEM_PATCH:
+            raise ValueError(f"thumbnail_px: expected a positive multiple of {STEM_PATCH}, got {thumbnail_px}")
+        self.thumbnail_px, self.backbone, self.widths = thumbnail_px, backbone, tuple(widths)
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.calibration: Calibration | None = None
+        self._fused: FusedCNN | None = None
+        if backbone is None:
+            self.network = SeparableCNN(len(self.grids), self.widths)
+        else:
+            import timm
+
+            self.network = timm.create_model(backbone, num_classes=len(self.grids))
+
+    @classmethod
+    def for_model(cls, model: ReViT, **options: Any) -> TokenLengthAssigner:
+        """The largest assigner of `SIZES` that costs the model's shortest path at most `MAX_SHARE`, else the smallest.
+
+        Args:
+            model: the model that it assigns for; grids are its own.
+            **options: further arguments of the constructor.
+        """
+        limit = MAX_SHARE * forward_macs(model, model.lengths[-1])
+        for thumbnail_px, widths in SIZES:
+            assigner = cls(model.grids, thumbnail_px=thumbnail_px, widths=widths, **options)
+            if assigner.network.macs(thumbnail_px) <= limit:
+                break
+        return assigner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B, n_lengths]` of normalised thumbnails `[B, 3, S, S]`, the longest length first; differentiable."""
+        return self.network(x)
+
+    def thumbnails(self, images: Sequence[np.ndarray | Tensor], boxes=None, dtype=torch.float32) -> Tensor:
+        """Patch rows `[B * (S/4)², 48]` of the thumbnails of uint8 images, normalised, or raw where dtype is uint8.
+
+        Args:
+            images: uint8 arrays `[H, W, 3]` or `[H, W]`.
+            boxes: regions to look at, see `ops.resize_patchify`; by default the whole images.
+            dtype: of the rows.
+        """
+        options = {"boxes": boxes, "interpolation": "bilinear", "mean": self.mean, "std": self.std, "dtype": dtype}
+        return ops.resize_patchify(images, self.thumbnail_px, STEM_PATCH, **options).data
+
+    def images_of(self, rows: Tensor) -> Tensor:
+        """Thumbnails `[B, 3, S, S]` of patch rows, as `forward` takes them."""
+        side = self.thumbnail_px // STEM_PATCH
+        x = rows.view(-1, side, side, STEM_PATCH, STEM_PATCH, 3).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, 3, self.thumbnail_px, self.thumbnail_px)
+
+    def predict_proba(self, images: Sequence[np.ndarray | Tensor], boxes=None) -> Tensor:
+        """Calibrated probabilities `[B, n_lengths]` that each length is the smallest sufficient, the longest first.
+
+        An image's are bitwise the same in every batch (with the CNN, on the CPU).
+
+        Args:
+            images: uint8 arrays `[H, W, 3]` or `[H, W]`, of any sizes.
+            boxes: regions to look at, by default the whole images.
+        """
+        return self.probabilities(self.thumbnails(images, boxes))
+
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """`predict_proba` from the normalised patch rows that `thumbnails` gives."""
+        logits = self._logits(rows)
+        return (logits.float() / (self.calibration.temperature if self.calibration else 1.0)).softmax(dim=1).cpu()
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError(
+                "the assigner is in training mode, where a thumbnail's result depends on its batch; call .eval()"
+            )
+        side = self.thumbnail_px // STEM_PATCH
+        parameter = next(self.parameters())
+        batches = rows.split(BATCH * side**2)
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(self.network, SeparableCNN) and parameter.device.type == "cpu":
+                if self._fused is None or not self._fused.holds():
+                    self._fused = FusedCNN(self.network)
+                return torch.cat([self._fused.logits(batch, side) for batch in batches])
+            return torch.cat([self(self.images_of(batch).to(parameter)) for batch in batches])
+
+    def assign(
+        self, images: Sequence[np.ndarray | Tensor], policy: PolicySpec = "argmax", *, boxes=None, first_index: int = 0
+    ) -> list[int]:
+        """The grid of every image.
+
+        Args:
+            images: as for `predict_proba`.
+            policy: see `revit_fast.policies.make_policy`.
+            boxes: regions to look at, by default the whole images.
+            first_index: place of the first image in its stream, for policies that go by it.
+        """
+        chosen = make_policy(policy, self.grids, calibration=self.calibration)
+        index = np.arange(first_index, first_index + len(images))
+        probabilities = entropy = None
+        if chosen.needs == "probabilities":
+            probabilities = self.predict_proba(images, boxes).numpy()
+        if chosen.needs == "entropy":
+            pixels = self.thumbnails(images, boxes, torch.uint8).view(len(images), -1, 3)
+            entropy = grey_entropy(pixels.numpy())
+        return [self.grids[i] for i in chosen.choose(Evidence(index, probabilities, entropy))]
+
+    def calibrate(
+        self, images: Sequence[np.ndarray | Tensor], labels: Sequence[int] | Tensor | None = None, *, boxes=None
+    ) -> Calibration:
+        """Fits what policies need on held-out images, and keeps it.
+
+        Args:
+            images: that the assigner was not trained on.
+            labels: index of the smallest sufficient length of each, 0 the longest; fits the temperature. Without them
+                the temperature stays as it is: budgets need none.
+            boxes: regions to look at, by default the whole images.
+
+        Returns:
+            The calibration, also in `self.calibration`.
+        """
+        if len(images) == 0:
+            raise ValueError("images: expected held-out images to calibrate on, got none")
+        logits, entropies = [], []
+        for begin in range(0, len(images), BATCH):
+            some = slice(begin, begin + BATCH)
+            box = boxes if boxes is None or isinstance(boxes[0], (int, float)) else boxes[some]
+            logits.append(self._logits(self.thumbnails(images[some], box)))
+            pixels = self.thumbnails(images[some], box, torch.uint8).view(len(images[some]), -1, 3)
+            entropies.append(grey_entropy(pixels.numpy()))
+        logits = torch.cat(logits).double().cpu()
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        if labels is not None:
+            labels = torch.as_tensor(labels, dtype=torch.int64)
+            if labels.shape != (len(images),) or not ((labels >= 0) & (labels < len(self.grids))).all():
+                raise ValueError(f"labels: expected {len(images)} indices in [0, {len(self.grids)}), got {labels!r}")
+            temperature = fit_temperature(logits, labels)
+        probabilities = (logits / temperature).softmax(dim=1).numpy()
+        parts = np.arange(len(self.grids) - 1, 0, -1) / len(self.grids)
+        self.calibration = Calibration(
+            temperature=temperature,
+            suffices=suffices(probabilities).astype(np.float32),
+            entropies=tuple(np.quantile(np.concatenate(entropies), parts).tolist()),
+        )
+        return self.calibration
+
+    def save(self, path: str | Path) -> None:
+        """Writes weights, calibration and settings to one `.safetensors` file, all or nothing."""
+        from safetensors.torch import save
+
+        metadata = {
+            "grids": self.grids,
+            "thumbnail_px": self.thumbnail_px,
+            "widths": self.widths,
+            "backbone": self.backbone,
+            "mean": self.mean,
+            "std": self.std,
+        }
+        tensors = {f"network.{name}": value.contiguous() for name, value in self.network.state_dict().items()}
+        if self.calibration:
+            metadata["calibration"] = {
+                "temperature": self.calibration.temperature,
+                "entropies": self.calibration.entropies,
+            }
+            tensors["calibration.suffices"] = torch.from_numpy(self.calibration.suffices)
+        content = save(tensors, {"format": FORMAT, "assigner": json.dumps(metadata)})
+        with replaced(path) as temporary:
+            temporary.write_bytes(content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TokenLengthAssigner:
+        """Reads what `save` wrote; in evaluation mode.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: where it holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"assigner: there is no file {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"assigner: {path} was not written by TokenLengthAssigner.save")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings = json.loads(metadata["assigner"])
+            calibration = settings.pop("calibration", None)
+            assigner = cls(**settings)
+            kept = tensors.pop("calibration.suffices", None)
+            assigner.network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items()})
+            if calibration:
+                entropies = tuple(calibration["entropies"])
+                assigner.calibration = Calibration(float(calibration["temperature"]), kept.numpy(), entropies)
+        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"assigner: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        return assigner.eval()
+
+    def __getstate__(self) -> dict:
+        """All but what is derived from the parameters."""
+        return {**self.__dict__, "_fused": None}
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature in [1/20, 20] that minimises the cross-entropy of `logits / temperature`.
+
+    Args:
+        logits: float64 `[N, n]`.
+        labels: int64 `[N]`.
+    """
+
+    def loss(log_temperature: float) -> float:
+        return F.cross_entropy(logits / np.exp(log_temperature), labels).item()
+
+    # The loss is convex in 1/t, so unimodal in log t: golden-section search.
+    ratio = (5**0.5 - 1) / 2
+    low, high = -np.log(20.0), np.log(20.0)
+    while high - low > 1e-4:
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(a) <= loss(b):
+            high = b
+        else:
+            low = a
+    return float(np.exp((low + high) / 2))
