@@ -1,6 +1,8 @@
 """packed_linear and the packing of its weights: against float64 by the error rule, invariances and errors."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from revit_fast import ops, reference
 from revit_fast.ops import _library
-from revit_fast.ops.linear import ACTIVATIONS, PACKED_DTYPES, PackedWeight, cpu_panel, unpack_weight
+from revit_fast.ops.linear import ACTIVATIONS, PACKED_DTYPES, PackedWeight, cpu_panel, huge_pages, unpack_weight
 
 pytestmark = only_on("cpu", reason="a CPU op")
 
@@ -299,3 +301,22 @@ def test_unknown_number_of_an_activation_is_refused(isa):
     for number in (-1, len(ACTIVATIONS)):
         with pytest.raises(RuntimeError, match=f"activation must be in .*, got {number}"):
             torch.ops.revit_fast.packed_linear(torch.zeros(2, 6), *packed, number)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells the size of pages")
+def test_weights_lie_on_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the system has no transparent huge pages")
+    memory = huge_pages(16 << 20)
+    assert memory.data_ptr() % (2 << 20) == 0
+    assert memory.numel() == 16 << 20
+    assert not memory.any()
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds and int(bounds[1], 16) <= memory.data_ptr() < int(bounds[2], 16):
+            huge_kib = next(int(entry.split()[1]) for entry in lines if entry.startswith("AnonHugePages"))
+            assert huge_kib >= 8 << 10, "most of it, where memory is not in pieces"
+            return
+    raise AssertionError("the memory is in no mapping")
