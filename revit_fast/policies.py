@@ -102,7 +102,7 @@ def grey_entropy(rows: np.ndarray) -> np.ndarray:
     offset = 256 * np.arange(len(grey))[:, None]
     counts = np.bincount((grey + offset).ravel(), minlength=256 * len(grey)).reshape(-1, 256)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return -(share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)
+    return 0.0 - (share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)  # a flat image has 0, not -0
 
 
 def uniform(seed: int, index: np.ndarray) -> np.ndarray:
