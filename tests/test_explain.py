@@ -76,12 +76,13 @@ class TestPicture:
     def test_cells_are_the_patches_that_the_model_gets(self, size, grid):
         """The mean red and green of every packed patch say where it was taken from: the middle of its drawn cell."""
         image = ramps(*size)
+        pipe = pipe_of(("fixed", grid))
         prep = AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle", mean=(0, 0, 0), std=(1, 1, 1))
         place = prep.pack([image], [grid]).data.view(grid, grid, -1, 3).mean(dim=2).numpy()
-        crop = eval_box(*size, grid * PATCH, prep.crop_pct)
-        picture, is_cut = draw_grid(image, crop, grid)
+        (e,) = explain(pipe, [image])
+        picture = e.picture
+        assert not e.is_cut
         drawn = np.asarray(picture).astype(int)
-        assert not is_cut
         is_frame = (drawn == OUTLINE).all(axis=2)
         for axis, n in ((0, picture.width), (1, picture.height)):
             along = is_frame.any(axis=axis).nonzero()[0]
@@ -250,7 +251,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def odd_names(tmp_path):
     """A photograph, one whose name is markup, a file that is none, and a name that would break a line."""
-    paths = [tmp_path / name for name in ("a.png", "<b>&.png", "broken\"'.jpg", "line\nbreak.png")]
+    paths = [tmp_path / name for name in ("a.png", "<b>&.png", "broken <em>\"'.jpg", "line\nbreak.png")]
     for i, path in enumerate(paths):
         Image.fromarray(photo(i)).save(path, format="png")
     paths[2].write_bytes(b"<script>")
@@ -295,6 +296,8 @@ class TestHtml:
         page = Page(source)
         assert str(odd_names[1]) in page.texts
         assert "<b>&" not in source
+        assert str(odd_names[2]) in page.texts
+        assert "<em>" not in source
         assert str(tmp_path / r"line\nbreak.png") in page.texts
         assert [image["alt"] for image in page.all("img")] == [e.described for e in explanations if e.error is None]
 
