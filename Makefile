@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-abi bench bench-model gate lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-abi bench bench-model bench-pipeline gate lint format build clean
 
 ## Main job on real photographs: mixed grids in one packed forward, against timm.
 demo: build
@@ -43,6 +43,10 @@ bench: build
 ## The model beside its peers at all sizes, batches and mixes; ARGS=--quick for a few small cases.
 bench-model: build
 	$(BIN)/python -m bench.model $(ARGS)
+
+## From JPEG files to logits, the assigner included, beside other pipelines; ARGS=--quick for a few images.
+bench-pipeline: build
+	$(BIN)/python -m bench.pipeline $(ARGS)
 
 ## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:

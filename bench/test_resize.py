@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as pillow_transforms
@@ -11,21 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from bench.photos import photo
 from revit_fast import ops
 
 PATCH = 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 N_SETS = 8
 CANDIDATES = ("ours", "torchvision v2 uint8", "Pillow + ToTensor + Normalize")
-
-
-def photo(height: int, width: int, seed: int) -> np.ndarray:
-    """Smooth shapes under noise, `[H, W, 3]` uint8."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    waves = [np.sin(x / a + y / b) for a, b in rng.uniform(5, 80, (3, 2))]
-    noise = rng.normal(0, 12, (height, width, 3)).astype(np.float32)
-    return (127 + 80 * np.stack(waves, axis=-1) + noise).clip(0, 255).astype(np.uint8)
 
 
 def patchify(image: Tensor) -> Tensor:
@@ -52,9 +43,7 @@ def pillow_rows(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 def compare(case: str, sources: list[tuple[int, int]], targets: list[int], *, threads: int, rounds: int) -> Comparison:
     """All candidates on `sources` (height, width), one call of ours per batch, one per image of the others."""
-    sets = [
-        [photo(height, width, seed=100 * s + i) for i, (height, width) in enumerate(sources)] for s in range(N_SETS)
-    ]
+    sets = [[photo(100 * s + i, height, width) for i, (height, width) in enumerate(sources)] for s in range(N_SETS)]
     sizes = [(target, target) for target in targets]
     # CHW view of HWC memory: channels_last, the layout that torchvision's uint8 kernel is fastest in.
     chw = [[torch.from_numpy(image).permute(2, 0, 1) for image in images] for images in sets]

@@ -11,9 +11,9 @@ Item = TypeVar("Item")
 
 @dataclass
 class _OpenBatch(Generic[Item]):
-    """A batch that may still take items; `since` and `first` are the time and count at which its oldest came."""
+    """A batch that may still take items: when it must go, and how many items had come when its oldest did."""
 
-    since: float
+    deadline: float
     first: int
     items: list[Item] = field(default_factory=list)
     n_tokens: int = 0
@@ -68,14 +68,14 @@ class TokenBudgetBatcher(Generic[Item]):
     @property
     def deadline(self) -> float:
         """The time at which `expired` has something to hand out; infinite where nothing waits."""
-        return self._open[0].since + self.max_wait_s if self._open else math.inf
+        return self._open[0].deadline if self._open else math.inf
 
     def add(self, item: Item, n_tokens: int, now: float = 0.0, n_bytes: int = 0) -> list[list[Item]]:
         """Takes an item; returns the batches that this closes, the oldest first."""
         self._n_seen += 1
         batch = next((b for b in self._open if b.n_tokens + n_tokens <= self.token_budget), None)
         if batch is None:
-            batch = _OpenBatch(now, self._n_seen)
+            batch = _OpenBatch(now + self.max_wait_s, self._n_seen)
             self._open.append(batch)
         batch.items.append(item)
         batch.n_tokens += n_tokens
@@ -83,7 +83,7 @@ class TokenBudgetBatcher(Generic[Item]):
         return self._close(now)
 
     def expired(self, now: float) -> list[list[Item]]:
-        """Batches whose oldest item has waited `max_wait_s` at the time `now`."""
+        """Batches whose oldest item will have waited `max_wait_s` by the time `now`."""
         return self._close(now)
 
     def flush(self) -> list[list[Item]]:
@@ -96,7 +96,7 @@ class TokenBudgetBatcher(Generic[Item]):
         for i, batch in enumerate(self._open):
             crowded = len(self._open) - len(closed) > self.max_open or n_bytes > self.max_bytes
             full = self.token_budget - batch.n_tokens < self.min_tokens
-            waited = now - batch.since >= self.max_wait_s or self._n_seen - batch.first >= self.max_behind
+            waited = now >= batch.deadline or self._n_seen - batch.first >= self.max_behind
             if full or waited or (crowded and len(closed) == i):
                 closed.append(batch.items)
                 n_bytes -= batch.n_bytes

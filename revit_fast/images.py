@@ -9,16 +9,15 @@ import glob
 import io
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-try:
+if TYPE_CHECKING:  # arrays need no Pillow, and it is imported where it is first needed
     from PIL import Image
-except ModuleNotFoundError:  # arrays need no decoder
-    Image = None
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 """Names that are taken for images inside a folder, in any case."""
@@ -152,17 +151,24 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
             if len(source) == 0:
                 raise ImageError("empty file")
             return _decode(io.BytesIO(source), draft_px)
-        if Image is not None and isinstance(source, Image.Image):
+        if _is_pil_image(source):
             return _upright_rgb(source)
         return _checked_array(source)
     except ImageError:
         raise
+    except ModuleNotFoundError as error:
+        raise ImageError('decoding needs Pillow: pip install "revit-fast[cli]"') from error
     except OSError as error:
-        if Image is not None and isinstance(error, Image.UnidentifiedImageError):
+        if type(error).__name__ == "UnidentifiedImageError":
             raise ImageError("not a JPEG, PNG or WebP image") from None
         raise ImageError(_os_reason(error)) from error
     except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, SyntaxError, ...
         raise ImageError(str(error) or type(error).__name__) from error
+
+
+def _is_pil_image(source: ImageSource) -> bool:
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(source, pillow.Image)
 
 
 def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
@@ -178,8 +184,8 @@ def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
 
 
 def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
-    if Image is None:
-        raise ImageError('decoding needs Pillow: pip install "revit-fast[cli]"')
+    from PIL import Image
+
     with Image.open(file, formats=FORMATS) as image:
         if draft_px is not None and image.format == "JPEG":
             image.draft("RGB", _draft_size(image.size, draft_px))
@@ -210,7 +216,9 @@ def _os_reason(error: OSError) -> str:
 
 
 def _upright_rgb(image: Image.Image) -> np.ndarray:
-    """RGB pixels of a loaded image, its orientation applied."""
+    """RGB pixels of an image, its orientation applied."""
+    from PIL import Image
+
     turn = _upright_transposition(image)
     if image.mode.startswith("I"):
         # convert("RGB") would clip sixteen-bit values at 255.
@@ -228,6 +236,8 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
 
 def _upright_transposition(image: Image.Image) -> Image.Transpose | None:
     """What turns the stored pixels upright by the EXIF orientation, None where they are."""
+    from PIL import Image
+
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # damaged metadata does not make the pixels unreadable

@@ -79,6 +79,26 @@ class _Ready(NamedTuple):
     result: Result
 
 
+class _InOrder:
+    """Puts results back into the order of their sources."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Result] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, result: Result) -> None:
+        self._waiting[result.index] = result
+
+    def ready(self) -> Iterator[Result]:
+        """The results that no earlier one is missing for."""
+        while self._next in self._waiting:
+            self._next += 1
+            yield self._waiting.pop(self._next - 1)
+
+
 class AdaptivePipeline:
     """Images to logits, each at the number of tokens that its preprocessor's policy gives it.
 
@@ -185,8 +205,7 @@ class AdaptivePipeline:
 
     def _run(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
         batcher: TokenBudgetBatcher[_Ready] = self._make_batcher()
-        done: dict[int, Result] = {}
-        next_index = 0
+        done = _InOrder()
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
         try:
             end = None
@@ -196,17 +215,17 @@ class AdaptivePipeline:
                 now = time.perf_counter()
                 for item in self._assigned(chunk, times):
                     if isinstance(item, Result):
-                        done[item.index] = item
+                        done.add(item)
                     else:
                         packs += batcher.add(item, item.result.n_tokens, now, item.image.nbytes)
                 packs += batcher.expired(time.perf_counter())
                 if end is not None or len(done) >= MAX_BEHIND:
                     packs += batcher.flush()
+                yield from done.ready()
                 for pack in packs:
-                    done.update((result.index, result) for result in self._forward(pack, times))
-                while next_index in done:
-                    yield done.pop(next_index)
-                    next_index += 1
+                    for result in self._forward(pack, times):
+                        done.add(result)
+                    yield from done.ready()
             if end.error is not None:
                 raise end.error
         finally:

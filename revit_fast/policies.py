@@ -81,7 +81,7 @@ class Calibration:
 
 def suffices(probabilities: np.ndarray) -> np.ndarray:
     """P(label <= length) `[B, n_lengths]`: the probability that a length is long enough; 1 for the longest."""
-    cumulative = probabilities[:, ::-1].cumsum(axis=1)[:, ::-1]
+    cumulative = np.ascontiguousarray(probabilities[:, ::-1].cumsum(axis=1)[:, ::-1])
     cumulative[:, 0] = 1.0
     return cumulative
 

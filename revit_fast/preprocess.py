@@ -45,8 +45,9 @@ def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[f
     longer_scaled = int(scaled * longer / shorter)
     out_height, out_width = (scaled, longer_scaled) if height <= width else (longer_scaled, scaled)
     top, left = (round((side - image_px) / 2.0) for side in (out_height, out_width))
-    y, x = height / out_height, width / out_width
-    return left * x, top * y, min((left + image_px) * x, width), min((top + image_px) * y, height)
+    # Multiplied first: an edge of the image is hit exactly.
+    right, bottom = (left + image_px) * width / out_width, (top + image_px) * height / out_height
+    return left * width / out_width, top * height / out_height, min(right, width), min(bottom, height)
 
 
 class Assignment(NamedTuple):

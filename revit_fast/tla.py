@@ -219,14 +219,11 @@ class TokenLengthAssigner(nn.Module):
             images: uint8 arrays `[H, W, 3]` or `[H, W]`, of any sizes.
             boxes: regions to look at, by default the whole images.
         """
-        return self.probabilities(self.thumbnails(images, boxes))
-
-    def probabilities(self, rows: Tensor) -> Tensor:
-        """`predict_proba` from the normalised patch rows that `thumbnails` gives."""
-        logits = self._logits(rows)
-        return (logits.float() / (self.calibration.temperature if self.calibration else 1.0)).softmax(dim=1).cpu()
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        return (self._logits(self.thumbnails(images, boxes)) / temperature).softmax(dim=1)
 
     def _logits(self, rows: Tensor) -> Tensor:
+        """Float32 logits on the CPU of the normalised patch rows that `thumbnails` gives."""
         if self.training:
             raise ValueError(
                 "the assigner is in training mode, where a thumbnail's result depends on its batch; call .eval()"
@@ -239,7 +236,7 @@ class TokenLengthAssigner(nn.Module):
                 if self._fused is None or not self._fused.holds():
                     self._fused = FusedCNN(self.network)
                 return torch.cat([self._fused.logits(batch, side) for batch in batches])
-            return torch.cat([self(self.images_of(batch).to(parameter)) for batch in batches])
+            return torch.cat([self(self.images_of(batch).to(parameter)) for batch in batches]).float().cpu()
 
     def assign(
         self, images: Sequence[np.ndarray | Tensor], policy: PolicySpec = "argmax", *, boxes=None, first_index: int = 0
@@ -285,18 +282,18 @@ class TokenLengthAssigner(nn.Module):
             logits.append(self._logits(self.thumbnails(images[some], box)))
             pixels = self.thumbnails(images[some], box, torch.uint8).view(len(images[some]), -1, 3)
             entropies.append(grey_entropy(pixels.numpy()))
-        logits = torch.cat(logits).double().cpu()
+        logits = torch.cat(logits)
         temperature = self.calibration.temperature if self.calibration else 1.0
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.int64)
             if labels.shape != (len(images),) or not ((labels >= 0) & (labels < len(self.grids))).all():
                 raise ValueError(f"labels: expected {len(images)} indices in [0, {len(self.grids)}), got {labels!r}")
-            temperature = fit_temperature(logits, labels)
-        probabilities = (logits / temperature).softmax(dim=1).numpy()
+            temperature = fit_temperature(logits.double(), labels)
+        probabilities = (logits / temperature).softmax(dim=1).numpy()  # the bits that an image will have
         parts = np.arange(len(self.grids) - 1, 0, -1) / len(self.grids)
         self.calibration = Calibration(
             temperature=temperature,
-            suffices=suffices(probabilities).astype(np.float32),
+            suffices=suffices(probabilities),
             entropies=tuple(np.quantile(np.concatenate(entropies), parts).tolist()),
         )
         return self.calibration

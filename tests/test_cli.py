@@ -4,10 +4,12 @@ import csv
 import functools
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -21,6 +23,8 @@ from safetensors.torch import save_file
 import revit_fast as rf
 from revit_fast import cli
 from revit_fast.cli import main, predict, report
+from revit_fast.decoding import CHUNK
+from revit_fast.preprocess import AdaptivePreprocessor, eval_box
 
 MODEL = "deit_tiny_patch16_224"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -91,11 +95,10 @@ def run_json(capsys, *args):
 
 
 def true_probabilities(model, image, grid):
-    """Pillow's own resize of timm's evaluation crop, then the model on one image tensor."""
+    """Pillow's own resize of timm's evaluation crop (see test_preprocess.py), then the model on one image tensor."""
     image = image.convert("RGB")
-    side, px = 0.9 * min(image.size), 16 * grid
-    left, upper = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, upper, left + side, upper + side)
+    px = 16 * grid
+    box = eval_box(image.height, image.width, px, 0.9)
     resized = np.array(image.resize((px, px), Image.Resampling.BICUBIC, box=box))
     x = ((torch.from_numpy(resized) / 255 - MEAN) / STD).permute(2, 0, 1)
     with torch.inference_mode():
@@ -105,22 +108,16 @@ def true_probabilities(model, image, grid):
 @pytest.fixture
 def batches(monkeypatch):
     """A list that gets the tokens of every image of each forward, one tuple per forward."""
-    seen, hooks = [], []
-    create_model = rf.create_model
+    seen = []
+    pack = AdaptivePreprocessor.pack
 
-    def create(*args, **kwargs):
-        created = create_model(*args, **kwargs)
+    def recorded(self, images, grids):
+        seen.append(tuple(grid * grid + 1 for grid in grids))
+        return pack(self, images, grids)
 
-        def before_forward(module, inputs):
-            seen.append(tuple(n + module.num_prefix_tokens for n in inputs[0].seqlens))
-
-        hooks.append(created.register_forward_pre_hook(before_forward))
-        return created
-
-    monkeypatch.setattr(rf, "create_model", create)
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    monkeypatch.setattr(AdaptivePreprocessor, "pack", recorded)
+    monkeypatch.setattr(predict, "MAX_WAIT_S", math.inf)  # however slow the machine
+    return seen
 
 
 def assert_predicts(record, model, path, grid, top_k=5):
@@ -194,33 +191,9 @@ class TestPredictions:
         monkeypatch.setattr(rf.ops, "resize_patchify", spy)
         _, exact = run_json(capsys, photos, "--weights", weights, "--grid", 7)
         _, fast = run_json(capsys, photos, "--weights", weights, "--grid", 7, "--no-exact")
-        assert asked == [True] * 7 + [False] * 7
+        assert asked == [True, False]
         for a, b in zip(exact, fast, strict=True):
             assert a["top"][0]["probability"] == pytest.approx(b["top"][0]["probability"], rel=0.1)
-
-    @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (640, 480), (256, 256), (1000, 31)])
-    def test_crop_is_that_of_timm(self, width, height):
-        """timm: shorter side to floor(224 / 0.9) px, then the centre 224 px, all rounded to pixels of that size."""
-        left, upper, right, lower = predict.centre_box(width, height, 0.9)
-        scaled_px = int(224 / 0.9)
-        source_px_per_pixel = min(width, height) / scaled_px
-        for low, high, size in ((left, right, width), (upper, lower, height)):
-            assert low + high == pytest.approx(size)
-            assert high - low == pytest.approx(224 * source_px_per_pixel, abs=source_px_per_pixel)
-            assert 0 <= low < high <= size
-
-    def test_normalisation_and_crop_come_from_the_model(self):
-        config = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "crop_pct": 1.0, "interpolation": "bilinear"}
-
-        class Tiny:
-            patch_size, num_prefix_tokens, pretrained_cfg = 4, 2, config
-
-        image = np.full((9, 8, 3), 255, np.uint8)
-        decoded = predict.Decoded("x", image, None, 0.0)
-        prediction, rows = predict.Preparer(Tiny(), (2,), exact=True)(decoded)
-        assert prediction.n_tokens == 2 * 2 + 2
-        expected = (1 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
-        torch.testing.assert_close(rows.view(4, 16, 3), expected.expand(4, 16, 3))
 
 
 class TestErrors:
@@ -319,8 +292,6 @@ class TestErrors:
 
     @pytest.mark.parametrize("package", ["PIL", "timm"])
     def test_missing_package_is_one_line(self, capsys, photos, monkeypatch, package):
-        for name in ("revit_fast.cli.predict", "revit_fast.images"):
-            monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)
         assert main(["predict", str(photos), "--model", MODEL, "--weights", "x"]) == 2
         out, err = capsys.readouterr()
@@ -329,11 +300,11 @@ class TestErrors:
 
 
 class TestBatches:
-    def test_packed_up_to_the_limit_in_order(self, capsys, photos, batches):
+    def test_first_fit_up_to_the_limit(self, capsys, photos, batches):
         code, records = run_json(capsys, photos, "--grid", "mixed", "--batch-tokens", 298)
         assert code == 0
-        assert batches == [(197, 101), (50, 197), (101, 50), (197,)]
-        assert [r["tokens"] for r in records] == [n for batch in batches for n in batch]
+        assert batches == [(197, 101), (50, 197, 50), (101, 197)]
+        assert [r["tokens"] for r in records] == [197, 101, 50, 197, 101, 50, 197]
 
     def test_prefix_tokens_count(self, capsys, photos, batches):
         run(capsys, photos, "--grid", 7, "--batch-tokens", 3 * 49)
@@ -362,28 +333,28 @@ class TestBatches:
         paths = [tmp_path / f"{i:02}.png" for i in range(60)]
         for i, path in enumerate(paths):
             photo(i, 20, 20).save(path)
-        events = []
-        real_read, real_write = predict.read_ahead, predict.write
+        n_read, n_read_at_first = 0, None
+        real_decode, real_write = AdaptivePreprocessor.decode, predict.write
 
-        def read(sources, n_workers):
-            for n_read, decoded in enumerate(real_read(sources, n_workers), start=1):
-                events.append(("read", n_read))
-                yield decoded
+        def decode(self, source):
+            nonlocal n_read
+            n_read += 1
+            return real_decode(self, source)
 
         def write(stream, text):
-            events.append(("write", text.count("\n")))
+            nonlocal n_read_at_first
+            if n_read_at_first is None and str(tmp_path) in text:
+                n_read_at_first = n_read
             real_write(stream, text)
 
-        monkeypatch.setattr(predict, "read_ahead", read)
+        monkeypatch.setattr(AdaptivePreprocessor, "decode", decode)
         monkeypatch.setattr(predict, "write", write)
         code, out, _ = run(capsys, tmp_path, "--grid", 7, "--batch-tokens", 200)
         assert code == 0
         assert [line.split()[3] for line in out.splitlines()[1:]] == [str(path) for path in paths]
-        assert [n for kind, n in events if kind == "write"] == [1, *[4] * 15, 0]
-        n_read = n_written = 0
-        for kind, n in events:
-            n_read, n_written = (n, n_written) if kind == "read" else (n_read, n_written + n)
-            assert n_read - max(n_written - 1, 0) <= 5, "one batch and the image that did not fit"
+        ahead = 2 * 1 + CHUNK  # one decoding thread
+        assert n_read_at_first <= CHUNK + ahead + 1
+        assert n_read == 60
 
 
 class TestFormats:
@@ -481,7 +452,7 @@ class TestInterruption:
     @pytest.fixture
     def interrupted(self, monkeypatch):
         """Ctrl-C arrives in the third forward."""
-        forward = predict._forward
+        pack = AdaptivePreprocessor.pack
         calls = 0
 
         def interrupt(*args):
@@ -489,15 +460,19 @@ class TestInterruption:
             calls += 1
             if calls == 3:
                 raise KeyboardInterrupt
-            return forward(*args)
+            return pack(*args)
 
-        monkeypatch.setattr(predict, "_forward", interrupt)
+        monkeypatch.setattr(AdaptivePreprocessor, "pack", interrupt)
+        monkeypatch.setattr(predict, "MAX_WAIT_S", math.inf)
 
     def test_what_was_printed_stays_and_is_valid(self, capsys, photos, interrupted):
         code, records = run_json(capsys, photos, "--grid", 7, "--batch-tokens", 100)
         assert code == 130
         assert [os.path.basename(r["path"]) for r in records] == ["0.jpg", "1.png", "2.webp", "3.JPEG"]
-        assert not [t for t in threading.enumerate() if t.name.startswith("revit-fast-decode")]
+        end = time.perf_counter() + 10
+        while any(t.name.startswith("revit-fast-decode") for t in threading.enumerate()):
+            assert time.perf_counter() < end, "decoding goes on"
+            time.sleep(0.01)
 
     def test_output_is_all_or_nothing(self, capsys, photos, tmp_path, interrupted):
         target = tmp_path / "out.csv"

@@ -1,14 +1,14 @@
 import os
 import struct
-import threading
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from revit_fast import images
-from revit_fast.images import ImageError, Source, find_images, read_ahead, read_rgb
+from revit_fast.images import ImageError, Source, find_images, name_of, read_rgb
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 21, 3), dtype=np.uint8)
@@ -280,44 +280,51 @@ class TestFindImages:
         assert list(sources) == [Source(str(tree / "late/new.png"))]
 
 
-class TestReadAhead:
-    def test_order_and_errors(self, tmp_path):
-        sources = []
-        for i in range(20):
-            save(np.full((5, 5 + i, 3), i, np.uint8), tmp_path / f"{i}.png")
-            sources.append(Source(str(tmp_path / f"{i}.png")))
-        (tmp_path / "7.png").write_bytes(b"")
-        sources.insert(3, Source("nowhere", "nothing there"))
-        results = list(read_ahead(sources, n_workers=4))
-        assert [r.path for r in results] == [s.path for s in sources]
-        assert {r.path: r.error for r in results if r.error} == {
-            "nowhere": "nothing there",
-            str(tmp_path / "7.png"): "empty file",
-        }
-        for result in results:
-            if not result.error:
-                assert result.image.shape[1] == 5 + result.image[0, 0, 0]
-                assert result.ms > 0
+class TestSources:
+    def test_bytes_and_images_and_arrays(self, tmp_path):
+        path = save(RGB, tmp_path / "x.png")
+        for source in (str(path), path, path.read_bytes(), memoryview(path.read_bytes()), Image.open(path), RGB):
+            np.testing.assert_array_equal(read_rgb(source), RGB)
+        np.testing.assert_array_equal(read_rgb(torch.from_numpy(GREY)), GREY)
+        assert read_rgb(RGB) is RGB, "pixels that are there already are not copied"
 
-    @pytest.mark.parametrize("n_workers", [1, 3])
-    def test_never_far_ahead(self, monkeypatch, n_workers):
-        monkeypatch.setattr(images, "read_rgb", lambda path: RGB)
-        taken = 0
+    def test_a_pil_image_is_turned_upright(self, tmp_path):
+        image = Image.fromarray(RGB)
+        exif = image.getexif()
+        exif[images.ORIENTATION_TAG] = 6
+        image.save(tmp_path / "x.png", exif=exif)
+        np.testing.assert_array_equal(read_rgb(Image.open(tmp_path / "x.png")), UPRIGHT[6](RGB))
 
-        def sources():
-            nonlocal taken
-            for i in range(50):
-                taken += 1
-                yield Source(str(i))
+    @pytest.mark.parametrize(
+        ("source", "reason"),
+        [
+            (b"", "empty file"),
+            (b"\xff\xd8\xff", "not a JPEG"),
+            (Source("x", "nothing there"), "nothing there"),
+            (RGB.astype(np.float32), "uint8"),
+            (RGB[None], r"\[1, 13, 21, 3\]"),
+            (RGB[:0], r"\[0, 21, 3\]"),
+            (None, "NoneType"),
+            (3, "int"),
+        ],
+    )
+    def test_what_is_no_image(self, source, reason):
+        with pytest.raises(ImageError, match=reason):
+            read_rgb(source)
 
-        for consumed, result in enumerate(read_ahead(sources(), n_workers)):
-            assert result.path == str(consumed)
-            assert taken <= consumed + 2 * n_workers
-        assert taken == 50
+    def test_names(self):
+        sources = ("a/b.png", b"123", RGB, Source("p", "e"), Image.fromarray(RGB))
+        assert [name_of(s) for s in sources] == ["a/b.png", "<3 bytes>", "<array 13x21x3>", "p", "<Image>"]
 
-    def test_closing_early_stops_the_threads(self, monkeypatch):
-        monkeypatch.setattr(images, "read_rgb", lambda path: RGB)
-        results = read_ahead((Source(str(i)) for i in range(1000)), n_workers=2)
-        next(results)
-        results.close()
-        assert not [t for t in threading.enumerate() if t.name.startswith("revit-fast-decode")]
+
+class TestDraft:
+    @pytest.mark.parametrize(
+        ("draft_px", "side"), [(None, 800), (401, 800), (400, 400), (101, 200), (100, 100), (1, 100)]
+    )
+    def test_the_smallest_scale_that_is_large_enough(self, tmp_path, draft_px, side):
+        image = Image.fromarray(RGB).resize((1200, 800), Image.Resampling.BICUBIC)
+        image.save(tmp_path / "x.jpg")
+        assert read_rgb(tmp_path / "x.jpg", draft_px=draft_px).shape == (side, side * 3 // 2, 3)
+
+    def test_only_jpegs(self, tmp_path):
+        assert read_rgb(save(RGB, tmp_path / "x.png"), draft_px=1).shape == RGB.shape

@@ -118,7 +118,8 @@ def policy_of(args: argparse.Namespace) -> PolicySpec:
 
 def load_model(args: argparse.Namespace) -> revit_fast.ReViT:
     """The model in evaluation mode; what is wrong with its name or weights is a usage error."""
-    import_module("timm")  # create_model needs it; where it is missing, main says what to install
+    for package in ("PIL", "timm"):  # where one is missing, main says what to install
+        import_module(package)
     try:
         model = revit_fast.create_model(args.model, weights=args.weights).eval()
     except (TypeError, ValueError, RuntimeError, OSError) as error:

@@ -1,0 +1,387 @@
+"""The pipeline on streams: the same results as image by image, order, errors, bounds, threads, asyncio."""
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import drawn
+
+import revit_fast as rf
+from revit_fast import pipeline as pipeline_module
+from revit_fast.trace import StageTimes, Trace
+
+GRIDS = (4, 3, 2)
+PATCH = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    options = dict(grids=GRIDS, patch_size=PATCH, num_classes=11, embed_dim=24, depth=2, num_heads=3, hidden_dim=40)
+    return drawn(rf.ReViT(**options))
+
+
+@pytest.fixture(scope="module")
+def tla():
+    torch.manual_seed(0)
+    tla = rf.TokenLengthAssigner(GRIDS, thumbnail_px=16, widths=(8, 8)).eval()
+    tla.calibrate([image(i) for i in range(64)])
+    return tla
+
+
+@pytest.fixture
+def pipe(model, tla):
+    return rf.pipeline(model, tla, policy=("budget", 9), token_budget=64)
+
+
+def image(seed, height=None, width=None):
+    rng = np.random.default_rng(seed)
+    shape = (height or int(rng.integers(1, 60)), width or int(rng.integers(1, 60)), 3)
+    return rng.integers(0, int(rng.integers(2, 257)), shape, dtype=np.uint8)
+
+
+class TestResults:
+    def test_equal_each_image_alone(self, model, pipe):
+        images = [image(i) for i in range(90)]
+        results = list(pipe(images))
+        assert [r.index for r in results] == list(range(90))
+        assert len({r.grid for r in results}) == 3
+        for r in results:
+            batch, grids = pipe.prep([images[r.index]])
+            assert r.grid == grids[0]
+            assert torch.equal(r.logits, pipe.model(batch)[0]), "bitwise the same alone and in any pack"
+            assert r.n_tokens == r.grid**2 + model.num_prefix_tokens
+            assert r.error is None
+            assert r.source is images[r.index]
+            assert r.ms > 0
+            assert r.probabilities.shape == (3,)
+
+    def test_a_plain_model_works_too(self, model, pipe):
+        plain = rf.AdaptivePipeline(model, pipe.prep)
+        for a, b in zip(plain(image(i) for i in range(9)), pipe(image(i) for i in range(9)), strict=True):
+            torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-4)
+
+    def test_policies_by_place(self, pipe):
+        images = [image(i) for i in range(50)]
+        assert [r.grid for r in pipe.with_policy("cycle")(images)] == [4, 3, 2] * 16 + [4, 3]
+        random = [r.grid for r in pipe.with_policy("random")(images)]
+        assert random == [r.grid for r in pipe.with_policy("random")(iter(images))]
+        assert len(set(random)) == 3
+        assert [r.grid for r in pipe.with_policy(("fixed", 3))(images)] == [3] * 50
+        assert [r.grid for r in pipe(images)] != [3] * 50, "with_policy leaves the pipeline as it is"
+
+    def test_top(self, model, pipe):
+        labels = [f"class {i}" for i in range(11)]
+        named = rf.AdaptivePipeline(pipe.model, pipe.prep, labels=labels)
+        [r] = named([image(0)])
+        p = r.logits.softmax(0)
+        assert [entry["label"] for entry in r.top(3)] == [labels[i] for i in p.argsort(descending=True)[:3]]
+        assert r.top(3)[0]["score"] == pytest.approx(p.max().item())
+        assert len(r.top(100)) == 11
+        [classified] = named.classify([image(0)], top_k=2)
+        assert classified == {"predictions": r.top(2), "grid": r.grid, "tokens": r.n_tokens, "error": None}
+        [plain] = pipe([image(0)])
+        assert plain.top(1)[0]["label"] == p.argmax().item()
+
+    def test_assign_is_the_same_decision(self, pipe):
+        sources = [image(i) for i in range(40)] + [b"torn"] + [image(99)]
+        assigned, results = list(pipe.assign(sources)), list(pipe(sources))
+        assert [(r.index, r.grid, r.error) for r in assigned] == [(r.index, r.grid, r.error) for r in results]
+        assert all(r.logits is None for r in assigned)
+
+    def test_odd_images(self, tmp_path, pipe):
+        """1x1, thin, grey, sixteen bits, CMYK, animated: answers, each that of its pixels."""
+        thin, cmyk = image(1, 3000, 2), Image.fromarray(image(2, 20, 30)).convert("CMYK")
+        cmyk.save(tmp_path / "cmyk.jpg")
+        Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(tmp_path / "deep.png")
+        frames = [Image.fromarray(image(i, 20, 30)) for i in (3, 4)]
+        frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+        sources = [image(0, 1, 1), thin, thin[..., 0], tmp_path / "cmyk.jpg", tmp_path / "deep.png"]
+        results = list(pipe([*sources, tmp_path / "moving.webp"]))
+        assert [r.error for r in results] == [None] * 6
+        [first] = pipe([image(3, 20, 30)])
+        assert torch.equal(results[5].logits, first.logits), "of an animation the first frame"
+
+
+class TestErrors:
+    def test_a_bad_image_moves_no_other(self, tmp_path, pipe):
+        good = [image(i) for i in range(60)]
+        expected = [r.logits for r in pipe(good)]
+        (tmp_path / "folder.jpg").mkdir()
+        (tmp_path / "empty.jpg").write_bytes(b"")
+        Image.fromarray(image(1, 50, 50)).save(tmp_path / "torn.jpg")
+        (tmp_path / "torn.jpg").write_bytes((tmp_path / "torn.jpg").read_bytes()[:-300])
+        bad = [tmp_path / "folder.jpg", tmp_path / "empty.jpg", tmp_path / "torn.jpg", tmp_path / "absent.png", b"text"]
+        bad += [np.zeros((4, 4), np.float32), None]
+        sources, at = list(good), {}
+        for i, source in enumerate(bad):
+            sources.insert(8 * i + 3, source)
+            at[8 * i + 3] = source
+        results = list(pipe(sources))
+        assert [r.index for r in results] == list(range(67))
+        assert {r.index for r in results if r.error} == set(at)
+        for r in results:
+            if r.error:
+                assert r.logits is r.grid is r.n_tokens is r.probabilities is None
+                assert r.top() == []
+            if isinstance(r.source, type(tmp_path)):
+                assert str(r.source) in r.error
+        for logits, r in zip(expected, (r for r in results if not r.error), strict=True):
+            assert torch.equal(logits, r.logits)
+
+    def test_a_decompression_bomb(self, monkeypatch, tmp_path, pipe):
+        Image.fromarray(image(0, 60, 60)).save(tmp_path / "x.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        results = list(pipe([tmp_path / "x.png", image(1)]))
+        assert "bomb" in results[0].error
+        assert results[1].error is None
+
+    def test_not_a_number(self, model, pipe):
+        broken = drawn(rf.ReViT(grids=GRIDS, patch_size=PATCH, num_classes=11, embed_dim=24, depth=1, num_heads=3))
+        with torch.no_grad():
+            broken.head.bias[3] = float("nan")
+        results = list(rf.AdaptivePipeline(broken, pipe.prep)([image(0), image(1)]))
+        assert ["not a number" in r.error for r in results] == [True, True]
+
+    def test_the_sources_raise(self, pipe):
+        def sources():
+            yield from (image(i) for i in range(5))
+            raise OSError("the disk is gone")
+
+        results = pipe(sources())
+        assert [next(results).index for _ in range(5)] == list(range(5)), "what came before is not lost"
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(results)
+
+    def test_the_model_raises(self, monkeypatch, pipe):
+        def forward(x):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(pipe.model, "forward", forward)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(pipe([image(0)]))
+
+    def test_nothing(self, pipe):
+        assert list(pipe([])) == []
+
+    def test_nothing_but_errors(self, monkeypatch, pipe):
+        monkeypatch.setattr(pipeline_module, "MAX_BEHIND", 5)
+        results = list(pipe(itertools.chain([image(0)], (b"" for _ in range(200)), [image(1)])))
+        assert [r.error is None for r in results] == [True, *[False] * 200, True]
+
+
+class TestBounds:
+    def test_packs_keep_the_budget_and_are_filled(self, model, pipe):
+        times = Trace()
+        n = len(list(pipe((image(i) for i in range(300)), times=times)))
+        packs = [event["args"] for event in times._events if event["name"] == "forward"]
+        assert sum(p["images"] for p in packs) == n == 300
+        assert max(p["tokens"] for p in packs) <= 64
+        assert np.mean([p["tokens"] for p in packs[:-2]]) > 0.85 * 64
+
+    def test_an_endless_stream_in_constant_memory(self, pipe):
+        taken = 0
+
+        def endless():
+            nonlocal taken
+            for taken in itertools.count(1):
+                yield image(taken % 50, 59, 59)
+
+        results = pipe(endless())
+        peaks = []
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                tracemalloc.reset_peak()
+                for r in itertools.islice(results, 400):
+                    assert taken <= r.index + 200, "a slow consumer is not run away from"
+                peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+            results.close()
+        assert peaks[2] < 1.2 * peaks[1]
+
+    def test_a_slow_source_is_not_waited_for(self, model, tla):
+        pipe = rf.pipeline(model, tla, max_wait_s=0.02)
+        release = threading.Event()
+
+        def sources():
+            yield image(0)
+            assert release.wait(20), "the first result never came"
+            yield image(1)
+
+        results = pipe(sources())
+        assert next(results).index == 0
+        release.set()
+        assert next(results).index == 1
+
+    def test_closing_early_ends_the_threads(self, pipe):
+        results = pipe(image(i) for i in itertools.count())
+        next(results)
+        results.close()
+        end = time.perf_counter() + 10
+        while any(t.name.startswith("revit-fast") for t in threading.enumerate()):
+            assert time.perf_counter() < end
+            time.sleep(0.01)
+
+
+class TestSession:
+    def test_many_threads(self, pipe):
+        images = [image(i) for i in range(40)]
+        expected = [r.logits for r in pipe(images)]
+        got = {}
+        with pipe.session() as session:
+
+            def submit(i):
+                got[i] = session.submit(images[i])
+
+            threads = [threading.Thread(target=submit, args=(i,)) for i in range(40)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join()
+        assert all(torch.equal(got[i].result(0).logits, expected[i]) for i in range(40))
+        with pytest.raises(RuntimeError, match="closed"):
+            session.submit(images[0])
+
+    def test_errors_and_cancellation(self, pipe):
+        with pipe.session() as session:
+            futures = [session.submit(source) for source in (image(0), b"", image(1))]
+            futures[2].cancel()
+            assert futures[1].result(20).error == "<0 bytes>: empty file"
+        assert futures[0].result(0).error is None
+
+    def test_a_failed_pipeline_fails_what_waits(self, monkeypatch, pipe):
+        def forward(x):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(pipe.model, "forward", forward)
+        session = pipe.session()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            session.submit(image(0)).result(20)
+        session.close()
+        with pytest.raises(RuntimeError, match="its pipeline failed: out of memory"):
+            session.submit(image(0))
+
+
+class TestAsync:
+    def test_stream(self, pipe):
+        images = [image(i) for i in range(30)]
+        expected = [r.grid for r in pipe(images)]
+
+        async def source():
+            for i in images:
+                await asyncio.sleep(0)
+                yield i
+
+        async def run(sources):
+            return [r.grid async for r in pipe.stream(sources)]
+
+        assert asyncio.run(run(source())) == expected
+        assert asyncio.run(run(images)) == expected
+
+    def test_the_loop_is_not_blocked_and_breaking_off_cleans_up(self, pipe):
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+
+        async def run():
+            ticking = asyncio.create_task(tick())
+            results = pipe.stream(image(i, 59, 59) for i in range(500))
+            async for r in results:
+                if r.index == 300:
+                    break
+            await results.aclose()
+            ticking.cancel()
+
+        asyncio.run(run())
+        assert ticks > 5
+
+    def test_an_error_of_the_source(self, pipe):
+        async def source():
+            yield image(0)
+            raise OSError("gone")
+
+        async def run():
+            return [r async for r in pipe.stream(source())]
+
+        with pytest.raises(OSError, match="gone"):
+            asyncio.run(run())
+
+
+class TestTrace:
+    def test_spans(self, tmp_path, pipe):
+        trace = Trace()
+        list(pipe([image(i) for i in range(20)], times=trace))
+        trace.save(tmp_path / "t.json")
+        events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+        spans = [e for e in events if e["ph"] == "X"]
+        assert {e["name"] for e in spans} == {"decode", "assign", "pack", "forward"}
+        assert sorted(e["args"]["index"] for e in spans if e["name"] == "decode") == list(range(20))
+        assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in spans)
+        names = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}
+        assert "MainThread" in names
+        assert {e["tid"] for e in spans} == set(names.values())
+        for name, seconds in trace.seconds.items():
+            assert seconds == pytest.approx(sum(e["dur"] for e in spans if e["name"] == name) / 1e6, rel=1e-6)
+
+    def test_bounded(self, tmp_path):
+        trace = Trace(max_events=3)
+        for _ in range(5):
+            with trace.span("x"):
+                pass
+        trace.save(tmp_path / "t.json")
+        content = json.loads((tmp_path / "t.json").read_text())
+        assert sum(e["ph"] == "X" for e in content["traceEvents"]) == 3
+        assert content["otherData"] == {"dropped": 2}
+
+    def test_a_stage_that_raises_is_counted(self):
+        times = StageTimes()
+        with pytest.raises(KeyError), times.span("x"):
+            raise KeyError
+        assert times.seconds["x"] > 0
+
+
+class TestArguments:
+    def test_what_does_not_fit(self, model, pipe, tla):
+        with pytest.raises(TypeError, match="model: expected"):
+            rf.AdaptivePipeline(torch.nn.Linear(2, 2), pipe.prep)
+        with pytest.raises(ValueError, match="eval"):
+            rf.AdaptivePipeline(drawn(rf.ReViT(grids=GRIDS, embed_dim=24, depth=1, num_heads=3)).train(), pipe.prep)
+        with pytest.raises(ValueError, match=r"grids \(14, 10, 7\).*\(4, 3, 2\)"):
+            rf.AdaptivePipeline(model, rf.AdaptivePreprocessor(policy="cycle", patch_size=PATCH))
+        with pytest.raises(ValueError, match=r"patch_size 16.* 4"):
+            rf.AdaptivePipeline(model, rf.AdaptivePreprocessor(policy="cycle", grids=GRIDS))
+        with pytest.raises(ValueError, match="labels: the model has 11 classes, got 2"):
+            rf.AdaptivePipeline(model, pipe.prep, labels=["a", "b"])
+        with pytest.raises(ValueError, match="token_budget"):
+            rf.AdaptivePipeline(model, pipe.prep, token_budget=0)
+        with pytest.raises(ValueError, match="weights"):
+            rf.pipeline(model, weights="x.pth")
+        with pytest.raises(FileNotFoundError, match="absent"):
+            rf.pipeline(model, "absent.safetensors")
+        with pytest.raises(ValueError, match=r"\(14, 10, 7\).*\(4, 3, 2\)"):
+            rf.pipeline(model, rf.TokenLengthAssigner().eval())
+
+    @pytest.mark.parametrize("source", ["x.png", b"x", np.zeros((2, 2, 3), np.uint8)])
+    def test_one_image_is_not_a_stream(self, pipe, source):
+        for call in (pipe, pipe.assign):
+            with pytest.raises(TypeError, match="wrap it"):
+                call(source)
+
+    def test_by_name(self):
+        pipe = rf.pipeline("deit_tiny_patch16_224", policy=("fixed", 7))
+        [r] = pipe([image(0)])
+        assert r.logits.shape == (1000,)
+        assert r.n_tokens == 50
+        assert rf.pipeline(rf.create_model("deit_tiny_patch16_224")).prep.policy.spec == ("fixed", 14)
