@@ -102,7 +102,7 @@ def grey_entropy(rows: np.ndarray) -> np.ndarray:
     offset = 256 * np.arange(len(grey))[:, None]
     counts = np.bincount((grey + offset).ravel(), minlength=256 * len(grey)).reshape(-1, 256)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return -(share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)
+    return 0.0 - (share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)  # a flat image has 0, not -0
 
 
 def uniform(seed: int, index: np.ndarray) -> np.ndarray:
@@ -123,11 +123,15 @@ class Policy:
         spec: as it was given.
         needs: "probabilities", "entropy" or None: the evidence it looks at.
         choose: from `Evidence` to int `[B]`, indices of lengths, 0 the longest.
+        threshold: that P(label <= length) must reach, given or found for a budget; None for other policies.
+        bits: decreasing entropies that part the lengths; None for other policies.
     """
 
     spec: PolicySpec
     needs: str | None
     choose: Any = field(repr=False)
+    threshold: float | None = None
+    bits: tuple[float, ...] | None = None
 
 
 def make_policy(
@@ -174,7 +178,12 @@ def make_policy(
     if name == "random":
         return Policy(spec, None, _random(argument, n_lengths))
     if name == "entropy":
-        return Policy(spec, "entropy", _entropy(argument, n_lengths, calibration))
+        bits = _entropy_bits(argument, n_lengths, calibration)
+
+        def by_entropy(evidence: Evidence) -> np.ndarray:
+            return (evidence.entropy[:, None] < bits).sum(axis=1)
+
+        return Policy(spec, "entropy", by_entropy, bits=tuple(bits.tolist()))
     threshold = argument if name == "threshold" else _budget_threshold(argument, grids, calibration, macs)
     if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
         raise ValueError(f'policy: expected ("threshold", θ) with θ in [0, 1], got {spec!r}')
@@ -182,7 +191,7 @@ def make_policy(
     def by_threshold(evidence: Evidence) -> np.ndarray:
         return smallest_sufficient(suffices(evidence.probabilities), threshold)
 
-    return Policy(spec, "probabilities", by_threshold)
+    return Policy(spec, "probabilities", by_threshold, threshold=float(threshold))
 
 
 def _fixed(argument, grids: tuple[int, ...]):
@@ -217,7 +226,7 @@ def _random(argument, n_lengths: int):
     return lambda evidence: np.searchsorted(bounds, uniform(int(options["seed"]), evidence.index), side="right")
 
 
-def _entropy(argument, n_lengths: int, calibration: Calibration | None):
+def _entropy_bits(argument, n_lengths: int, calibration: Calibration | None) -> np.ndarray:
     if argument is None:
         # Without held-out images: a flat image has 0 bits, photographs about 7.
         equal_parts = tuple(8.0 * (n_lengths - i) / n_lengths for i in range(1, n_lengths))
@@ -225,7 +234,7 @@ def _entropy(argument, n_lengths: int, calibration: Calibration | None):
     bits = np.asarray(argument, dtype=np.float64)
     if bits.shape != (n_lengths - 1,) or not (np.diff(bits) <= 0).all():
         raise ValueError(f"policy: expected {n_lengths - 1} decreasing entropies in bits, got {argument!r}")
-    return lambda evidence: (evidence.entropy[:, None] < bits).sum(axis=1)
+    return bits
 
 
 def _budget_threshold(argument, grids, calibration: Calibration | None, macs: Sequence[float] | None) -> float:

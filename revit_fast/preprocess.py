@@ -56,10 +56,12 @@ class Assignment(NamedTuple):
     Attributes:
         grids: patches a side of every image.
         probabilities: float `[B, n_lengths]` of the assigner, the longest length first; None where it was not asked.
+        entropy: float `[B]` in bits, see `policies.grey_entropy`; None where it was not asked for.
     """
 
     grids: list[int]
     probabilities: np.ndarray | None
+    entropy: np.ndarray | None = None
 
 
 class Prepared(NamedTuple):
@@ -185,7 +187,7 @@ class AdaptivePreprocessor:
             else:
                 entropy = self._entropy(images, boxes)
         chosen = self.policy.choose(Evidence(index, probabilities, entropy))
-        return Assignment([self.grids[i] for i in chosen], probabilities)
+        return Assignment([self.grids[i] for i in chosen], probabilities, entropy)
 
     def _entropy(self, images: Sequence[np.ndarray], boxes: list) -> np.ndarray:
         if self.tla is not None:

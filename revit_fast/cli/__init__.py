@@ -84,8 +84,6 @@ def _add_images(p: argparse.ArgumentParser) -> None:
         metavar="14|10|7|mixed",
         help="patches per side of every image (default without an assigner: 14); mixed takes the model's in turn",
     )
-    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
-    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
     p.add_argument(
         "--exact",
         action=argparse.BooleanOptionalAction,
@@ -96,7 +94,20 @@ def _add_images(p: argparse.ArgumentParser) -> None:
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
     )
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+
+
+def _add_results(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that print a result per image."""
+    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
+    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
     p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
+
+
+def _add_classes(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that classify."""
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
+    p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
+    p.add_argument("--labels", metavar="FILE", help="class names, one per line")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,8 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("predict", help="classify image files", description="Classify JPEG, PNG and WebP files.")
     _add_images(p)
-    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
-    p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
+    _add_results(p)
+    _add_classes(p)
     p.add_argument(
         "--batch-tokens",
         type=_positive,
@@ -116,7 +127,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
     )
-    p.add_argument("--labels", metavar="FILE", help="class names, one per line")
     p.set_defaults(command="predict")
 
     p = commands.add_parser(
@@ -125,7 +135,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Print the token grid that each image would get; nothing is classified.",
     )
     _add_images(p)
+    _add_results(p)
     p.set_defaults(command="assign", weights=None, labels=None, batch_tokens=4096)
+
+    p = commands.add_parser(
+        "explain",
+        help="draw why each image gets its grid",
+        description="Write one sheet that shows each image's grid, why it was chosen and what it costs.",
+    )
+    _add_images(p)
+    _add_classes(p)
+    p.add_argument("--output", metavar="FILE", required=True, help="sheet.html or sheet.png, written all or nothing")
+    p.set_defaults(command="explain", batch_tokens=4096)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")

@@ -1,0 +1,49 @@
+"""`revit-fast explain`: a sheet that shows why each image got its tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from revit_fast.cli import UsageError
+from revit_fast.cli.predict import build_pipeline
+from revit_fast.explain import WRITERS, explain, write
+from revit_fast.images import Source, find_images
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast explain`; 0, or 1 if any image failed."""
+    sources = list(find_images(args.paths))
+    check_output(args.output, sources)
+    if args.weights is None:
+        print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
+    pipe = build_pipeline(args)
+    # Pillow warns of large images and odd metadata; what it cannot read becomes an error of that image.
+    warnings.filterwarnings("ignore", module="PIL")
+    explanations = explain(pipe, sources, top_k=args.top_k if args.weights else 0)
+    try:
+        write(args.output, explanations)
+    except ValueError as error:
+        raise UsageError(f"--output: {error}") from error
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {args.output}: {error.strerror}") from error
+    failed = [e for e in explanations if e.error is not None]
+    for e in failed:
+        print(f"error: {e.name}: {e.error}", file=sys.stderr)
+    print(f"{args.output}: {len(explanations)} images ({len(failed)} failed)", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def check_output(path: str, sources: Sequence[Source]) -> None:
+    """Refuses, before anything is computed, what could not be written or would overwrite an image."""
+    if Path(path).suffix.lower() not in WRITERS:
+        raise UsageError(f"--output: expected a name that ends in {' or '.join(WRITERS)}, got {path!r}")
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise UsageError(f"--output: cannot write {path}; give a file in a folder that can be written to")
+    if os.path.exists(path) and any(os.path.realpath(path) == os.path.realpath(source.path) for source in sources):
+        raise UsageError(f"--output: {path} is one of the images; give another name or folder")

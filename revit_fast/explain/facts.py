@@ -1,0 +1,277 @@
+"""What is explained of an image, and how it is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from revit_fast.costs import forward_macs
+from revit_fast.engine import OptimizedReViT
+from revit_fast.explain.picture import draw_grid
+from revit_fast.images import ImageError, ImageSource, name_of
+from revit_fast.pipeline import AdaptivePipeline, Result
+from revit_fast.policies import Policy, suffices
+from revit_fast.preprocess import eval_box
+from revit_fast.trace import StageTimes
+
+STAGES = ("decode", "assign", "pack", "forward")
+
+ENTROPY_BITS = 8
+"""Of grey values that are all equally frequent: the end of the scale."""
+
+
+class Length(NamedTuple):
+    """One of the lengths that an image could have got.
+
+    Attributes:
+        grid: patches a side.
+        n_tokens: prefix tokens counted.
+        macs: multiply-adds of the model's forward pass.
+        probability: the assigner's, that this is the smallest sufficient length; None where it was not asked.
+        suffices: P(label <= length), that this length is long enough; likewise.
+    """
+
+    grid: int
+    n_tokens: int
+    macs: int
+    probability: float | None = None
+    suffices: float | None = None
+
+    @property
+    def side(self) -> str:
+        return f"{self.grid} × {self.grid}"
+
+    @property
+    def gmacs(self) -> str:
+        """Multiply-adds with three digits, in giga."""
+        giga = self.macs / 1e9
+        return f"{giga:.2f}" if giga >= 1 else f"{giga:.3g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What the pipeline decides for one image and why.
+
+    Attributes:
+        index: place in the stream, which some policies go by.
+        name: of the source, without characters that cannot be printed.
+        error: None, or why the image has no decision; then the rest is empty.
+        size: width and height of the upright image in pixels, as decoded.
+        crop: the region that the model sees, (left, upper, right, lower) in pixels of that image.
+        picture: the image with its crop and grid, see `draw_grid`.
+        is_cut: whether the picture leaves out the far ends of a very long image.
+        policy: that chose.
+        lengths: all that it could choose among, the longest first.
+        chosen: the one that it chose.
+        entropy: of the grey values, in bits; None where the policy did not ask for it.
+        classes: (label, probability) of the best; empty where they were not asked for.
+        stage_ms: milliseconds of every one of `STAGES`, for this image alone.
+    """
+
+    index: int
+    name: str
+    error: str | None = None
+    size: tuple[int, int] | None = None
+    crop: tuple[float, float, float, float] | None = None
+    picture: Image.Image | None = field(default=None, repr=False)
+    is_cut: bool = False
+    policy: Policy | None = None
+    lengths: tuple[Length, ...] = ()
+    chosen: Length | None = None
+    entropy: float | None = None
+    classes: tuple[tuple[str, float], ...] = ()
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def decision(self) -> str:
+        """The chosen grid and what it costs."""
+        longest = self.lengths[0]
+        share = "the longest" if self.chosen is longest else f"{self.chosen.macs / longest.macs:.0%} of the longest"
+        return f"{self.chosen.side} patches, {self.chosen.n_tokens} tokens, {self.chosen.gmacs} GMACs ({share})"
+
+    @property
+    def reason(self) -> str:
+        """Why the policy chose it."""
+        name, argument = self._spec
+        if self.policy.threshold is not None:
+            return self._reason_of_threshold(name, argument)
+        if name == "argmax":
+            return f"argmax: {self.chosen.side} is the most probable label, at {self.chosen.probability:.3f}."
+        if name == "entropy":
+            return self._reason_of_entropy()
+        if name == "cycle":
+            return f"cycle: the grids take turns; this is the one of place {self.index} in the stream."
+        if name == "random":
+            return f"random: drawn from the image's place in the stream, {self.index}, and nothing else."
+        if isinstance(argument, (int, np.integer)):
+            return "fixed: every image gets this grid."
+        return f"fixed: this grid was given for image {self.index} of the stream."
+
+    @property
+    def _spec(self) -> tuple[str, object]:
+        spec = self.policy.spec
+        return (spec, None) if isinstance(spec, str) else tuple(spec)
+
+    def _reason_of_threshold(self, name: str, argument: object) -> str:
+        threshold = self.policy.threshold
+        own, theta = _apart(self.chosen.suffices, threshold)
+        text = f"P(label ≤ {self.chosen.side}) = {own} reaches θ = {theta}"
+        place = self.lengths.index(self.chosen)
+        if place + 1 < len(self.lengths):
+            shorter = self.lengths[place + 1]
+            text = f"{text}; P(label ≤ {shorter.side}) = {_apart(shorter.suffices, threshold)[0]} does not"
+        if name == "threshold":
+            return f"threshold: {text}."
+        kind, budget = next(iter(argument.items())) if isinstance(argument, Mapping) else ("mean_tokens", argument)
+        unit = {"mean_tokens": "patch tokens", "mean_gmacs": "GMACs"}[kind]
+        return f"budget: {text}. This θ costs the held-out images at most {budget:g} {unit} on average."
+
+    def _reason_of_entropy(self) -> str:
+        place, bits = self.lengths.index(self.chosen), self.policy.bits
+        parts = []
+        if place > 0:
+            parts.append(f"below {_apart(bits[place - 1], self.entropy)[0]}")
+        if place < len(bits):
+            parts.append(f"at least {_apart(bits[place], self.entropy)[0]}")
+        return f"entropy: its grey values hold {self.entropy:.3f} bits, {' and '.join(parts)}."
+
+    @property
+    def entropy_ranges(self) -> list[tuple[float, float, str]]:
+        """The entropies, from and to, in numbers and in words, that each length is chosen for."""
+        bits, ranges = self.policy.bits, []
+        for i in range(len(self.lengths)):
+            low, high = bits[i] if i < len(bits) else 0.0, bits[i - 1] if i else float(ENTROPY_BITS)
+            text = "any" if not bits else f"≥ {low:.2f}" if i == 0 else f"< {high:.2f}"
+            text = f"{low:.2f}–{high:.2f}" if 0 < i < len(bits) else text
+            ranges.append((*(min(max(b, 0.0), ENTROPY_BITS) for b in (low, high)), text))
+        return ranges
+
+    @property
+    def measures(self) -> str:
+        """Sizes of the image and of the region that the model sees."""
+        left, upper, right, lower = self.crop
+        text = f"{self.size[0]} × {self.size[1]} px; the model sees {right - left:.0f} × {lower - upper:.0f} of it"
+        return f"{text}; far ends not shown" if self.is_cut else text
+
+    @property
+    def described(self) -> str:
+        """The picture in words."""
+        return f"{self.name}, {self.measures}, outlined and cut into {self.chosen.side} patches"
+
+
+def explain(pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: int = 5) -> list[Explanation]:
+    """What the pipeline decides for every image and why; decisions and classes are those of `pipe(sources)`.
+
+    Each image runs alone, twice: the time of its stages is that of the second run, in which nothing is set up any more.
+
+    Args:
+        pipe: the pipeline.
+        sources: paths, bytes of encoded files, PIL images, uint8 arrays. A picture of each is kept, about 1 MB.
+        top_k: classes to list; 0 for none, where the weights mean nothing.
+    """
+    if isinstance(sources, (str, bytes, PathLike, np.ndarray, Tensor)):
+        got = type(sources).__name__
+        raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
+    n_prefix = pipe.model.num_prefix_tokens
+    lengths = [Length(g, g * g + n_prefix, forward_macs(pipe.model, g * g)) for g in pipe.prep.grids]
+    return [_explanation(pipe, lengths, index, source, top_k) for index, source in enumerate(sources)]
+
+
+def summary(explanations: Sequence[Explanation]) -> str:
+    """How many images there are and what their grids save, on one line."""
+    decided = [e for e in explanations if e.error is None]
+    n_failed = len(explanations) - len(decided)
+    text = f"{len(explanations)} image{'s' * (len(explanations) != 1)}"
+    if n_failed:
+        text += f", {n_failed} failed"
+    if decided:
+        chosen, longest = [e.chosen for e in decided], [e.lengths[0] for e in decided]
+        text += f"; {_cost(chosen)}, where {longest[0].side} for every image would take {_cost(longest)}"
+    return text
+
+
+def _cost(lengths: Sequence[Length]) -> str:
+    return f"{sum(n.n_tokens for n in lengths):,} tokens and {sum(n.macs for n in lengths) / 1e9:.3g} GMACs"
+
+
+def _explanation(
+    pipe: AdaptivePipeline, lengths: list[Length], index: int, source: ImageSource, top_k: int
+) -> Explanation:
+    name, times = _printable(name_of(source)), StageTimes()
+    try:
+        _run(pipe, index, source, StageTimes())
+        run = _run(pipe, index, source, times)
+    except ImageError as error:
+        return Explanation(index, name, error=_printable(str(error)))
+    if run.probabilities is not None:
+        evidence = zip(run.probabilities.tolist(), suffices(run.probabilities[None])[0].tolist(), strict=True)
+        lengths = [n._replace(probability=p, suffices=s) for n, (p, s) in zip(lengths, evidence, strict=True)]
+    height, width = run.image.shape[:2]
+    crop = eval_box(height, width, run.grid * pipe.prep.patch_size, pipe.prep.crop_pct)
+    picture, is_cut = draw_grid(run.image, crop, run.grid)
+    top = Result(index, source, logits=run.logits, labels=pipe.labels).top(top_k)
+    return Explanation(
+        index,
+        name,
+        size=(width, height),
+        crop=crop,
+        picture=picture,
+        is_cut=is_cut,
+        policy=pipe.prep.policy,
+        lengths=tuple(lengths),
+        chosen=next(length for length in lengths if length.grid == run.grid),
+        entropy=run.entropy,
+        classes=tuple((_printable(str(entry["label"])), entry["score"]) for entry in top),
+        stage_ms={stage: 1e3 * times.seconds[stage] for stage in STAGES},
+    )
+
+
+class _Run(NamedTuple):
+    """One image through every stage."""
+
+    image: np.ndarray
+    grid: int
+    probabilities: np.ndarray | None
+    entropy: float | None
+    logits: Tensor
+
+
+def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTimes) -> _Run:
+    """The stages of the pipeline on one image, whose place decides as in its stream."""
+    prep, model = pipe.prep, pipe.model
+    with times.span("decode"):
+        image = prep.decode(source)
+    with times.span("assign"):
+        assignment = prep.assign([image], [index])
+    (grid,) = assignment.grids
+    with times.span("pack"):
+        batch = prep.pack([image], [grid])
+    with times.span("forward"), torch.inference_mode():
+        batch = batch if isinstance(model, OptimizedReViT) else batch.to(model.pos_embed.device)
+        logits = model(batch)[0].float().cpu()
+    if not logits.isfinite().all():
+        raise ImageError("the model's output is not a number")
+    probabilities = None if assignment.probabilities is None else assignment.probabilities[0]
+    entropy = None if assignment.entropy is None else float(assignment.entropy[0])
+    return _Run(image, grid, probabilities, entropy, logits)
+
+
+def _printable(text: str) -> str:
+    """Control characters and undecodable bytes escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def _apart(a: float, b: float) -> tuple[str, str]:
+    """Both numbers with three decimals, or as many as it takes to tell them apart."""
+    for n_digits in range(3, 9):
+        texts = f"{a:.{n_digits}f}", f"{b:.{n_digits}f}"
+        if texts[0] != texts[1]:
+            break
+    return texts if a != b else (f"{a:.3f}", f"{b:.3f}")

@@ -1,0 +1,83 @@
+"""What the documentation shows runs as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import make_model
+
+import revit_fast as rf
+from revit_fast.cli import build_parser
+from revit_fast.decoding import CHUNK
+from revit_fast.explain.png import MAX_IMAGES
+from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
+from revit_fast.policies import POLICIES
+from revit_fast.tla import MAX_SHARE
+
+PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = []
+    for seed in range(3):
+        coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{seed}.jpg")
+        Image.fromarray(coarse).resize((90, 60 + seed), Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+def test_python_blocks_run_in_turn(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = make_model(grids=(14, 10, 7), patch_size=2)
+    names = {
+        "model": model,
+        "assigner": rf.TokenLengthAssigner.for_model(model).eval(),
+        "photos": photos,
+        "image": np.asarray(Image.open(photos[0])),
+    }
+    found = blocks("python")
+    assert len(found) > 8
+    for block in found:
+        # Line numbers of a failure are those of the page.
+        line = PAGE.read_text(encoding="utf-8").split(block)[0].count("\n")
+        exec(compile("\n" * line + block, str(PAGE), "exec"), names)
+    assert all(result.error is None for result in names["results"])
+    assert {"trace.json", "sheet.html", "sheet.png", "tla.safetensors"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_commands_are_understood():
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line]
+    assert len(lines) == 2
+    lines += [
+        f"revit-fast assign x {option}" for option in re.findall(r"`(--[^`]+)`", PAGE.read_text(encoding="utf-8"))
+    ]
+    assert len(lines) > 10
+    for line in lines:
+        program, *args = shlex.split(line)
+        assert program == "revit-fast"
+        build_parser().parse_args(args)
+
+
+def test_every_policy_is_on_the_page():
+    text = PAGE.read_text(encoding="utf-8")
+    for name in POLICIES:
+        assert f'"{name}"' in text
+
+
+def test_bounds_are_as_written():
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"at most {MAX_BYTES >> 20} MiB" in text
+    assert text.count(f"{MAX_BEHIND:,}") == 2
+    assert f"2 * n_decoders + {CHUNK}" in text
+    assert f"at most {MAX_IMAGES} images" in text
+    assert f"at most {MAX_SHARE:.0%}".replace("%", " %") in text
