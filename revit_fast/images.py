@@ -119,6 +119,11 @@ def name_of(source: ImageSource) -> str:
     return f"<{type(source).__name__}>"
 
 
+def on_one_line(text: str) -> str:
+    """Control characters and undecodable bytes escaped: a file name must not break a line or drive the terminal."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
     """The upright RGB pixels of an image.
 

@@ -180,14 +180,18 @@ class AdaptivePreprocessor:
         index = np.arange(len(images)) if index is None else np.asarray(index)
         probabilities = entropy = None
         if self.policy.needs is not None:
-            image_px = self.grids[0] * self.patch_size
-            boxes = [eval_box(*image.shape[:2], image_px, self.crop_pct) for image in images]
+            boxes = self._seen(images)
             if self.policy.needs == "probabilities":
                 probabilities = self.tla.predict_proba(images, boxes).numpy()
             else:
                 entropy = self._entropy(images, boxes)
         chosen = self.policy.choose(Evidence(index, probabilities, entropy))
         return Assignment([self.grids[i] for i in chosen], probabilities, entropy)
+
+    def _seen(self, images: Sequence[np.ndarray]) -> list[tuple[float, float, float, float]]:
+        """What the assigner looks at: the region that the model sees at the longest grid."""
+        image_px = self.grids[0] * self.patch_size
+        return [eval_box(*image.shape[:2], image_px, self.crop_pct) for image in images]
 
     def _entropy(self, images: Sequence[np.ndarray], boxes: list) -> np.ndarray:
         if self.tla is not None:
@@ -196,6 +200,23 @@ class AdaptivePreprocessor:
             options = {"boxes": boxes, "interpolation": "bilinear", "dtype": torch.uint8}
             rows = ops.resize_patchify(images, ENTROPY_PX, ENTROPY_PX, **options).data
         return grey_entropy(rows.view(len(images), -1, 3).numpy())
+
+    def calibrate(self, images: Sequence[ImageSource], labels: Sequence[int] | Tensor | None = None) -> None:
+        """Calibrates the assigner on held-out images as the model will see them, and takes up what budgets need.
+
+        Args:
+            images: sources that the assigner was not trained on.
+            labels: see `TokenLengthAssigner.calibrate`.
+
+        Raises:
+            ValueError: where there is no assigner.
+            ImageError: for an image that cannot be read.
+        """
+        if self.tla is None:
+            raise ValueError("tla: there is no assigner to calibrate")
+        decoded = self._decoded(images)
+        self.tla.calibrate(decoded, labels, boxes=self._seen(decoded))
+        self.policy = self._policy(self.policy)
 
     def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:
         """Decoded images, each at its grid, as one pack of patch rows."""
@@ -213,6 +234,11 @@ class AdaptivePreprocessor:
         Raises:
             ImageError: for an image that cannot be read, which it names; `AdaptivePipeline` goes on with the others.
         """
+        decoded = self._decoded(images)
+        grids = self.assign(decoded).grids
+        return Prepared(self.pack(decoded, grids), grids)
+
+    def _decoded(self, images: Sequence[ImageSource]) -> list[np.ndarray]:
         if isinstance(images, (str, bytes, np.ndarray, Tensor)):
             raise TypeError(f"images: expected a list of images, got one {type(images).__name__}; wrap it: [image]")
         decoded = []
@@ -221,5 +247,4 @@ class AdaptivePreprocessor:
                 decoded.append(self.decode(source))
             except ImageError as error:
                 raise ImageError(f"images[{i}], {name_of(source)}: {error}") from error
-        grids = self.assign(decoded).grids
-        return Prepared(self.pack(decoded, grids), grids)
+        return decoded

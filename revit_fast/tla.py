@@ -29,9 +29,12 @@ from revit_fast.snapshot import Snapshot
 STEM_PATCH = 4
 """Pixels a side of the patches that the stem embeds."""
 
-MAX_SHARE = 0.01
-"""Of the model's shortest path, in multiply-adds, that an assigner made for it may take: convolutions and thumbnails
-run at a fraction of the rate of the model's own products, so that this keeps their time within a twentieth."""
+MAX_SHARE = 0.0025
+"""Of the model's shortest path, in multiply-adds, that an assigner made for it may take. Thumbnails and small layers
+run at a fraction of the rate of the model's own products: this keeps their time within a twentieth."""
+
+ROWS_PER_PIXEL = 2
+"""Source rows that are averaged for a row of the thumbnail, at least; more than twice as many are not looked at."""
 
 SIZES = ((64, (32, 64, 128)), (64, (16, 32, 64)), (32, (16, 32, 64)), (32, (8, 16, 32)), (16, (8, 16)))
 """(thumbnail_px, widths) from large to small."""
@@ -196,13 +199,28 @@ class TokenLengthAssigner(nn.Module):
     def thumbnails(self, images: Sequence[np.ndarray | Tensor], boxes=None, dtype=torch.float32) -> Tensor:
         """Patch rows `[B * (S/4)², 48]` of the thumbnails of uint8 images, normalised, or raw where dtype is uint8.
 
+        Thumbnails are Pillow's bilinear, antialiased resize; of an image with many more rows than the thumbnail only
+        every n-th is read.
+
         Args:
             images: uint8 arrays `[H, W, 3]` or `[H, W]`.
             boxes: regions to look at, see `ops.resize_patchify`; by default the whole images.
             dtype: of the rows.
         """
+        if boxes is None or isinstance(boxes[0], (int, float)):
+            boxes = [boxes] * len(images)
+        thinned = [self._thinned(image, box) for image, box in zip(images, boxes, strict=True)]
+        images, boxes = [image for image, _ in thinned], [box for _, box in thinned]
         options = {"boxes": boxes, "interpolation": "bilinear", "mean": self.mean, "std": self.std, "dtype": dtype}
         return ops.resize_patchify(images, self.thumbnail_px, STEM_PATCH, **options).data
+
+    def _thinned(self, image: np.ndarray | Tensor, box) -> tuple[np.ndarray | Tensor, tuple[float, ...]]:
+        """Every n-th row of a large image, and the box there: reading all of it would cost more than the network."""
+        height, width = image.shape[:2]
+        left, upper, right, lower = (0, 0, width, height) if box is None else box
+        step = max(1, int((lower - upper) / (ROWS_PER_PIXEL * self.thumbnail_px)))
+        rows = image[step // 2 :: step]  # each stands for the middle of `step` rows
+        return rows, (left, upper / step, right, min(lower / step, rows.shape[0]))
 
     def images_of(self, rows: Tensor) -> Tensor:
         """Thumbnails `[B, 3, S, S]` of patch rows, as `forward` takes them."""

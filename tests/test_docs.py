@@ -80,4 +80,4 @@ def test_bounds_are_as_written():
     assert text.count(f"{MAX_BEHIND:,}") == 2
     assert f"2 * n_decoders + {CHUNK}" in text
     assert f"at most {MAX_IMAGES} images" in text
-    assert f"at most {MAX_SHARE:.0%}".replace("%", " %") in text
+    assert f"at most {MAX_SHARE:.2%}".replace("%", " %") in text

@@ -140,6 +140,31 @@ class TestCall:
             prep("x.png")
 
 
+class TestCalibration:
+    def test_on_what_the_model_sees(self):
+        """The budget is that of the grids which the same images then get."""
+        images = [photo(90, 300, i) for i in range(60)]
+        tla = rf.TokenLengthAssigner(thumbnail_px=16, widths=(8, 8)).eval()
+        prep = rf.AdaptivePreprocessor(tla)
+        prep.calibrate(images)
+        for budget in (60, 110, 160):
+            grids = prep.with_policy(("budget", budget)).assign(images).grids
+            assert budget - 5 < np.mean([g * g for g in grids]) <= budget
+
+    def test_a_budget_follows_its_images(self):
+        images = [photo(50, 60, i) for i in range(30)]
+        tla = rf.TokenLengthAssigner(thumbnail_px=16, widths=(8, 8)).eval()
+        tla.calibrate(images[:2])
+        prep = rf.AdaptivePreprocessor(tla, policy=("budget", 120))
+        before = prep.policy.threshold
+        prep.calibrate(images)
+        assert prep.policy.threshold != before
+
+    def test_without_an_assigner(self):
+        with pytest.raises(ValueError, match="no assigner"):
+            rf.AdaptivePreprocessor(policy="cycle").calibrate(IMAGES)
+
+
 class TestForModel:
     def test_settings_come_from_the_model(self):
         model = rf.create_model("deit_tiny_patch16_224", grids=(12, 6))

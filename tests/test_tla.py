@@ -53,6 +53,20 @@ def test_thumbnails_are_those_of_pillow():
     torch.testing.assert_close(x[0], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("height", [63, 64, 127, 128, 1001, 3000])
+def test_thumbnails_of_large_images_are_near_those_of_all_rows(height):
+    tla = make()
+    y, x = np.mgrid[0:height, 0:300] / height
+    smooth = np.stack([127 + 120 * np.sin(9 * y + 5 * x), 255 * y, 255 * (1 - y)], -1).astype(np.uint8)
+    box = (0, 0.1 * height, 300, 0.9 * height)
+    pixels = tla.images_of(tla.thumbnails([smooth], box, torch.uint8))[0].permute(1, 2, 0).numpy()
+    expected = np.asarray(Image.fromarray(smooth).resize((32, 32), Image.Resampling.BILINEAR, box=box))
+    step = int(0.8 * height) // 64
+    if step < 2:
+        np.testing.assert_array_equal(pixels, expected)
+    assert np.abs(pixels.astype(int) - expected).max() <= 1 + 255 * max(step, 0) / height
+
+
 @pytest.mark.parametrize("n", [1, 2, 65])
 def test_an_image_alone_and_in_any_batch(n):
     tla = make()

@@ -18,12 +18,11 @@ from revit_fast.cli.report import (
     FORMATS,
     BarProgress,
     Progress,
-    on_one_line,
     open_output,
     prediction_of,
     write,
 )
-from revit_fast.images import find_images
+from revit_fast.images import find_images, on_one_line
 from revit_fast.packing import DEFAULT_GRIDS
 from revit_fast.pipeline import AdaptivePipeline, Result
 from revit_fast.policies import PolicySpec

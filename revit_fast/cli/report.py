@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from revit_fast.atomic import replaced
 from revit_fast.cli import UsageError
-from revit_fast.images import name_of
+from revit_fast.images import name_of, on_one_line
 from revit_fast.pipeline import Result
 
 
@@ -125,11 +125,6 @@ class CsvFormat:
 
 
 FORMATS = {"table": TableFormat, "json": JsonFormat, "csv": CsvFormat}
-
-
-def on_one_line(text: str) -> str:
-    """Control characters escaped: a file name must not break the line or drive the terminal."""
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from revit_fast.costs import forward_macs
 from revit_fast.engine import OptimizedReViT
 from revit_fast.explain.picture import draw_grid
-from revit_fast.images import ImageError, ImageSource, name_of
+from revit_fast.images import ImageError, ImageSource, name_of, on_one_line
 from revit_fast.pipeline import AdaptivePipeline, Result
 from revit_fast.policies import Policy, suffices
 from revit_fast.preprocess import eval_box
@@ -204,12 +204,12 @@ def _cost(lengths: Sequence[Length]) -> str:
 def _explanation(
     pipe: AdaptivePipeline, lengths: list[Length], index: int, source: ImageSource, top_k: int
 ) -> Explanation:
-    name, times = _printable(name_of(source)), StageTimes()
+    name, times = on_one_line(name_of(source)), StageTimes()
     try:
         _run(pipe, index, source, StageTimes())
         run = _run(pipe, index, source, times)
     except ImageError as error:
-        return Explanation(index, name, error=_printable(str(error)))
+        return Explanation(index, name, error=on_one_line(str(error)))
     if run.probabilities is not None:
         evidence = zip(run.probabilities.tolist(), suffices(run.probabilities[None])[0].tolist(), strict=True)
         lengths = [n._replace(probability=p, suffices=s) for n, (p, s) in zip(lengths, evidence, strict=True)]
@@ -228,7 +228,7 @@ def _explanation(
         lengths=tuple(lengths),
         chosen=next(length for length in lengths if length.grid == run.grid),
         entropy=run.entropy,
-        classes=tuple((_printable(str(entry["label"])), entry["score"]) for entry in top),
+        classes=tuple((on_one_line(str(entry["label"])), entry["score"]) for entry in top),
         stage_ms={stage: 1e3 * times.seconds[stage] for stage in STAGES},
     )
 
@@ -261,11 +261,6 @@ def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTi
     probabilities = None if assignment.probabilities is None else assignment.probabilities[0]
     entropy = None if assignment.entropy is None else float(assignment.entropy[0])
     return _Run(image, grid, probabilities, entropy, logits)
-
-
-def _printable(text: str) -> str:
-    """Control characters and undecodable bytes escaped."""
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _apart(a: float, b: float) -> tuple[str, str]:
