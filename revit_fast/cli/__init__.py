@@ -11,7 +11,8 @@ from importlib import import_module
 from revit_fast.version import __version__
 
 RESULT_FORMATS = ("table", "json", "csv")
-EXTRA_MODULES = ("PIL", "rich", "safetensors", "timm")
+EXTRA_MODULES = {"PIL": "cli", "rich": "cli", "safetensors": "cli", "timm": "cli", "ray": "ray", "pyarrow": "ray"}
+"""Packages that commands need, and the extra that brings each."""
 
 
 class UsageError(Exception):
@@ -99,6 +100,23 @@ def _add_images(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
 
 
+def _add_cluster(p: argparse.ArgumentParser) -> None:
+    """Arguments of runs on many machines."""
+    cluster = p.add_argument_group("many machines (docs/cluster.md)")
+    cluster.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the workers of a Ray cluster, into parts in the folder --output, which a later run completes",
+    )
+    cluster.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one on every node)")
+    cluster.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: start one here)")
+    cluster.add_argument(
+        "--part-images", type=_positive, default=512, metavar="N", help="of a part (default %(default)s)"
+    )
+    cluster.add_argument("--part-format", choices=("parquet", "jsonl"), default="parquet", help="(default %(default)s)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; every subcommand sets `command`, the module whose `run` is called."""
     parser = argparse.ArgumentParser(prog="revit-fast", description=__doc__.splitlines()[0])
@@ -117,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
     )
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
+    _add_cluster(p)
     p.set_defaults(command="predict")
 
     p = commands.add_parser(
@@ -153,9 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in EXTRA_MODULES:
+        extra = EXTRA_MODULES.get((error.name or "").split(".")[0])
+        if extra is None:
             raise
-        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[cli]"', file=sys.stderr)
+        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

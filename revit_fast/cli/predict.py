@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast predict`; 0, or 1 if any image failed."""
     if args.weights is None:
         print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
+    if args.engine == "ray":
+        return import_module("revit_fast.cli.predict_ray").run_on_cluster(args)
     with open_output(args.output) as stream:
         pipe = build_pipeline(args)
         return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes))
