@@ -11,7 +11,11 @@ from importlib import import_module
 from revit_fast.version import __version__
 
 RESULT_FORMATS = ("table", "json", "csv")
-EXTRA_MODULES = {"PIL": "cli", "rich": "cli", "safetensors": "cli", "timm": "cli", "ray": "ray", "pyarrow": "ray"}
+EXTRA_MODULES = {
+    **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
+    **dict.fromkeys(("pyarrow", "ray"), "ray"),
+    **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
+}
 """Packages that commands need, and the extra that brings each."""
 
 
@@ -63,8 +67,16 @@ def _budget(text: str) -> dict[str, float]:
 
 
 def _add_images(p: argparse.ArgumentParser) -> None:
-    """Arguments of the commands that read images and choose their grids."""
+    """Arguments of the commands that read image files and choose their grids."""
     p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
+    _add_choice(p)
+    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
+    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
+    p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
+
+
+def _add_choice(p: argparse.ArgumentParser) -> None:
+    """Arguments that say how images are decoded and their grids chosen."""
     p.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="timm name (default %(default)s)")
     p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
     p.add_argument(
@@ -85,8 +97,6 @@ def _add_images(p: argparse.ArgumentParser) -> None:
         metavar="14|10|7|mixed",
         help="patches per side of every image (default without an assigner: 14); mixed takes the model's in turn",
     )
-    p.add_argument("--format", choices=RESULT_FORMATS, default="table", help="of the results (default %(default)s)")
-    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
     p.add_argument(
         "--exact",
         action=argparse.BooleanOptionalAction,
@@ -97,7 +107,20 @@ def _add_images(p: argparse.ArgumentParser) -> None:
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
     )
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
-    p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
+
+
+def _add_classifier(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that classify."""
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
+    p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
+    p.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
+    )
+    p.add_argument("--labels", metavar="FILE", help="class names, one per line")
 
 
 def _add_cluster(p: argparse.ArgumentParser) -> None:
@@ -125,16 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("predict", help="classify image files", description="Classify JPEG, PNG and WebP files.")
     _add_images(p)
-    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
-    p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
-    p.add_argument(
-        "--batch-tokens",
-        type=_positive,
-        default=4096,
-        metavar="N",
-        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
-    )
-    p.add_argument("--labels", metavar="FILE", help="class names, one per line")
+    _add_classifier(p)
     _add_cluster(p)
     p.set_defaults(command="predict")
 
@@ -145,6 +159,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_images(p)
     p.set_defaults(command="assign", weights=None, labels=None, batch_tokens=4096)
+
+    p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
+    _add_choice(p)
+    _add_classifier(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    p.add_argument("--port", type=_positive, default=8000, help="(default %(default)s)")
+    p.add_argument(
+        "--max-wait-ms",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="that an image waits for others to fill its batch (default %(default)s)",
+    )
+    p.add_argument("--max-body-mb", type=_positive, default=32, metavar="N", help="of a request (default %(default)s)")
+    p.add_argument(
+        "--max-megapixels", type=_positive, default=50, metavar="N", help="of an image (default %(default)s)"
+    )
+    p.add_argument("--max-seconds", type=_positive, default=30, metavar="N", help="of a request (default %(default)s)")
+    p.add_argument(
+        "--max-waiting", type=_positive, default=256, metavar="N", help="images at a time (default %(default)s)"
+    )
+    p.set_defaults(command="serve")
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")
