@@ -353,6 +353,8 @@ class TestTheDirectory:
         assert layout.report_of(0) is None
         layout.part_path(1).unlink()
         assert layout.report_of(1) is None
+        layout.part_path(2).write_text("")  # its worker was killed before it said so
+        assert layout.report_of(2) is None
 
     @pytest.mark.parametrize(
         ("directory", "options", "match"),
