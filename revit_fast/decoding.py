@@ -59,6 +59,7 @@ class Decoders:
         decode: from a source to pixels; raises `ImageError`.
         n_workers: decoding threads.
         times: told of every decoding.
+        first_index: of the first source.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Decoders:
         decode: Callable[[ImageSource], np.ndarray],
         n_workers: int,
         times: StageTimes,
+        first_index: int = 0,
     ) -> None:
-        self._decode, self._times = decode, times
+        self._decode, self._times, self._first_index = decode, times, first_index
         self._fed: queue.SimpleQueue[Fed | End] = queue.SimpleQueue()
         self._head: Fed | End | None = None
         self._ahead = threading.Semaphore(2 * n_workers + CHUNK)
@@ -79,7 +81,7 @@ class Decoders:
     def _feed(self, sources: Iterable[ImageSource]) -> None:
         end = End()
         try:
-            for index, source in enumerate(sources):
+            for index, source in enumerate(sources, self._first_index):
                 self._ahead.acquire()
                 if self._stopped:
                     return

@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -145,7 +146,7 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
         ImageError: with the reason: missing, empty, not an image, truncated, larger than
             `2 * PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), or an array of another type or shape.
     """
-    try:
+    with _reasons():
         if isinstance(source, Source):
             if source.error is not None:
                 raise ImageError(source.error)
@@ -153,12 +154,27 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
         if isinstance(source, (str, os.PathLike)):
             return _read_file(source, draft_px)
         if isinstance(source, (bytes, bytearray, memoryview)):
-            if len(source) == 0:
-                raise ImageError("empty file")
-            return _decode(io.BytesIO(source), draft_px)
+            return _decode(_opened(source), draft_px)
         if _is_pil_image(source):
             return _upright_rgb(source)
         return _checked_array(source)
+
+
+def encoded_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels that the header of an encoded image gives; nothing is decoded.
+
+    Raises:
+        ImageError: as of `read_rgb`, where the header cannot be read.
+    """
+    with _reasons(), _open(_opened(data)) as image:
+        return image.size
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """What decoders raise, as `ImageError`."""
+    try:
+        yield
     except ImageError:
         raise
     except ModuleNotFoundError as error:
@@ -176,6 +192,12 @@ def _is_pil_image(source: ImageSource) -> bool:
     return pillow is not None and isinstance(source, pillow.Image)
 
 
+def _opened(data: bytes) -> io.BytesIO:
+    if len(data) == 0:
+        raise ImageError("empty file")
+    return io.BytesIO(data)
+
+
 def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -188,10 +210,14 @@ def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
         return _decode(file, draft_px)
 
 
-def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
+def _open(file: io.BufferedIOBase) -> Image.Image:
     from PIL import Image
 
-    with Image.open(file, formats=FORMATS) as image:
+    return Image.open(file, formats=FORMATS)
+
+
+def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
+    with _open(file) as image:
         if draft_px is not None and image.format == "JPEG":
             image.draft("RGB", _draft_size(image.size, draft_px))
         image.load()

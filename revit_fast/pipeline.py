@@ -82,9 +82,9 @@ class _Ready(NamedTuple):
 class _InOrder:
     """Puts results back into the order of their sources."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_index: int) -> None:
         self._waiting: dict[int, Result] = {}
-        self._next = 0
+        self._next = first_index
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -141,7 +141,7 @@ class AdaptivePipeline:
         if labels is not None and len(labels) != model.num_classes:
             raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
         self.model, self.prep, self.labels = model, prep, labels
-        self.n_decoders = n_decoders or default_decoders()
+        self.n_decoders, self.token_budget = n_decoders or default_decoders(), token_budget
         n_tokens = [n + model.num_prefix_tokens for n in model.lengths]
         options = {"min_tokens": n_tokens[-1], "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
         self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
@@ -153,15 +153,19 @@ class AdaptivePipeline:
         other.prep = self.prep.with_policy(policy)
         return other
 
-    def __call__(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
+    def __call__(
+        self, sources: Iterable[ImageSource], *, times: StageTimes | None = None, first_index: int = 0
+    ) -> Iterator[Result]:
         """One `Result` per source, in their order, as they are consumed.
 
         Args:
             sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them.
             times: collects the time of every stage; a `Trace` keeps its spans.
+            first_index: place of the first source in its stream, for policies that go by it and for `Result.index`: a
+                part of a stream then gives what it gives in the whole.
         """
         _check_sources(sources)
-        return self._run(sources, times or StageTimes())
+        return self._run(sources, times or StageTimes(), first_index)
 
     def assign(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
         """The decisions alone: results as of a call, without logits, as soon as they are made."""
@@ -174,9 +178,13 @@ class AdaptivePipeline:
             {"predictions": r.top(top_k), "grid": r.grid, "tokens": r.n_tokens, "error": r.error} for r in self(images)
         ]
 
-    def session(self) -> Session:
-        """A running pipeline that images can be submitted to from any thread; a context manager."""
-        return Session(self)
+    def session(self, times: StageTimes | None = None) -> Session:
+        """A running pipeline that images can be submitted to from any thread; a context manager.
+
+        Args:
+            times: collects the time of every stage.
+        """
+        return Session(self, times)
 
     async def stream(self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource]) -> AsyncIterator[Result]:
         """The results of a stream without blocking the event loop, in order; waits for its consumer."""
@@ -203,10 +211,10 @@ class AdaptivePipeline:
             submitting.cancel()
             await asyncio.to_thread(session.close)
 
-    def _run(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
+    def _run(self, sources: Iterable[ImageSource], times: StageTimes, first_index: int) -> Iterator[Result]:
         batcher: TokenBudgetBatcher[_Ready] = self._make_batcher()
-        done = _InOrder()
-        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
+        done = _InOrder(first_index)
+        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times, first_index)
         try:
             end = None
             while end is None:
@@ -304,10 +312,11 @@ class Session:
 
     Args:
         pipe: the pipeline; its `max_wait_s` is how long an image waits for others.
+        times: collects the time of every stage.
     """
 
-    def __init__(self, pipe: AdaptivePipeline) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: AdaptivePipeline, times: StageTimes | None = None) -> None:
+        self._pipe, self._times = pipe, times
         self._sources: queue.SimpleQueue = queue.SimpleQueue()
         self._waiting: deque[Future[Result]] = deque()
         self._lock = threading.Lock()
@@ -344,6 +353,11 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def closed(self) -> str | None:
+        """Why nothing can be submitted any more; None while it runs."""
+        return self._closed
+
     def __len__(self) -> int:
         """Images that wait for their results."""
         return len(self._waiting)
@@ -354,7 +368,7 @@ class Session:
 
     def _serve(self) -> None:
         try:
-            for result in self._pipe(self._submitted()):
+            for result in self._pipe(self._submitted(), times=self._times):
                 future = self._waiting.popleft()
                 if future.set_running_or_notify_cancel():
                     future.set_result(result)

@@ -11,7 +11,12 @@ from importlib import import_module
 from revit_fast.version import __version__
 
 RESULT_FORMATS = ("table", "json", "csv")
-EXTRA_MODULES = ("PIL", "rich", "safetensors", "timm")
+EXTRA_MODULES = {
+    **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
+    **dict.fromkeys(("pyarrow", "ray"), "ray"),
+    **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
+}
+"""Packages that commands need, and the extra that brings each."""
 
 
 class UsageError(Exception):
@@ -62,8 +67,13 @@ def _budget(text: str) -> dict[str, float]:
 
 
 def _add_images(p: argparse.ArgumentParser) -> None:
-    """Arguments of the commands that read images and choose their grids."""
+    """Arguments of the commands that read image files and choose their grids."""
     p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
+    _add_choice(p)
+
+
+def _add_choice(p: argparse.ArgumentParser) -> None:
+    """Arguments that say how images are decoded and their grids chosen."""
     p.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="timm name (default %(default)s)")
     p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
     p.add_argument(
@@ -110,6 +120,34 @@ def _add_classes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
 
 
+def _add_batches(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that pack images."""
+    p.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
+    )
+
+
+def _add_cluster(p: argparse.ArgumentParser) -> None:
+    """Arguments of runs on many machines."""
+    cluster = p.add_argument_group("many machines (docs/cluster.md)")
+    cluster.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the workers of a Ray cluster, into parts in the folder --output, which a later run completes",
+    )
+    cluster.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one on every node)")
+    cluster.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: start one here)")
+    cluster.add_argument(
+        "--part-images", type=_positive, default=512, metavar="N", help="of a part (default %(default)s)"
+    )
+    cluster.add_argument("--part-format", choices=("parquet", "jsonl"), default="parquet", help="(default %(default)s)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; every subcommand sets `command`, the module whose `run` is called."""
     parser = argparse.ArgumentParser(prog="revit-fast", description=__doc__.splitlines()[0])
@@ -120,13 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_images(p)
     _add_results(p)
     _add_classes(p)
-    p.add_argument(
-        "--batch-tokens",
-        type=_positive,
-        default=4096,
-        metavar="N",
-        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
-    )
+    _add_batches(p)
+    _add_cluster(p)
     p.set_defaults(command="predict")
 
     p = commands.add_parser(
@@ -147,6 +180,29 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classes(p)
     p.add_argument("--output", metavar="FILE", required=True, help="sheet.html or sheet.png, written all or nothing")
     p.set_defaults(command="explain", batch_tokens=4096)
+
+    p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
+    _add_choice(p)
+    _add_classes(p)
+    _add_batches(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    p.add_argument("--port", type=_positive, default=8000, help="(default %(default)s)")
+    p.add_argument(
+        "--max-wait-ms",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="that an image waits for others to fill its batch (default %(default)s)",
+    )
+    p.add_argument("--max-body-mb", type=_positive, default=32, metavar="N", help="of a request (default %(default)s)")
+    p.add_argument(
+        "--max-megapixels", type=_positive, default=50, metavar="N", help="of an image (default %(default)s)"
+    )
+    p.add_argument("--max-seconds", type=_positive, default=30, metavar="N", help="of a request (default %(default)s)")
+    p.add_argument(
+        "--max-waiting", type=_positive, default=256, metavar="N", help="images at a time (default %(default)s)"
+    )
+    p.set_defaults(command="serve")
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")
@@ -174,9 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in EXTRA_MODULES:
+        extra = EXTRA_MODULES.get((error.name or "").split(".")[0])
+        if extra is None:
             raise
-        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[cli]"', file=sys.stderr)
+        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -36,11 +36,18 @@ MAX_WAIT_S = 1.0
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast predict`; 0, or 1 if any image failed."""
-    if args.weights is None:
-        print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
+    warn_of_random_weights(args)
+    if args.engine == "ray":
+        return import_module("revit_fast.cli.predict_ray").run_on_cluster(args)
     with open_output(args.output) as stream:
         pipe = build_pipeline(args)
         return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes))
+
+
+def warn_of_random_weights(args: argparse.Namespace) -> None:
+    """Says that the arguments name no weights."""
+    if args.weights is None:
+        print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
 
 
 def report(
@@ -74,7 +81,7 @@ def report(
     return 1 if progress.n_errors else 0
 
 
-def build_pipeline(args: argparse.Namespace) -> AdaptivePipeline:
+def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> AdaptivePipeline:
     """The pipeline that the arguments describe; what is wrong with them is a usage error."""
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -83,7 +90,7 @@ def build_pipeline(args: argparse.Namespace) -> AdaptivePipeline:
     prep = build_preprocessor(args, model)
     try:
         fast = revit_fast.optimize(model)
-        return AdaptivePipeline(fast, prep, token_budget=args.batch_tokens, labels=labels, max_wait_s=MAX_WAIT_S)
+        return AdaptivePipeline(fast, prep, token_budget=args.batch_tokens, labels=labels, max_wait_s=max_wait_s)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

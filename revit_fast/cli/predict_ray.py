@@ -1,0 +1,61 @@
+"""`revit-fast predict --engine ray`: image files to classes on a Ray cluster, into a folder of parts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from importlib import import_module
+
+from revit_fast.cli import UsageError
+from revit_fast.cli.predict import build_pipeline
+from revit_fast.images import find_images
+from revit_fast.parts import ManifestError
+from revit_fast.ray_engine import EngineError, Summary, predict_dataset
+
+EVERY_S = 5.0
+"""Seconds between two lines of progress."""
+
+
+def run_on_cluster(args: argparse.Namespace) -> int:
+    """Runs `revit-fast predict --engine ray`; 0, or 1 if any image failed."""
+    if args.output is None:
+        raise UsageError("--engine ray: give --output DIR, a folder that all workers see")
+    if args.format != "table":
+        raise UsageError(f"--format {args.format}: --engine ray writes parts, see --part-format parquet or jsonl")
+    if args.trace:
+        raise UsageError("--trace: --engine ray runs in other processes, which keep no trace")
+    import_module("ray.data")  # before the model is loaded; where it is missing, main says what to install
+    reported = time.perf_counter()
+
+    def show(summary: Summary) -> None:
+        nonlocal reported
+        if time.perf_counter() - reported >= EVERY_S:
+            reported = time.perf_counter()
+            print(_line(summary), file=sys.stderr, flush=True)
+
+    try:
+        summary = predict_dataset(
+            build_pipeline(args),
+            find_images(args.paths),
+            args.output,
+            workers=args.workers,
+            threads=args.threads,
+            address=args.address,
+            part_images=args.part_images,
+            part_format=args.part_format,
+            top_k=args.top_k,
+            on_part=show,
+        )
+    except (EngineError, ManifestError) as error:
+        raise UsageError(str(error)) from error
+    print(_line(summary), file=sys.stderr)
+    return 1 if summary.errors else 0
+
+
+def _line(summary: Summary) -> str:
+    s = summary
+    return (
+        f"{s.images} images ({s.errors} failed), {s.tokens} tokens; {s.n_computed} of {s.n_parts} parts computed in "
+        f"{s.seconds:.1f} s by {s.workers} workers of {s.threads} threads ({s.busy_s:.1f} s of work)"
+    )

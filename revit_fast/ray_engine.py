@@ -1,0 +1,340 @@
+"""A pipeline over many files on the workers of a Ray cluster, in parts that survive killed workers and broken runs.
+
+The inputs are cut into parts of consecutive files. A part is one row of a Ray dataset; `map_batches` hands it to an
+actor, which holds the pipeline (decoding threads, batches by tokens) and writes the part's results before it reports
+them. A part that is complete is never computed again: not after a worker was killed, not in a later run. What a worker
+is given says where its part stands in the stream, so that every image gets what a single process gives it, bit for bit.
+
+Needs Ray: `pip install "revit-fast[ray]"`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+
+from revit_fast.decoding import default_decoders
+from revit_fast.images import Source
+from revit_fast.parts import Layout, PartReport, claim
+from revit_fast.pipeline import AdaptivePipeline
+
+MAX_TRIES = 5
+"""Times that a part is begun: after so many killed workers it is the part's fault, and the run ends."""
+
+START_TIMEOUT_S = 120.0
+"""For the workers to start: cluster memory may be busy, and the model has to be loaded."""
+
+VISIBLE_TIMEOUT_S = 30.0
+"""In which a file that a worker wrote shows up here: network file systems keep what they know of a folder a while."""
+
+
+class EngineError(RuntimeError):
+    """A run that cannot be done on this cluster, or ended early; what is complete is kept."""
+
+
+@dataclass
+class Summary:
+    """What a run did, and what its directory then holds.
+
+    Attributes:
+        images: of all parts that are complete.
+        errors: likewise, images that could not be classified.
+        tokens: likewise, that the model processed.
+        n_parts: of the whole directory.
+        n_computed: parts computed by this run; the others were complete before.
+        seconds: that this run took, starting workers included.
+        busy_s: seconds of all workers, spent in the parts of this run.
+        workers: of this run.
+        threads: that every worker computed on.
+    """
+
+    n_parts: int
+    workers: int
+    threads: int
+    images: int = 0
+    errors: int = 0
+    tokens: int = 0
+    n_computed: int = 0
+    seconds: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, report: PartReport, *, is_new: bool) -> None:
+        """Counts a complete part."""
+        self.images += report.images
+        self.errors += report.errors
+        self.tokens += report.tokens
+        if is_new:
+            self.n_computed += 1
+            self.busy_s += report.seconds
+
+
+def threads_per_worker(cpus: Sequence[float], workers: int, threads: int | None = None) -> int:
+    """The most threads that every worker can have for itself.
+
+    Args:
+        cpus: of every node.
+        workers: on all nodes together.
+        threads: wanted; by default as many as there are.
+
+    Raises:
+        EngineError: where there are not enough CPUs; says what is needed.
+    """
+    largest = int(max(cpus, default=0))
+    for candidate in [threads] if threads is not None else range(largest, 0, -1):
+        if sum(int(n // candidate) for n in cpus) >= workers:
+            return candidate
+    each = f"{threads} CPUs (--threads)" if threads is not None else "one CPU"
+    have = " + ".join(f"{n:g}" for n in cpus) or "0"
+    raise EngineError(
+        f"workers: {workers} workers need {each} each on a node, the cluster has {have} CPUs; ask for fewer workers or "
+        "threads, or add nodes"
+    )
+
+
+def reserved_cpus(threads: int) -> float:
+    """CPUs that Ray sets aside for a worker: fewer than it computes on.
+
+    Ray Data runs tasks of its own beside the workers. Where these held every CPU, such a task would wait for a worker
+    to end and the workers for the task: a whole CPU, or at one thread half of it, stays free beside every worker.
+    """
+    return threads - 1 if threads > 1 else 0.5
+
+
+class PartWorker:
+    """The actor: holds a pipeline and computes parts.
+
+    Args:
+        shared: a list of one reference to the pipeline: Ray hands it on as it is, and every node fetches it once.
+        layout: of the directory.
+        threads: to compute on.
+    """
+
+    def __init__(self, shared: list, layout: Layout, threads: int) -> None:
+        import ray
+
+        warnings.filterwarnings("ignore", module="PIL")  # what Pillow cannot read becomes an error of that image
+        torch.set_num_threads(threads)
+        self.pipe: AdaptivePipeline = ray.get(shared[0])
+        self.pipe.n_decoders = default_decoders()
+        self.layout = layout
+
+    def __call__(self, parts: Any) -> Any:
+        """Computes a part, a pyarrow table of one row (part, paths, read, errors).
+
+        Returns:
+            Its number and why it failed, empty where it did not: an exception would come wrapped in Ray's own texts.
+        """
+        import pyarrow
+
+        (part,) = parts.to_pylist()
+        failure = trace = ""
+        try:
+            self._compute(**part)
+        except Exception as error:
+            failure, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        return pyarrow.table({"part": [part["part"]], "failure": [failure], "trace": [trace]})
+
+    def _compute(self, part: int, paths: list[str], read: list[str], errors: list[str]) -> None:
+        tries = self.layout.begin(part)
+        if tries >= MAX_TRIES:
+            raise EngineError(
+                f"it ended its worker {tries} times (killed, or out of memory); it begins with {paths[0]}"
+            )
+        begin = time.perf_counter()
+        sources = [Source(path, error or None) for path, error in zip(read, errors, strict=True)]
+        results = self.pipe(sources, first_index=part * self.layout.part_images)
+        records = [self.layout.record_of(result, path) for result, path in zip(results, paths, strict=True)]
+        report = PartReport(
+            part=part,
+            images=len(records),
+            errors=sum(record["error"] is not None for record in records),
+            tokens=sum(record["tokens"] or 0 for record in records),
+            seconds=time.perf_counter() - begin,
+            pid=os.getpid(),
+            node=socket.gethostname(),
+        )
+        self.layout.write(records, report)
+
+
+def predict_dataset(
+    pipe: AdaptivePipeline,
+    sources: Iterable[str | PathLike | Source],
+    output: str | PathLike,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    address: str | None = None,
+    part_images: int = 512,
+    part_format: str = "parquet",
+    top_k: int = 5,
+    logits: bool = False,
+    start_timeout_s: float = START_TIMEOUT_S,
+    on_part: Callable[[Summary], None] | None = None,
+) -> Summary:
+    """Classifies files on a Ray cluster and keeps the results in a directory, see `revit_fast.parts`.
+
+    Results equal those of `pipe(sources)`: the same records in the same order, with policies that go by an image's
+    place seeing its place among all sources. Called again with the same arguments, it computes what is missing.
+
+    Args:
+        pipe: the pipeline; every worker gets a copy.
+        sources: paths, which every worker must be able to read.
+        output: directory for the results, on a file system that every node and this process see.
+        workers: processes that hold the pipeline; by default one on every node.
+        threads: of every worker; by default its share of its node.
+        address: of a running cluster, as `ray.init` takes it; by default the one that this process is connected to or
+            that RAY_ADDRESS names, else one on this machine for the time of the call.
+        part_images: files of a part, which is what a killed worker or a broken run loses at most, per worker.
+        part_format: "parquet" or "jsonl".
+        top_k: classes kept of every image, at most all that there are.
+        logits: keep all logits, too.
+        start_timeout_s: seconds in which the workers must have started.
+        on_part: called with the summary so far whenever a part is complete.
+
+    Returns:
+        What was done.
+
+    Raises:
+        EngineError: where the cluster cannot be reached or has not what the workers need; where a worker fails or a
+            part kills it `MAX_TRIES` times; where the results of a worker do not show up in `output` here.
+        ManifestError: where `output` holds results of another pipeline, other sources or other settings.
+        TypeError, ValueError: for arguments that are not as above.
+    """
+    import ray
+
+    sources = [_as_source(source) for source in sources]
+    layout = Layout(
+        directory=os.path.abspath(output),
+        part_images=part_images,
+        part_format=part_format,
+        top_k=min(top_k, pipe.model.num_classes),
+        logits=logits,
+        grids=pipe.prep.grids if pipe.prep.policy.needs == "probabilities" else (),
+        has_labels=pipe.labels is not None,
+    )
+    for name, value in (("workers", workers), ("threads", threads)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    begin = time.perf_counter()
+    owns_ray = not ray.is_initialized()
+    if owns_ray:
+        _connect(address)
+    try:
+        cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        workers = workers or max(1, sum(n >= 1 for n in cpus))
+        threads = threads_per_worker(cpus, workers, threads)
+        claim(layout, pipe, sources)
+        summary = Summary(-(-len(sources) // part_images), workers, threads)
+        missing = []
+        for part in range(summary.n_parts):
+            report = layout.report_of(part)
+            if report is None:
+                missing.append(part)
+            else:
+                summary.add(report, is_new=False)
+        if missing:
+            layout.clear_leftovers()
+            rows = [_row(part, sources, part_images) for part in missing]
+            for part in _computed(rows, pipe, layout, workers, threads, start_timeout_s):
+                summary.add(_shown(layout, part), is_new=True)
+                summary.seconds = time.perf_counter() - begin
+                if on_part is not None:
+                    on_part(summary)
+            layout.clear_leftovers()
+        summary.seconds = time.perf_counter() - begin
+        return summary
+    finally:
+        if owns_ray:
+            ray.shutdown()
+
+
+def _as_source(source: str | PathLike | Source) -> Source:
+    if isinstance(source, Source):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"sources: expected paths, which workers can read, got {type(source).__name__}")
+    return Source(os.fspath(source))
+
+
+def _row(part: int, sources: list[Source], part_images: int) -> dict[str, Any]:
+    some = sources[part * part_images : (part + 1) * part_images]
+    return {
+        "part": part,
+        "paths": [source.path for source in some],
+        "read": [os.path.abspath(source.path) for source in some],  # a worker has a working directory of its own
+        "errors": [source.error or "" for source in some],
+    }
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    try:
+        ray.init(address, include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"address: cannot reach a Ray cluster at {address}: {error}") from error
+
+
+def _computed(rows, pipe: AdaptivePipeline, layout: Layout, workers: int, threads: int, start_timeout_s: float):
+    """The numbers of the parts as they are complete."""
+    import ray
+    import ray.data
+    from ray.exceptions import GetTimeoutError, RayError
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    settings = {name: value for name, value in os.environ.items() if name.startswith("REVIT_FAST_")}
+    n_cpus = reserved_cpus(threads)
+    shared = ray.put(pipe)  # kept until the end: a worker that is started again fetches it again
+    parts = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        PartWorker,
+        fn_constructor_args=([shared], layout, threads),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=n_cpus,
+        runtime_env={"env_vars": {**settings, "OMP_NUM_THREADS": str(threads)}},
+    )
+    parts.context.wait_for_min_actors_s = start_timeout_s
+    parts.context.enable_progress_bars = False
+    parts.context.print_on_execution_start = False
+    try:
+        for row in parts.iter_rows():
+            if row["failure"]:
+                raise EngineError(
+                    f"a worker failed at part {row['part']}: {row['failure']}; what is complete is kept: run again "
+                    "once that is mended"
+                ) from RuntimeError(row["trace"])
+            yield row["part"]
+    except GetTimeoutError as error:
+        free = ray.available_resources().get("CPU", 0.0)
+        total = ray.cluster_resources().get("CPU", 0.0)
+        raise EngineError(
+            f"workers: not all of {workers} workers had started after {start_timeout_s:g} s; they need {n_cpus:g} CPUs "
+            f"each, {free:g} of the cluster's {total:g} are free; wait for other jobs, ask for fewer workers, or add "
+            "nodes"
+        ) from error
+    except RayError as error:
+        raise EngineError(f"the cluster failed: {error}; what is complete is kept: run again to go on") from error
+
+
+def _shown(layout: Layout, part: int) -> PartReport:
+    """The report of a part that a worker has completed."""
+    deadline = time.monotonic() + VISIBLE_TIMEOUT_S
+    while (report := layout.report_of(part)) is None:
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"output: a worker wrote {layout.part_path(part)}, which is not there; give a directory that every "
+                "node mounts at the same path"
+            )
+        time.sleep(0.1)
+    return report
