@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-abi bench bench-model bench-pipeline gate lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi bench bench-model bench-pipeline gate lint format build clean
 
 ## Main job on real photographs: mixed grids in one packed forward, against timm.
 demo: build
@@ -25,6 +25,11 @@ test-suite:
 test-interpreter:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py tests/test_layer_norm.py \
 	    tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_tutorial_attention.py
+
+## Runs on a Ray cluster and the HTTP service, in an environment that has Ray; `make test` skips them without it.
+test-cluster: build
+	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[ray,serve]"
+	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0
