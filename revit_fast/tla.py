@@ -29,7 +29,7 @@ from revit_fast.snapshot import Snapshot
 STEM_PATCH = 4
 """Pixels a side of the patches that the stem embeds."""
 
-MAX_SHARE = 0.0025
+MAX_SHARE = 0.0015
 """Of the model's shortest path, in multiply-adds, that an assigner made for it may take. Thumbnails and small layers
 run at a fraction of the rate of the model's own products: this keeps their time within a twentieth."""
 
