@@ -109,14 +109,16 @@ Rows rows(Arena& arena, int64_t n_rows, int64_t n_columns) {
   return {arena.random(divide_up(n_rows, block) * block * stride), stride};
 }
 
-PackedWeight packed_weight(Arena& arena, DType dtype, int64_t n_out, int64_t depth) {
+PackedWeight packed_weight(Arena& arena, WeightType type, int64_t n_out, int64_t depth) {
   const int64_t panel = counted.linear.panel, n_panels = divide_up(n_out, panel);
-  const int64_t n = n_panels * panel * (dtype == DType::kFloat32 ? depth : divide_up(depth, 2) * 2);
+  const int64_t n = n_panels * panel * (type == WeightType::kFloat32 ? depth : divide_up(depth, 2) * 2);
   const float scale = 1 / std::sqrt(static_cast<float>(depth));
   PackedWeight weight = {};
-  weight.dtype = dtype;
-  weight.panels = dtype == DType::kFloat32 ? static_cast<const void*>(arena.random(n, scale))
-                                           : static_cast<const void*>(arena.random_bfloat16(n, scale));
+  weight.type = type;
+  weight.panels = type == WeightType::kFloat32    ? static_cast<const void*>(arena.random(n, scale))
+                  : type == WeightType::kBFloat16 ? static_cast<const void*>(arena.random_bfloat16(n, scale))
+                                                  : static_cast<const void*>(arena.random_bytes(n));
+  if (type == WeightType::kInt8) weight.scales = arena.random(n_panels * panel, scale / 127);
   weight.bias = arena.random(n_panels * panel);
   weight.depth = depth;
   weight.n_panels = n_panels;
@@ -126,7 +128,7 @@ PackedWeight packed_weight(Arena& arena, DType dtype, int64_t n_out, int64_t dep
 TokenNorm token_norm(Arena& arena, int64_t n_channels) { return {arena.random(n_channels), arena.random(n_channels)}; }
 
 // Everything between two attentions. Useful work: the four matrix products.
-Call block_tile(Arena& arena, const Vit& vit, DType dtype, int64_t n_rows) {
+Call block_tile(Arena& arena, const Vit& vit, WeightType type, int64_t n_rows) {
   const int64_t n_channels = vit.n_channels, width = vit.n_heads * kHeadDim, hidden = 4 * n_channels;
   BlockShape* shape = arena.zeros<BlockShape>(1);
   shape->n_channels = n_channels;
@@ -140,15 +142,15 @@ Call block_tile(Arena& arena, const Vit& vit, DType dtype, int64_t n_rows) {
   tile.x = rows(arena, n_rows, n_channels);
   tile.length = arena.zeros<int32_t>(n_rows);
   tile.n_rows = n_rows;
-  tile.proj = packed_weight(arena, dtype, n_channels, width);
+  tile.proj = packed_weight(arena, type, n_channels, width);
   tile.norm2 = token_norm(arena, n_channels);
-  tile.fc1 = packed_weight(arena, dtype, hidden, n_channels);
-  tile.fc2 = packed_weight(arena, dtype, n_channels, hidden);
+  tile.fc1 = packed_weight(arena, type, hidden, n_channels);
+  tile.fc2 = packed_weight(arena, type, n_channels, hidden);
   tile.next_norm = token_norm(arena, n_channels);
-  tile.next = packed_weight(arena, dtype, 3 * width, n_channels);
+  tile.next = packed_weight(arena, type, 3 * width, n_channels);
   tile.end_panel = tile.next.n_panels;
   tile.projected = rows(arena, n_rows, 3 * width);
-  const auto kernel = counted.block.tile[static_cast<int>(dtype)];
+  const auto kernel = counted.block.tile[static_cast<int>(type)];
   return {[=] { kernel(tile); }, 2 * n_rows * n_channels * (width + 2 * hidden + 3 * width)};
 }
 
@@ -165,7 +167,7 @@ Call embed_tile(Arena& arena, const Vit& vit, bool bytes, int64_t n_rows) {
   tile.dtype = DType::kFloat32;
   tile.bytes = bytes;
   tile.n_rows = n_rows;
-  tile.embed = packed_weight(arena, DType::kFloat32, vit.n_channels, kPatchDepth);
+  tile.embed = packed_weight(arena, WeightType::kFloat32, vit.n_channels, kPatchDepth);
   tile.n_channels = vit.n_channels;
   tile.table = arena.random(n_rows * vit.n_channels);
   tile.position = position;
@@ -305,15 +307,17 @@ std::vector<Case> all_cases() {
   const auto add = [&](std::string name, const char* unit, std::function<Call(Arena&)> make) {
     cases.push_back({std::move(name), unit, std::move(make)});
   };
+  const auto add_block = [&](const char* name, const Vit& vit, WeightType type, int64_t n_rows) {
+    static const char* const kTypes[kWeightTypes] = {"float32", "bfloat16", "int8"};
+    add(std::string("block ") + name + " " + kTypes[static_cast<int>(type)] + " " + std::to_string(n_rows) + " rows",
+        "FLOP", [=](Arena& arena) { return block_tile(arena, vit, type, n_rows); });
+  };
   for (const int64_t n_rows : {72, 48}) {
-    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-      const std::string type = dtype == DType::kFloat32 ? "float32" : "bfloat16";
-      add("block deit-s " + type + " " + std::to_string(n_rows) + " rows", "FLOP",
-          [=](Arena& arena) { return block_tile(arena, kDeitSmall, dtype, n_rows); });
+    for (const WeightType type : {WeightType::kFloat32, WeightType::kBFloat16, WeightType::kInt8}) {
+      add_block("deit-s", kDeitSmall, type, n_rows);
     }
   }
-  add("block deit-ti float32 72 rows", "FLOP",
-      [](Arena& arena) { return block_tile(arena, kDeitTiny, DType::kFloat32, 72); });
+  add_block("deit-ti", kDeitTiny, WeightType::kFloat32, 72);
   for (const bool bytes : {false, true}) {
     add(std::string("embed deit-s ") + (bytes ? "uint8" : "float32") + " 72 rows", "FLOP",
         [=](Arena& arena) { return embed_tile(arena, kDeitSmall, bytes, 72); });

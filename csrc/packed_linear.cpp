@@ -54,7 +54,7 @@ int64_t cpu_panel() { return cpu::kernels().linear.panel; }
 }  // namespace
 
 void share_linear(const cpu::LinearTile& whole) {
-  const auto kernel = cpu::kernels().linear.tile[static_cast<int>(whole.weight.dtype)];
+  const auto kernel = cpu::kernels().linear.tile[static_cast<int>(whole.weight.type)];
   const int64_t panel = cpu::kernels().linear.panel, n_panels = whole.end_panel - whole.first_panel;
   const int64_t row_tiles = divide_up(whole.n_rows, kTaskRows);
   const int64_t wanted = kTasksPerThread * static_cast<int64_t>(torch::stable::get_num_threads());

@@ -46,6 +46,7 @@ struct BlockWeights {
 struct Model {
   cpu::BlockShape shape;
   int64_t n_heads, head_dim, n_lengths;
+  cpu::WeightType type;  // of the blocks' weights
   cpu::PackedWeight embed;
   cpu::TokenNorm norm_pre, norm;
   std::vector<BlockWeights> blocks;
@@ -134,8 +135,8 @@ struct Activations {
 // Stages over rows, shared among threads. Rows are cut at whole blocks, so that no tile writes into its neighbour's.
 class RowStages {
  public:
-  RowStages(const cpu::BlockShape& shape, const cpu::PackedWeight& any_weight)
-      : shape_(shape), kernels_(cpu::kernels()), dtype_(static_cast<int>(any_weight.dtype)) {}
+  RowStages(const cpu::BlockShape& shape, cpu::WeightType type)
+      : shape_(shape), kernels_(cpu::kernels()), type_(static_cast<int>(type)) {}
 
   int64_t block_rows() const { return 2 * kernels_.linear.half_block; }
   // Below so many rows there is not enough for a tile of its own for every thread.
@@ -156,7 +157,7 @@ class RowStages {
   // The tile's work on all rows of `whole`. `normed` and `hidden` are used where there are few rows.
   void block(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
     if (whole.n_rows < few_rows()) return block_by_columns(whole, normed, hidden);
-    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows(shape_));
+    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type_](shape_));
     for_each_task(static_cast<int64_t>(begins.size()) - 1, [&](int64_t task) {
       const int64_t row = begins[task];
       cpu::BlockTile tile = whole;
@@ -165,7 +166,7 @@ class RowStages {
       tile.x = whole.x.from(row);
       tile.length += row;
       tile.n_rows = begins[task + 1] - row;
-      kernels_.block.tile[dtype_](tile);
+      kernels_.block.tile[type_](tile);
     });
   }
 
@@ -209,13 +210,13 @@ class RowStages {
 
   const cpu::BlockShape& shape_;
   const cpu::Kernels& kernels_;
-  int dtype_;
+  int type_;
 };
 
 class Forward {
  public:
   Forward(const Model& model, const Batch& batch, int64_t n_pooled, float* out)
-      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out), stages_(model.shape, model.embed) {}
+      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out), stages_(model.shape, model.type) {}
 
   void run(const Group& group, cpu::Scratch& memory) {
     const int64_t n_sequences = group.end - group.first;
@@ -292,7 +293,7 @@ class Forward {
     const char* rows = batch_.rows + batch_.patches[group.first] * batch_.row_bytes;
     for_each_task(divide_up(n_patches, tile_rows), [&](int64_t task) {
       const int64_t row = task * tile_rows;
-      kernels.embed[static_cast<int>(model_.embed.dtype)](
+      kernels.embed[static_cast<int>(model_.embed.type)](
           {rows + row * batch_.row_bytes, batch_.dtype, batch_.bytes, std::min(tile_rows, n_patches - row),
            model_.embed, model_.shape.n_channels, model_.table, at.position + row, at.token + row, at.x});
     });
@@ -453,6 +454,7 @@ Model model_of(const std::vector<Tensor>& weights, int64_t n_channels, int64_t n
   model.head_dim = head_dim;
   model.n_lengths = n_lengths;
   model.embed = packed_weight(weights[0], weights[1], n_channels, depth_of_rows, "embed");
+  STD_TORCH_CHECK(model.embed.type != cpu::WeightType::kInt8, "embed must not be int8; pack it in float32");
   model.norm_pre = token_norm(weights[2], weights[3], n_lengths, n_channels);
   model.norm = token_norm(weights[4], weights[5], n_lengths, n_channels);
   for (int64_t i = kTensorsBeforeBlocks; i < n + kTensorsBeforeBlocks; i += kTensorsPerBlock) {
@@ -463,8 +465,9 @@ Model model_of(const std::vector<Tensor>& weights, int64_t n_channels, int64_t n
          packed_weight(w[8], w[9], hidden, n_channels, "fc1"), packed_weight(w[10], w[11], n_channels, hidden, "fc2")});
     const BlockWeights& block = model.blocks.back();
     for (const cpu::PackedWeight* weight : {&block.qkv, &block.proj, &block.fc1, &block.fc2}) {
-      STD_TORCH_CHECK(weight->dtype == model.embed.dtype, "all weights must have one dtype");
+      STD_TORCH_CHECK(weight->type == model.blocks[0].qkv.type, "the weights of all blocks must have one dtype");
     }
+    model.type = block.qkv.type;
     STD_TORCH_CHECK(block.norm1.weight != nullptr && block.norm2.weight != nullptr, "a block needs both its norms");
   }
   return model;

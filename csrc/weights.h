@@ -8,24 +8,31 @@
 
 namespace revit {
 
-// The weight [n_out, depth] packed in `panels` (see cpu/linear.h), with its bias.
+// The weight [n_out, depth] packed in `panels` (see cpu/linear.h), with its bias: a vector, or for int8 panels that
+// vector and one of the columns' scales, [2, N].
 inline cpu::PackedWeight packed_weight(const Tensor& panels, const Tensor& bias, int64_t n_out, int64_t depth,
                                        const char* name) {
   const int64_t panel = cpu::kernels().linear.panel;
   const int64_t n_panels = (n_out + panel - 1) / panel;
-  const bool narrow = panels.scalar_type() == ScalarType::BFloat16;
+  const bool integer = panels.scalar_type() == ScalarType::Char;
+  const bool narrow = integer || panels.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(panels.is_cpu() && (narrow || panels.scalar_type() == ScalarType::Float) && panels.is_contiguous(),
-                  name, ": panels must be a contiguous float32 or bfloat16 CPU tensor");
+                  name, ": panels must be a contiguous float32, bfloat16 or int8 CPU tensor");
   const bool fits = narrow ? panels.dim() == 4 && panels.size(1) == (depth + 1) / 2 && panels.size(3) == 2
                            : panels.dim() == 3 && panels.size(1) == depth;
   STD_TORCH_CHECK(fits && panels.size(0) == n_panels && panels.size(2) == panel, name,
                   ": panels must be those of a weight [", n_out, ", ", depth, "] for the instruction set in use, ",
                   cpu::kernels().isa, " (", panel, " columns a panel); pack it again");
-  STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
-                      bias.size(0) == n_panels * panel && bias.is_contiguous(),
-                  name, ": bias must be a contiguous float32 vector [", n_panels * panel, "], zero beyond ", n_out);
-  return {narrow ? cpu::DType::kBFloat16 : cpu::DType::kFloat32, panels.const_data_ptr(),
-          static_cast<const float*>(bias.const_data_ptr()), depth, n_panels};
+  const int64_t n_columns = n_panels * panel;
+  STD_TORCH_CHECK(
+      bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() &&
+          (integer ? bias.dim() == 2 && bias.size(0) == 2 : bias.dim() == 1) && bias.size(bias.dim() - 1) == n_columns,
+      name, ": bias must be contiguous float32 [", integer ? "2, " : "", n_columns, "], zero beyond ", n_out);
+  const float* data = static_cast<const float*>(bias.const_data_ptr());
+  const cpu::WeightType type = integer  ? cpu::WeightType::kInt8
+                               : narrow ? cpu::WeightType::kBFloat16
+                                        : cpu::WeightType::kFloat32;
+  return {type, panels.const_data_ptr(), data, depth, n_panels, integer ? data + n_columns : nullptr};
 }
 
 inline cpu::Activation activation_of(int64_t activation) {

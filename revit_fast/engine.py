@@ -18,15 +18,19 @@ from revit_fast.packing import PackedBatch
 class OptimizedReViT(ReViT):
     """An inference copy of a `ReViT`; make one with `optimize`."""
 
+    _packed_dtype: torch.dtype | None = None  # of the blocks' packed weights where it is not that of the parameters
+
     def __init__(self, model: ReViT, dtype: torch.dtype | None, max_rows: int, max_graphs: int) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(copy.deepcopy(model).__dict__)
         super().train(False)
         self.requires_grad_(False).zero_grad()
-        self.to(dtype=dtype)
+        if dtype is not None:
+            self._packed_dtype = torch.int8 if dtype == torch.int8 else None
+            self.to(dtype=torch.float32 if dtype == torch.int8 else dtype)
         self.max_rows, self.max_graphs = max_rows, max_graphs
         self._cache: GraphCache | None = None
-        self._fused = FusedForward(self)
+        self._fused = FusedForward(self, self._packed_dtype)
 
     def train(self, mode: bool = True) -> OptimizedReViT:
         """Refuses training mode."""
@@ -41,7 +45,7 @@ class OptimizedReViT(ReViT):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._cache = None
-        self._fused = FusedForward(self)
+        self._fused = FusedForward(self, self._packed_dtype)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits `[B, num_classes]` in the given order, without autograd."""
@@ -70,6 +74,8 @@ class OptimizedReViT(ReViT):
         return images
 
     def _replays(self) -> bool:
+        if self._packed_dtype is not None:
+            check_integer_device(self.pos_embed.device)
         # float64 on a GPU is the reference's, which reads lengths back.
         known = self.pos_embed.device.type in graphs.BACKENDS and self.pos_embed.dtype != torch.float64
         return known and not torch.compiler.is_compiling()
@@ -84,6 +90,14 @@ class OptimizedReViT(ReViT):
             return self._fused.tokens(self._checked_rows(batch))
 
 
+def check_integer_device(device: torch.device) -> None:
+    """Raises a ValueError where there are no kernels for int8 weights."""
+    if device.type != "cpu":
+        raise ValueError(
+            f"dtype: torch.int8 is served on the CPU only, and the model is on {device}; use bfloat16 there"
+        )
+
+
 def optimize(
     model: ReViT, dtype: torch.dtype | None = None, *, max_rows: int = MAX_ROWS, max_graphs: int = MAX_GRAPHS
 ) -> OptimizedReViT:
@@ -93,6 +107,12 @@ def optimize(
     them twice: packed, and as its parameters). An image's result is bitwise the same whatever else is in its batch.
     bfloat16 weights take half the memory and are widened as they are read: all arithmetic stays in float32. Threads may
     call at a time.
+
+    int8, on a CPU only, trades accuracy for speed and a quarter of the memory: the weights of the blocks are rounded to
+    symmetric 8-bit integers, with a scale for every output, and so is each row that meets them, with a scale for every
+    part of at most 512 values (`ops.packed_linear`); sums of their products are exact within a part. Embedding,
+    attention, norms, residuals, activations and head stay in float32, as do the parameters, and whatever does not run
+    fused. docs/notes/cpu-engine.md says what it costs and gains; check your own model's accuracy.
 
     On a GPU the forward pass is replayed from CUDA graphs, captured when a batch of a new shape comes (shapes are
     rounded up, see `revit_fast.graphs`), so that launching costs one call. A batch may then stay on the CPU, best as
@@ -105,23 +125,26 @@ def optimize(
 
     Args:
         model: the model to copy.
-        dtype: float32, bfloat16 or float16 of the copy; by default that of the model.
+        dtype: float32, bfloat16 or float16 of the copy; by default that of the model. Or int8 for the packed weights of
+            a copy in float32.
         max_rows: patch rows (padding included) of the largest batch that is captured. The graphs share one memory pool,
             about what the largest of them needs.
         max_graphs: graphs kept, the least recently used going first.
 
     Raises:
         TypeError: where `model` is no `ReViT`, or for another dtype.
-        ValueError: for bounds below 1; on a CPU for float16, and for a model with hooks or modules in the place of its
-            own that fused code would not run (names them).
+        ValueError: for bounds below 1; for int8 elsewhere than on a CPU; on a CPU for float16, and for a model with
+            hooks or modules in the place of its own that fused code would not run (names them).
     """
     if type(model) not in (ReViT, OptimizedReViT):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        raise TypeError(f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.int8, got {dtype}")
     for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    if dtype == torch.int8:
+        check_integer_device(model.pos_embed.device)
     if model.pos_embed.device.type == "cpu":
         if (dtype or model.pos_embed.dtype) == torch.float16:
             raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")

@@ -18,7 +18,7 @@ from revit_fast import ops
 from revit_fast.layers import Attention, Block, FoldedEmbedding, LayerScale, Mlp, PatchEmbed, TALLayerNorm
 from revit_fast.model import PatchRows, ReViT
 from revit_fast.ops import _library
-from revit_fast.ops.linear import PACKED_DTYPES, PackedWeight, huge_pages, pack_weight, packed_linear
+from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, huge_pages, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 from revit_fast.packing import cumulative, nearest_lengths
 from revit_fast.snapshot import Snapshot
@@ -131,10 +131,16 @@ def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWe
     return pack_weight(linear.weight.double() * gamma.unsqueeze(1), bias, dtype)
 
 
-def pack_model(model: ReViT) -> Packed:
-    """Packs a model's weights for the instruction set in use; raises a ValueError for one that cannot be fused."""
+def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
+    """Packs a model's weights for the instruction set in use; raises a ValueError for one that cannot be fused.
+
+    Args:
+        model: the model.
+        dtype: of the packed weights of the blocks; None for that of the model, in which embedding and head are packed.
+    """
     check_fusable(model)
-    dtype = model.pos_embed.dtype
+    outer = model.pos_embed.dtype
+    dtype = dtype or outer
     blocks = [
         BlockWeights(
             _norm(block.norm1),
@@ -149,7 +155,7 @@ def pack_model(model: ReViT) -> Packed:
     first = model.blocks[0] if model.blocks else None
     norms = [module for module in model.modules() if isinstance(module, TALLayerNorm)]
     weights = ViTWeights(
-        embed=pack_weight(*model.patch_embed.matrix(), dtype),
+        embed=pack_weight(*model.patch_embed.matrix(), outer),
         norm_pre=_norm(model.norm_pre),
         norm=_norm(model.norm),
         blocks=blocks,
@@ -160,7 +166,7 @@ def pack_model(model: ReViT) -> Packed:
         eps=norms[0].eps if norms else 1e-6,
         activation=activation_name(first.mlp.act) if first else "none",
     )
-    heads = [_head(head, dtype) for head in (model.head, model.head_dist) if head is not None]
+    heads = [_head(head, outer) for head in (model.head, model.head_dist) if head is not None]
     return Packed(_library.cpu_isa(), Snapshot(model), _gathered(weights), heads)
 
 
@@ -172,7 +178,9 @@ def _head(head: nn.Module, dtype: torch.dtype):
 
 def serves(model: ReViT) -> bool:
     """Whether a model's dtype and device are those of the fused forward pass."""
-    return _library.HAS_EXTENSION and model.pos_embed.device.type == "cpu" and model.pos_embed.dtype in PACKED_DTYPES
+    return (
+        _library.HAS_EXTENSION and model.pos_embed.device.type == "cpu" and model.pos_embed.dtype in FLOAT_PACKED_DTYPES
+    )
 
 
 class FusedForward:
@@ -180,10 +188,12 @@ class FusedForward:
 
     Args:
         model: the model; changed parameters are noticed and packed again.
+        dtype: of the packed weights of the blocks, see `pack_model`.
     """
 
-    def __init__(self, model: ReViT) -> None:
+    def __init__(self, model: ReViT, dtype: torch.dtype | None = None) -> None:
         self._model = model
+        self._dtype = dtype
         self._lock = threading.Lock()
         self._packed: Packed | None = None
         self._table: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -231,7 +241,7 @@ class FusedForward:
         packed = self._packed
         if packed is None or packed.isa != _library.cpu_isa() or not packed.snapshot.holds():
             self._folded.clear()
-            packed = self._packed = pack_model(self._model)
+            packed = self._packed = pack_model(self._model, self._dtype)
         return packed
 
     def _current_table(self) -> Tensor:

@@ -6,7 +6,7 @@ Written to be read beside the formulas, not to be fast. Tests compare every kern
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -168,6 +168,7 @@ def vit_forward(
     eps: float,
     activation: str,
     n_pooled: int,
+    round_rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Patch rows to tokens after the final norm: embedding, pre-norm transformer blocks, norm.
 
@@ -186,6 +187,7 @@ def vit_forward(
         eps: of every norm.
         activation: see `activate`.
         n_pooled: leading tokens of every sequence that are returned; 0: all.
+        round_rows: what becomes of rows before a block's linear layer multiplies them; None: nothing.
 
     Returns:
         `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`.
@@ -196,13 +198,16 @@ def vit_forward(
     def normed(x: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
         return tal_layer_norm(x, *parameters, cu_seqlens, length_index, eps) if parameters[0].numel() else x
 
+    def linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
+        return F.linear(x if round_rows is None else round_rows(x), *layer)
+
     x = normed(x, norm_pre)
     for block in blocks:
         head_dim = block.proj[0].shape[1] // n_heads
-        q, k, v = F.linear(normed(x, block.norm1), *block.qkv).view(-1, 3, n_heads, head_dim).unbind(1)
+        q, k, v = linear(normed(x, block.norm1), block.qkv).view(-1, 3, n_heads, head_dim).unbind(1)
         attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=head_dim**-0.5)
-        x = x + F.linear(attended.flatten(1), *block.proj)
-        x = x + F.linear(activate(activation, F.linear(normed(x, block.norm2), *block.fc1)), *block.fc2)
+        x = x + linear(attended.flatten(1), block.proj)
+        x = x + linear(activate(activation, linear(normed(x, block.norm2), block.fc1)), block.fc2)
     x = normed(x, norm)
     if n_pooled == 0:
         return x

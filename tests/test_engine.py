@@ -91,9 +91,10 @@ def test_features_equal_the_eager_models(isa):
 
 
 @torch.inference_mode()
-def test_bitwise_alone_and_in_any_pack(isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_bitwise_alone_and_in_any_pack(isa, dtype):
     vit = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True)
-    fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05))
+    fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05), dtype)
     images = images_of([14, 7, 10, 7, 14, (9, 5), 14], patch=16)
     packed = fast(images)
     for order in ([5, 3, 1, 0, 2, 4, 6], [2], [0], [1, 1, 1], [4, 6]):
@@ -146,6 +147,43 @@ def test_bfloat16_weights_are_widened_not_the_arithmetic(isa):
     # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; and float32's error.
     assert error <= truth.abs().max() * 2**-8 + 1e-4
     assert error < eager
+
+
+def test_int8_blocks_in_a_float32_copy(isa):
+    """Rounding to integers is seen in the logits, and small. That it is the right rounding, test_vit_forward holds."""
+    model = make_model(embed_dim=96, num_heads=3, hidden_dim=384)
+    fast, plain = rf.optimize(model, torch.int8), rf.optimize(model)
+    logits, expected = fast(images_of(MIX)), plain(images_of(MIX))
+    assert fast.pos_embed.dtype == logits.dtype == torch.float32
+    weights = fast._fused._packed.weights
+    assert weights.embed.panels.dtype == torch.float32
+    assert {part.panels.dtype for b in weights.blocks for part in (b.qkv, b.proj, b.fc1, b.fc2)} == {torch.int8}
+    difference = (logits - expected).abs().max() / expected.abs().max()
+    assert 1e-6 < difference < 0.1
+    tokens = (m.forward_features(images_of(MIX)).data for m in (fast, plain))
+    assert not torch.equal(*tokens)
+
+
+def test_int8_survives_copies_and_is_given_up_by_name(isa):
+    model = make_model()
+    fast = rf.optimize(model, torch.int8)
+    expected = fast(images_of(MIX))
+    for other in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast), rf.optimize(fast)):
+        assert not ran_fused(other)
+        assert torch.equal(other(images_of(MIX)), expected)
+    plain = rf.optimize(model)(images_of(MIX))
+    assert torch.equal(rf.optimize(fast, torch.float32)(images_of(MIX)), plain)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(rf.optimize(model.double(), torch.int8)(images_of(MIX)), expected)
+
+
+def test_int8_is_refused_elsewhere_than_on_a_cpu():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"dtype: torch\.int8 is served on the CPU only, and the model is on meta"):
+        rf.optimize(copy.deepcopy(model).to("meta"), torch.int8)
+    fast = rf.optimize(model, torch.int8).to("meta")
+    with pytest.raises(ValueError, match=r"torch\.int8 is served on the CPU only"):
+        fast(images_of(MIX))
 
 
 def test_pixels_are_normalised_by_the_embedding(isa):

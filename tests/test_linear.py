@@ -6,12 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ISAS, assert_as_accurate, only_on, randn, to_float64
+from helpers import ISAS, assert_as_accurate, only_on, randn
 from torch.nn import functional as F
 
 from revit_fast import ops, reference
 from revit_fast.ops import _library
-from revit_fast.ops.linear import ACTIVATIONS, PACKED_DTYPES, PackedWeight, cpu_panel, huge_pages, unpack_weight
+from revit_fast.ops.linear import (
+    ACTIVATIONS,
+    FLOAT_PACKED_DTYPES,
+    PACKED_DTYPES,
+    PackedWeight,
+    cpu_panel,
+    huge_pages,
+    round_rows,
+    unpack_weight,
+    unpacked,
+)
 
 pytestmark = only_on("cpu", reason="a CPU op")
 
@@ -44,17 +54,25 @@ def make(n_out, depth, dtype=torch.float32, *, with_bias=True, seed=0):
 
     The weight is rounded to `dtype` first: how well bfloat16 holds it is not the op's matter.
     """
-    weight = randn(n_out, depth, seed=seed + 1, scale=depth**-0.5).to(dtype).float()
+    weight = randn(n_out, depth, seed=seed + 1, scale=depth**-0.5)
+    weight = weight if dtype == torch.int8 else weight.to(dtype).float()
     bias = randn(n_out, seed=seed + 2) if with_bias else None
     return weight, bias, ops.pack_weight(weight, bias, dtype)
 
 
 @functools.cache
 def problem(n_rows, depth, n_out, dtype):
-    """x, weight and bias, and their product in float32 and in float64, computed once for all tests."""
-    weight, bias, _ = make(n_out, depth, dtype, with_bias=n_rows != 5)
+    """x, weight and bias, and their product in float32 and in float64, computed once for all tests.
+
+    The product is that of the rounded numbers: how well int8 holds them is not the op's matter either.
+    """
+    weight, bias, packed = make(n_out, depth, dtype, with_bias=n_rows != 5)
     x = randn(max(LEAST_ROWS, LEAST_VALUES // n_out, N_BATCHES * n_rows), depth)
-    return x, weight, bias, linear(x, weight, bias), linear(*map(to_float64, (x, weight, bias)))
+    products = []
+    for wide in (torch.float32, torch.float64):
+        rows = round_rows(x.to(wide)) if dtype == torch.int8 else x.to(wide)
+        products.append(linear(rows, *unpacked(*packed, depth, wide)))
+    return x, weight, bias, *products
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -101,7 +119,7 @@ def test_infinity_and_nan_pass(isa, activation):
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_PACKED_DTYPES)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_packing_keeps_the_weight(isa, weight_dtype, dtype):
     panel = cpu_panel()

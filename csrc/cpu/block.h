@@ -83,11 +83,11 @@ struct EmbedTile {
 };
 
 struct BlockKernels {
-  // Rows of a tile that keep it in the second cache.
-  int64_t (*max_rows)(const BlockShape&);
+  // Rows of a tile that keep it in the second cache, indexed by WeightType.
+  int64_t (*max_rows[kWeightTypes])(const BlockShape&);
   int64_t (*max_embed_rows)(int64_t depth);
-  // Indexed by the DType of the weights.
-  void (*tile[2])(const BlockTile&);
+  // Indexed by WeightType; there is no embedding of kInt8.
+  void (*tile[kWeightTypes])(const BlockTile&);
   void (*embed[2])(const EmbedTile&);
   void (*norm)(const NormTile&);
 };

@@ -2,21 +2,37 @@
 //
 // The weights of a block pass by once for every tile; the tile's own activations stay in the second cache. So tiles are
 // as tall as that cache allows, and the MLP runs in chunks of hidden columns that are the chains of its second layer:
-// its sums grow chunk by chunk, in the order in which one product over the whole hidden row would add them.
+// its sums grow chunk by chunk, in the order in which one product over the whole hidden row would add them. With int8
+// weights a hidden row is rounded to integers chunk by chunk, as chains have scales of their own (see quantize.inl.h).
 
 // Activations of a tile, in bytes: what the second cache holds beside the panels that pass by (512 KiB on Zen 3).
 inline constexpr int64_t kTileBytes = 320 << 10;
 
-// Stride of rows of n floats: an odd number of cache lines, so that rows do not compete for the same cache sets.
-REVIT_INLINE int64_t odd_lines(int64_t n) { return (((n + 15) / 16) | 1) * 16; }
-
 // Sums of a tile are kept in whole panels.
 REVIT_INLINE int64_t whole_panels(int64_t n) { return round_up(n, kLinearPanel); }
 
+// Floats of a tile's row in every array.
+struct RowFloats {
+  int64_t normed, hidden, sums, quantized, quantized_hidden;
+};
+
+template <class W>
+RowFloats row_floats(const BlockShape& shape) {
+  const int64_t chunk = chain_of<W>(shape.hidden), n_channels = shape.n_channels;
+  RowFloats floats = {odd_lines(n_channels), odd_lines(chunk), whole_panels(n_channels), 0, 0};
+  if constexpr (kInteger<W>) {
+    floats.quantized = std::max(QuantizedRows::size(n_channels, chain_of<W>(n_channels)),
+                                QuantizedRows::size(shape.width, chain_of<W>(shape.width)));
+    floats.quantized_hidden = QuantizedRows::size(chunk, chunk);
+  }
+  return floats;
+}
+
+template <class W>
 int64_t max_block_rows(const BlockShape& shape) {
-  const int64_t floats =
-      odd_lines(shape.n_channels) + odd_lines(chain_of(shape.hidden)) + whole_panels(shape.n_channels);
-  const int64_t rows = kTileBytes / (floats * static_cast<int64_t>(sizeof(float)));
+  const RowFloats floats = row_floats<W>(shape);
+  const int64_t all = floats.normed + floats.hidden + floats.sums + floats.quantized + floats.quantized_hidden;
+  const int64_t rows = kTileBytes / (all * static_cast<int64_t>(sizeof(float)));
   return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
 }
 
@@ -41,13 +57,24 @@ template <class W>
 void block_tile(const BlockTile& tile) {
   const BlockShape& shape = *tile.shape;
   const int64_t rows = whole_rows(tile.n_rows), n_channels = shape.n_channels;
-  const int64_t chunk = chain_of(shape.hidden);
-  const int64_t a_stride = odd_lines(n_channels), h_stride = odd_lines(chunk);
+  const int64_t chunk = chain_of<W>(shape.hidden);
+  const RowFloats floats = row_floats<W>(shape);
+  const int64_t a_stride = floats.normed, h_stride = floats.hidden;
   const int64_t panel_sums = rows * kLinearPanel;
-  const auto [normed, hidden, sums, one_panel] =
-      Arrays<float, 4>({rows * a_stride, rows * h_stride, rows * whole_panels(n_channels), panel_sums}).array;
+  const auto [normed, hidden, sums, one_panel, quantized, quantized_hidden] =
+      Arrays<float, 6>({rows * a_stride, rows * h_stride, rows * floats.sums, panel_sums, rows * floats.quantized,
+                        rows * floats.quantized_hidden})
+          .array;
+  const auto factors = [&](const Rows& in, int64_t n, [[maybe_unused]] float* memory) -> Factors<W> {
+    if constexpr (kInteger<W>) {
+      return quantize_rows(in.data, in.stride, tile.n_rows, n, chain_of<W>(n), memory);
+    } else {
+      return {in.data, in.stride};
+    }
+  };
   const auto norm = [&](const TokenNorm& parameters) {
     norm_tile({tile.x, {normed, a_stride}, tile.length, tile.n_rows, parameters, n_channels, shape.eps});
+    return factors({normed, a_stride}, n_channels, quantized);
   };
   const auto linear = [&](const PackedWeight& weight, const Rows& in, const Rows& out, Finish finish) {
     return LinearTile{in.data,         in.stride, tile.n_rows,      weight,   0,
@@ -55,24 +82,25 @@ void block_tile(const BlockTile& tile) {
   };
 
   if (tile.attended.data != nullptr) {
-    linear_chains<W>(linear(tile.proj, tile.attended, tile.x, Finish::kAdd), 0, shape.width, one_panel, 0);
-    norm(tile.norm2);
+    linear_chains<W>(linear(tile.proj, tile.attended, tile.x, Finish::kAdd),
+                     factors(tile.attended, shape.width, quantized), 0, shape.width, one_panel, 0);
+    const Factors<W> a = norm(tile.norm2);
     LinearTile fc1 = linear(tile.fc1, {normed, a_stride}, {hidden, h_stride}, Finish::kActivate);
     const LinearTile fc2 = linear(tile.fc2, {hidden, h_stride}, tile.x, Finish::kAdd);
     for (int64_t k = 0; k < shape.hidden; k += chunk) {
       const int64_t end = std::min(k + chunk, shape.hidden);
       fc1.first_panel = k / kLinearPanel;
       fc1.end_panel = whole_panels(end) / kLinearPanel;
-      linear_chains<W>(fc1, 0, n_channels, one_panel, 0);
-      linear_chains<W>(fc2, k, end, sums, panel_sums);
+      linear_chains<W>(fc1, a, 0, n_channels, one_panel, 0);
+      linear_chains<W>(fc2, factors({hidden, h_stride}, end - k, quantized_hidden), k, end, sums, panel_sums);
     }
   }
   if (tile.projected.data != nullptr) {
-    norm(tile.next_norm);
+    const Factors<W> a = norm(tile.next_norm);
     LinearTile next = linear(tile.next, {normed, a_stride}, tile.projected, Finish::kStore);
     next.first_panel = tile.first_panel;
     next.end_panel = tile.end_panel;
-    linear_chains<W>(next, 0, n_channels, one_panel, 0);
+    linear_chains<W>(next, a, 0, n_channels, one_panel, 0);
   }
 }
 
@@ -104,15 +132,15 @@ void embed_tile(const EmbedTile& tile) {
   for (int64_t i = 0; i < tile.n_rows; ++i) row_to_float(tile, i, a + i * a_stride);
   linear_chains<W>({a, a_stride, tile.n_rows, tile.embed, 0, tile.embed.n_panels, Finish::kStore, Activation::kNone,
                     out, out_stride},
-                   0, depth, one_panel, 0);
+                   {a, a_stride}, 0, depth, one_panel, 0);
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     add_elements<float>({out + i * out_stride, tile.table + tile.position[i] * n_channels,
                          tile.tokens.data + tile.token[i] * tile.tokens.stride, n_channels});
   }
 }
 
-const BlockKernels block_kernels = {max_block_rows,
+const BlockKernels block_kernels = {{max_block_rows<float>, max_block_rows<BFloat16>, max_block_rows<int8_t>},
                                     max_embed_rows,
-                                    {block_tile<float>, block_tile<BFloat16>},
+                                    {block_tile<float>, block_tile<BFloat16>, block_tile<int8_t>},
                                     {embed_tile<float>, embed_tile<BFloat16>},
                                     norm_tile};

@@ -11,6 +11,7 @@
   #define REVIT_ISA avx2
   #define REVIT_LANES 8
   #define REVIT_F16C 1
+  #define REVIT_AVX512 0
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

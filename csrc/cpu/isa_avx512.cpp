@@ -12,6 +12,7 @@
   #define REVIT_ISA avx512
   #define REVIT_LANES 16
   #define REVIT_F16C 1
+  #define REVIT_AVX512 1
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

@@ -4,4 +4,5 @@
 #define REVIT_ISA baseline
 #define REVIT_LANES 4
 #define REVIT_F16C 0
+#define REVIT_AVX512 0
 #include "cpu/kernels.inl.h"

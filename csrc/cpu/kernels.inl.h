@@ -2,7 +2,8 @@
 // raised the compiler's target and defined
 //   REVIT_ISA    the namespace and name of the set
 //   REVIT_LANES  float lanes of a full-width vector
-//   REVIT_F16C   1 where the half-precision conversion instructions may be used
+//   REVIT_F16C   1 where the half-precision conversion instructions may be used, and AVX2
+//   REVIT_AVX512 1 where AVX-512 may be used
 // The kernels have internal linkage, so that no two sets can be confused by the linker.
 #define REVIT_STRINGIZE_(x) #x
 #define REVIT_STRINGIZE(x) REVIT_STRINGIZE_(x)
@@ -18,6 +19,8 @@ namespace {
 #include "cpu/layer_norm.inl.h"
 #include "cpu/resize.inl.h"
 #include "cpu/tokens.inl.h"
+//
+#include "cpu/quantize.inl.h"
 //
 #include "cpu/linear.inl.h"
 //

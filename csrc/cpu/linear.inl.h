@@ -3,6 +3,9 @@
 // The sum over the depth is cut into equal chains of at most kMaxChain, so that a chain of a panel stays in the first
 // cache while all rows of a tile pass over it. Every output is the sum of its chains in order, each one chain of
 // multiply-adds: the same bits whatever the tile, its height and its place.
+//
+// With an int8 weight a chain is summed in integers, exactly, from rows that were rounded to integers under one scale a
+// chain (see quantize.inl.h); its sum becomes a float when it is done, times the scales of its row and of its column.
 
 // Rows of a block: with two vectors of columns it needs twelve accumulators of sixteen registers, or twenty-four of the
 // thirty-two that AVX-512 has.
@@ -12,11 +15,18 @@ inline constexpr int64_t kLinearPanel = kPanel<float>;
 
 inline constexpr int64_t kMaxChain = 256;
 
+template <class W>
+inline constexpr bool kInteger = std::is_same_v<W, int8_t>;
+
 // Depth of every chain but the last: whole panels, so that the chains of a layer are the chunks of columns in which
 // the layer before it is computed.
+template <class W>
 REVIT_INLINE int64_t chain_of(int64_t depth) {
-  const int64_t n_chains = std::max<int64_t>(1, (depth + kMaxChain - 1) / kMaxChain);
-  return round_up((depth + n_chains - 1) / n_chains, kLinearPanel);
+  constexpr int64_t most = kInteger<W> ? kMaxIntegerChain : kMaxChain;
+  constexpr int64_t unit = kInteger<W> ? kIntegerChainUnit : kLinearPanel;
+  static_assert(unit % kLinearPanel == 0);
+  const int64_t n_chains = std::max<int64_t>(1, (depth + most - 1) / most);
+  return round_up((depth + n_chains - 1) / n_chains, unit);
 }
 
 // Elements of T that `depth` rows of a panel take.
@@ -51,6 +61,29 @@ REVIT_INLINE Vec<float, n> load_odd(const BFloat16* p) {
   Vec<float, n> odd;
   __builtin_memcpy(&odd, &bits, sizeof(odd));
   return odd;
+}
+
+// The int8 values of two depths, widened, in every lane.
+template <int n>
+REVIT_INLINE Vec<int32_t, n> load_pairs(const int8_t* p) {
+  // The compiler widens the halves of the general case apart.
+#if REVIT_AVX512
+  if constexpr (n == 16) {
+    return reinterpret_cast<Vec<int32_t, n>>(
+        _mm512_maskz_cvtepi8_epi16(~0u, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+#elif REVIT_F16C
+  if constexpr (n == 8) {
+    return reinterpret_cast<Vec<int32_t, n>>(
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+#endif
+  Vec<int8_t, 2 * n> narrow;
+  __builtin_memcpy(&narrow, p, sizeof(narrow));
+  const auto wide = __builtin_convertvector(narrow, Vec<int16_t, 2 * n>);
+  Vec<int32_t, n> pairs;
+  __builtin_memcpy(&pairs, &wide, sizeof(pairs));
+  return pairs;
 }
 
 // x Phi(x) as max(x, 0) - |x| Phi(-|x|). The last term is a small bump that a polynomial of degree 17 fits to 3e-8 on
@@ -121,10 +154,29 @@ REVIT_INLINE void activate_block(Activation activation, float* out, int64_t stri
   }
 }
 
-struct BlockArgs {
+// Rows of A as multiply_weights reads them.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+
+  REVIT_INLINE void advance(int64_t rows) { data += rows * stride; }
+  REVIT_INLINE FloatRows from_depth(int64_t k) const { return {data + k, stride}; }
+};
+template <class W>
+using Factors = std::conditional_t<kInteger<W>, QuantizedRows, FloatRows>;
+
+// Scales of a panel's columns, which only integers have.
+template <class W>
+struct ColumnScales {};
+template <>
+struct ColumnScales<int8_t> {
+  const float* column_scales;
+};
+
+template <class W>
+struct BlockArgs : ColumnScales<W> {
   int64_t depth;
-  const float* a;
-  int64_t a_stride;
+  Factors<W> a;
   const void* b;       // depth rows of a panel
   float* partial;      // [rows][panel], sums of the chains before and, but for the last chain, after
   bool first;          // there is no chain before
@@ -138,23 +190,31 @@ struct BlockArgs {
 enum class Chain { kInner, kStore, kAdd };  // not the last; the last, stored; the last, added to `out`
 
 template <class W, int rows, Chain kind>
-__attribute__((noinline)) void multiply_weights(const BlockArgs& args) {
+__attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
   constexpr int n = kLanes<float>;
   using V = Vec<float, n>;
-  V sum[2 * rows] = {};
-  const int64_t stride = args.a_stride;
+  using Element = std::conditional_t<kInteger<W>, int32_t, float>;  // of a row, and of its products
+  Vec<Element, n> sum[2 * rows] = {};
+  const int64_t stride = args.a.stride;
   // Rows are addressed from every third: an address can add one or two strides to a base, and no more.
   constexpr int kBases = rows / 3;
-  const float* base[kBases];
-  unroll<kBases>([&](auto g) __attribute__((always_inline)) { base[g] = args.a + 3 * g * stride; });
-  const auto advance = [&](int depth) __attribute__((always_inline)) {
-    unroll<kBases>([&](auto g) __attribute__((always_inline)) { base[g] += depth; });
+  const Element* base[kBases];
+  unroll<kBases>([&](auto g) __attribute__((always_inline)) { base[g] = args.a.data + 3 * g * stride; });
+  const auto advance = [&](int elements) __attribute__((always_inline)) {
+    unroll<kBases>([&](auto g) __attribute__((always_inline)) { base[g] += elements; });
   };
-  const auto add = [&](int k, V b0, V b1) __attribute__((always_inline)) {
+  const auto product = [](auto factor, auto b) __attribute__((always_inline)) {
+    if constexpr (kInteger<W>) {
+      return multiply_pairs<n>(factor, b);
+    } else {
+      return factor * b;
+    }
+  };
+  const auto add = [&](int k, auto b0, auto b1) __attribute__((always_inline)) {
     unroll<rows>([&](auto i) __attribute__((always_inline)) {
-      const V factor = broadcast<float, n>(base[i / 3][i % 3 * stride + k]);
-      sum[2 * i] += factor * b0;
-      sum[2 * i + 1] += factor * b1;
+      const auto factor = broadcast<Element, n>(base[i / 3][i % 3 * stride + k]);
+      sum[2 * i] += product(factor, b0);
+      sum[2 * i + 1] += product(factor, b1);
     });
   };
   const W* b = static_cast<const W*>(args.b);
@@ -171,6 +231,15 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs& args) {
       b += 4 * n;
     }
     if (k > 0) add(0, load<n>(b), load<n>(b + n));
+  } else if constexpr (kInteger<W>) {
+    // Two depths a step: with more GCC adds the products of a row first, and spills sums for them.
+    for (; k > 0; k -= 2) {
+      add(0, load_pairs<n>(b), load_pairs<n>(b + 2 * n));
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += args.ahead_step;
+      advance(1);
+      b += 4 * n;
+    }
   } else {
     for (; k >= 2; k -= 2) {
       add(0, load_even<n>(b), load_even<n>(b + 2 * n));
@@ -184,16 +253,27 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs& args) {
     }
     if (k > 0) add(0, load_even<n>(b), load_even<n>(b + 2 * n));
   }
+  V total[2 * rows];
+  if constexpr (kInteger<W>) {
+    const V column_scales[] = {load<n>(args.column_scales), load<n>(args.column_scales + n)};
+    unroll<2 * rows>([&](auto i) __attribute__((always_inline)) {
+      const float row_scale = args.a.scales[i / 2 * stride];
+      total[i] = __builtin_convertvector(sum[i], V) * column_scales[i % 2] * row_scale;
+    });
+  } else {
+    unroll<2 * rows>([&](auto i) __attribute__((always_inline)) { total[i] = sum[i]; });
+  }
   if (!args.first) {
-    unroll<2 * rows>([&](auto i) __attribute__((always_inline)) { sum[i] = load<n>(args.partial + i * n) + sum[i]; });
+    unroll<2 * rows>([&](auto i)
+                         __attribute__((always_inline)) { total[i] = load<n>(args.partial + i * n) + total[i]; });
   }
   if constexpr (kind == Chain::kInner) {
-    unroll<2 * rows>([&](auto i) __attribute__((always_inline)) { store<n>(args.partial + i * n, sum[i]); });
+    unroll<2 * rows>([&](auto i) __attribute__((always_inline)) { store<n>(args.partial + i * n, total[i]); });
   } else {
     const V bias0 = load<n>(args.bias), bias1 = load<n>(args.bias + n);
     unroll<rows>([&](auto i) __attribute__((always_inline)) {
       float* out = args.out + i * args.out_stride;
-      V v0 = sum[2 * i] + bias0, v1 = sum[2 * i + 1] + bias1;
+      V v0 = total[2 * i] + bias0, v1 = total[2 * i + 1] + bias1;
       if constexpr (kind == Chain::kAdd) {
         v0 = load<n>(out) + v0;
         v1 = load<n>(out + n) + v1;
@@ -205,7 +285,7 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs& args) {
 }
 
 template <class W, int rows>
-REVIT_INLINE void finish_block(const BlockArgs& args, bool last, Finish finish, Activation activation) {
+REVIT_INLINE void finish_block(const BlockArgs<W>& args, bool last, Finish finish, Activation activation) {
   if (!last) return multiply_weights<W, rows, Chain::kInner>(args);
   if (finish == Finish::kAdd) return multiply_weights<W, rows, Chain::kAdd>(args);
   multiply_weights<W, rows, Chain::kStore>(args);
@@ -214,37 +294,40 @@ REVIT_INLINE void finish_block(const BlockArgs& args, bool last, Finish finish, 
 
 // The chains [first_k, end_k) of `tile`; a later call goes on where `end_k` is not the whole depth. `partial` holds
 // [n_panels][rows, whole half blocks][panel] sums from one call to the next, or of one panel where the call does it
-// all.
+// all. `a` are the rows of the tile, from depth first_k on.
 template <class W>
-void linear_chains(const LinearTile& tile, int64_t first_k, int64_t end_k, float* partial, int64_t partial_stride) {
-  const int64_t depth = tile.weight.depth, chain = chain_of(depth);
+void linear_chains(const LinearTile& tile, const Factors<W>& a, int64_t first_k, int64_t end_k, float* partial,
+                   int64_t partial_stride) {
+  const int64_t depth = tile.weight.depth, chain = chain_of<W>(depth);
   const W* panels = static_cast<const W*>(tile.weight.panels);
   for (int64_t p = tile.first_panel; p < tile.end_panel; ++p) {
     const W* panel = panels + p * panel_size<W>(depth);
     float* sums = partial + (p - tile.first_panel) * partial_stride;
     float* out = tile.out + (p - tile.first_panel) * kLinearPanel;
     for (int64_t k = first_k; k < end_k; k += chain) {
-      BlockArgs args = {std::min(chain, depth - k),
-                        tile.a + (k - first_k),
-                        tile.a_stride,
-                        panel + panel_size<W>(k),
-                        sums,
-                        k == 0,
-                        nullptr,
-                        0,
-                        tile.weight.bias + p * kLinearPanel,
-                        out,
-                        tile.out_stride};
+      BlockArgs<W> args = {{},
+                           std::min(chain, depth - k),
+                           a.from_depth(k - first_k),
+                           panel + panel_size<W>(k),
+                           sums,
+                           k == 0,
+                           nullptr,
+                           0,
+                           tile.weight.bias + p * kLinearPanel,
+                           out,
+                           tile.out_stride};
+      if constexpr (kInteger<W>) args.column_scales = tile.weight.scales + p * kLinearPanel;
       const bool last = k + args.depth == depth;
       // The weights pass by once for every tile, from beyond the second cache: while a chain is multiplied, the one
       // behind it in memory is asked for, each block of rows a share.
       args.ahead = reinterpret_cast<const char*>(panel + panel_size<W>(k + args.depth));
       args.ahead_step = static_cast<int64_t>(panel_size<W>(2) * sizeof(W)) * kLinearRows / tile.n_rows;
+      if constexpr (kInteger<W>) ++args.ahead_step;  // of so few bytes, what is rounded off would be a quarter
       int64_t row = 0;
       for (; row + kHalfBlock < tile.n_rows; row += kLinearRows) {
         finish_block<W, kLinearRows>(args, last, tile.finish, tile.activation);
         args.ahead += args.ahead_step * (args.depth / 2);
-        args.a += kLinearRows * tile.a_stride;
+        args.a.advance(kLinearRows);
         args.partial += kLinearRows * kLinearPanel;
         args.out += kLinearRows * tile.out_stride;
       }
@@ -257,8 +340,18 @@ REVIT_INLINE int64_t whole_rows(int64_t n_rows) { return round_up(n_rows, kHalfB
 
 template <class W>
 void linear_tile(const LinearTile& tile) {
-  const auto [partial] = Arrays<float, 1>({whole_rows(tile.n_rows) * kLinearPanel}).array;
-  linear_chains<W>(tile, 0, tile.weight.depth, partial, 0);
+  const int64_t rows = whole_rows(tile.n_rows), depth = tile.weight.depth;
+  if constexpr (kInteger<W>) {
+    const int64_t chain = chain_of<W>(depth);
+    const auto [partial, quantized] =
+        Arrays<float, 2>({rows * kLinearPanel, rows * QuantizedRows::size(depth, chain)}).array;
+    const QuantizedRows a = quantize_rows(tile.a, tile.a_stride, tile.n_rows, depth, chain, quantized);
+    linear_chains<W>(tile, a, 0, depth, partial, 0);
+  } else {
+    const auto [partial] = Arrays<float, 1>({rows * kLinearPanel}).array;
+    linear_chains<W>(tile, {tile.a, tile.a_stride}, 0, depth, partial, 0);
+  }
 }
 
-const LinearKernels linear_kernels = {kLinearPanel, kHalfBlock, {linear_tile<float>, linear_tile<BFloat16>}};
+const LinearKernels linear_kernels = {
+    kLinearPanel, kHalfBlock, {linear_tile<float>, linear_tile<BFloat16>, linear_tile<int8_t>}};

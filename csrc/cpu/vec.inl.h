@@ -165,6 +165,45 @@ REVIT_INLINE void store(Float16* p, Vec<float, N> v) {
   for (int i = 0; i < N; ++i) narrow(v[i], p + i);
 }
 
+// The nearest integers, halfway the even one; any for what int32 does not hold. No multiplication that makes v can be
+// contracted with the rounding, as it could with an addition of 1.5 * 2^23: every instruction set rounds the same.
+template <int N>
+REVIT_INLINE Vec<int32_t, N> round_to_int(Vec<float, N> v) {
+#if REVIT_AVX512
+  // Masked by nothing: without a mask GCC 12 warns of its own header.
+  if constexpr (N == 16) return reinterpret_cast<Vec<int32_t, N>>(_mm512_maskz_cvtps_epi32(0xffff, v));
+#elif REVIT_F16C
+  if constexpr (N == 8) return reinterpret_cast<Vec<int32_t, N>>(_mm256_cvtps_epi32(v));
+#elif defined(__x86_64__)
+  if constexpr (N == 4) return reinterpret_cast<Vec<int32_t, N>>(_mm_cvtps_epi32(v));
+#endif
+  Vec<int32_t, N> rounded;
+  for (int i = 0; i < N; ++i) rounded[i] = static_cast<int32_t>(__builtin_lrintf(v[i]));
+  return rounded;
+}
+
+// In every lane the product of the lower signed 16-bit halves plus that of the upper ones.
+template <int N>
+REVIT_INLINE Vec<int32_t, N> multiply_pairs(Vec<int32_t, N> a, Vec<int32_t, N> b) {
+#if REVIT_AVX512
+  if constexpr (N == 16) {
+    return reinterpret_cast<Vec<int32_t, N>>(
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+#elif REVIT_F16C
+  if constexpr (N == 8) {
+    return reinterpret_cast<Vec<int32_t, N>>(
+        _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+#elif defined(__x86_64__)
+  if constexpr (N == 4) {
+    return reinterpret_cast<Vec<int32_t, N>>(
+        _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+  }
+#endif
+  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
+
 // Sum of the lanes by halving: a fixed order, whatever the instruction set makes of it.
 template <class T, int N>
 REVIT_INLINE T reduce_add(Vec<T, N> v) {

@@ -15,7 +15,17 @@ from revit_fast.ops import _checks, _library
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
 """Names by the number that the kernels know them by (`Activation` in csrc/cpu/linear.h)."""
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
+FLOAT_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+PACKED_DTYPES = (*FLOAT_PACKED_DTYPES, torch.int8)
+
+MAX_CHAIN, CHAIN_UNIT = 512, 32
+"""The longest part of a row that is quantized under one scale, and what its length is a multiple of."""
+
+LARGEST = 127
+"""Integers are symmetric, [-127, 127]."""
+
+LEAST_SCALED = 2.0**-119
+"""Rows whose largest value is below this are quantized to zero."""
 
 
 class PackedWeight(NamedTuple):
@@ -23,8 +33,10 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         panels: float32 `[N / p, K, p]`, panels of p columns of the transposed weight, p being that of the instruction
-            set in use (`cpu_panel`); or bfloat16 `[N / p, K / 2, p, 2]`, two depths side by side. Zero beyond N and K.
-        bias: float32 `[N]`, N rounded up to whole panels, zero beyond.
+            set in use (`cpu_panel`); or bfloat16 or int8 `[N / p, K / 2, p, 2]`, two depths side by side. Zero beyond N
+            and K.
+        bias: float32 `[N]`, N rounded up to whole panels, zero beyond; with int8 panels `[2, N]`, in the second row the
+            scales: weight `[n, k]` is the integer times scale n.
         n_out: N.
     """
 
@@ -44,7 +56,9 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     Args:
         weight: `[N, K]` of any float dtype, on the CPU.
         bias: `[N]`; None for zero.
-        dtype: float32 or bfloat16 of the packed weight; bfloat16 is widened as it is read, so products are float32's.
+        dtype: float32, bfloat16 or int8 of the packed weight. bfloat16 is widened as it is read, so products are
+            float32's. int8 is symmetric with a scale for every row of the weight, max |W| / 127; `packed_linear` then
+            rounds x to integers too, see there.
 
     Raises:
         TypeError: for a dtype that is not one of these, or an argument that is no tensor.
@@ -52,7 +66,7 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     """
     _checks.check_rows("weight", weight, "[N, K]")
     if dtype not in PACKED_DTYPES:
-        raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
     n_out, depth = weight.shape
     if bias is not None:
         _checks.check_rows("bias", bias, "[N]")
@@ -61,16 +75,57 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     panel = cpu_panel()
     with torch.no_grad():
         padded = -(-n_out // panel) * panel
-        wide = torch.zeros(padded, depth + depth % 2 if dtype == torch.bfloat16 else depth, dtype=dtype, device="cpu")
-        wide[:n_out, :depth] = weight
-        if dtype == torch.bfloat16:
-            panels = wide.view(-1, panel, wide.shape[1] // 2, 2).permute(0, 2, 1, 3)
-        else:
-            panels = wide.view(-1, panel, depth).permute(0, 2, 1)
-        wide_bias = torch.zeros(padded, dtype=torch.float32, device="cpu")
+        wide_bias = torch.zeros(1 if dtype != torch.int8 else 2, padded, dtype=torch.float32, device="cpu")
         if bias is not None:
-            wide_bias[:n_out] = bias
-        return PackedWeight(panels.contiguous(), wide_bias, n_out)
+            wide_bias[0, :n_out] = bias
+        if dtype == torch.int8:
+            weight, wide_bias[1, :n_out] = quantize_weight(weight)
+        wide = torch.zeros(padded, depth if dtype == torch.float32 else depth + depth % 2, dtype=dtype, device="cpu")
+        wide[:n_out, :depth] = weight
+        if dtype == torch.float32:
+            panels = wide.view(-1, panel, depth).permute(0, 2, 1)
+        else:
+            panels = wide.view(-1, panel, wide.shape[1] // 2, 2).permute(0, 2, 1, 3)
+        return PackedWeight(panels.contiguous(), wide_bias if dtype == torch.int8 else wide_bias[0], n_out)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of a weight `[N, K]` and the float32 scale `[N]` of every row, NaN where a row is not finite."""
+    weight = weight.double()
+    scale = (weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])).float() / LARGEST
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    integers = (weight / scale.double().unsqueeze(1)).round().nan_to_num(0).clamp(-LARGEST, LARGEST)
+    return integers.to(torch.int8), scale
+
+
+def chain_length(depth: int) -> int:
+    """Values of a row of `depth` that share a scale (`chain_of` in csrc/cpu/linear.inl.h)."""
+    n_chains = max(1, -(-depth // MAX_CHAIN))
+    return -(-depth // (n_chains * CHAIN_UNIT)) * CHAIN_UNIT
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of rows `[T, K]` as the kernels round them, in float32, and the scales `[T, chains]`.
+
+    The scale is the largest magnitude of a chain over 127. Halfway cases go to the even integer; a row that is not
+    finite has scale NaN and integers zero.
+    """
+    chain = chain_length(x.shape[1])
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chain)).view(x.shape[0], -1, chain)
+    largest = padded.abs().amax(2)
+    scaled = (largest >= LEAST_SCALED) & largest.isfinite()
+    whole = torch.full_like(largest, LARGEST)  # a number divided by a tensor would be times its reciprocal
+    inverse = torch.where(scaled, whole / largest, 0)
+    integers = (padded * inverse.unsqueeze(2)).round().nan_to_num(0)
+    scale = torch.where(scaled, largest / LARGEST, torch.where(largest.isfinite(), 0, torch.nan))
+    return integers.flatten(1)[:, : x.shape[1]], scale
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """Rows `[T, K]` as int8 weights meet them: their integers times their scales, in the dtype of x."""
+    integers, scale = quantize_rows(x)
+    scale = scale.repeat_interleave(chain_length(x.shape[1]), 1)[:, : x.shape[1]]
+    return integers.to(x.dtype) * scale.to(x.dtype)
 
 
 def huge_pages(n_bytes: int) -> Tensor:
@@ -90,13 +145,17 @@ def huge_pages(n_bytes: int) -> Tensor:
 
 
 def unpack_weight(panels: Tensor, n_out: int, depth: int) -> Tensor:
-    """The weight `[N, K]` that was packed."""
+    """The weight `[N, K]` that was packed; of int8 panels the integers."""
     rows = panels.permute(0, 2, 1) if panels.dim() == 3 else panels.permute(0, 2, 1, 3)
     return rows.reshape(rows.shape[0] * rows.shape[1], -1)[:n_out, :depth]
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> Tensor:
     """activation(x Wᵀ + b) on a packed weight; a row's result is bitwise the same in every batch.
+
+    On an int8 weight a row of x is rounded to 8-bit integers first, under one scale for every part of at most 512
+    values (max |x| / 127, ties to even), the products are summed exactly as integers within each part, and the parts
+    added in float32. A row that holds an infinity or NaN gives NaN; one below 2^-119 counts as zero.
 
     Args:
         x: float32 `[T, K]` on the CPU.
@@ -125,9 +184,18 @@ def _(x, panels, bias, n_out, activation):
     return x.new_empty(x.shape[0], n_out)
 
 
+def unpacked(panels: Tensor, bias: Tensor, n_out: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight `[N, K]` and bias `[N]` of a packed layer, int8 ones scaled."""
+    weight = unpack_weight(panels, n_out, depth).to(dtype)
+    if panels.dtype != torch.int8:
+        return weight, bias[:n_out].to(dtype)
+    return weight * bias[1, :n_out, None].to(dtype), bias[0, :n_out].to(dtype)
+
+
 def _reference(x, panels, bias, n_out, activation):
-    weight = unpack_weight(panels, n_out, x.shape[1]).to(x.dtype)
-    return reference.activate(ACTIVATIONS[activation], x @ weight.t() + bias[:n_out].to(x.dtype))
+    weight, bias = unpacked(panels, bias, n_out, x.shape[1], x.dtype)
+    x = round_rows(x) if panels.dtype == torch.int8 else x
+    return reference.activate(ACTIVATIONS[activation], x @ weight.t() + bias)
 
 
 _library.register_fallback("packed_linear", _reference)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from revit_fast import reference
 from revit_fast.ops import _checks, _library
-from revit_fast.ops.linear import ACTIVATIONS, PackedWeight, cpu_panel, pack_weight, unpack_weight
+from revit_fast.ops.linear import ACTIVATIONS, PackedWeight, cpu_panel, pack_weight, round_rows, unpacked
 
 TENSORS_BEFORE_BLOCKS = 6
 TENSORS_PER_BLOCK = 12
@@ -27,7 +27,10 @@ NO_NORM = TokenNorm(torch.empty(0), torch.empty(0))
 
 
 class BlockWeights(NamedTuple):
-    """Weights of a block; LayerScale is folded into `proj` and `fc2`, and `qkv` comes from `pack_qkv`."""
+    """Weights of a block, packed in one dtype.
+
+    LayerScale is folded into `proj` and `fc2`, and `qkv` comes from `pack_qkv`.
+    """
 
     norm1: TokenNorm
     qkv: PackedWeight
@@ -41,7 +44,7 @@ class ViTWeights(NamedTuple):
     """Weights of a packed ViT but its head.
 
     Attributes:
-        embed: patch embedding `[C, P*P*3]`.
+        embed: patch embedding `[C, P*P*3]`, in float32 or bfloat16.
         norm_pre: norm between embedding and blocks, or `NO_NORM`.
         norm: norm after the blocks, or `NO_NORM`.
         blocks: one entry a block.
@@ -163,15 +166,16 @@ def _reference(
     dtype, width, n_channels = pos_table.dtype, n_heads * head_dim, prefix.shape[1]
 
     def linear(panels, bias, n_out, depth):
-        return unpack_weight(panels, n_out, depth).to(dtype), bias[:n_out].to(dtype)
+        return unpacked(panels, bias, n_out, depth, dtype)
 
     def qkv_of(panels, bias):
-        weight, bias = linear(panels, bias, bias.shape[0], n_channels)
+        weight, bias = linear(panels, bias, bias.shape[-1], n_channels)
         return weight.view(3, -1, n_channels)[:, :width].flatten(0, 1), bias.view(3, -1)[:, :width].flatten()
 
-    blocks = []
+    blocks, integer = [], False
     for first in range(TENSORS_BEFORE_BLOCKS, len(weights), TENSORS_PER_BLOCK):
         w = weights[first : first + TENSORS_PER_BLOCK]
+        integer = w[2].dtype == torch.int8
         blocks.append(
             reference.BlockWeights(
                 (w[0], w[1]),
@@ -197,6 +201,7 @@ def _reference(
         eps=eps,
         activation=ACTIVATIONS[activation],
         n_pooled=n_pooled,
+        round_rows=round_rows if integer else None,
     )
 
 

@@ -1,6 +1,7 @@
 // What the tests of linear.h and block.h share: sizes, numbers, packed weights, and the truth in double.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,7 +17,7 @@ namespace native {
 
 using Random = std::mt19937;
 using revit::cpu::Activation;
-using revit::cpu::DType;
+using revit::cpu::WeightType;
 
 // Below, at and beyond every block and half block of rows; one depth and a few, odd ones and even, one chain and
 // several.
@@ -74,6 +75,18 @@ inline Layer exact_layer(int64_t n_out, int64_t depth, Random& random) {
   return layer;
 }
 
+// Weights and rows of which int8 rounds nothing: whole numbers with a scale of one, as the largest is 127. Rows may be
+// cut for their scales at multiples of kScaleUnit.
+inline constexpr int64_t kScaleUnit = 32;
+
+inline Layer whole_layer(int64_t n_out, int64_t depth, Random& random) {
+  Layer layer = {n_out, depth, std::vector<float>(n_out * depth), std::vector<float>(n_out)};
+  for (float& w : layer.weight) w = whole_number(random, -127, 255);
+  for (int64_t n = 0; n < n_out; ++n) layer.weight[n * depth + n % depth] = n % 2 ? 127 : -127;
+  for (float& b : layer.bias) b = whole_number(random, -64, 129);
+  return layer;
+}
+
 // Weights that keep numbers of variance one at variance one.
 inline Layer random_layer(int64_t n_out, int64_t depth, Random& random) {
   Layer layer = {n_out, depth, std::vector<float>(n_out * depth), std::vector<float>(n_out)};
@@ -86,23 +99,28 @@ inline Layer random_layer(int64_t n_out, int64_t depth, Random& random) {
 // A layer's weight packed as linear.h says, in buffers of exactly that size.
 class Packed {
  public:
-  Packed(const Layer& layer, DType dtype, int64_t panel)
-      : dtype_(dtype),
+  Packed(const Layer& layer, WeightType type, int64_t panel)
+      : type_(type),
         depth_(layer.depth),
         n_panels_(round_up(layer.n_out, panel) / panel),
-        bias_(n_panels_ * panel, 0.0f) {
-    const bool narrow = dtype == DType::kBFloat16;
-    const int64_t panel_size = (narrow ? round_up(depth_, 2) : depth_) * panel;
-    (narrow ? narrow_.resize(n_panels_ * panel_size) : wide_.resize(n_panels_ * panel_size));
+        bias_(n_panels_ * panel, 0.0f),
+        scales_(type == WeightType::kInt8 ? n_panels_ * panel : 0, 0.0f) {
+    const int64_t panel_size = (type == WeightType::kFloat32 ? depth_ : round_up(depth_, 2)) * panel;
+    const int64_t size = n_panels_ * panel_size;
+    if (type == WeightType::kFloat32) wide_.resize(size);
+    if (type == WeightType::kBFloat16) narrow_.resize(size);
+    if (type == WeightType::kInt8) bytes_.resize(size);
     for (int64_t n = 0; n < layer.n_out; ++n) {
       const int64_t first = n / panel * panel_size, column = n % panel;
+      float largest = 0;
+      for (int64_t k = 0; k < depth_; ++k) largest = std::max(largest, std::fabs(layer.weight[n * depth_ + k]));
+      if (type == WeightType::kInt8) scales_[n] = largest / 127;
       for (int64_t k = 0; k < depth_; ++k) {
         const float w = layer.weight[n * depth_ + k];
-        if (narrow) {
-          narrow_[first + (k / 2 * panel + column) * 2 + k % 2] = bfloat16_bits(w);
-        } else {
-          wide_[first + k * panel + column] = w;
-        }
+        const int64_t beside = first + (k / 2 * panel + column) * 2 + k % 2;
+        if (type == WeightType::kFloat32) wide_[first + k * panel + column] = w;
+        if (type == WeightType::kBFloat16) narrow_[beside] = bfloat16_bits(w);
+        if (type == WeightType::kInt8 && largest > 0) bytes_[beside] = static_cast<int8_t>(std::lrint(w / scales_[n]));
       }
       bias_[n] = layer.bias[n];
     }
@@ -110,17 +128,19 @@ class Packed {
 
   revit::cpu::PackedWeight view() const {
     const void* panels = wide_.data();
-    if (dtype_ == DType::kBFloat16) panels = narrow_.data();
-    return {dtype_, panels, bias_.data(), depth_, n_panels_};
+    if (type_ == WeightType::kBFloat16) panels = narrow_.data();
+    if (type_ == WeightType::kInt8) panels = bytes_.data();
+    return {type_, panels, bias_.data(), depth_, n_panels_, scales_.data()};
   }
   int64_t n_panels() const { return n_panels_; }
 
  private:
-  DType dtype_;
+  WeightType type_;
   int64_t depth_, n_panels_;
   std::vector<float> wide_;
   std::vector<uint16_t> narrow_;
-  std::vector<float> bias_;
+  std::vector<int8_t> bytes_;
+  std::vector<float> bias_, scales_;
 };
 
 inline double activated(Activation activation, double x) {

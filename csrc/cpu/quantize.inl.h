@@ -1,0 +1,95 @@
+// Rows rounded to integers, the left factors of products with int8 weights:
+//
+//   a[i, k] ~ scales[i, k / chain] q[i, k],   scale = max |a| / 127 over the chain of the row,   q = round(a / scale)
+//
+// A row's integers and scales follow from the row alone. They are kept in pairs of int16, the form in which one
+// instruction multiplies two depths and adds (pmaddwd; vpdpwssd adds to the sum too).
+
+// Longest chain of depths under one scale. It is as many bytes of a panel, once widened, as a chain of floats, and any
+// int16 rows give sums that int32 holds.
+inline constexpr int64_t kMaxIntegerChain = 512;
+static_assert(kMaxIntegerChain * 127 * (1 << 15) <= std::numeric_limits<int32_t>::max());
+
+// Chains are cut at multiples of this, whole panels of every instruction set, so that all sets round alike.
+inline constexpr int64_t kIntegerChainUnit = 32;
+
+// Rows whose largest value is below this count as zero: 127 over it must be finite, and a 127th of it a normal number.
+inline constexpr float kLeastScaled = 0x1p-119f;
+
+// Largest |a| of n values as bits, which are in the order of the numbers, infinity and NaN above all others.
+REVIT_INLINE int32_t largest_bits(const float* a, int64_t n) {
+  constexpr int lanes = kLanes<float>;
+  using I = Vec<int32_t, lanes>;
+  const auto magnitude = [](Vec<float, lanes> v) __attribute__((always_inline)) {
+    I bits;
+    __builtin_memcpy(&bits, &v, sizeof(bits));
+    return bits & 0x7fffffff;
+  };
+  I largest = {};
+  int64_t k = 0;
+  for (; k + lanes <= n; k += lanes) {
+    const I bits = magnitude(load<lanes>(a + k));
+    largest = bits > largest ? bits : largest;
+  }
+  if (k < n) {
+    const I bits = magnitude(load_first<lanes>(a + k, n - k));
+    largest = bits > largest ? bits : largest;
+  }
+  return reduce_max<int32_t, lanes>(largest);
+}
+
+// Writes n integers, zeros up to the next whole vector, and returns their scale: zero where all is (nearly) zero, NaN
+// where a value is infinite or NaN, so that all results of the row are NaN.
+REVIT_INLINE float quantize_chain(const float* a, int64_t n, int16_t* q) {
+  constexpr int lanes = kLanes<float>;
+  const int32_t bits = largest_bits(a, n);
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof(largest));
+  const bool scaled = largest >= kLeastScaled && largest <= std::numeric_limits<float>::max();
+  const float inverse = scaled ? 127.0f / largest : 0.0f;
+  const auto put = [&](int64_t k, Vec<float, lanes> v) __attribute__((always_inline)) {
+    const auto rounded = __builtin_convertvector(round_to_int<lanes>(v * inverse), Vec<int16_t, lanes>);
+    __builtin_memcpy(q + k, &rounded, sizeof(rounded));
+  };
+  int64_t k = 0;
+  for (; k + lanes <= n; k += lanes) put(k, load<lanes>(a + k));
+  if (k < n) put(k, load_first<lanes>(a + k, n - k));
+  return scaled ? largest / 127.0f : largest < kLeastScaled ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Stride of rows of n floats: an odd number of cache lines, so that rows do not compete for the same cache sets.
+REVIT_INLINE int64_t odd_lines(int64_t n) { return (((n + 15) / 16) | 1) * 16; }
+
+// Rows of integers.
+struct QuantizedRows {
+  int32_t* data;   // q of two depths in a lane, zero beyond an odd depth
+  float* scales;   // of every chain, behind the integers of the row
+  int64_t stride;  // of both
+  int64_t chain;
+
+  // Whole vectors of integers.
+  static int64_t pairs(int64_t n) { return round_up((n + 1) / 2, 16); }
+  // Floats of memory that a row of n values takes.
+  static int64_t size(int64_t n, int64_t chain) { return odd_lines(pairs(n) + (n + chain - 1) / chain); }
+
+  REVIT_INLINE void advance(int64_t rows) {
+    data += rows * stride;
+    scales += rows * stride;
+  }
+  REVIT_INLINE QuantizedRows from_depth(int64_t k) const { return {data + k / 2, scales + k / chain, stride, chain}; }
+};
+
+// Rows [0, n_rows) of n values, in chains of `chain`, rounded into `memory`.
+QuantizedRows quantize_rows(const float* rows, int64_t stride, int64_t n_rows, int64_t n, int64_t chain,
+                            float* memory) {
+  const QuantizedRows out = {reinterpret_cast<int32_t*>(memory), memory + QuantizedRows::pairs(n),
+                             QuantizedRows::size(n, chain), chain};
+  QuantizedRows row = out;
+  for (int64_t i = 0; i < n_rows; ++i, row.advance(1)) {
+    for (int64_t k = 0; k < n; k += chain) {
+      int16_t* q = reinterpret_cast<int16_t*>(row.data) + k;
+      row.scales[k / chain] = quantize_chain(rows + i * stride + k, std::min(chain, n - k), q);
+    }
+  }
+  return out;
+}
