@@ -24,6 +24,7 @@ from revit_fast.batching import TokenBudgetBatcher
 from revit_fast.decoding import Decoders, Fed, default_decoders
 from revit_fast.engine import OptimizedReViT, optimize
 from revit_fast.images import ImageSource, name_of
+from revit_fast.memory import release_freed_pages
 from revit_fast.model import ReViT, create_model
 from revit_fast.policies import PolicySpec
 from revit_fast.preprocess import AdaptivePreprocessor
@@ -32,6 +33,9 @@ from revit_fast.trace import StageTimes
 
 MAX_BYTES = 256 << 20
 """Pixels of decoded images that may wait to be packed."""
+
+RELEASE_EVERY = 512
+"""Images after which freed memory is given back to the system."""
 
 MAX_BEHIND = 1024
 """Results that may wait for an earlier one."""
@@ -216,7 +220,7 @@ class AdaptivePipeline:
         done = _InOrder(first_index)
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times, first_index)
         try:
-            end = None
+            end, n_unreleased = None, 0
             while end is None:
                 chunk, end = decoders.chunk(batcher.deadline)
                 packs = []
@@ -231,6 +235,10 @@ class AdaptivePipeline:
                     packs += batcher.flush()
                 yield from done.ready()
                 for pack in packs:
+                    n_unreleased += len(pack)
+                    if n_unreleased >= RELEASE_EVERY:
+                        n_unreleased = 0
+                        release_freed_pages()
                     for result in self._forward(pack, times):
                         done.add(result)
                     yield from done.ready()

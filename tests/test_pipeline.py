@@ -207,6 +207,13 @@ class TestBounds:
             results.close()
         assert peaks[2] < 1.2 * peaks[1]
 
+    def test_freed_memory_is_given_back(self, monkeypatch, pipe):
+        module, released = sys.modules["revit_fast.pipeline"], []
+        monkeypatch.setattr(module, "RELEASE_EVERY", 20)
+        monkeypatch.setattr(module, "release_freed_pages", lambda: released.append(1))
+        list(pipe(image(i) for i in range(200)))
+        assert 5 <= len(released) <= 10
+
     def test_a_slow_source_is_not_waited_for(self, model, tla):
         pipe = rf.pipeline(model, tla, max_wait_s=0.02)
         release = threading.Event()
