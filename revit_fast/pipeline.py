@@ -34,7 +34,7 @@ from revit_fast.trace import StageTimes
 MAX_BYTES = 256 << 20
 """Pixels of decoded images that may wait to be packed."""
 
-RELEASE_EVERY = 512
+RELEASE_EVERY = 128
 """Images after which freed memory is given back to the system."""
 
 MAX_BEHIND = 1024
