@@ -199,7 +199,13 @@ class TestFailures:
         arguments = ["predict", *many, "--engine", "ray", "--address", cluster, "--model", MODEL, "--weights", weights]
         arguments += ["--grid", "mixed", "--output", str(tmp_path / "out"), "--part-images", "5", "--workers", "1"]
         command = [sys.executable, "-m", "revit_fast.cli", *arguments]
-        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a job in the background
+        )
         done = tmp_path / "out" / "_done"
         deadline = time.monotonic() + WAIT_S
         while len(list(done.glob("*.json"))) < 3 and running.poll() is None and time.monotonic() < deadline:
