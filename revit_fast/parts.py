@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from revit_fast.atomic import replaced
-from revit_fast.images import Source, name_of
+from revit_fast.images import Source
 from revit_fast.pipeline import AdaptivePipeline, Result
 from revit_fast.version import __version__
 
@@ -116,8 +116,7 @@ class Layout:
         record["top"] = top if result.error is None else None
         if self.logits:
             record["logits"] = None if result.logits is None else result.logits.tolist()
-        error = result.error
-        record["error"] = None if error is None else error.removeprefix(f"{name_of(result.source)}: ")
+        record["error"] = result.reason
         return record
 
     def begin(self, part: int) -> int:

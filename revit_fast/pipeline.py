@@ -26,6 +26,7 @@ from revit_fast.engine import OptimizedReViT, optimize
 from revit_fast.images import ImageSource, name_of
 from revit_fast.memory import release_freed_pages
 from revit_fast.model import ReViT, create_model
+from revit_fast.packing import PackedBatch
 from revit_fast.policies import PolicySpec
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import TokenLengthAssigner
@@ -66,6 +67,11 @@ class Result:
     probabilities: np.ndarray | None = None
     ms: float = 0.0
     labels: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def reason(self) -> str | None:
+        """The error without the name of the source."""
+        return None if self.error is None else self.error.removeprefix(f"{name_of(self.source)}: ")
 
     def top(self, k: int = 5) -> list[dict]:
         """The k best classes, `{"label": name or index, "score": probability}`; none where there is an error."""
@@ -288,6 +294,13 @@ class AdaptivePipeline:
             items.append(_Ready(ready.image, result))
         return items
 
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Float32 logits `[B, n_classes]` on the CPU of a batch that `prep` packed."""
+        with torch.inference_mode():
+            # An optimised model moves the batch by itself.
+            moved = batch if isinstance(self.model, OptimizedReViT) else batch.to(self.model.pos_embed.device)
+            return self.model(moved).float().cpu()
+
     def _forward(self, pack: list[_Ready], times: StageTimes) -> Iterator[Result]:
         """One packed forward pass; its time is shared out by tokens."""
         begin = time.perf_counter()
@@ -295,10 +308,8 @@ class AdaptivePipeline:
         n_tokens = sum(result.n_tokens for result in results)
         with times.span("pack", images=len(pack), tokens=n_tokens):
             batch = self.prep.pack([ready.image for ready in pack], [result.grid for result in results])
-        with times.span("forward", images=len(pack), tokens=n_tokens), torch.inference_mode():
-            # An optimised model moves the batch by itself.
-            device = self.model.pos_embed.device
-            logits = self.model(batch if isinstance(self.model, OptimizedReViT) else batch.to(device)).float().cpu()
+        with times.span("forward", images=len(pack), tokens=n_tokens):
+            logits = self.logits(batch)
         is_finite = logits.isfinite().all(dim=1).tolist()
         ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
         for result, row, finite in zip(results, logits.unbind(), is_finite, strict=True):

@@ -195,10 +195,9 @@ class AdaptivePreprocessor:
 
     def _entropy(self, images: Sequence[np.ndarray], boxes: list) -> np.ndarray:
         if self.tla is not None:
-            rows = self.tla.thumbnails(images, boxes, torch.uint8)
-        else:
-            options = {"boxes": boxes, "interpolation": "bilinear", "dtype": torch.uint8}
-            rows = ops.resize_patchify(images, ENTROPY_PX, ENTROPY_PX, **options).data
+            return self.tla.entropies(images, boxes)
+        options = {"boxes": boxes, "interpolation": "bilinear", "dtype": torch.uint8}
+        rows = ops.resize_patchify(images, ENTROPY_PX, ENTROPY_PX, **options).data
         return grey_entropy(rows.view(len(images), -1, 3).numpy())
 
     def calibrate(self, images: Sequence[ImageSource], labels: Sequence[int] | Tensor | None = None) -> None:

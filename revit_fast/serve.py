@@ -38,7 +38,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from revit_fast.images import ImageError, encoded_size, name_of
+from revit_fast.images import ImageError, encoded_size
 from revit_fast.pipeline import AdaptivePipeline, Result
 from revit_fast.trace import StageTimes
 
@@ -248,7 +248,7 @@ class Service:
         except Exception as error:  # whatever ended the pipeline
             raise Refusal(503, "pipeline", str(error)) from error
         if result.error is not None:
-            raise Refusal(422, "image", result.error.removeprefix(f"{name_of(result.source)}: "))
+            raise Refusal(422, "image", result.reason)
         return {
             "predictions": result.top(top_k),
             "grid": result.grid,

@@ -222,6 +222,11 @@ class TokenLengthAssigner(nn.Module):
         rows = image[step // 2 :: step]  # each stands for the middle of `step` rows
         return rows, (left, upper / step, right, min(lower / step, rows.shape[0]))
 
+    def entropies(self, images: Sequence[np.ndarray | Tensor], boxes=None) -> np.ndarray:
+        """Entropy `[B]` in bits of the grey values of the thumbnails, see `policies.grey_entropy`."""
+        pixels = self.thumbnails(images, boxes, torch.uint8).view(len(images), -1, 3)
+        return grey_entropy(pixels.numpy())
+
     def images_of(self, rows: Tensor) -> Tensor:
         """Thumbnails `[B, 3, S, S]` of patch rows, as `forward` takes them."""
         side = self.thumbnail_px // STEM_PATCH
@@ -273,8 +278,7 @@ class TokenLengthAssigner(nn.Module):
         if chosen.needs == "probabilities":
             probabilities = self.predict_proba(images, boxes).numpy()
         if chosen.needs == "entropy":
-            pixels = self.thumbnails(images, boxes, torch.uint8).view(len(images), -1, 3)
-            entropy = grey_entropy(pixels.numpy())
+            entropy = self.entropies(images, boxes)
         return [self.grids[i] for i in chosen.choose(Evidence(index, probabilities, entropy))]
 
     def calibrate(
@@ -298,8 +302,7 @@ class TokenLengthAssigner(nn.Module):
             some = slice(begin, begin + BATCH)
             box = boxes if boxes is None or isinstance(boxes[0], (int, float)) else boxes[some]
             logits.append(self._logits(self.thumbnails(images[some], box)))
-            pixels = self.thumbnails(images[some], box, torch.uint8).view(len(images[some]), -1, 3)
-            entropies.append(grey_entropy(pixels.numpy()))
+            entropies.append(self.entropies(images[some], box))
         logits = torch.cat(logits)
         temperature = self.calibration.temperature if self.calibration else 1.0
         if labels is not None:

@@ -36,7 +36,7 @@ def prediction_of(result: Result, top_k: int) -> Prediction:
     """The report of a pipeline's result; `lengths` are the assigner's probabilities, the longest length first."""
     path = name_of(result.source)
     if result.error is not None:
-        return Prediction(path, error=result.error.removeprefix(f"{path}: "))
+        return Prediction(path, error=result.reason)
     lengths = None if result.probabilities is None else result.probabilities.tolist()
     return Prediction(path, None, result.grid, result.n_tokens, result.ms, result.top(top_k), lengths)
 

@@ -8,12 +8,10 @@ from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from revit_fast.costs import forward_macs
-from revit_fast.engine import OptimizedReViT
 from revit_fast.explain.picture import draw_grid
 from revit_fast.images import ImageError, ImageSource, name_of, on_one_line
 from revit_fast.pipeline import AdaptivePipeline, Result
@@ -245,7 +243,7 @@ class _Run(NamedTuple):
 
 def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTimes) -> _Run:
     """The stages of the pipeline on one image, whose place decides as in its stream."""
-    prep, model = pipe.prep, pipe.model
+    prep = pipe.prep
     with times.span("decode"):
         image = prep.decode(source)
     with times.span("assign"):
@@ -253,9 +251,8 @@ def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTi
     (grid,) = assignment.grids
     with times.span("pack"):
         batch = prep.pack([image], [grid])
-    with times.span("forward"), torch.inference_mode():
-        batch = batch if isinstance(model, OptimizedReViT) else batch.to(model.pos_embed.device)
-        logits = model(batch)[0].float().cpu()
+    with times.span("forward"):
+        (logits,) = pipe.logits(batch)
     if not logits.isfinite().all():
         raise ImageError("the model's output is not a number")
     probabilities = None if assignment.probabilities is None else assignment.probabilities[0]
