@@ -1,0 +1,1 @@
+"""Training a ReViT and its assigner: data, losses, loops, labels, evaluation."""
