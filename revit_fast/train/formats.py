@@ -1,0 +1,216 @@
+"""Readers of the formats that `data.open_images` knows."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from revit_fast.images import SUFFIXES, read_rgb
+from revit_fast.train.data import ArrayImages, ImageSet
+
+TRAIN_SPLITS = ("train", "training")
+EVAL_SPLITS = ("val", "validation", "valid", "test")
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+_IDX_NAME = re.compile(r"^(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
+
+
+def open_images(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet:
+    """See `data.open_images`."""
+    names = split_names(split)
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"path: nothing is at {path}; give a folder of images")
+        raise ValueError(f"path: {path} is a file; give the folder that holds it")
+    entries = os.listdir(path)
+    if any(map(_IDX_NAME.match, entries)):
+        return open_idx(path, split, classes)
+    return open_folders(path, names, classes)
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Names to try for a split, the one that was asked for first."""
+    if not isinstance(split, str) or not split:
+        raise ValueError(f"split: expected a name such as 'train' or 'val', got {split!r}")
+    for family in (TRAIN_SPLITS, EVAL_SPLITS):
+        if split in family:
+            return (split, *(name for name in family if name != split))
+    return (split,)
+
+
+def pick_split(found: Sequence[str], names: Sequence[str], path: str) -> str:
+    """The first of `names` that is among the splits found at `path`."""
+    for name in names:
+        if name in found:
+            return name
+    raise ValueError(f"split: {path} has no split {names[0]!r}; it has {', '.join(map(repr, sorted(found)))}")
+
+
+def renumbered(labels: np.ndarray, own: Sequence[str], classes: tuple[str, ...] | None, path: str) -> np.ndarray:
+    """Labels of a set with class names of its own as indices into `classes`, which must be the same names."""
+    if classes is None or tuple(own) == classes:
+        return labels
+    _check_same_classes(own, classes, path)
+    table = np.array([classes.index(name) for name in own])
+    legal = (labels >= 0) & (labels < len(own))
+    return np.where(legal, table[np.where(legal, labels, 0)], labels)  # ImageSet names the sample of an illegal one
+
+
+def _check_same_classes(own: Sequence[str], classes: tuple[str, ...], path: str) -> None:
+    unknown = [name for name in own if name not in classes]
+    missing = [name for name in classes if name not in own]
+    if unknown or missing:
+        parts = [f"{_listed(unknown)} not in `classes`"] if unknown else []
+        parts += [f"{_listed(missing)} of `classes` not in the set"] if missing else []
+        raise ValueError(f"classes: {path} has other classes: {'; '.join(parts)}; training and test sets share theirs")
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
+
+
+class FileImages(ImageSet):
+    """Images in files of their own.
+
+    Args:
+        paths: of the files.
+        labels: see `ImageSet`.
+        classes: see `ImageSet`.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
+        self.paths = list(paths)
+        super().__init__(labels, classes)
+
+    def image(self, i: int) -> np.ndarray:
+        return read_rgb(self.paths[i])
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+
+def natural_key(name: str) -> list:
+    """timm's order of classes: by name in lower case, numbers in it by value."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:
+    """A set of one folder per class."""
+    splits = [name for name in (*TRAIN_SPLITS, *EVAL_SPLITS, names[0]) if _is_split(os.path.join(path, name))]
+    root = os.path.join(path, pick_split(splits, names, path)) if splits else path
+    files: dict[str, list[str]] = {}
+    for folder, subfolders, entries in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found = sorted(name for name in entries if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        if folder == root:
+            if not subfolders:
+                raise ValueError(
+                    f"path: {root} has no folders of classes, idx files, shards (*.tar) or saved Hugging Face data "
+                    "set; expected for instance CLASS/*.jpg in it"
+                )
+            if found:
+                raise ValueError(f"path: image {os.path.join(root, found[0])} is in no folder of a class")
+        elif found:
+            files.setdefault(os.path.basename(folder), []).extend(os.path.join(folder, name) for name in found)
+        elif not subfolders:
+            raise ValueError(f"path: class folder {folder} holds no image ({', '.join(SUFFIXES)}); remove it")
+    own = sorted(files, key=lambda name: (natural_key(name), name))
+    if classes is not None:
+        _check_same_classes(own, classes, root)
+    classes = classes or tuple(own)
+    labels = np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes])
+    return FileImages([file for name in classes for file in files[name]], labels, classes)
+
+
+def _is_split(folder: str) -> bool:
+    """Whether a folder called like a split is one: its folders are classes. With images in it, it is a class itself."""
+    if not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+    return any(e.is_dir() for e in entries) and not any(e.name.lower().endswith(SUFFIXES) for e in entries)
+
+
+def open_idx(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet:
+    """A set in the idx files of MNIST."""
+    prefix = "train" if split in TRAIN_SPLITS else "t10k"
+    if split not in TRAIN_SPLITS + EVAL_SPLITS:
+        raise ValueError(f"split: idx files hold 'train' and 'test', got {split!r}")
+    files = {}
+    for kind, n_dims in (("images", 3), ("labels", 1)):
+        matches = sorted(glob.glob(os.path.join(glob.escape(path), f"{prefix}-{kind}[-.]idx{n_dims}-ubyte*")))
+        matches = [file for file in matches if _IDX_NAME.match(os.path.basename(file))]
+        if not matches:
+            raise ValueError(f"split: {path} has no {prefix}-{kind}-idx{n_dims}-ubyte or {prefix}-...-ubyte.gz")
+        files[kind] = matches[0]
+    images, labels = read_idx(files["images"], 3), read_idx(files["labels"], 1)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"path: {files['images']} has {len(images)} images, but {files['labels']} has {len(labels)} labels"
+        )
+    own = None
+    if "fashion" in os.path.basename(os.path.realpath(path)).lower():
+        own = FASHION_MNIST_CLASSES
+        labels = renumbered(labels, own, classes, path)
+    names = _Numbered(os.path.basename(files["images"]), len(images))
+    return ArrayImages(images, labels, classes or own or [str(digit) for digit in range(10)], names)
+
+
+class _Numbered(Sequence):
+    """Names "file[0]", "file[1]", ... that take no memory."""
+
+    def __init__(self, file: str, n: int) -> None:
+        self.file, self.n = file, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> str:
+        return f"{self.file}[{i}]"
+
+
+def read_idx(path: str, n_dims: int) -> np.ndarray:
+    """The bytes of an idx file of `n_dims` dimensions, which may be compressed.
+
+    Raises:
+        ValueError: for a file that is no such file, truncated, or longer than its header says.
+    """
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            data = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"path: {path} is truncated or not gzip: {error}; fetch it anew") from error
+    header = 4 + 4 * n_dims
+    magic = bytes((0, 0, 8, n_dims))
+    if len(data) < header or data[:4] != magic:
+        raise ValueError(
+            f"path: {path} is no idx file of bytes in {n_dims} dimensions: expected it to begin with {magic.hex()} and "
+            f"a header of {header} bytes, got {data[:4].hex() or 'nothing'} and {len(data)} bytes"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", n_dims, offset=4))
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(data) != expected:
+        what = "truncated" if len(data) < expected else "too long"
+        raise ValueError(
+            f"path: {path} is {what}: its header says {'x'.join(map(str, shape))}, {expected} bytes, it has {len(data)}"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
