@@ -10,6 +10,9 @@ import numpy as np
 
 from revit_fast.images import on_one_line
 
+TRAIN_SPLITS = ("train", "training")
+EVAL_SPLITS = ("val", "validation", "valid", "test")
+
 
 class Sample(NamedTuple):
     """One image of a set.
@@ -188,9 +191,66 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
             other, or labels or classes do not match. The text names the file, sample or class.
         ImportError: where `datasets` is needed and not installed.
     """
-    from revit_fast.train import formats
+    from revit_fast.train import formats, shards  # both know of this module
 
-    return formats.open_images(os.fspath(path), split, None if classes is None else check_classes(classes))
+    path, names = os.fspath(path), split_names(split)
+    classes = None if classes is None else check_classes(classes)
+    if os.path.isdir(path):
+        entries = os.listdir(path)
+        if any(map(formats.IDX_NAME.match, entries)):
+            return formats.open_idx(path, split, classes)
+        if "dataset_dict.json" in entries or {"dataset_info.json", "state.json"} <= set(entries):
+            return formats.open_saved(path, names, classes)
+        found = shards.find_in_folder(path, names)
+        return shards.open_shards(found, classes) if found else formats.open_folders(path, names, classes)
+    if path.endswith(".tar"):
+        return shards.open_shards(shards.find_by_pattern(path), classes)
+    if os.path.exists(path):
+        raise ValueError(f"path: {path} is a file; give the folder that holds it, or shards that end in .tar")
+    raise FileNotFoundError(f"path: nothing is at {path}; give a folder of images or a pattern of shards (*.tar)")
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Names to try for a split, the one that was asked for first."""
+    if not isinstance(split, str) or not split:
+        raise ValueError(f"split: expected a name such as 'train' or 'val', got {split!r}")
+    for family in (TRAIN_SPLITS, EVAL_SPLITS):
+        if split in family:
+            return (split, *(name for name in family if name != split))
+    return (split,)
+
+
+def pick_split(found: Sequence[str], names: Sequence[str], path: str) -> str:
+    """The first of `names` that is among the splits found at `path`."""
+    for name in names:
+        if name in found:
+            return name
+    raise ValueError(f"split: {path} has no split {names[0]!r}; it has {', '.join(map(repr, sorted(found)))}")
+
+
+def renumbered(labels: np.ndarray, own: Sequence[str], classes: tuple[str, ...] | None, path: str) -> np.ndarray:
+    """Labels of a set with class names of its own as indices into `classes`, which must be the same names."""
+    if classes is None or tuple(own) == classes:
+        return labels
+    check_same_classes(own, classes, path)
+    table = np.array([classes.index(name) for name in own])
+    legal = (labels >= 0) & (labels < len(own))
+    return np.where(legal, table[np.where(legal, labels, 0)], labels)  # ImageSet names the sample of an illegal one
+
+
+def check_same_classes(own: Sequence[str], classes: tuple[str, ...], path: str) -> None:
+    """Refuses a set whose classes are not those of `classes`, in any order."""
+    unknown = [name for name in own if name not in classes]
+    missing = [name for name in classes if name not in own]
+    if unknown or missing:
+        parts = [f"{_listed(unknown)} not in `classes`"] if unknown else []
+        parts += [f"{_listed(missing)} of `classes` not in the set"] if missing else []
+        raise ValueError(f"classes: {path} has other classes: {'; '.join(parts)}; training and test sets share theirs")
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
 
 
 def split_off(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:

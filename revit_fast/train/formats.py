@@ -11,11 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from revit_fast.images import SUFFIXES, read_rgb
-from revit_fast.train.data import ArrayImages, ImageSet
-
-TRAIN_SPLITS = ("train", "training")
-EVAL_SPLITS = ("val", "validation", "valid", "test")
+from revit_fast.images import SUFFIXES, ImageError, read_rgb
+from revit_fast.train.data import (
+    EVAL_SPLITS,
+    TRAIN_SPLITS,
+    ArrayImages,
+    ImageSet,
+    check_same_classes,
+    pick_split,
+    renumbered,
+)
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -30,62 +35,7 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 
-_IDX_NAME = re.compile(r"^(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
-
-
-def open_images(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet:
-    """See `data.open_images`."""
-    names = split_names(split)
-    if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"path: nothing is at {path}; give a folder of images")
-        raise ValueError(f"path: {path} is a file; give the folder that holds it")
-    entries = os.listdir(path)
-    if any(map(_IDX_NAME.match, entries)):
-        return open_idx(path, split, classes)
-    return open_folders(path, names, classes)
-
-
-def split_names(split: str) -> tuple[str, ...]:
-    """Names to try for a split, the one that was asked for first."""
-    if not isinstance(split, str) or not split:
-        raise ValueError(f"split: expected a name such as 'train' or 'val', got {split!r}")
-    for family in (TRAIN_SPLITS, EVAL_SPLITS):
-        if split in family:
-            return (split, *(name for name in family if name != split))
-    return (split,)
-
-
-def pick_split(found: Sequence[str], names: Sequence[str], path: str) -> str:
-    """The first of `names` that is among the splits found at `path`."""
-    for name in names:
-        if name in found:
-            return name
-    raise ValueError(f"split: {path} has no split {names[0]!r}; it has {', '.join(map(repr, sorted(found)))}")
-
-
-def renumbered(labels: np.ndarray, own: Sequence[str], classes: tuple[str, ...] | None, path: str) -> np.ndarray:
-    """Labels of a set with class names of its own as indices into `classes`, which must be the same names."""
-    if classes is None or tuple(own) == classes:
-        return labels
-    _check_same_classes(own, classes, path)
-    table = np.array([classes.index(name) for name in own])
-    legal = (labels >= 0) & (labels < len(own))
-    return np.where(legal, table[np.where(legal, labels, 0)], labels)  # ImageSet names the sample of an illegal one
-
-
-def _check_same_classes(own: Sequence[str], classes: tuple[str, ...], path: str) -> None:
-    unknown = [name for name in own if name not in classes]
-    missing = [name for name in classes if name not in own]
-    if unknown or missing:
-        parts = [f"{_listed(unknown)} not in `classes`"] if unknown else []
-        parts += [f"{_listed(missing)} of `classes` not in the set"] if missing else []
-        raise ValueError(f"classes: {path} has other classes: {'; '.join(parts)}; training and test sets share theirs")
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+IDX_NAME = re.compile(r"^(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
 
 
 class FileImages(ImageSet):
@@ -108,7 +58,7 @@ class FileImages(ImageSet):
         return self.paths[i]
 
 
-def natural_key(name: str) -> list:
+def _natural_key(name: str) -> list:
     """timm's order of classes: by name in lower case, numbers in it by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
@@ -133,9 +83,9 @@ def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | Non
             files.setdefault(os.path.basename(folder), []).extend(os.path.join(folder, name) for name in found)
         elif not subfolders:
             raise ValueError(f"path: class folder {folder} holds no image ({', '.join(SUFFIXES)}); remove it")
-    own = sorted(files, key=lambda name: (natural_key(name), name))
+    own = sorted(files, key=lambda name: (_natural_key(name), name))
     if classes is not None:
-        _check_same_classes(own, classes, root)
+        check_same_classes(own, classes, root)
     classes = classes or tuple(own)
     labels = np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes])
     return FileImages([file for name in classes for file in files[name]], labels, classes)
@@ -158,7 +108,7 @@ def open_idx(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet
     files = {}
     for kind, n_dims in (("images", 3), ("labels", 1)):
         matches = sorted(glob.glob(os.path.join(glob.escape(path), f"{prefix}-{kind}[-.]idx{n_dims}-ubyte*")))
-        matches = [file for file in matches if _IDX_NAME.match(os.path.basename(file))]
+        matches = [file for file in matches if IDX_NAME.match(os.path.basename(file))]
         if not matches:
             raise ValueError(f"split: {path} has no {prefix}-{kind}-idx{n_dims}-ubyte or {prefix}-...-ubyte.gz")
         files[kind] = matches[0]
@@ -214,3 +164,61 @@ def read_idx(path: str, n_dims: int) -> np.ndarray:
             f"path: {path} is {what}: its header says {'x'.join(map(str, shape))}, {expected} bytes, it has {len(data)}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+class SavedImages(ImageSet):
+    """Rows of a Hugging Face data set.
+
+    Args:
+        rows: the data set, its only column that of the images, not decoded.
+        name: of the data set.
+        labels: see `ImageSet`.
+        classes: see `ImageSet`.
+    """
+
+    def __init__(self, rows, name: str, labels: np.ndarray, classes: Sequence[str]) -> None:
+        self._rows, self._name = rows, name
+        super().__init__(labels, classes)
+
+    def image(self, i: int) -> np.ndarray:
+        (image,) = self._rows[int(i)].values()
+        if image is None:
+            raise ImageError("this row has no image")
+        return read_rgb(image["path"] if image["bytes"] is None else image["bytes"])
+
+    def name(self, i: int) -> str:
+        return f"{self._name}[{i}]"
+
+
+def open_saved(path: str, names: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:
+    """A set that Hugging Face's `datasets` wrote with `save_to_disk`."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ImportError(f"path: {path} is a Hugging Face data set; to read it: pip install datasets") from None
+    try:
+        saved = datasets.load_from_disk(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"path: {path} is a damaged Hugging Face data set: {error}; save it anew") from error
+    if isinstance(saved, datasets.DatasetDict):
+        split = pick_split(list(saved), names, path)
+        saved, path = saved[split], os.path.join(path, split)
+    image, label = (_only_column(saved, kind, path) for kind in (datasets.Image, datasets.ClassLabel))
+    own = saved.features[label].names
+    labels = saved.select_columns(label).with_format("numpy")[:][label]
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"path: rows of {path} have no {label!r}; keep only those that have one")
+    rows = saved.select_columns(image).with_format(None).cast_column(image, datasets.Image(decode=False))
+    return SavedImages(rows, path, renumbered(labels, own, classes, path), classes or own)
+
+
+def _only_column(saved, kind: type, path: str) -> str:
+    """Name of the one column of a feature type."""
+    columns = [name for name, feature in saved.features.items() if isinstance(feature, kind)]
+    if len(columns) != 1:
+        listed = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in saved.features.items())
+        raise ValueError(
+            f"path: {path} needs exactly one column of type {kind.__name__}, got {len(columns)} ({listed}); cast or "
+            "remove columns and save it anew"
+        )
+    return columns[0]
