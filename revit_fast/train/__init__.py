@@ -1,0 +1,1 @@
+"""Training of ReViT: image sets, loaders, losses and loops."""

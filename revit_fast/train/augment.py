@@ -1,0 +1,350 @@
+"""Augmentation: from decoded images to the longest views of a batch, by timm's transforms, and their mixture.
+
+Whatever is random about an image follows from a row of `Draws` alone, and whatever is random about a batch's mixture
+from the seeds it is given: no result depends on what was augmented before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_fast import ops
+from revit_fast.preprocess import eval_box
+
+if TYPE_CHECKING:  # imported where timm's transforms need it
+    from PIL import Image
+
+TIMM_CROPS = ("rrc", "rkrc", "rkrr")
+"""timm's `train_crop_mode`: random resized crop, or resize-keep-ratio with a centred or a random crop."""
+
+CROPS = (*TIMM_CROPS, "pad", "none")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to training images, with timm's names and meanings. The default is DeiT's recipe.
+
+    Order: crop and flip, RandAugment or colour jitter, random erasing (all of an image), then mixup or cutmix (of a
+    batch, as one: timm's mode "batch"). All of it happens to the longest view, in eight-bit pixels, so that every view
+    shows the same image. Erasing with `re_mode="pixel"` therefore fills with noise clipped to the range of pixels, and
+    shorter views show it as their resize does, smoother.
+
+    Attributes:
+        crop: "rrc", timm's random resized crop; "rkrc" or "rkrr", timm's other modes; "pad", torchvision's
+            `RandomCrop(size, padding=pad)` with black borders, of the image as evaluation sees it at the longest view;
+            "none", the image as evaluation sees it.
+        pad: pixels of padding on every side for "pad".
+        scale: share of the image's area that a crop of timm's takes; None is its default for the mode.
+        ratio: aspect ratio of a crop of timm's; None is its default for the mode.
+        hflip: probability of a horizontal flip.
+        auto_augment: timm's policy, for instance "rand-m9-mstd0.5-inc1", "augmix-m3-w3" or "original"; or None.
+        color_jitter: strength, only used without `auto_augment`, as in timm; or None.
+        re_prob: probability of random erasing.
+        re_mode: "pixel", "rand" or "const".
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of cutmix, 0 for none.
+        mix_prob: probability that a batch is mixed.
+        switch_prob: probability of cutmix, where both are active.
+        smoothing: of labels.
+
+    Raises:
+        ValueError: for a value that is not as above.
+    """
+
+    crop: str = "rrc"
+    pad: int = 0
+    scale: tuple[float, float] | None = (0.08, 1.0)
+    ratio: tuple[float, float] | None = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float | None = 0.3
+    re_prob: float = 0.25
+    re_mode: str = "pixel"
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"crop: expected one of {', '.join(map(repr, CROPS))}, got {self.crop!r}")
+        if self.re_mode not in ("pixel", "rand", "const"):
+            raise ValueError(f"re_mode: expected 'pixel', 'rand' or 'const', got {self.re_mode!r}")
+        if isinstance(self.pad, bool) or not isinstance(self.pad, int) or self.pad < 0:
+            raise ValueError(f"pad: expected a number of pixels, 0 or more, got {self.pad!r}")
+        for name in ("hflip", "re_prob", "mix_prob", "switch_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(f"smoothing: expected a share in [0, 1), got {self.smoothing!r}")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            value = getattr(self, name)
+            if not (value is None and name == "color_jitter") and not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number, 0 or more, got {value!r}")
+        for name in ("scale", "ratio"):
+            value = getattr(self, name)
+            if value is not None and not (len(value) == 2 and 0.0 < value[0] <= value[1]):
+                raise ValueError(f"{name}: expected (lowest, highest), both positive, or None, got {value!r}")
+
+    @classmethod
+    def none(cls, **changes) -> Augment:
+        """Images as evaluation sees them, whole labels.
+
+        Args:
+            **changes: attributes that differ from that.
+        """
+        off = {"crop": "none", "hflip": 0.0, "auto_augment": None, "color_jitter": None, "re_prob": 0.0}
+        return replace(cls(), **off | {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0} | changes)
+
+    @classmethod
+    def light(cls, pad: int = 2, **changes) -> Augment:
+        """A random crop with padding and a flip, for small images such as those of 28 or 32 pixels.
+
+        Args:
+            pad: pixels of padding on every side.
+            **changes: attributes that differ from that.
+        """
+        return cls.none(**{"crop": "pad", "pad": pad, "hflip": 0.5} | changes)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return (self.mixup > 0.0 or self.cutmix > 0.0) and self.mix_prob > 0.0
+
+    @property
+    def soft(self) -> bool:
+        """Whether targets are distributions over classes."""
+        return self.mixes or self.smoothing > 0.0
+
+
+class Draws(NamedTuple):
+    """All that is random about some images.
+
+    Attributes:
+        uniforms: float64 `[n, 3]` in [0, 1): row and column of the crop, flip.
+        seeds: uint32 `[n, 3]`: of the generators of Python, numpy and torch, which timm's transforms use.
+    """
+
+    uniforms: np.ndarray
+    seeds: np.ndarray
+
+    @classmethod
+    def of_epoch(cls, seed: int, epoch: int, n: int) -> Draws:
+        """Those of the first n images of a set in an epoch; row i does not depend on n."""
+        uniforms = np.random.default_rng((seed, epoch, 1)).random((n, 3))
+        seeds = np.random.default_rng((seed, epoch, 2)).integers(0, 2**32, (n, 3), dtype=np.uint32)
+        return cls(uniforms, seeds)
+
+    def at(self, index: Sequence[int] | np.ndarray) -> Draws:
+        """Those of the images at `index`."""
+        return Draws(self.uniforms[index], self.seeds[index])
+
+
+def batch_seeds(seed: int, epoch: int, batch: int) -> np.ndarray:
+    """uint32 `[3]`, seeds of the mixture of a batch."""
+    return np.random.default_rng((seed, epoch, 3, batch)).integers(0, 2**32, 3, dtype=np.uint32)
+
+
+@contextmanager
+def borrowed_generators() -> Iterator[None]:
+    """Lets the global generators of Python, numpy and torch be seeded, and puts them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_generators(seeds: np.ndarray) -> None:
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed GPUs too
+
+
+class Augmenter:
+    """Makes the longest views of batches.
+
+    Args:
+        augment: what to do.
+        image_px: side of the longest view.
+        n_classes: of the set.
+        mean: of each channel, of pixels in [0, 1]: RandAugment fills with it, erasing draws around it.
+        std: of each channel, likewise.
+        interpolation: "bicubic" or "bilinear".
+
+    Raises:
+        ValueError: for a policy that timm does not know.
+        ImportError: where timm is needed and not installed.
+    """
+
+    def __init__(
+        self,
+        augment: Augment,
+        *,
+        image_px: int,
+        n_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str,
+    ) -> None:
+        self.augment, self.image_px, self.n_classes, self.interpolation = augment, image_px, n_classes, interpolation
+        self.mean, self.std = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
+        self._transforms = self._erasing = self._mix = None
+        own_crop = augment.crop not in TIMM_CROPS
+        if not own_crop or augment.auto_augment or augment.color_jitter:
+            crop, colour = _timm_transforms(augment, image_px, mean, interpolation)
+            self._transforms = colour.transforms if own_crop else crop.transforms + colour.transforms
+        if augment.re_prob:
+            self._erasing = _timm("random_erasing").RandomErasing(augment.re_prob, mode=augment.re_mode, device="cpu")
+        if augment.mixes:
+            self._mix = _timm("mixup").FastCollateMixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
+                label_smoothing=augment.smoothing,
+                num_classes=n_classes,
+            )
+        elif augment.soft:
+            _timm("mixup")  # missing here rather than in a worker
+
+    def views(self, images: Sequence[np.ndarray], draws: Draws) -> Tensor:
+        """The longest view of every image, augmented.
+
+        Args:
+            images: uint8 arrays `[H, W, 3]` or `[H, W]`.
+            draws: what is random about them, a row per image.
+
+        Returns:
+            uint8 `[B, image_px, image_px, 3]`.
+        """
+        if self.augment.crop not in TIMM_CROPS:
+            views = self._cropped(images, draws.uniforms)
+            images = views.numpy()
+        if self._transforms is None and self._erasing is None:
+            return views
+        with borrowed_generators():
+            return torch.from_numpy(
+                np.stack([self._one(image, seeds) for image, seeds in zip(images, draws.seeds, strict=True)])
+            )
+
+    def mixed(self, views: Tensor, labels: Tensor, seeds: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Views and targets of a batch, mixed by timm's `FastCollateMixup` where the recipe mixes.
+
+        The last image of an odd batch is mixed with the first, as if it came twice.
+
+        Args:
+            views: uint8 `[B, image_px, image_px, 3]`.
+            labels: int64 `[B]`.
+            seeds: see `batch_seeds`.
+
+        Returns:
+            uint8 `[B, image_px, image_px, 3]`, and int64 `[B]` or, with mixing or smoothing, float32 `[B, n_classes]`.
+        """
+        if not self.augment.soft:
+            return views, labels
+        if self._mix is None:
+            return views, _timm("mixup").mixup_target(labels, self.n_classes, smoothing=self.augment.smoothing)
+        pairs = list(zip(views.numpy().transpose(0, 3, 1, 2), labels.tolist(), strict=True))
+        with borrowed_generators():
+            _seed_generators(seeds)
+            mixed, target = self._mix(pairs + pairs[-1:] if len(pairs) % 2 else pairs)
+        return mixed[: len(pairs)].permute(0, 2, 3, 1), target[: len(pairs)]
+
+    def _cropped(self, images: Sequence[np.ndarray], uniforms: np.ndarray) -> Tensor:
+        """Views as evaluation sees them, cropped after padding and flipped."""
+        px, pad = self.image_px, self.augment.pad if self.augment.crop == "pad" else 0
+        boxes = [eval_box(*image.shape[:2], px, 1.0) for image in images]
+        options = {"boxes": boxes, "interpolation": self.interpolation, "dtype": torch.uint8}
+        # One patch as large as the view: its row is the view.
+        views = ops.resize_patchify(images, px, px, **options).data.view(len(images), px, px, 3)
+        flip = uniforms[:, 2] < self.augment.hflip
+        if pad == 0 and not flip.any():
+            return views
+        padded = torch.nn.functional.pad(views, (0, 0, pad, pad, pad, pad)).numpy()
+        corner = (uniforms[:, :2] * (2 * pad + 1)).astype(np.int64)
+        along = np.arange(px)
+        rows = corner[:, :1] + along
+        columns = corner[:, 1:] + np.where(flip[:, None], along[::-1], along)
+        return torch.from_numpy(padded[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+    def _one(self, image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """timm's transforms of one image."""
+        _seed_generators(seeds)
+        if self._transforms is not None:
+            from PIL import Image
+
+            picture = Image.fromarray(image).convert("RGB")
+            for transform in self._transforms:
+                picture = transform(picture)
+            image = np.asarray(picture)
+        return image if self._erasing is None else self._erased(image)
+
+    def _erased(self, image: np.ndarray) -> np.ndarray:
+        """timm's erasing draws normalised values, which are put in as pixels."""
+        canvas = torch.full((3, *image.shape[:2]), torch.nan)
+        values = self._erasing(canvas).permute(1, 2, 0).numpy()
+        erased = ~np.isnan(values)
+        if not erased.any():
+            return image
+        pixels = np.rint(255.0 * (values * self.std + self.mean)[erased])
+        image = image.copy()
+        image[erased] = pixels.clip(0, 255).astype(np.uint8)
+        return image
+
+
+def _timm(module: str):
+    """A module of `timm.data`."""
+    from importlib import import_module
+
+    try:
+        return import_module(f"timm.data.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f'augment: it needs {error.name}: pip install "revit-fast[train]"') from error
+
+
+def _timm_transforms(augment: Augment, image_px: int, mean: Sequence[float], interpolation: str) -> tuple:
+    """timm's transforms of geometry and of colour."""
+    factory = _timm("transforms_factory")
+    try:
+        crop, colour, _ = factory.transforms_imagenet_train(
+            image_px,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            train_crop_mode=augment.crop if augment.crop in TIMM_CROPS else None,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            interpolation=interpolation,
+            mean=tuple(mean),
+            separate=True,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"auto_augment: timm does not know {augment.auto_augment!r} ({type(error).__name__}: {error}); "
+            "give for instance 'rand-m9-mstd0.5-inc1', or None"
+        ) from error
+    posterize = _timm("auto_augment").posterize
+    for transform in colour.transforms:
+        for op in (*getattr(transform, "ops", ()), *chain(*getattr(transform, "policy", ()))):
+            if op.aug_fn is posterize:
+                op.aug_fn = partial(_posterized, posterize)
+    return crop, colour
+
+
+def _posterized(posterize: Callable, image: Image.Image, bits: int, **options) -> Image.Image:
+    """timm's op, which at full strength keeps no bits: black until Pillow 12, an error since."""
+    return image.point(lambda _: 0) if bits < 1 else posterize(image, bits, **options)

@@ -1,0 +1,357 @@
+"""Batches for training and evaluation: every image at several grids, in one pack.
+
+A batch follows from the set, the settings, the seed, the epoch and its number alone. So an epoch that is resumed, that
+is prepared by workers, or that is divided among ranks gives bit for bit the batches that it gives otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_fast import ops
+from revit_fast.images import ImageError, on_one_line
+from revit_fast.packing import PackedBatch, check_grids
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.train.augment import Augment, Augmenter, Draws, batch_seeds
+from revit_fast.train.data import ImageSet
+
+__all__ = ["Augment", "Batch", "EvalLoader", "TrainLoader", "UnreadableError"]
+
+NAMED_UNREADABLE = 5
+"""Unreadable images that an error lists."""
+
+
+class UnreadableError(RuntimeError):
+    """More images of a set cannot be read than were to be put up with."""
+
+
+class Batch(NamedTuple):
+    """B images, each at every view.
+
+    Attributes:
+        images: patch rows, length-major: all images at the first view, then all at the second, ...
+        target: int64 `[B]`, or float32 `[B, n_classes]` with mixup, cutmix or smoothing.
+        index: int64 `[B]`, place of every image in its set.
+        unreadable: name and reason of each image that was left out of this batch.
+    """
+
+    images: PackedBatch
+    target: Tensor
+    index: Tensor
+    unreadable: list[tuple[str, str]]
+
+
+class TrainLoader:
+    """Shuffled, augmented batches; every batch is seen at all grids.
+
+    The longest view of an image is made first, by `augment`, and shorter ones are resized from it. What is random about
+    an image follows from (seed, epoch, its place in the set), about a batch's mixture from (seed, epoch, number of
+    the batch in the epoch over all ranks). The global random generators are left as they were.
+
+    Batch b of rank r is batch `b * world_size + r` of the same loader with one rank. Without `drop_last` the images
+    that fill no further batch on every rank are dealt out evenly in a last one, or left out where they are fewer than
+    the ranks.
+
+    An image that cannot be read is left out of its batch and listed there. A batch without any readable image is an
+    `UnreadableError`: other images in its place would be seen twice, and to skip it would set ranks apart.
+
+    Args:
+        images: the set.
+        grids: patches a side of every view, strictly decreasing.
+        patch_size: P, in pixels.
+        batch_size: images a batch and rank.
+        augment: see `Augment`.
+        mean: of each channel, of pixels in [0, 1].
+        std: of each channel, likewise.
+        interpolation: "bicubic" or "bilinear".
+        seed: of all that is random, 0 or more.
+        workers: processes that prepare batches; 0 prepares them in this one.
+        rank: of this process.
+        world_size: number of processes that share an epoch's images.
+        views: indices into `grids` of the views that this process needs, ascending; by default all. The mixture and the
+            augmentation do not depend on it, so length-parallel ranks give different views of the same images when all
+            of them have rank 0 of 1.
+        max_unreadable: share of the set that may be unreadable before an `UnreadableError` is raised.
+        drop_last: whether the images that fill no batch are left out.
+        dtype: of the rows; uint8 leaves their normalisation to the model, which may be on a GPU.
+
+    Attributes:
+        unreadable: reason of every image that could not be read so far, by name.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above; for a set too small for one batch on every rank.
+        ImportError: where `augment` needs timm and it is not installed.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        grids: Sequence[int],
+        patch_size: int,
+        batch_size: int,
+        augment: Augment,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        views: Sequence[int] | None = None,
+        max_unreadable: float = 0.01,
+        drop_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.grids = check_grids(grids)
+        for name, value, least in (
+            ("patch_size", patch_size, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("workers", workers, 0),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+        ):
+            _check_int(name, value, least)
+        if rank >= world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1} for world_size {world_size}, got {rank}")
+        if not isinstance(augment, Augment):
+            raise TypeError(f"augment: expected an Augment such as Augment() or Augment.light(), got {augment!r}")
+        self.views = _check_views(views, len(self.grids))
+        self.images, self.patch_size, self.batch_size, self.augment = images, patch_size, batch_size, augment
+        self.seed, self.workers, self.rank, self.world_size = seed, workers, rank, world_size
+        self.max_unreadable, self.drop_last = _check_share(max_unreadable), drop_last
+        self.unreadable: dict[str, str] = {}
+        self._options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype}
+        self._pack([torch.zeros(1, 1, 3, dtype=torch.uint8)])  # refuses what resize_patchify refuses, by its name
+        self._augmenter = Augmenter(
+            augment,
+            image_px=self.grids[0] * patch_size,
+            n_classes=len(images.classes),
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+        )
+        if len(self) == 0:
+            fix = "a smaller batch_size" + (" or drop_last=False" if len(images) >= world_size and drop_last else "")
+            raise ValueError(
+                f"batch_size: {len(images)} images give no batch of {batch_size} on {world_size} ranks; give {fix}"
+            )
+
+    def __len__(self) -> int:
+        """Batches an epoch on every rank."""
+        rounds, rest = divmod(len(self.images), self.batch_size * self.world_size)
+        return rounds + (not self.drop_last and rest >= self.world_size)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `first_batch` on.
+
+        Args:
+            epoch: 0 or more.
+            first_batch: 0 to the number of batches, which gives none.
+
+        Raises:
+            ValueError: for arguments that are not as above.
+            UnreadableError: while it is consumed, see the class.
+        """
+        _check_int("epoch", epoch, 0)
+        _check_int("first_batch", first_batch, 0)
+        if first_batch > len(self):
+            raise ValueError(f"first_batch: expected 0 to {len(self)}, the batches of an epoch, got {first_batch}")
+        places = self._places(epoch)
+        draws = Draws.of_epoch(self.seed, epoch, len(self.images))
+        make = partial(self._batch, epoch, places, draws)
+        limit = self.max_unreadable * len(self.images)
+        return _counted(_prepared(make, range(first_batch, len(self)), self.workers), self.unreadable, limit)
+
+    def _places(self, epoch: int) -> list[np.ndarray]:
+        """Places of the images of each of this rank's batches."""
+        order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.images))
+        n = self.batch_size * self.world_size
+        whole = len(order) // n * n
+        places = list(order[:whole].reshape(-1, self.world_size, self.batch_size)[:, self.rank])
+        rest = order[whole:]
+        return places + ([np.array_split(rest, self.world_size)[self.rank]] if len(places) < len(self) else [])
+
+    def _batch(self, epoch: int, places: list[np.ndarray], draws: Draws, b: int) -> Batch:
+        """Batch b of this rank."""
+        decoded, index, unreadable = _read(self.images, places[b])
+        if not decoded:
+            name, reason = unreadable[0]
+            raise UnreadableError(
+                f"images: none of the {len(unreadable)} images of batch {b} of epoch {epoch} can be read, first "
+                f"{on_one_line(name)}: {reason}; check that the set is still there"
+            )
+        labels = torch.from_numpy(self.images.labels[index])
+        longest = self._augmenter.views(decoded, draws.at(index))
+        seeds = batch_seeds(self.seed, epoch, b * self.world_size + self.rank)
+        longest, target = self._augmenter.mixed(longest, labels, seeds)
+        return Batch(self._pack(list(longest)), target, torch.from_numpy(index), unreadable)
+
+    def _pack(self, longest: list[Tensor]) -> PackedBatch:
+        """The views of one pack, from the longest, uint8 `[S, S, 3]`."""
+        sizes = [self.grids[view] * self.patch_size for view in self.views for _ in longest]
+        lengths = [grid * grid for grid in self.grids]
+        return ops.resize_patchify(longest * len(self.views), sizes, self.patch_size, lengths=lengths, **self._options)
+
+
+class EvalLoader:
+    """All images of a set in order, unaugmented, each at every grid.
+
+    Every view is resized straight from the source by an `AdaptivePreprocessor`, so that accuracy here is accuracy
+    there. Unreadable images are left out and listed; a batch without any readable image is left out.
+
+    Args:
+        images: the set.
+        grids: patches a side of every view, strictly decreasing.
+        patch_size: P, in pixels.
+        batch_size: images a batch.
+        mean: of each channel, of pixels in [0, 1].
+        std: of each channel, likewise.
+        crop_pct: share of the scaled shorter side that is seen, as in timm.
+        interpolation: "bicubic" or "bilinear".
+        workers: processes that prepare batches; 0 prepares them in this one.
+        max_unreadable: share of the set that may be unreadable before an `UnreadableError` is raised.
+        dtype: of the rows; uint8 leaves their normalisation to the model.
+
+    Attributes:
+        unreadable: reason of every image that could not be read so far, by name.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        grids: Sequence[int],
+        patch_size: int,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
+        workers: int = 0,
+        max_unreadable: float = 0.01,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        _check_int("batch_size", batch_size, 1)
+        _check_int("workers", workers, 0)
+        self.grids = check_grids(grids)
+        self.images, self.batch_size, self.workers = images, batch_size, workers
+        self.max_unreadable = _check_share(max_unreadable)
+        self.unreadable: dict[str, str] = {}
+        self.prep = AdaptivePreprocessor(
+            grids=grids,
+            patch_size=patch_size,
+            mean=mean,
+            std=std,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+            policy=("fixed", self.grids[0]),
+            dtype=dtype,
+        )
+        self._pack([np.zeros((1, 1, 3), dtype=np.uint8)])  # refuses what resize_patchify refuses, by its name
+
+    def __len__(self) -> int:
+        """Batches, those without a readable image included."""
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        limit = self.max_unreadable * len(self.images)
+        batches = _counted(_prepared(self._batch, range(len(self)), self.workers), self.unreadable, limit)
+        return (batch for batch in batches if batch.images is not None)
+
+    def _batch(self, b: int) -> Batch:
+        places = np.arange(b * self.batch_size, min((b + 1) * self.batch_size, len(self.images)))
+        decoded, index, unreadable = _read(self.images, places)
+        target = torch.from_numpy(self.images.labels[index])
+        return Batch(self._pack(decoded) if decoded else None, target, torch.from_numpy(index), unreadable)
+
+    def _pack(self, decoded: list[np.ndarray]) -> PackedBatch:
+        grids = [grid for grid in self.grids for _ in decoded]
+        return self.prep.pack(decoded * len(self.grids), grids)
+
+
+def _read(images: ImageSet, places: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, list[tuple[str, str]]]:
+    """Readable images among those at `places`, their places, and name and reason of the others."""
+    decoded, index, unreadable = [], [], []
+    for i in places.tolist():
+        try:
+            decoded.append(images.image(i))
+            index.append(i)
+        except ImageError as error:
+            unreadable.append((images.name(i), str(error)))
+    return decoded, np.array(index, dtype=np.int64), unreadable
+
+
+def _counted(batches: Iterable[Batch], known: dict[str, str], limit: float) -> Iterator[Batch]:
+    """The batches, until more than `limit` different images were unreadable."""
+    for batch in batches:
+        known.update(batch.unreadable)
+        if len(known) > limit:
+            listed = "; ".join(f"{on_one_line(name)}: {reason}" for name, reason in [*known.items()][:NAMED_UNREADABLE])
+            more = f"; and {len(known) - NAMED_UNREADABLE} more" if len(known) > NAMED_UNREADABLE else ""
+            raise UnreadableError(
+                f"images: {len(known)} cannot be read, more than max_unreadable allows ({limit:g} of this set): "
+                f"{listed}{more}; repair or remove them, or raise max_unreadable"
+            )
+        yield batch
+
+
+class _Made:
+    """Batches by number, for torch's DataLoader."""
+
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self.make = make
+
+    def __getitem__(self, b: int) -> Batch:
+        return self.make(b)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _prepared(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterator[Batch]:
+    """Batches of the given numbers in order, made by worker processes or here."""
+    if workers == 0 or not numbers:
+        return map(make, numbers)
+    from torch.utils.data import DataLoader
+
+    # The DataLoader draws from its generator, which must not be the global one, and would convert what it collates.
+    return iter(
+        DataLoader(
+            _Made(make),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=min(workers, len(numbers)),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _check_int(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an int of {least} or more, got {value!r}")
+
+
+def _check_share(share: float) -> float:
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"max_unreadable: expected a share in [0, 1], got {share!r}")
+    return share
+
+
+def _check_views(views: Sequence[int] | None, n: int) -> tuple[int, ...]:
+    views = tuple(range(n)) if views is None else tuple(views)
+    if not views or sorted(set(views)) != list(views) or not 0 <= views[0] <= views[-1] < n:
+        raise ValueError(f"views: expected ascending indices of the {n} grids, 0 to {n - 1}, got {views}")
+    return views
