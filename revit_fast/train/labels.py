@@ -263,10 +263,11 @@ class LengthLabels:
 def _read_head(line: str, path: str | os.PathLike) -> tuple[tuple[int, ...], str, str]:
     try:
         head = json.loads(line.removeprefix("# "))
-        if head["format"] != FORMAT or head["rule"] not in RULES or head["unsolved"] not in UNSOLVED:
-            raise ValueError(f"format {head['format']!r}, rule {head['rule']!r}, unsolved {head['unsolved']!r}")
+        for key, legal in (("format", (FORMAT,)), ("rule", RULES), ("unsolved", UNSOLVED)):
+            if head.get(key) not in legal:
+                raise ValueError(f"{key}: expected {' or '.join(legal)}, got {head.get(key)!r}")
         return check_grids(head["grids"]), head["rule"], head["unsolved"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"labels: {path}, line 1: not a file that `revit-fast label` wrote: {error}") from error
 
 

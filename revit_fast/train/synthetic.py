@@ -59,8 +59,8 @@ def make_synthetic(
         The images, and int64 `[n]`: the index of the smallest length that shows the class, 0 the longest.
 
     Raises:
-        ValueError: for other numbers; for grids that no pattern can be lost to while the next longer shows it: more than
-            three, or close together.
+        ValueError: for other numbers; for grids that no pattern can be lost to while the next longer shows it: more
+            than three, or close together.
     """
     grids = check_grids(grids)
     if n < 1:
