@@ -1,6 +1,7 @@
 """Fast Vision Transformers on images that need different numbers of tokens: one packed forward pass."""
 
 from revit_fast import flash_attn_compat, ops
+from revit_fast.bundle import load, save_bundle
 from revit_fast.engine import optimize
 from revit_fast.model import ReViT, create_model
 from revit_fast.ops._backends import set_attention_backend
@@ -19,8 +20,10 @@ __all__ = [
     "__version__",
     "create_model",
     "flash_attn_compat",
+    "load",
     "ops",
     "optimize",
     "pipeline",
+    "save_bundle",
     "set_attention_backend",
 ]

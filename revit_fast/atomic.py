@@ -1,11 +1,16 @@
-"""Files that are written all or nothing."""
+"""Files and folders that are written all or nothing."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux' renameat2."""
 
 
 @contextmanager
@@ -20,3 +25,37 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def replaced_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new, empty folder beside `path` that takes its place, or becomes it, when the context ends without an error.
+
+    On Linux there is no moment without the one or the other; where the system cannot exchange folders, there is one
+    between two renames.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had this one's id
+    temporary.mkdir()
+    try:
+        yield temporary
+        if not path.exists():
+            os.rename(temporary, path)
+        elif not _exchange(temporary, path):
+            old = path.with_name(f"{path.name}.{os.getpid()}.old")
+            os.rename(path, old)
+            os.rename(temporary, path)
+            os.rename(old, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Whether the two have changed places, in one step."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0

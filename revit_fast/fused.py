@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast import ops
-from revit_fast.layers import Attention, Block, FoldedEmbedding, LayerScale, Mlp, PatchEmbed, TALLayerNorm
+from revit_fast.layers import (
+    Attention,
+    Block,
+    FoldedEmbedding,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    TALLayerNorm,
+    activation_name,
+)
 from revit_fast.model import PatchRows, ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, huge_pages, pack_weight, packed_linear
@@ -41,14 +50,6 @@ PARTS = {
     Mlp: {"fc1": nn.Linear, "fc2": nn.Linear},
 }
 """The modules that fused code stands in for, and what each of them must be."""
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """The kernels' name of an activation; None for one they do not have."""
-    if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
-        return "gelu_tanh"
-    names = {nn.GELU: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
-    return next((name for kind, name in names.items() if isinstance(act, kind)), None)
 
 
 def check_fusable(model: ReViT) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,26 @@ from torch import Tensor, nn
 
 from revit_fast import ops
 from revit_fast.packing import Layout
+
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "relu": nn.ReLU}
+"""Activations by the names that files and kernels have for them."""
+
+
+def make_activation(activation: str | type[nn.Module] | partial) -> nn.Module:
+    """The module that a constructor, or a name in `ACTIVATIONS`, stands for."""
+    if not isinstance(activation, str):
+        return activation()
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"act_layer: expected a module or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation]()
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name of an activation in `ACTIVATIONS`; None for another."""
+    if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
+        return "gelu_tanh"
+    names = {nn.GELU: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
+    return next((name for kind, name in names.items() if isinstance(act, kind)), None)
 
 
 class TALLayerNorm(nn.Module):

@@ -19,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from revit_fast import ops
 from revit_fast.checkpoint import read_checkpoint
-from revit_fast.layers import Block, FoldedEmbedding, PatchEmbed, Queries, TALLayerNorm
+from revit_fast.layers import (
+    ACTIVATIONS,
+    Block,
+    FoldedEmbedding,
+    PatchEmbed,
+    Queries,
+    TALLayerNorm,
+    activation_name,
+    make_activation,
+)
 from revit_fast.packing import (
     DEFAULT_GRIDS,
     Layout,
@@ -97,7 +106,7 @@ class ReViT(nn.Module):
         final_norm: a norm after the blocks.
         fc_norm: apply the final norm after pooling; default: where global_pool is "avg".
         pool_include_prefix: "avg" pools the prefix tokens too.
-        act_layer: activation of the MLP.
+        act_layer: activation of the MLP: its constructor, or one of the names in `layers.ACTIVATIONS`.
         eps: of every norm.
         drop_rate, pos_drop_rate, proj_drop_rate: dropout before the head, of the embedding, after projections.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
@@ -130,13 +139,14 @@ class ReViT(nn.Module):
         final_norm: bool = True,
         fc_norm: bool | None = None,
         pool_include_prefix: bool = False,
-        act_layer: type[nn.Module] | partial = nn.GELU,
+        act_layer: str | type[nn.Module] | partial = "gelu",
         eps: float = 1e-6,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.grids = check_grids(grids)
         self.lengths = tuple(g * g for g in self.grids)
@@ -174,7 +184,7 @@ class ReViT(nn.Module):
                 head_dim or embed_dim // num_heads,
                 hidden_dim or 4 * embed_dim,
                 len(self.grids),
-                act_layer(),
+                make_activation(act_layer),
                 eps=eps,
                 qkv_bias=qkv_bias,
                 proj_bias=proj_bias,
@@ -189,6 +199,8 @@ class ReViT(nn.Module):
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
         use_fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
+        # Which norms there are does not follow from a pooling that reset_classifier may change.
+        self._arguments = arguments | {"grids": self.grids, "base_grid": self.base_grid, "fc_norm": use_fc_norm}
         self.norm = norm() if final_norm and not use_fc_norm else nn.Identity()
         self.fc_norm = norm() if final_norm and use_fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
@@ -197,6 +209,30 @@ class ReViT(nn.Module):
 
         self._positions = PositionTables(self.base_grid, [(g, g) for g in self.grids])
         self.init_weights()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that give this architecture, as JSON values; `from_config` takes them.
+
+        Raises:
+            ValueError: for an activation that has no name in `layers.ACTIVATIONS`.
+        """
+        now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
+        activation = make_activation(self._arguments["act_layer"])
+        if activation_name(activation) is None:
+            kind = type(activation).__name__
+            raise ValueError(f"act_layer: {kind} has no name that a file could keep; use {', '.join(ACTIVATIONS)}")
+        config = self._arguments | now | {"act_layer": activation_name(activation)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ReViT:
+        """A model of the architecture that `config` describes, with new weights.
+
+        Raises:
+            TypeError, ValueError: for arguments that the constructor does not know or refuses.
+        """
+        return cls(**config)
 
     def init_weights(self) -> None:
         """timm's initialisation: truncated normal weights, zero biases."""

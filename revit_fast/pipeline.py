@@ -22,7 +22,8 @@ from torch import Tensor
 
 from revit_fast.batching import TokenBudgetBatcher
 from revit_fast.decoding import Decoders, Fed, default_decoders
-from revit_fast.engine import OptimizedReViT, optimize
+from revit_fast.engine import OptimizedReViT
+from revit_fast.engine import optimize as optimized_copy
 from revit_fast.images import ImageSource, name_of
 from revit_fast.memory import release_freed_pages
 from revit_fast.model import ReViT, create_model
@@ -156,6 +157,11 @@ class AdaptivePipeline:
         options = {"min_tokens": n_tokens[-1], "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
         self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
         self._make_batcher()  # checks its arguments
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes, where the pipeline has any."""
+        return None if self.labels is None else tuple(self.labels)
 
     def with_policy(self, policy: PolicySpec) -> AdaptivePipeline:
         """The same with another policy."""
@@ -410,6 +416,7 @@ def pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     token_budget: int = 4096,
+    optimize: bool = True,
     **options,
 ) -> AdaptivePipeline:
     """A pipeline over an optimised model, ready to be called with images.
@@ -423,6 +430,7 @@ def pipeline(
         device: of the model; by default where it is.
         dtype: of the model, see `optimize`.
         token_budget: tokens of a pack at most.
+        optimize: run a copy that `revit_fast.optimize` makes; otherwise the model itself, in evaluation mode.
         **options: further arguments of `AdaptivePipeline`, or of `AdaptivePreprocessor` (draft, crop_pct, ...).
 
     Raises:
@@ -434,7 +442,8 @@ def pipeline(
         raise ValueError("weights: they are for a model made by name; load them with model.load_checkpoint(path)")
     if isinstance(assigner, (str, PathLike)):
         assigner = TokenLengthAssigner.load(assigner)
-    fast = optimize(model if device is None else model.to(device), dtype)
+    model = model if device is None else model.to(device)
+    fast = optimized_copy(model, dtype) if optimize else model.to(dtype or model.pos_embed.dtype).eval()
     own = {name: options.pop(name) for name in ("max_wait_s", "n_decoders") if name in options}
     policy = policy or ("argmax" if assigner is not None else ("fixed", fast.grids[0]))
     prep = AdaptivePreprocessor.for_model(fast, assigner, policy=policy, **options)

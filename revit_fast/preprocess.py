@@ -186,7 +186,7 @@ class AdaptivePreprocessor:
         index = np.arange(len(images)) if index is None else np.asarray(index)
         probabilities = entropy = None
         if self.policy.needs is not None:
-            boxes = self._seen(images)
+            boxes = self.seen(images)
             if self.policy.needs == "probabilities":
                 probabilities = self.tla.predict_proba(images, boxes).numpy()
             else:
@@ -194,8 +194,8 @@ class AdaptivePreprocessor:
         chosen = self.policy.choose(Evidence(index, probabilities, entropy))
         return Assignment([self.grids[i] for i in chosen], probabilities, entropy)
 
-    def _seen(self, images: Sequence[np.ndarray]) -> list[tuple[float, float, float, float]]:
-        """What the assigner looks at: the region that the model sees at the longest grid."""
+    def seen(self, images: Sequence[np.ndarray]) -> list[tuple[float, float, float, float]]:
+        """What the assigner looks at: the region, in pixels, that the model sees of each image at the longest grid."""
         image_px = self.grids[0] * self.patch_size
         return [eval_box(*image.shape[:2], image_px, self.crop_pct) for image in images]
 
@@ -220,7 +220,7 @@ class AdaptivePreprocessor:
         if self.tla is None:
             raise ValueError("tla: there is no assigner to calibrate")
         decoded = self._decoded(images)
-        self.tla.calibrate(decoded, labels, boxes=self._seen(decoded))
+        self.tla.calibrate(decoded, labels, boxes=self.seen(decoded))
         self.policy = self._policy(self.policy)
 
     def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:

@@ -192,6 +192,29 @@ class TokenLengthAssigner(nn.Module):
                 break
         return assigner
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image: linear layers and convolutions of the network."""
+        if isinstance(self.network, SeparableCNN):
+            return self.network.macs(self.thumbnail_px)
+        counted = []
+
+        def count(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+            channels = 1 if isinstance(layer, nn.Conv2d) else -1
+            counted.append(layer.weight.numel() * output[0].numel() // output.shape[channels])
+
+        layers = [m for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        training, parameter = self.training, next(self.parameters())
+        try:
+            with torch.no_grad():
+                self.eval()(parameter.new_zeros(1, 3, self.thumbnail_px, self.thumbnail_px))
+        finally:
+            self.train(training)
+            for hook in hooks:
+                hook.remove()
+        return sum(counted)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, n_lengths]` of normalised thumbnails `[B, 3, S, S]`, the longest length first; differentiable."""
         return self.network(x)
@@ -303,19 +326,31 @@ class TokenLengthAssigner(nn.Module):
             box = boxes if boxes is None or isinstance(boxes[0], (int, float)) else boxes[some]
             logits.append(self._logits(self.thumbnails(images[some], box)))
             entropies.append(self.entropies(images[some], box))
-        logits = torch.cat(logits)
+        return self._calibrate(torch.cat(logits), np.concatenate(entropies), labels)
+
+    def calibrate_rows(self, rows: Tensor, labels: Sequence[int] | Tensor | None = None) -> Calibration:
+        """The same as `calibrate`, from the raw thumbnails, uint8 patch rows `[B * (S/4)², 48]`."""
+        pixels = rows.view(-1, self.thumbnail_px**2, 3).numpy()
+        return self._calibrate(self._logits(self.normalised(rows)), grey_entropy(pixels), labels)
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Raw thumbnails, uint8 patch rows, as `thumbnails` gives them normalised, bit for bit."""
+        mean, std = (torch.tensor(v).repeat(rows.shape[1] // 3) for v in (self.mean, self.std))
+        return (rows.float() / 255 - mean) / std
+
+    def _calibrate(self, logits: Tensor, entropies: np.ndarray, labels: Sequence[int] | Tensor | None) -> Calibration:
         temperature = self.calibration.temperature if self.calibration else 1.0
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.int64)
-            if labels.shape != (len(images),) or not ((labels >= 0) & (labels < len(self.grids))).all():
-                raise ValueError(f"labels: expected {len(images)} indices in [0, {len(self.grids)}), got {labels!r}")
+            if labels.shape != (len(logits),) or not ((labels >= 0) & (labels < len(self.grids))).all():
+                raise ValueError(f"labels: expected {len(logits)} indices in [0, {len(self.grids)}), got {labels!r}")
             temperature = fit_temperature(logits.double(), labels)
         probabilities = (logits / temperature).softmax(dim=1).numpy()  # the bits that an image will have
         parts = np.arange(len(self.grids) - 1, 0, -1) / len(self.grids)
         self.calibration = Calibration(
             temperature=temperature,
             suffices=suffices(probabilities),
-            entropies=tuple(np.quantile(np.concatenate(entropies), parts).tolist()),
+            entropies=tuple(np.quantile(entropies, parts).tolist()),
         )
         return self.calibration
 

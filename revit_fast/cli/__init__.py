@@ -75,13 +75,19 @@ def _add_images(p: argparse.ArgumentParser) -> None:
 
 def _add_choice(p: argparse.ArgumentParser) -> None:
     """Arguments that say how images are decoded and their grids chosen."""
-    p.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="timm name (default %(default)s)")
+    p.add_argument(
+        "--model",
+        default="deit_small_patch16_224",
+        metavar="DIR|NAME",
+        help="a bundle's folder (./model), whose assigner, policy and class names are then the defaults; a shipped "
+        "bundle's name; or a timm name (default %(default)s)",
+    )
     p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
     p.add_argument(
         "--policy",
         type=_policy,
         metavar="POLICY",
-        help="argmax (default with an assigner), threshold:THETA, entropy, random, cycle or fixed:GRID",
+        help="argmax (default with --assigner), threshold:THETA, entropy, random, cycle or fixed:GRID",
     )
     p.add_argument(
         "--budget",
@@ -116,7 +122,7 @@ def _add_results(p: argparse.ArgumentParser) -> None:
 
 def _add_classes(p: argparse.ArgumentParser) -> None:
     """Arguments of the commands that classify."""
-    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it the weights are random")
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
     p.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to report (default %(default)s)")
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
 

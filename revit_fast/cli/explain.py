@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from revit_fast.cli import UsageError
-from revit_fast.cli.predict import build_pipeline
+from revit_fast.cli.predict import build_pipeline, has_weights
 from revit_fast.explain import WRITERS, explain, write
 from revit_fast.images import Source, find_images
 
@@ -19,12 +19,12 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast explain`; 0, or 1 if any image failed."""
     sources = list(find_images(args.paths))
     check_output(args.output, sources)
-    if args.weights is None:
+    if not has_weights(args):
         print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
     pipe = build_pipeline(args)
     # Pillow warns of large images and odd metadata; what it cannot read becomes an error of that image.
     warnings.filterwarnings("ignore", module="PIL")
-    explanations = explain(pipe, sources, top_k=args.top_k if args.weights else 0)
+    explanations = explain(pipe, sources, top_k=args.top_k if has_weights(args) else 0)
     try:
         write(args.output, explanations)
     except ValueError as error:

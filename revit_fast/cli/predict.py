@@ -13,6 +13,7 @@ from typing import TextIO
 import torch
 
 import revit_fast
+from revit_fast.bundle import Bundle, is_bundle, read_bundle
 from revit_fast.cli import UsageError
 from revit_fast.cli.report import (
     FORMATS,
@@ -44,9 +45,14 @@ def run(args: argparse.Namespace) -> int:
         return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes))
 
 
+def has_weights(args: argparse.Namespace) -> bool:
+    """Whether the arguments name weights, by themselves or as part of a bundle."""
+    return args.weights is not None or is_bundle(args.model)
+
+
 def warn_of_random_weights(args: argparse.Namespace) -> None:
     """Says that the arguments name no weights."""
-    if args.weights is None:
+    if not has_weights(args):
         print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
 
 
@@ -85,9 +91,10 @@ def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> 
     """The pipeline that the arguments describe; what is wrong with them is a usage error."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load_model(args)
-    labels = read_labels(args.labels, model.num_classes) if args.labels else None
-    prep = build_preprocessor(args, model)
+    bundle = load_bundle(args) if is_bundle(args.model) else None
+    model = bundle.model if bundle else load_model(args)
+    labels = read_labels(args.labels, model.num_classes) if args.labels else bundle and bundle.classes
+    prep = build_preprocessor(args, model, bundle)
     try:
         fast = revit_fast.optimize(model)
         return AdaptivePipeline(fast, prep, token_budget=args.batch_tokens, labels=labels, max_wait_s=max_wait_s)
@@ -95,21 +102,26 @@ def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> 
         raise UsageError(str(error)) from error
 
 
-def build_preprocessor(args: argparse.Namespace, model: revit_fast.ReViT) -> AdaptivePreprocessor:
-    """The preprocessor for `model` with the assigner and policy of the arguments."""
-    policy = policy_of(args)
+def build_preprocessor(
+    args: argparse.Namespace, model: revit_fast.ReViT, bundle: Bundle | None = None
+) -> AdaptivePreprocessor:
+    """The preprocessor for `model` with the assigner and policy of the arguments, or else those of the bundle."""
+    policy = policy_of(args, bundle)
     if isinstance(policy, tuple) and policy[0] == "fixed" and policy[1] not in model.grids:
         raise UsageError(f"--grid: expected mixed or one of the model's {list(model.grids)}, got {policy[1]}")
     try:
-        assigner = TokenLengthAssigner.load(args.assigner) if args.assigner else None
+        assigner = TokenLengthAssigner.load(args.assigner) if args.assigner else bundle and bundle.tla
         options = {"policy": policy, "draft": args.draft, "exact": args.exact}
         return AdaptivePreprocessor.for_model(model, assigner, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError(f"--assigner, --policy: {error}") from error
 
 
-def policy_of(args: argparse.Namespace) -> PolicySpec:
-    """The policy that --policy, --budget or --grid stand for; by default the assigner's, else the longest grid."""
+def policy_of(args: argparse.Namespace, bundle: Bundle | None = None) -> PolicySpec:
+    """The policy that --policy, --budget or --grid stand for; by default the assigner's or the bundle's.
+
+    Without an assigner it is the longest grid. A bundle's policy goes with its own assigner.
+    """
     given = [name for name in ("policy", "budget", "grid") if getattr(args, name) is not None]
     if len(given) > 1:
         raise UsageError(f"--{given[0]}, --{given[1]}: give one of them")
@@ -119,7 +131,20 @@ def policy_of(args: argparse.Namespace) -> PolicySpec:
         return "cycle" if args.grid == "mixed" else ("fixed", args.grid)
     if args.policy is not None:
         return args.policy
-    return "argmax" if args.assigner else ("fixed", DEFAULT_GRIDS[0])
+    if args.assigner:
+        return "argmax"
+    return bundle.policy if bundle else ("fixed", DEFAULT_GRIDS[0])
+
+
+def load_bundle(args: argparse.Namespace) -> Bundle:
+    """The bundle that --model names, with the weights of --weights where there are some."""
+    try:
+        bundle = read_bundle(args.model)
+        if args.weights:
+            bundle.model.load_checkpoint(args.weights)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: {error}") from error
+    return bundle
 
 
 def load_model(args: argparse.Namespace) -> revit_fast.ReViT:

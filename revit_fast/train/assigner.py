@@ -1,0 +1,246 @@
+"""Training of the Token-Length Assigner on token-length labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from revit_fast.model import ReViT
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.tla import STEM_PATCH, TokenLengthAssigner
+from revit_fast.train.data import ImageSet
+from revit_fast.train.labels import decoded_chunks
+
+OBJECTIVES = ("label", "suffices")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of training came to.
+
+    Attributes:
+        epoch: from 1.
+        loss: mean over the training images, augmented.
+        held_out_loss: mean over the held-out images: the criterion that chooses the epoch that is kept.
+        held_out_accuracy: share of the held-out labels that argmax gives.
+        shares: of the held-out images that argmax gives each length, the longest first.
+    """
+
+    epoch: int
+    loss: float
+    held_out_loss: float
+    held_out_accuracy: float
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """The course of a training.
+
+    Attributes:
+        epochs: in their order.
+        best: number of the epoch that was kept: that of the least held-out loss, the earlier on a tie.
+        label_shares: of the held-out images that have each label, the longest first.
+        held_out: places of the held-out images in the set.
+    """
+
+    epochs: tuple[Epoch, ...]
+    best: int
+    label_shares: tuple[float, ...]
+    held_out: np.ndarray = field(repr=False)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the assigner gives one length to all held-out images though their labels are of several."""
+        return max(self.epochs[self.best - 1].shares) == 1.0 and max(self.label_shares) < 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the held-out places, as JSON values."""
+        epochs = [asdict(epoch) for epoch in self.epochs]
+        shares = {"label_shares": list(self.label_shares), "n_held_out": len(self.held_out)}
+        return {"best": self.best, "collapsed": self.collapsed, **shares, "epochs": epochs}
+
+
+def train_assigner(
+    tla: TokenLengthAssigner,
+    images: ImageSet,
+    labels: np.ndarray,
+    *,
+    model: ReViT | None = None,
+    correct: np.ndarray | None = None,
+    objective: str = "label",
+    epochs: int = 30,
+    batch_size: int = 128,
+    lr: float = 5e-3,
+    weight_decay: float = 0.02,
+    balanced: bool = False,
+    flip: bool = True,
+    held_out_share: float = 0.2,
+    seed: int = 0,
+    progress: Callable[[Epoch], None] | None = None,
+) -> History:
+    """Trains an assigner in place, keeps its best epoch, and calibrates it on the held-out images.
+
+    Thumbnails are made once, as they will be at inference; training runs on them. AdamW with a cosine schedule. The
+    same arguments, seed and number of threads give the same bits on one machine's CPU.
+
+    Args:
+        tla: the assigner; its parameters are where training starts.
+        images: the set that labels are of.
+        labels: int `[N]`, index of the smallest sufficient length, 0 the longest; images with -1 are left out.
+        model: that the assigner is for: thumbnails then show the region that it sees (its crop); else whole images.
+        correct: bool `[n_lengths, N]`, whether each length gets an image right; for the objective "suffices".
+        objective: "label": cross-entropy with the labels (the paper's). "suffices": for every shorter length, binary
+            cross-entropy between P(label <= length) and whether that length is right, whatever the others are.
+        epochs: passes over the training images.
+        batch_size: thumbnails of a step.
+        lr: highest learning rate.
+        weight_decay: of AdamW, for weights of more than one dimension.
+        balanced: weight images by the inverse share of their label, so that rare labels count as much as frequent ones.
+            Probabilities then are those of balanced labels, until the calibration; thresholds are found anew.
+        flip: mirror thumbnails at random.
+        held_out_share: share of the images for choosing the epoch and for calibration.
+        seed: of the split, the order and the flips.
+        progress: called after every epoch.
+
+    Returns:
+        The course of training. The assigner is in evaluation mode.
+
+    Raises:
+        ValueError: for labels or options that are not as above.
+    """
+    labels, correct = _checked(tla, images, labels, correct, objective)
+    if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
+        raise ValueError(
+            "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
+            f"{epochs}, {batch_size} and {held_out_share}"
+        )
+    places, thumbnails = make_thumbnails(tla, images, model, np.flatnonzero(labels >= 0))
+    if len(places) < 4:
+        raise ValueError(f"images: expected at least 4 readable ones with a label, got {len(places)}")
+    targets = torch.from_numpy(labels[places])
+    right = None if correct is None else torch.from_numpy(correct[:, places].T.copy())
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(places), generator=generator)
+    n_held_out = min(max(round(held_out_share * len(places)), 1), len(places) - 2)
+    held_out, training = order[:n_held_out].sort().values, order[n_held_out:].sort().values
+    n_lengths = len(tla.grids)
+    counts = torch.bincount(targets[training], minlength=n_lengths)
+    weights = len(training) / (counts.clamp(min=1) * (counts > 0).sum()) if balanced else torch.ones(n_lengths)
+    loss_of = _LabelLoss(weights) if objective == "label" else _SufficesLoss(weights)
+
+    decays = [p for p in tla.parameters() if p.dim() > 1]
+    others = [p for p in tla.parameters() if p.dim() <= 1]
+    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr)
+    per_epoch = max(len(training) // batch_size, 1)  # a last, small batch would upset the norms' statistics
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    history: list[Epoch] = []
+    best_state, best = None, 0
+    for epoch in range(1, epochs + 1):
+        tla.train()
+        shuffled = training[torch.randperm(len(training), generator=generator)]
+        total = 0.0
+        for batch in shuffled[: per_epoch * batch_size].split(batch_size)[:per_epoch]:
+            x = tla.images_of(tla.normalised(thumbnails[batch].flatten(0, 1)))
+            if flip:
+                mirrored = torch.rand(len(batch), generator=generator) < 0.5
+                x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+            loss = loss_of(tla(x), targets[batch], None if right is None else right[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() / per_epoch
+        history.append(_judge(tla.eval(), epoch, total, thumbnails, targets, right, held_out, loss_of))
+        if best == 0 or history[-1].held_out_loss < history[best - 1].held_out_loss:
+            best, best_state = epoch, copy.deepcopy(tla.network.state_dict())
+        if progress is not None:
+            progress(history[-1])
+    tla.network.load_state_dict(best_state)
+    tla.calibrate_rows(thumbnails[held_out].flatten(0, 1), targets[held_out])
+    shares = torch.bincount(targets[held_out], minlength=n_lengths) / len(held_out)
+    return History(tuple(history), best, tuple(shares.tolist()), places[held_out.numpy()])
+
+
+def make_thumbnails(
+    tla: TokenLengthAssigner, images: ImageSet, model: ReViT | None, places: np.ndarray
+) -> tuple[np.ndarray, Tensor]:
+    """Raw thumbnails of the images at `places` that can be read.
+
+    Returns:
+        Their places, int64 `[n]`, and uint8 patch rows `[n, (S/4)², 48]`.
+    """
+    prep = None if model is None else AdaptivePreprocessor.for_model(model, policy=("fixed", model.grids[0]))
+    found, rows = [np.empty(0, np.int64)], []
+    for where, pixels in decoded_chunks(images.subset(places), {}) if len(places) else ():
+        boxes = None if prep is None else prep.seen(pixels)
+        side = tla.thumbnail_px // STEM_PATCH
+        rows.append(tla.thumbnails(pixels, boxes, torch.uint8).view(len(pixels), side**2, -1))
+        found.append(places[where])
+    return np.concatenate(found), torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class _LabelLoss:
+    """Cross-entropy with the labels, weighted by label, mean over images."""
+
+    weights: Tensor
+
+    def __call__(self, logits: Tensor, labels: Tensor, right: Tensor | None) -> Tensor:
+        return (F.cross_entropy(logits, labels, reduction="none") * self.weights[labels]).mean()
+
+
+@dataclass(frozen=True)
+class _SufficesLoss:
+    """Binary cross-entropy of P(label <= length) with whether the length is right, mean over shorter lengths."""
+
+    weights: Tensor
+
+    def __call__(self, logits: Tensor, labels: Tensor, right: Tensor) -> Tensor:
+        log_p = logits.log_softmax(dim=1)
+        # P(label <= length i) sums the probabilities of length i and all shorter ones; its complement, of longer ones.
+        log_suffices = log_p.flip(1).logcumsumexp(1).flip(1)[:, 1:]
+        log_fails = log_p.logcumsumexp(1)[:, :-1]
+        loss = -torch.where(right[:, 1:], log_suffices, log_fails).mean(dim=1)
+        return (loss * self.weights[labels]).mean()
+
+
+def _judge(tla, epoch, loss, thumbnails, targets, right, held_out, loss_of) -> Epoch:
+    with torch.no_grad():
+        rows = [thumbnails[some].flatten(0, 1) for some in held_out.split(1024)]
+        logits = torch.cat([tla(tla.images_of(tla.normalised(r))) for r in rows])
+        held_out_loss = loss_of(logits, targets[held_out], None if right is None else right[held_out]).item()
+    given = logits.argmax(dim=1)
+    shares = torch.bincount(given, minlength=len(tla.grids)) / len(given)
+    accuracy = (given == targets[held_out]).double().mean().item()
+    return Epoch(epoch, loss, held_out_loss, accuracy, tuple(shares.tolist()))
+
+
+def _checked(
+    tla: TokenLengthAssigner,
+    images: ImageSet,
+    labels: Sequence[int] | np.ndarray,
+    correct: np.ndarray | None,
+    objective: str,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    n, n_lengths = len(images), len(tla.grids)
+    labels = np.asarray(labels)
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < -1 or labels.max() >= n_lengths:
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"labels: expected {n} indices from 0 to {n_lengths - 1}, or -1 to leave out, got {got}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if objective == "label":
+        return labels.astype(np.int64), None
+    if correct is None or np.shape(correct) != (n_lengths, n):
+        got = None if correct is None else list(np.shape(correct))
+        raise ValueError(f'correct: the objective "suffices" needs bool [{n_lengths}, {n}], got {got}')
+    return labels.astype(np.int64), np.asarray(correct, dtype=bool)

@@ -1,0 +1,330 @@
+"""Token-length labels: which lengths of a model get an image right, and the smallest length that suffices."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revit_fast.atomic import replaced
+from revit_fast.engine import OptimizedReViT, optimize
+from revit_fast.images import ImageError
+from revit_fast.model import ReViT
+from revit_fast.packing import check_grids
+from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.train.data import ImageSet, k_folds
+
+RULES = ("smallest", "stable")
+UNSOLVED = ("longest", "shortest", "drop")
+
+FORMAT = "revit-fast length labels 1"
+
+CHUNK = 256
+"""Images that are decoded at a time."""
+
+PACK_TOKENS = 4096
+"""Patch tokens of a forward pass, about; results do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of every image of a set at every length.
+
+    Attributes:
+        grids: the model's, the longest first.
+        logits: float32 `[n_lengths, N, n_classes]`; NaN for images that could not be read.
+        unreadable: place and reason of the images that could not be read.
+    """
+
+    grids: tuple[int, ...]
+    logits: np.ndarray = field(repr=False)
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Whether each image could be read, bool `[N]`."""
+        readable = np.ones(self.logits.shape[1], dtype=bool)
+        readable[list(self.unreadable)] = False
+        return readable
+
+    def correct(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Whether the best class is the right one, bool `[n_lengths, N]`; False where the logits are no numbers.
+
+        Args:
+            labels: right class of every image, int `[N]`.
+        """
+        labels = np.asarray(labels)
+        if labels.shape != self.logits.shape[1:2]:
+            raise ValueError(
+                f"labels: expected one class for each of {self.logits.shape[1]} images, got {labels.shape}"
+            )
+        return (self.logits.argmax(axis=2) == labels) & np.isfinite(self.logits).all(axis=2)
+
+
+def predict_lengths(
+    model: ReViT,
+    images: ImageSet,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    pack_tokens: int = PACK_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """The logits of every image at every length, bitwise those of an `AdaptivePipeline` at fixed grids (on a CPU).
+
+    Each image is decoded once, and no augmentation is applied: these are the predictions of a deployed model.
+
+    Args:
+        model: a `ReViT`, of which an optimised copy is run, or such a copy.
+        images: the set.
+        settings: preprocessing that takes the place of the model's, see `AdaptivePreprocessor.for_model`.
+        pack_tokens: patch tokens of a forward pass, about.
+        progress: called with the number of images that are done and of all.
+
+    Returns:
+        The predictions; an image that cannot be read is listed, and moves no other.
+    """
+    fast = model if isinstance(model, OptimizedReViT) else optimize(model)
+    prep = AdaptivePreprocessor.for_model(fast, policy=("fixed", fast.grids[0]), **dict(settings or {}))
+    pipe = AdaptivePipeline(fast, prep)
+    logits = np.full((len(fast.grids), len(images), fast.num_classes), np.nan, dtype=np.float32)
+    unreadable: dict[int, str] = {}
+    for places, pixels in decoded_chunks(images, unreadable):
+        for length, grid in enumerate(fast.grids):
+            per_pack = max(1, pack_tokens // (grid * grid))
+            for begin in range(0, len(pixels), per_pack):
+                some = pixels[begin : begin + per_pack]
+                result = pipe.logits(prep.pack(some, [grid] * len(some)))
+                logits[length, places[begin : begin + per_pack]] = result.numpy()
+        if progress is not None:
+            progress(int(places[-1]) + 1 if len(places) else 0, len(images))
+    return Predictions(fast.grids, logits, unreadable)
+
+
+def decoded_chunks(images: ImageSet, unreadable: dict[int, str]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Places and pixels of the images that can be read, a bounded number at a time; the others go to `unreadable`."""
+    for begin in range(0, len(images), CHUNK):
+        places, pixels = [], []
+        for i in range(begin, min(begin + CHUNK, len(images))):
+            try:
+                pixels.append(images.image(i))
+                places.append(i)
+            except ImageError as error:
+                unreadable[i] = str(error)
+        if places:
+            yield np.array(places), pixels
+
+
+def length_labels(correct: np.ndarray, rule: str = "smallest", unsolved: str = "longest") -> np.ndarray:
+    """Index of the smallest sufficient length of every image, int64 `[N]`, 0 the longest; -1 for dropped images.
+
+    Args:
+        correct: bool `[n_lengths, N]`, whether each length gets an image right, the longest first.
+        rule: "smallest": the shortest length that is right (the paper's); "stable": the shortest that is right together
+            with all longer ones.
+        unsolved: what an image gets that no length satisfies the rule for: "longest", "shortest" or "drop".
+
+    Raises:
+        ValueError: for another rule or shape.
+    """
+    correct = np.asarray(correct, dtype=bool)
+    if correct.ndim != 2 or len(correct) == 0:
+        raise ValueError(f"correct: expected bool [n_lengths, N], got {list(correct.shape)}")
+    for name, value, legal in (("rule", rule, RULES), ("unsolved", unsolved, UNSOLVED)):
+        if value not in legal:
+            raise ValueError(f"{name}: expected one of {', '.join(legal)}, got {value!r}")
+    holds = satisfying(correct, rule)
+    shortest = len(correct) - 1
+    labels = shortest - holds[::-1].argmax(axis=0)
+    labels[~holds.any(axis=0)] = {"longest": 0, "shortest": shortest, "drop": -1}[unsolved]
+    return labels.astype(np.int64)
+
+
+def satisfying(correct: np.ndarray, rule: str) -> np.ndarray:
+    """Whether each length satisfies the rule, bool `[n_lengths, N]`."""
+    return np.logical_and.accumulate(correct, axis=0) if rule == "stable" else correct
+
+
+@dataclass(frozen=True)
+class LengthLabels:
+    """Token-length labels of a set, as they are kept in a file.
+
+    Attributes:
+        grids: the model's, the longest first.
+        names: of the images.
+        labels: int64 `[N]`, index of the smallest sufficient length; -1 for images to be left out.
+        correct: bool `[n_lengths, N]`.
+        rule: see `length_labels`.
+        unsolved: see `length_labels`.
+    """
+
+    grids: tuple[int, ...]
+    names: tuple[str, ...]
+    labels: np.ndarray = field(repr=False)
+    correct: np.ndarray = field(repr=False)
+    rule: str = "smallest"
+    unsolved: str = "longest"
+
+    @classmethod
+    def of(
+        cls, predictions: Predictions, images: ImageSet, rule: str = "smallest", unsolved: str = "longest"
+    ) -> LengthLabels:
+        """The labels that follow from a model's predictions; images that could not be read are left out."""
+        correct = predictions.correct(images.labels)
+        labels = length_labels(correct, rule, unsolved)
+        labels[~predictions.readable] = -1
+        names = tuple(images.name(i) for i in range(len(images)))
+        return cls(predictions.grids, names, labels, correct, rule, unsolved)
+
+    @property
+    def histogram(self) -> np.ndarray:
+        """Images of every label, int `[n_lengths]`, the longest first."""
+        return np.bincount(self.labels[self.labels >= 0], minlength=len(self.grids))
+
+    @property
+    def unsolved_share(self) -> float:
+        """Share of the images for which no length satisfies the rule."""
+        return float(np.mean(~satisfying(self.correct, self.rule).any(axis=0))) if len(self.names) else 0.0
+
+    def summary(self) -> str:
+        """Histogram, accuracies and share of unsolved images, in a few lines of text."""
+        counts, kept = self.histogram, max(self.histogram.sum(), 1)
+        lines = [f"{len(self.names)} images, rule {self.rule}, unsolved {self.unsolved}"]
+        for grid, count, right in zip(self.grids, counts, self.correct, strict=True):
+            lines.append(f"{grid:>3}x{grid:<3} {count:>7} labels ({count / kept:6.1%})   accuracy {right.mean():6.2%}")
+        dropped = int((self.labels < 0).sum())
+        lines.append(f"unsolved {self.unsolved_share:.2%}" + (f", {dropped} left out" if dropped else ""))
+        return "\n".join(lines)
+
+    def of_images(self, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+        """Labels `[N]` and correctness `[n_lengths, N]` of a set, found by the names of its images.
+
+        Raises:
+            ValueError: where an image has no label, or two of the same name have.
+        """
+        place = {name: i for i, name in enumerate(self.names)}
+        if len(place) < len(self.names):
+            raise ValueError("labels: two images have the same name, so that labels cannot be told apart")
+        names = [images.name(i) for i in range(len(images))]
+        missing = [name for name in names if name not in place]
+        if missing:
+            raise ValueError(
+                f"labels: {len(missing)} of {len(names)} images have no label, the first {missing[0]!r}; make the "
+                "labels of the same images (and split), or of all"
+            )
+        index = np.array([place[name] for name in names], dtype=np.int64)
+        return self.labels[index], self.correct[:, index]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a CSV file, all or nothing: a line `# {JSON}` with grids and rule, then one line per image.
+
+        Columns are name, label (empty for images left out), grid, and `right_GRID` (0 or 1) for every grid.
+        """
+        head = {"format": FORMAT, "grids": self.grids, "rule": self.rule, "unsolved": self.unsolved}
+        with replaced(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(f"# {json.dumps(head)}\n")
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["name", "label", "grid", *(f"right_{grid}" for grid in self.grids)])
+            for name, label, right in zip(self.names, self.labels.tolist(), self.correct.T, strict=True):
+                chosen = [label, self.grids[label]] if label >= 0 else ["", ""]
+                rows.writerow([name, *chosen, *map(int, right)])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> LengthLabels:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: where it holds something else; the message names the line.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"labels: there is no file {path}")
+        with open(path, encoding="utf-8", newline="") as file:
+            grids, rule, unsolved = _read_head(file.readline(), path)
+            rows = csv.reader(file)
+            if next(rows, None) != ["name", "label", "grid", *(f"right_{grid}" for grid in grids)]:
+                raise ValueError(f"labels: {path}, line 2: expected name,label,grid and right_GRID for {grids}")
+            names, labels, correct = [], [], []
+            for row in rows:
+                label, right = _read_row(row, grids, f"{path}, line {rows.line_num + 1}")
+                names.append(row[0])
+                labels.append(label)
+                correct.append(right)
+        correct = np.array(correct, dtype=bool).reshape(-1, len(grids)).T
+        return cls(grids, tuple(names), np.array(labels, dtype=np.int64), correct, rule, unsolved)
+
+
+def _read_head(line: str, path: str | os.PathLike) -> tuple[tuple[int, ...], str, str]:
+    try:
+        head = json.loads(line.removeprefix("# "))
+        for key, legal in (("format", (FORMAT,)), ("rule", RULES), ("unsolved", UNSOLVED)):
+            if head.get(key) not in legal:
+                raise ValueError(f"{key}: expected {' or '.join(legal)}, got {head.get(key)!r}")
+        return check_grids(head["grids"]), head["rule"], head["unsolved"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"labels: {path}, line 1: not a file that `revit-fast label` wrote: {error}") from error
+
+
+def _read_row(row: list[str], grids: tuple[int, ...], where: str) -> tuple[int, list[bool]]:
+    try:
+        label = int(row[1]) if row[1] else -1
+        right = [{"0": False, "1": True}[value] for value in row[3:]]
+        if len(right) == len(grids) and row[2] == (str(grids[label]) if 0 <= label < len(grids) else ""):
+            return label, right
+    except (ValueError, KeyError, IndexError):
+        pass
+    raise ValueError(
+        f"labels: {where}: expected a name, an index into {list(grids)} with its grid (or neither), and 0 or 1 for "
+        f"every grid, got {','.join(row)!r}"
+    )
+
+
+def cross_fit(
+    images: ImageSet,
+    k: int,
+    seed: int,
+    train_fn: Callable[[ImageSet], ReViT],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """Predictions for every image by a model that was not trained on it.
+
+    A model has learnt its own training images by heart, at short lengths too: labels made of them skew short.
+
+    Args:
+        images: the set.
+        k: parts of it; as many models are trained, each on all parts but one.
+        seed: of the parts.
+        train_fn: trains a model on the images that it is given.
+        settings: see `predict_lengths`.
+        progress: called with the number of parts that are done and of all.
+
+    Raises:
+        ValueError: where the models differ in grids or classes.
+    """
+    folds = k_folds(images, k, seed)
+    whole: Predictions | None = None
+    unreadable: dict[int, str] = {}
+    for done, held_out in enumerate(folds, 1):
+        rest = np.setdiff1d(np.arange(len(images)), held_out)
+        part = predict_lengths(train_fn(images.subset(rest)), images.subset(held_out), settings=settings)
+        if whole is None:
+            shape = (len(part.grids), len(images), part.logits.shape[2])
+            whole = Predictions(part.grids, np.full(shape, np.nan, dtype=np.float32), unreadable)
+        if part.grids != whole.grids or part.logits.shape[2] != whole.logits.shape[2]:
+            raise ValueError(
+                f"train_fn: expected models of the same grids and classes, got {whole.grids}, {whole.logits.shape[2]} "
+                f"and {part.grids}, {part.logits.shape[2]}"
+            )
+        whole.logits[:, held_out] = part.logits
+        unreadable.update({int(held_out[i]): reason for i, reason in part.unreadable.items()})
+        if progress is not None:
+            progress(done, len(folds))
+    return whole

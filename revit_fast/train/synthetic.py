@@ -1,0 +1,175 @@
+"""Images whose sufficient token length is known by construction.
+
+The class of an image is the direction of a grating. Its difficulty is how fine the grating is: of every pattern, the
+part that resizing to a shorter length would keep is taken away, so that what such a length shows of it lies below the
+rounding of its pixels. Classes can then be told apart at the sufficient length and at longer ones, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from revit_fast.packing import DEFAULT_GRIDS, check_grids
+from revit_fast.train.data import ArrayImages
+
+CONTRAST = (45.0, 70.0)
+"""Amplitude of the gratings, in grey levels."""
+
+NOISE = 4.0
+"""Standard deviation of the noise of every pixel, in grey levels."""
+
+BACKGROUND = 12.0
+"""Amplitude of the slow waves behind the gratings, in grey levels."""
+
+
+ITERATIONS = 200
+"""Of `without_coarse` at most."""
+
+MAX_LEFT = 0.005
+"""Of a grating's amplitude that a length may show of it which should not: a fifth of a grey level, below the noise."""
+
+
+def make_synthetic(
+    n: int,
+    grids: Sequence[int] = DEFAULT_GRIDS,
+    patch_size: int = 2,
+    seed: int = 0,
+    n_classes: int = 4,
+    interpolation: str = "bicubic",
+) -> tuple[ArrayImages, np.ndarray]:
+    """A set of images, the same number of every class and length up to one, in random order.
+
+    Images have the pixels of the longest length. Phase, frequency within its band, contrast, brightness, slow waves
+    behind and noise differ from image to image and say nothing of the class. They are made to be seen whole: use a
+    preprocessing with crop_pct 1 and the same interpolation.
+
+    Args:
+        n: images.
+        grids: the model's, strictly decreasing.
+        patch_size: P of the model, in pixels.
+        seed: the same seed gives the same images.
+        n_classes: directions of gratings, 2 to 6.
+        interpolation: of the model's preprocessing, "bicubic" or "bilinear".
+
+    Returns:
+        The images, and int64 `[n]`: the index of the smallest length that shows the class, 0 the longest.
+
+    Raises:
+        ValueError: for other numbers; for grids that no pattern can be lost to while the next longer shows it: more
+            than three, or close together.
+    """
+    grids = check_grids(grids)
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 image, got {n}")
+    if not 2 <= n_classes <= 6:
+        raise ValueError(f"n_classes: expected 2 to 6 directions, got {n_classes}")
+    sides = [grid * patch_size for grid in grids]
+    rng = np.random.default_rng(seed)
+    place = rng.permutation(n)
+    sufficient, labels = place % len(grids), place // len(grids) % n_classes
+    pixels = np.empty((n, sides[0], sides[0]))
+    for length in range(len(grids)):
+        mine = sufficient == length
+        pixels[mine] = _gratings(labels[mine], n_classes, length, sides, interpolation, rng)
+    pixels += _background(n, sides[0], rng) + NOISE * rng.standard_normal(pixels.shape)
+    images = pixels.round().clip(0, 255).astype(np.uint8)
+    names = [f"synthetic {i}" for i in range(n)]
+    return ArrayImages(images, labels, _class_names(n_classes), names), sufficient.astype(np.int64)
+
+
+def directions(n_classes: int) -> np.ndarray:
+    """Directions of the gratings, `[n_classes, 2]` as (x, y); the larger component is 1, the other at least 3/4.
+
+    Resizing treats the axes apart, and keeps nothing of a pattern where it keeps nothing along one of them. Slanted
+    gratings, fine along both, can be lost to several shorter lengths at a time.
+    """
+    angle = np.linspace(-1, 1, (n_classes + 1) // 2) if n_classes > 2 else np.zeros(1)
+    angle = np.repeat(np.pi / 4 + angle * (np.pi / 4 - np.arctan(0.75)), 2)[:n_classes]
+    vectors = np.stack([np.cos(angle), np.sin(angle) * (-1.0) ** np.arange(n_classes)], axis=1)
+    return vectors / np.abs(vectors).max(axis=1, keepdims=True)
+
+
+def band(length: int, sides: Sequence[int]) -> tuple[float, float]:
+    """Cycles per image of the gratings that this length is the smallest to show."""
+    finest = sides[length] / 2
+    coarsest = sides[length + 1] / 2 if length + 1 < len(sides) else finest / 2
+    return coarsest + 0.4 * (finest - coarsest), coarsest + 0.75 * (finest - coarsest)
+
+
+def gratings_at(frequency: np.ndarray, phase: np.ndarray, labels: np.ndarray, n_classes: int, side: int) -> np.ndarray:
+    """Gratings `[n, side, side]` of amplitude 1.
+
+    Args:
+        frequency: cycles per image, `[n]`, of the finer component.
+        phase: in radians, `[n]`.
+        labels: which direction, `[n]`.
+        n_classes: number of directions.
+        side: in pixels.
+    """
+    position = (np.arange(side) + 0.5) / side
+    cycles = frequency[:, None] * directions(n_classes)[labels]
+    along = cycles[:, 0, None, None] * position + cycles[:, 1, None, None] * position[:, None]
+    return np.cos(2 * np.pi * along + phase[:, None, None])
+
+
+def _gratings(labels, n_classes, length, sides, interpolation, rng) -> np.ndarray:
+    """Gratings `[n, S, S]` that length `length` shows and shorter ones do not."""
+    n = len(labels)
+    frequency, phase = rng.uniform(*band(length, sides), n), rng.uniform(0, 2 * np.pi, n)
+    patterns = gratings_at(frequency, phase, labels, n_classes, sides[0])
+    patterns = without_coarse(patterns, sides[length + 1 :], interpolation)
+    patterns /= np.abs(patterns).max(axis=(1, 2), keepdims=True, initial=1e-9)
+    for side in sides[length + 1 :]:
+        weights = resize_matrix(sides[0], side, interpolation)
+        left = np.abs(weights @ patterns @ weights.T).max(initial=0.0)
+        if left > MAX_LEFT:
+            raise ValueError(
+                f"grids: {side} px would show {left:.1%} of a pattern that {sides[length]} px are needed for, instead "
+                f"of at most {MAX_LEFT:.1%}; give at most three grids, further apart, such as (14, 10, 7)"
+            )
+    return rng.uniform(*CONTRAST, (n, 1, 1)) * patterns
+
+
+def without_coarse(patterns: np.ndarray, sides: Sequence[int], interpolation: str = "bicubic") -> np.ndarray:
+    """The part of patterns `[n, S, S]` that becomes zero when it is resized to any of `sides`.
+
+    Resizing is X -> R X R', so P X P' with the projection P onto the rows of R is what it keeps. Taking that away for
+    one size after another, again and again, leads to what none of them keeps (von Neumann's alternating projections).
+    """
+    kept = [_row_projection(patterns.shape[1], side, interpolation) for side in sides]
+    for _ in range(ITERATIONS if len(sides) > 1 else 1):
+        before = patterns
+        for projection in kept:
+            patterns = patterns - projection @ patterns @ projection
+        if np.abs(patterns - before).max(initial=0.0) < 1e-6:
+            break
+    return patterns
+
+
+def resize_matrix(side_in: int, side_out: int, interpolation: str = "bicubic") -> np.ndarray:
+    """Weights `[side_out, side_in]` of Pillow's antialiased resize along one axis."""
+    columns = torch.eye(side_in, dtype=torch.float64)[None, None]
+    resized = F.interpolate(columns, (side_out, side_in), mode=interpolation, antialias=True, align_corners=False)
+    return resized[0, 0].numpy()
+
+
+def _row_projection(side_in: int, side_out: int, interpolation: str) -> np.ndarray:
+    weights = resize_matrix(side_in, side_out, interpolation)
+    return np.linalg.pinv(weights) @ weights
+
+
+def _background(n: int, side: int, rng) -> np.ndarray:
+    """Brightness and one slow wave in any direction, `[n, side, side]`: every length shows them alike."""
+    position = (np.arange(side) + 0.5) / side
+    cycles = rng.uniform(-1.5, 1.5, (n, 2, 1, 1))
+    phase, amplitude = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.uniform(0, BACKGROUND, (n, 1, 1))
+    waves = amplitude * np.sin(2 * np.pi * (cycles[:, 0] * position + cycles[:, 1] * position[:, None]) + phase)
+    return rng.uniform(110, 146, (n, 1, 1)) + waves
+
+
+def _class_names(n_classes: int) -> list[str]:
+    return [f"{180 * i / n_classes:g} degrees" for i in range(n_classes)]
