@@ -244,11 +244,11 @@ class Trainer:
 
     def _report(self, epoch: int) -> None:
         """A line of the log: means since the last one."""
-        means = self._meter.means(self.world)
+        means, rate = self._meter.means(self.world), self._meter.images_per_s() * self.world.n_groups
+        self._meter = Meter(len(self.config.grids))
         if not self.world.is_first:
             return
         lr = self.optimizer.param_groups[0]["lr"]
-        rate = self._meter.images_per_s() * self.world.n_groups
         row = {"step": self.step, "epoch": epoch + 1, "lr": lr, "loss": means.loss.mean().item()}
         for grid, loss, accuracy in zip(self.config.grids, means.loss.tolist(), means.accuracy.tolist(), strict=True):
             row |= {f"loss_{grid}": loss, f"accuracy_{grid}": accuracy}
@@ -259,7 +259,6 @@ class Trainer:
             f"accuracy at {'/'.join(map(str, self.config.grids))}: {percentages(means.accuracy.tolist())}  "
             f"lr {lr:.2e}  {rate:.0f} images/s  {_duration(left * self.world.n_groups / rate)} left"
         )
-        self._meter = Meter(len(self.config.grids))
 
     def _end_epoch(self, epoch: int) -> Accuracy:
         accuracy = self.evaluate()
