@@ -15,6 +15,7 @@ EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
+    "matplotlib": "train",
 }
 """Packages that commands need, and the extra that brings each."""
 
@@ -209,6 +210,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-waiting", type=_positive, default=256, metavar="N", help="images at a time (default %(default)s)"
     )
     p.set_defaults(command="serve")
+
+    for name in ("label", "train_assigner", "calibrate", "evaluate"):
+        import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")
