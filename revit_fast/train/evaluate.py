@@ -87,7 +87,8 @@ def evaluate(
         for spec in default_policies() if policies is None else policies:
             policy = make_policy(spec, model.grids, calibration=calibration, macs=prep.macs)
             chosen = policy.choose(evidence)
-            rows.append(tally.row(name_of_policy(spec), "assigner", chosen, spec, policy.needs == "probabilities"))
+            asks = policy.needs == "probabilities"
+            rows.append(tally.row(name_of_policy(spec, asks), "assigner", chosen, spec, asks))
         given = make_policy("argmax", model.grids).choose(evidence)
         shares = np.bincount(given, minlength=len(model.grids)) / len(given)
     rows.append(tally.random_row(shares, n_random, model.grids))
@@ -114,12 +115,12 @@ def default_policies() -> list[PolicySpec]:
     return ["argmax", *(("threshold", θ) for θ in THRESHOLDS)]
 
 
-def name_of_policy(spec: PolicySpec) -> str:
-    """What a policy is called in a report."""
+def name_of_policy(spec: PolicySpec, asks_assigner: bool) -> str:
+    """What a given policy is called in a report."""
     name, argument = spec if isinstance(spec, (tuple, list)) else (spec, None)
     if isinstance(argument, Mapping):
         argument = ", ".join(f"{key} {value:g}" for key, value in argument.items() if isinstance(value, (int, float)))
-    return "TLA " + (name if argument is None else f"{name} {argument}")
+    return ("TLA " if asks_assigner else "policy ") + (name if argument is None else f"{name} {argument}")
 
 
 def gather_evidence(prep: AdaptivePreprocessor, images: ImageSet) -> Evidence:
