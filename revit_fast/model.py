@@ -306,7 +306,19 @@ class ReViT(nn.Module):
             FileNotFoundError: where there is no such file.
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
-        state_dict = self.convert_state_dict(read_checkpoint(Path(path)))
+        self.load_weights(read_checkpoint(Path(path)), path)
+
+    def load_weights(self, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+        """Loads the state dict of a plain ViT or of a ReViT.
+
+        Args:
+            state_dict: of either.
+            source: what to call it in an error.
+
+        Raises:
+            ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
+        """
+        state_dict = self.convert_state_dict(state_dict)
         own = self.state_dict()
         problems = {
             "missing": sorted(own.keys() - state_dict.keys()),
@@ -319,7 +331,7 @@ class ReViT(nn.Module):
         }
         found = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
         if found:
-            raise ValueError(f"weights: {path} does not fit this model: {found}")
+            raise ValueError(f"weights: {source} does not fit this model: {found}")
         self.load_state_dict(state_dict)
 
     def no_weight_decay(self) -> set[str]:
@@ -459,7 +471,8 @@ class ReViT(nn.Module):
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Tokens `[T, C]` that enter the blocks."""
-        patches = self.patch_embed(inputs.rows, inputs.normalization)
+        # Under autocast the linear layers give 16-bit rows; the residual stream stays in the parameters' precision.
+        patches = self.patch_embed(inputs.rows, inputs.normalization).to(self.pos_embed.dtype)
         x = ops.assemble_tokens(patches, self._prefix(), inputs.pos_table, inputs.pos_offset, inputs.cu_seqlens)
         x = self.pos_drop(x)
         return self.norm_pre(x, inputs.layout) if isinstance(self.norm_pre, TALLayerNorm) else x

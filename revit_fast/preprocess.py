@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,18 @@ def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[f
     # Multiplied first: an edge of the image is hit exactly.
     right, bottom = (left + image_px) * width / out_width, (top + image_px) * height / out_height
     return left * width / out_width, top * height / out_height, min(right, width), min(bottom, height)
+
+
+def input_settings(model: ReViT) -> dict[str, Any]:
+    """mean, std, crop_pct and interpolation of a model's timm configuration; DeiT's where it has none."""
+    config = model.pretrained_cfg or {}
+    interpolation = config.get("interpolation")
+    return {
+        "mean": config.get("mean") or IMAGENET_MEAN,
+        "std": config.get("std") or IMAGENET_STD,
+        "crop_pct": config.get("crop_pct") or DEIT_CROP_PCT,
+        "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+    }
 
 
 class Assignment(NamedTuple):
@@ -134,15 +146,9 @@ class AdaptivePreprocessor:
             tla: the assigner.
             **options: arguments of the constructor that take the place of the model's.
         """
-        config = model.pretrained_cfg or {}
-        interpolation = config.get("interpolation")
-        own = {
+        own = input_settings(model) | {
             "grids": model.grids,
             "patch_size": model.patch_size,
-            "mean": config.get("mean") or IMAGENET_MEAN,
-            "std": config.get("std") or IMAGENET_STD,
-            "crop_pct": config.get("crop_pct") or DEIT_CROP_PCT,
-            "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
             "dtype": torch.float32 if model.pos_embed.device.type == "cpu" else torch.uint8,
             "macs": [forward_macs(model, n) for n in model.lengths],
         }

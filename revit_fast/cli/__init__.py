@@ -15,7 +15,7 @@ EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
-    "matplotlib": "train",
+    **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
 }
 """Packages that commands need, and the extra that brings each."""
 
@@ -24,7 +24,7 @@ class UsageError(Exception):
     """Arguments that cannot work together with the model or the files; exit code 2."""
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -35,7 +35,7 @@ def _positive(text: str) -> int:
 
 
 def _grid(text: str) -> int | str:
-    return text if text == "mixed" else _positive(text)
+    return text if text == "mixed" else positive(text)
 
 
 def _policy(text: str) -> str | tuple[str, object]:
@@ -110,7 +110,7 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
     )
-    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
 
 
 def _add_results(p: argparse.ArgumentParser) -> None:
@@ -123,7 +123,7 @@ def _add_results(p: argparse.ArgumentParser) -> None:
 def _add_classes(p: argparse.ArgumentParser) -> None:
     """Arguments of the commands that classify."""
     p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
-    p.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to report (default %(default)s)")
+    p.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to report (default %(default)s)")
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
 
 
@@ -131,7 +131,7 @@ def _add_batches(p: argparse.ArgumentParser) -> None:
     """Arguments of the commands that pack images."""
     p.add_argument(
         "--batch-tokens",
-        type=_positive,
+        type=positive,
         default=4096,
         metavar="N",
         help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
@@ -147,10 +147,10 @@ def _add_cluster(p: argparse.ArgumentParser) -> None:
         default="local",
         help="ray: on the workers of a Ray cluster, into parts in the folder --output, which a later run completes",
     )
-    cluster.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one on every node)")
+    cluster.add_argument("--workers", type=positive, metavar="N", help="processes (default: one on every node)")
     cluster.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: start one here)")
     cluster.add_argument(
-        "--part-images", type=_positive, default=512, metavar="N", help="of a part (default %(default)s)"
+        "--part-images", type=positive, default=512, metavar="N", help="of a part (default %(default)s)"
     )
     cluster.add_argument("--part-format", choices=("parquet", "jsonl"), default="parquet", help="(default %(default)s)")
 
@@ -193,25 +193,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classes(p)
     _add_batches(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    p.add_argument("--port", type=_positive, default=8000, help="(default %(default)s)")
+    p.add_argument("--port", type=positive, default=8000, help="(default %(default)s)")
     p.add_argument(
         "--max-wait-ms",
-        type=_positive,
+        type=positive,
         default=20,
         metavar="N",
         help="that an image waits for others to fill its batch (default %(default)s)",
     )
-    p.add_argument("--max-body-mb", type=_positive, default=32, metavar="N", help="of a request (default %(default)s)")
+    p.add_argument("--max-body-mb", type=positive, default=32, metavar="N", help="of a request (default %(default)s)")
+    p.add_argument("--max-megapixels", type=positive, default=50, metavar="N", help="of an image (default %(default)s)")
+    p.add_argument("--max-seconds", type=positive, default=30, metavar="N", help="of a request (default %(default)s)")
     p.add_argument(
-        "--max-megapixels", type=_positive, default=50, metavar="N", help="of an image (default %(default)s)"
-    )
-    p.add_argument("--max-seconds", type=_positive, default=30, metavar="N", help="of a request (default %(default)s)")
-    p.add_argument(
-        "--max-waiting", type=_positive, default=256, metavar="N", help="images at a time (default %(default)s)"
+        "--max-waiting", type=positive, default=256, metavar="N", help="images at a time (default %(default)s)"
     )
     p.set_defaults(command="serve")
 
-    for name in ("label", "train_assigner", "calibrate", "evaluate"):
+    for name in ("train", "label", "train_assigner", "calibrate", "evaluate"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

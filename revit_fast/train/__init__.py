@@ -1,1 +1,1 @@
-"""Training of ReViT: image sets, loaders, losses and loops."""
+"""Training a ReViT and its assigner: data, losses, loops, labels, evaluation."""

@@ -313,7 +313,8 @@ def _timm(module: str):
     try:
         return import_module(f"timm.data.{module}")
     except ModuleNotFoundError as error:
-        raise ImportError(f'augment: it needs {error.name}: pip install "revit-fast[train]"') from error
+        missing = (error.name or "timm").partition(".")[0]
+        raise ImportError(f'augment: it needs {missing}: pip install "revit-fast[train]"') from error
 
 
 def _timm_transforms(augment: Augment, image_px: int, mean: Sequence[float], interpolation: str) -> tuple:

@@ -242,8 +242,12 @@ class EvalLoader:
         max_unreadable: float = 0.01,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        _check_int("batch_size", batch_size, 1)
-        _check_int("workers", workers, 0)
+        for name, value, least in (
+            ("patch_size", patch_size, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            _check_int(name, value, least)
         self.grids = check_grids(grids)
         self.images, self.batch_size, self.workers = images, batch_size, workers
         self.max_unreadable = _check_share(max_unreadable)

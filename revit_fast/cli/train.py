@@ -1,0 +1,132 @@
+"""`revit-fast train`: a multi-length ReViT from images."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+
+from revit_fast.cli import UsageError, positive
+from revit_fast.train.config import TrainConfig
+from revit_fast.train.loader import UnreadableError
+from revit_fast.train.run import read_config, train
+from revit_fast.train.trainer import CONFIG, FINAL, Interrupted, NotFiniteError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast train`; 0, 1 where training failed, 130 where it was stopped and can be resumed."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    folder = Path(args.output)
+    try:
+        config = configuration(args, folder)
+        accuracy = train(config, folder, device=args.device, resume=args.resume)
+    except Interrupted as stop:
+        print(f"revit-fast: {stop}: revit-fast train --output {folder} --resume", file=sys.stderr)
+        return 130
+    except (NotFiniteError, UnreadableError, OSError) as error:
+        print(f"revit-fast: error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    result = dict(zip(map(str, config.grids), accuracy.accuracy, strict=True))
+    print(json.dumps({"accuracy": result, "n_images": accuracy.n_images, "model": str(folder / FINAL)}))
+    return 0
+
+
+def configuration(args: argparse.Namespace, folder: Path) -> TrainConfig:
+    """The run's configuration: of the folder that is resumed, or of a file, with the options' changes."""
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
+    if args.resume and (folder / CONFIG).is_file():
+        return read_config(folder).with_changes(**given)
+    base = {}
+    if args.config is not None:
+        try:
+            base = json.loads(Path(args.config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UsageError(f"--config: cannot read {args.config}: {error}") from error
+    config = TrainConfig.from_dict(base | given)
+    if not config.data:
+        raise UsageError("DATA: expected images to train on, or --resume with the --output of a run")
+    return config
+
+
+def add_parser(commands) -> None:
+    """Adds the command `train`."""
+    p = commands.add_parser(
+        "train",
+        help="train a model at all its token lengths",
+        description="Train a ReViT at all its token lengths; under torchrun with several processes.",
+    )
+    p.add_argument("data", nargs="?", metavar="DATA", help="images to train on: see docs/training.md")
+    p.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, logs and weights")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --output, bit for bit")
+    p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
+    add_machine(p)
+    add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
+    p.set_defaults(command="train")
+
+
+def add_machine(p: argparse.ArgumentParser) -> None:
+    """Options that say where a run takes place."""
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
+    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+
+
+def add_config(group: argparse._ArgumentGroup) -> None:
+    """An option for every field of `TrainConfig` but `data`; absent ones are None."""
+    texts = field_texts(TrainConfig)
+    for f in fields(TrainConfig):
+        if f.name == "data":
+            continue
+        default = f.default if f.default is not MISSING else f.default_factory()
+        shown = "" if default in (None, {}) else f" (default {' '.join(map(str, as_list(default)))})"
+        text = texts.get(f.name, "").replace("`", "").replace("%", "%%") + shown
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **OPTIONS[f.type])
+
+
+def field_texts(cls: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each attribute."""
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", cls.__doc__ or "", flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+class KeyValues(argparse.Action):
+    """`name=value ...` as a dict; values are Python literals, else text."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        pairs = {}
+        for text in values:
+            name, equals, value = text.partition("=")
+            if not equals or not name:
+                parser.error(f"{option_string}: expected name=value, got {text!r}")
+            try:
+                pairs[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[name] = value
+        setattr(namespace, self.dest, pairs)
+
+
+OPTIONS = {
+    "str": {"type": str, "metavar": "NAME"},
+    "str | None": {"type": str, "metavar": "NAME"},
+    "int": {"type": int, "metavar": "N"},
+    "float": {"type": float, "metavar": "X"},
+    "float | None": {"type": float, "metavar": "X"},
+    "bool": {"action": argparse.BooleanOptionalAction},
+    "Sequence[int]": {"type": int, "nargs": "+", "metavar": "N"},
+    "Sequence[float] | None": {"type": float, "nargs": 3, "metavar": "X"},
+    "Mapping[str, Any]": {"action": KeyValues, "nargs": "+", "metavar": "NAME=VALUE"},
+}
+"""How a field of each type is given."""
+
+
+def as_list(value: object) -> list:
+    """A sequence's items, or the value alone."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]

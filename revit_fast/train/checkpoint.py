@@ -1,0 +1,95 @@
+"""The state of a run in one safetensors file: tensors, and what stands around them as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from revit_fast.atomic import replaced
+
+FORMAT = "revit-fast training state 1"
+TENSOR = "\0tensor"
+"""Key of the JSON objects that stand in a tensor's place; no name of a parameter or option is it."""
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes nested dicts and lists of tensors and JSON values, all or nothing.
+
+    Raises:
+        OSError: where the file cannot be written; what was there stays.
+        TypeError: for a value that is neither.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    skeleton = _taken_apart(state, tensors)
+    metadata = {"format": FORMAT, "state": json.dumps(skeleton)}
+    with replaced(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except Exception as error:  # safetensors wraps the system's errors in its own
+            raise OSError(f"cannot write {path}: {error}; the last complete one is kept") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is no state of a training run")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _put_together(json.loads(metadata["state"]), tensors)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a state of a training run: {error}") from error
+
+
+def _taken_apart(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """The value with every tensor moved to `tensors`."""
+    if isinstance(value, Tensor):
+        # A copy of its own: safetensors refuses tensors that share memory, and unlike layouts (channels last).
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR: name}
+    if isinstance(value, Mapping):
+        # JSON's keys are text; optimizers number their parameters.
+        return {
+            "keys": list(value),
+            "values": [_taken_apart(v, tensors, f"{name}.{k}" if name else str(k)) for k, v in value.items()],
+        }
+    if isinstance(value, (list, tuple)):
+        return [_taken_apart(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: a state holds tensors and JSON values, got {type(value).__name__}")
+
+
+def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    return dict(zip(value["keys"], (_put_together(v, tensors) for v in value["values"]), strict=True))
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes a state dict as safetensors, all or nothing; `ReViT.load_checkpoint` reads it."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
+    with replaced(path) as temporary:
+        save_file(tensors, temporary)

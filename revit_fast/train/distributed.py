@@ -1,0 +1,95 @@
+"""The processes of a training run: what each works on, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT_S = 600
+"""That a process waits for another before it gives up."""
+
+
+class World:
+    """This process among those that `torchrun` started, or alone.
+
+    In packed mode every process has images of its own, at all lengths. In length-parallel mode `n_lengths` processes
+    in a row form a group: they see the same images, each at one length, the first of them at the longest.
+
+    Args:
+        mode: "packed" or "length-parallel".
+        n_lengths: of the model.
+        device: "cpu" or "cuda"; each process takes the GPU of its local rank.
+        timeout_s: that it waits for another process.
+
+    Raises:
+        ValueError: where the processes do not make whole groups.
+    """
+
+    def __init__(self, mode: str = "packed", n_lengths: int = 1, device: str = "cpu", timeout_s: float = TIMEOUT_S):
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.group_size = n_lengths if mode == "length-parallel" else 1
+        if self.size % self.group_size:
+            raise ValueError(
+                f"mode: length-parallel needs a multiple of {n_lengths} processes, one for each length, got "
+                f"{self.size}; start with torchrun --nproc-per-node={n_lengths}"
+            )
+        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(
+            device
+        )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._started = self.size > 1 and not dist.is_initialized()
+        if self._started:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        self.n_groups, self.group = self.size // self.group_size, self.rank // self.group_size
+        self.views = [self.rank % self.group_size] if self.group_size > 1 else list(range(n_lengths))
+        self._groups = []
+        if self.group_size > 1:  # every process takes part in the making of every group
+            first_ranks = range(0, self.size, self.group_size)
+            self._groups = [dist.new_group(list(range(r, r + self.group_size))) for r in first_ranks]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over all processes by the backward pass."""
+        if self.size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    def without_sync(self, model: nn.Module) -> AbstractContextManager:
+        """While in it, gradients stay with this process: another backward pass follows before the update."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def teacher(self, logits: Tensor) -> Tensor | None:
+        """The logits of the longest length, from the process of this group that has it; None for that one itself."""
+        sent = logits.detach().clone()
+        dist.broadcast(sent, self.group * self.group_size, self._groups[self.group])
+        return None if self.views[0] == 0 else sent
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            values = values.to(self.device, copy=True)
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the group of processes that this object joined."""
+        if self._started:
+            dist.destroy_process_group()

@@ -1,0 +1,91 @@
+"""What a run tells: lines on the terminal, CSV files, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from revit_fast.atomic import replaced
+
+STEPS, EPOCHS = "steps.csv", "epochs.csv"
+
+
+class RunLog:
+    """Rows of numbers by update and by epoch, in CSV files and, where it is installed, for TensorBoard.
+
+    Args:
+        folder: where the files go; None: nothing is written.
+        step: update that the run starts from; rows of later ones, left by a run that was cut off, are dropped.
+        terminal: where progress is printed; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0, terminal: TextIO | None = sys.stderr) -> None:
+        self._folder, self._terminal, self._board = folder, terminal, None
+        if folder is None:
+            return
+        for name in (STEPS, EPOCHS):
+            _drop_rows_after(folder / name, step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # an extra
+            return
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, name: str, row: Mapping[str, float]) -> None:
+        """Appends a row, whose first column is the update."""
+        if self._folder is None:
+            return
+        path = self._folder / name
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(row)
+            writer.writerow([_text(value) for value in row.values()])
+        if self._board is not None:
+            for column, value in row.items():
+                self._board.add_scalar(f"{name.removesuffix('.csv')}/{column}", value, int(row["step"]))
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        if self._terminal is not None:
+            print(text, file=self._terminal, flush=True)
+
+    def close(self) -> None:
+        """Writes what is held back."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a file that `RunLog` wrote; [] where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{column: float(value) for column, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else repr(float(value))
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    # A killed run may have left half a line at the end.
+    kept = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) <= step]
+    if not kept:
+        path.unlink()
+        return
+    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *kept])
+
+
+def percentages(values: Sequence[float]) -> str:
+    """Shares as `91.2 90.1 87.5 %`."""
+    return " ".join(f"{100 * value:.1f}" for value in values) + " %"

@@ -1,0 +1,96 @@
+"""A whole training run from its configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.data import ImageSet, open_images, split_off
+from revit_fast.train.distributed import World
+from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
+
+EVALUATION_SPLIT = "test"
+
+
+def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
+    """The images to train on and those held out for evaluation.
+
+    Raises:
+        FileNotFoundError, ValueError: for data that cannot be read, or has no evaluation split where one is needed.
+    """
+    images = open_images(config.data, "train")
+    if config.held_out_share > 0:
+        return split_off(images, config.held_out_share, config.seed)
+    try:
+        return images, open_images(config.data, EVALUATION_SPLIT, images.classes)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: where it cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no training run: there is no {CONFIG} in it")
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    terminal: TextIO | None = sys.stderr,
+) -> Accuracy:
+    """Trains as configured; files as of `Trainer`.
+
+    Args:
+        config: choices of the run.
+        folder: for its files.
+        device: "cpu" or "cuda".
+        resume: go on from the checkpoint in the folder, from the start where there is none yet.
+        terminal: where progress is printed; None: nowhere.
+
+    Returns:
+        Accuracy on the held-out images at the end.
+
+    Raises:
+        FileExistsError: where the folder holds a run already and `resume` is not set.
+        others: see `Trainer.fit`, `open_data` and `config.build_model`.
+    """
+    if not resume and (folder / CHECKPOINT).exists():
+        raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")
+    world = World(config.mode, len(config.grids), device)
+    try:
+        images, held_out = open_data(config)
+        torch.manual_seed(config.seed)
+        model, new_head = build_model(config, len(images.classes))
+        trainer = Trainer(model, images, config, held_out=held_out, folder=folder, world=world, terminal=terminal)
+        if resume and (folder / CHECKPOINT).exists():
+            trainer.resume()
+        if terminal is not None and world.is_first:
+            start = f"from update {trainer.step} of {trainer.n_updates}" if trainer.step else "from the start"
+            head = ", with a new head" if new_head else ""
+            print(
+                f"training {config.model}{head} on {len(images)} images of {len(images.classes)} classes at grids "
+                f"{', '.join(map(str, config.grids))}, {config.mode}, {world.size} process(es), {start}",
+                file=terminal,
+                flush=True,
+            )
+        return trainer.fit()
+    finally:
+        world.close()

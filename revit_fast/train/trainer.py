@@ -1,0 +1,398 @@
+"""The loop that trains a ReViT at all its lengths, and can be cut off at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from revit_fast.engine import optimize
+from revit_fast.model import ReViT
+from revit_fast.train import shared_norms
+from revit_fast.train.checkpoint import load_state, save_state, save_weights
+from revit_fast.train.config import TrainConfig
+from revit_fast.train.data import ImageSet
+from revit_fast.train.distributed import World
+from revit_fast.train.loader import Batch, EvalLoader, TrainLoader
+from revit_fast.train.log import EPOCHS, STEPS, RunLog, percentages
+from revit_fast.train.losses import length_loss, tlsd_loss
+from revit_fast.train.meter import Meter
+
+CHECKPOINT, FINAL, BEST, CONFIG = "checkpoint.safetensors", "model.safetensors", "best.safetensors", "train.json"
+EVAL_BATCH = 256
+
+
+class NotFiniteError(RuntimeError):
+    """The loss became NaN or infinite; the weights were not updated with it, and the last checkpoint is kept."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; it wrote a checkpoint first."""
+
+
+class Accuracy(NamedTuple):
+    """How a model does on an image set.
+
+    Attributes:
+        accuracy: share of the images that are classified right, `[n_lengths]`, the longest length first.
+        loss: mean cross-entropy, `[n_lengths]`.
+        n_images: that were readable.
+    """
+
+    accuracy: list[float]
+    loss: list[float]
+    n_images: int
+
+
+class Trainer:
+    """Trains a model; `fit` runs to the end, from where `resume` found it.
+
+    Files in `folder`: `train.json` (the configuration), `checkpoint.safetensors` (all of the run's state),
+    `steps.csv`, `epochs.csv`, `tensorboard/`, `best.safetensors` (the weights of the best epoch at the longest length),
+    and at the end `model.safetensors`. Where a moving average is kept, weights are the average's.
+
+    Randomness follows from the seed and the number of the update alone, so that a run that was cut off and resumed
+    gives bit for bit what an uninterrupted one gives (on a CPU, with as many threads and processes).
+
+    Args:
+        model: to be trained, in place.
+        images: to train on.
+        config: choices of the run.
+        held_out: to evaluate on after every epoch; None: no evaluation.
+        folder: for the files; None: none are written.
+        world: processes of the run; default: those that torchrun started.
+        terminal: where progress is printed; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        model: ReViT,
+        images: ImageSet,
+        config: TrainConfig,
+        *,
+        held_out: ImageSet | None = None,
+        folder: Path | None = None,
+        world: World | None = None,
+        terminal: TextIO | None = sys.stderr,
+    ) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+        from timm.utils import ModelEmaV3
+
+        if model.grids != config.grids:
+            raise ValueError(f"config: its grids are {config.grids}, the model's {model.grids}")
+        self.config, self.folder, self.held_out = config, folder, held_out
+        self.world = world or World(config.mode, len(model.grids))
+        self.model = model.to(self.world.device)
+        model.set_grad_checkpointing(config.grad_checkpointing)
+        if config.norms == "shared":
+            shared_norms.share(model)
+        settings = config.input_settings(model)
+        self._eval_settings = {"grids": model.grids, "patch_size": model.patch_size, "workers": config.workers, **settings}
+        self.loader = TrainLoader(
+            images,
+            grids=model.grids,
+            patch_size=model.patch_size,
+            batch_size=config.batch_size,
+            augment=config.augmentation(),
+            mean=settings["mean"],
+            std=settings["std"],
+            interpolation=settings["interpolation"],
+            seed=config.seed,
+            workers=config.workers,
+            rank=self.world.group,
+            world_size=self.world.n_groups,
+            views=self.world.views,
+            max_unreadable=config.max_unreadable,
+        )
+        self.updates_per_epoch = len(self.loader) // config.grad_accum_steps
+        if self.updates_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: {len(images)} images give {len(self.loader)} batches of {config.batch_size} in each of "
+                f"{self.world.n_groups} processes, and an update takes {config.grad_accum_steps}; use smaller batches"
+            )
+        self.n_updates = self.updates_per_epoch * config.epochs
+        images_per_update = config.batch_size * config.grad_accum_steps * self.world.n_groups
+        options = {"layer_decay": config.layer_decay} if config.layer_decay is not None else {}
+        self.optimizer = create_optimizer_v2(
+            model, config.opt, config.learning_rate(images_per_update), config.weight_decay, **options
+        )
+        self.schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        self.average = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.step = 0  # updates done
+        self.best = -math.inf
+        self.unreadable: dict[str, str] = {}
+        self._meter = Meter(len(model.grids))
+        self._wrapped = self.world.wrap(model)
+        self._terminal = terminal if self.world.is_first else None
+        self._stop: int | None = None
+
+    def fit(self) -> Accuracy | None:
+        """Trains to the last update; the accuracy after it.
+
+        Raises:
+            NotFiniteError: where the loss is NaN or infinite.
+            Interrupted: after SIGINT or SIGTERM (with one process), the run's state written.
+            ValueError: where too many images are unreadable.
+            OSError: where a file cannot be written.
+        """
+        folder = self.folder if self.world.is_first else None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.config.save(folder / CONFIG)
+        self.log = RunLog(folder, self.step, self._terminal)
+        accuracy = None
+        try:
+            with self._stopped_by_signals():
+                while self.step < self.n_updates:
+                    accuracy = self._epoch()
+            if accuracy is None and self.held_out is not None:
+                accuracy = self.evaluate()
+            if folder is not None:
+                save_weights(folder / FINAL, self.weights())
+        finally:
+            self.log.close()
+        return accuracy
+
+    def _epoch(self) -> Accuracy | None:
+        """The rest of the epoch that the run stands in, then evaluation and a checkpoint."""
+        epoch, done = divmod(self.step, self.updates_per_epoch)
+        accumulate = self.config.grad_accum_steps
+        batches = self.loader.epoch(epoch, done * accumulate)
+        for _ in range(done, self.updates_per_epoch):
+            self._update(list(itertools.islice(batches, accumulate)))
+            if self.step % self.config.log_steps == 0:
+                self._report(epoch)
+            if self._stop is not None:
+                self.save_checkpoint()
+                name = signal.Signals(self._stop).name
+                raise Interrupted(f"stopped by {name} after update {self.step} of {self.n_updates}; resume to go on")
+            if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
+                self.save_checkpoint()
+        accuracy = self._end_epoch(epoch) if self.held_out is not None else None
+        self.save_checkpoint()
+        return accuracy
+
+    def _update(self, batches: list[Batch]) -> None:
+        """One step of the optimizer, its gradient the mean over the batches."""
+        self.model.train()
+        torch.manual_seed(_seed_of(self.config.seed, self.step, self.world.rank))
+        self.schedule.step_update(self.step)
+        self.optimizer.zero_grad()
+        loss = None
+        for i, batch in enumerate(batches):
+            self.unreadable.update(batch.unreadable)
+            last = i + 1 == len(batches)
+            with nullcontext() if last else self.world.without_sync(self._wrapped):
+                loss, logits = self.forward(batch)
+                if not torch.isfinite(loss.detach()).item():
+                    raise NotFiniteError(self._not_finite(loss, batch))
+                (loss / len(batches)).backward()
+        limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not torch.isfinite(norm).item():
+            raise NotFiniteError(self._not_finite(norm, batches[-1], "norm of the gradient"))
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.step)
+        self._meter.gradient(norm)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, whose gradient averaged over processes is that of all, and logits `[n_views, B, K]`."""
+        config, device = self.config, self.world.device
+        autocast = torch.autocast(device.type, torch.bfloat16) if config.amp == "bfloat16" else nullcontext()
+        target = batch.target.to(device)
+        with autocast:
+            logits = self._wrapped(batch.images.to(device))
+        logits = logits.view(len(self.world.views), len(target), -1)
+        if self.world.group_size == 1:
+            loss, losses = tlsd_loss(logits, target, config.distill_weight, config.temperature)
+        else:
+            teacher = self.world.teacher(logits[0]) if config.distill_weight > 0 else None
+            loss = length_loss(logits[0], target, teacher, config.distill_weight, config.temperature)
+            losses = loss.detach().unsqueeze(0)
+        self._meter.batch(self.world.views, losses, logits, target)
+        return loss, logits
+
+    def _not_finite(self, value: Tensor, batch: Batch, what: str = "loss") -> str:
+        names = [self.loader.images.name(int(i)) for i in batch.index[:3]]
+        kept = f"the last checkpoint is in {self.folder}" if self.folder is not None else "no checkpoint was kept"
+        return (
+            f"{what} is {value.item()} at update {self.step + 1}, in a batch that begins with {', '.join(names)}; "
+            f"{kept}. Lower lr (now {self.optimizer.param_groups[0]['lr']:.2g}), set clip_grad, or look at these images"
+        )
+
+    def _report(self, epoch: int) -> None:
+        """A line of the log: means since the last one."""
+        means = self._meter.means(self.world)
+        if not self.world.is_first:
+            return
+        lr = self.optimizer.param_groups[0]["lr"]
+        rate = self._meter.images_per_s() * self.world.n_groups
+        row = {"step": self.step, "epoch": epoch + 1, "lr": lr, "loss": means.loss.mean().item()}
+        for grid, loss, accuracy in zip(self.config.grids, means.loss.tolist(), means.accuracy.tolist(), strict=True):
+            row |= {f"loss_{grid}": loss, f"accuracy_{grid}": accuracy}
+        self.log.add(STEPS, row | {"gradient_norm": means.gradient_norm, "images_per_s": rate})
+        left = (self.n_updates - self.step) * self.config.batch_size * self.config.grad_accum_steps
+        self.log.say(
+            f"epoch {epoch + 1}/{self.config.epochs}  update {self.step}/{self.n_updates}  loss {row['loss']:.4f}  "
+            f"accuracy at {'/'.join(map(str, self.config.grids))}: {percentages(means.accuracy.tolist())}  "
+            f"lr {lr:.2e}  {rate:.0f} images/s  {_duration(left * self.world.n_groups / rate)} left"
+        )
+        self._meter = Meter(len(self.config.grids))
+
+    def _end_epoch(self, epoch: int) -> Accuracy:
+        accuracy = self.evaluate()
+        if self.world.is_first:
+            row = {"step": self.step, "epoch": epoch + 1}
+            for grid, share, loss in zip(self.config.grids, accuracy.accuracy, accuracy.loss, strict=True):
+                row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
+            self.log.add(EPOCHS, row)
+            self.log.say(
+                f"epoch {epoch + 1}/{self.config.epochs}  held-out accuracy at "
+                f"{'/'.join(map(str, self.config.grids))}: {percentages(accuracy.accuracy)} of {accuracy.n_images} images"
+            )
+        if accuracy.accuracy[0] > self.best:
+            self.best = accuracy.accuracy[0]
+            if self.folder is not None and self.world.is_first:
+                save_weights(self.folder / BEST, self.weights())
+        return accuracy
+
+    @torch.no_grad()
+    def evaluate(self) -> Accuracy:
+        """Accuracy at every length on the held-out images, shared among the processes."""
+        model = self.trained()
+        share = self.held_out.subset(range(self.world.rank, len(self.held_out), self.world.size))
+        n_lengths = len(model.grids)
+        totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64)
+        for batch in EvalLoader(share, batch_size=EVAL_BATCH, **self._eval_settings):
+            logits = model(batch.images.to(self.world.device)).view(n_lengths, len(batch.target), -1).double().cpu()
+            right = (logits.argmax(dim=2) == batch.target).sum(dim=1)
+            losses = [torch.nn.functional.cross_entropy(z, batch.target, reduction="sum") for z in logits]
+            totals += torch.cat([right.double(), torch.stack(losses), torch.tensor([float(len(batch.target))])])
+        totals = self.world.sum(totals).cpu()
+        n = max(int(totals[-1]), 1)
+        return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
+
+    def trained(self) -> ReViT:
+        """The model as it would be deployed: averaged weights where there are, plain norms, in evaluation mode."""
+        model = shared_norms.plain_copy(self.average.module if self.average is not None else self.model).eval()
+        return optimize(model) if self.world.device.type == "cpu" else model
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of a plain ReViT: of the average where there is one."""
+        return shared_norms.plain_copy(self.average.module if self.average is not None else self.model).state_dict()
+
+    def state(self) -> dict[str, Any]:
+        """All that a run is resumed from."""
+        return {
+            "config": self.config.as_dict(),
+            "step": self.step,
+            "best": self.best if math.isfinite(self.best) else None,
+            "unreadable": self.unreadable,
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict()["state"],
+            "meter": self._meter.state(self.world),
+            "world_size": self.world.size,
+        }
+
+    def save_checkpoint(self) -> None:
+        """Writes the run's state, all or nothing."""
+        state = self.state()  # every process takes part
+        if self.folder is not None and self.world.is_first:
+            save_state(self.folder / CHECKPOINT, state)
+
+    def resume(self) -> None:
+        """Takes up the run whose checkpoint is in the folder.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where it is of a run with other choices.
+        """
+        state = load_state(self.folder / CHECKPOINT)
+        then, now = state["config"], self.config.as_dict()
+        changed = sorted(name for name in now if now[name] != then.get(name) and name not in MAY_CHANGE)
+        if state["world_size"] != self.world.size:
+            raise ValueError(
+                f"resume: the run had {state['world_size']} processes, now there are {self.world.size}; "
+                "its batches would be other ones"
+            )
+        if changed:
+            was = ", ".join(f"{name} = {then.get(name)!r}" for name in changed)
+            raise ValueError(f"resume: the run in {self.folder} has {was}; resume it with the same, or start another")
+        self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
+        self.unreadable = state["unreadable"]
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self._restore_optimizer(state["optimizer"])
+        self._meter = Meter.restored(state["meter"], self.world)
+
+    def _restore_optimizer(self, state: dict[int, dict[str, Any]]) -> None:
+        parameters = list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
+        for index, values in state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                    # As the optimizer would have made it: fused updates need the parameter's layout.
+                    values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+    @contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the update that is being made.
+
+        With several processes, which could stop at different updates, signals keep their meaning.
+        """
+
+        def stop(number: int, frame: object) -> None:
+            self._stop = number
+
+        if self.world.size > 1:
+            yield
+            return
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, stop)
+        except ValueError:  # not in the main thread
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+MAY_CHANGE = {"workers", "checkpoint_steps", "log_steps", "max_unreadable"}
+"""Choices that a resumed run may make anew: they do not change its results."""
+
+
+def _seed_of(*numbers: int) -> int:
+    """A seed of its own for every tuple of numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"
