@@ -202,18 +202,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="that an image waits for others to fill its batch (default %(default)s)",
     )
     p.add_argument("--max-body-mb", type=positive, default=32, metavar="N", help="of a request (default %(default)s)")
-    p.add_argument(
-        "--max-megapixels", type=positive, default=50, metavar="N", help="of an image (default %(default)s)"
-    )
+    p.add_argument("--max-megapixels", type=positive, default=50, metavar="N", help="of an image (default %(default)s)")
     p.add_argument("--max-seconds", type=positive, default=30, metavar="N", help="of a request (default %(default)s)")
     p.add_argument(
         "--max-waiting", type=positive, default=256, metavar="N", help="images at a time (default %(default)s)"
     )
     p.set_defaults(command="serve")
 
-    from revit_fast.cli import train  # which reads its options off the configuration
-
-    train.add_parser(commands)
+    for name in ("train", "label", "train_assigner", "calibrate", "evaluate"):
+        import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")
