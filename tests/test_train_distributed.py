@@ -117,5 +117,7 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
 
 def test_processes_that_make_no_whole_group_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"needs a multiple of 3 processes, one for each length, got 4; start with torc"):
+    with pytest.raises(
+        ValueError, match=r"needs a multiple of 3 processes, one for each length, got 4; start with torc"
+    ):
         World("length-parallel", 3)

@@ -191,7 +191,9 @@ def test_nan_stops_with_the_update_the_batch_and_the_checkpoint_kept(tmp_path):
         return (loss * math.nan if trainer.step == 8 else loss), logits
 
     trainer.forward = poisoned
-    with pytest.raises(NotFiniteError, match=r"loss is nan at update 9, in a batch that begins with .*; the last check"):
+    with pytest.raises(
+        NotFiniteError, match=r"loss is nan at update 9, in a batch that begins with .*; the last check"
+    ):
         trainer.fit()
     state = load_state(tmp_path / CHECKPOINT)
     assert state["step"] == 6
@@ -358,7 +360,10 @@ def test_evaluation_counts_like_the_model_alone():
     trainer = tiny_trainer()
     accuracy = trainer.evaluate()
     model, held_out = trainer.model.eval(), trainer.held_out
-    x = torch.stack([torch.from_numpy(held_out.image(i)) for i in range(len(held_out))]).permute(0, 3, 1, 2).float() / 255
+    x = (
+        torch.stack([torch.from_numpy(held_out.image(i)) for i in range(len(held_out))]).permute(0, 3, 1, 2).float()
+        / 255
+    )
     settings = trainer.config.input_settings(trainer.model)
     x = (x - torch.tensor(settings["mean"]).view(3, 1, 1)) / torch.tensor(settings["std"]).view(3, 1, 1)
     logits, labels = model(x), torch.from_numpy(held_out.labels)

@@ -24,7 +24,9 @@ def trainer_of(config: TrainConfig, world: World, dtype: torch.dtype = torch.flo
             if "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     held_out = noise_images(24, seed=1)
-    return Trainer(model.to(dtype), noise_images(), config, held_out=held_out, folder=folder, world=world, terminal=None)
+    return Trainer(
+        model.to(dtype), noise_images(), config, held_out=held_out, folder=folder, world=world, terminal=None
+    )
 
 
 def gradients(config: TrainConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:

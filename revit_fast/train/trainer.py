@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -82,7 +81,7 @@ class Trainer:
         held_out: ImageSet | None = None,
         folder: Path | None = None,
         world: World | None = None,
-        terminal: TextIO | None = sys.stderr,
+        terminal: TextIO | None = None,
     ) -> None:
         from timm.optim import create_optimizer_v2
         from timm.scheduler import create_scheduler_v2
@@ -97,7 +96,12 @@ class Trainer:
         if config.norms == "shared":
             shared_norms.share(model)
         settings = config.input_settings(model)
-        self._eval_settings = {"grids": model.grids, "patch_size": model.patch_size, "workers": config.workers, **settings}
+        self._eval_settings = {
+            "grids": model.grids,
+            "patch_size": model.patch_size,
+            "workers": config.workers,
+            **settings,
+        }
         self.loader = TrainLoader(
             images,
             grids=model.grids,
@@ -280,7 +284,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Accuracy:
         """Accuracy at every length on the held-out images, shared among the processes."""
-        model = self.trained()
+        model = self.plain()
+        if self.world.device.type == "cpu":
+            model = optimize(model)
         share = self.held_out.subset(range(self.world.rank, len(self.held_out), self.world.size))
         n_lengths = len(model.grids)
         totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64)
@@ -293,14 +299,13 @@ class Trainer:
         n = max(int(totals[-1]), 1)
         return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
 
-    def trained(self) -> ReViT:
-        """The model as it would be deployed: averaged weights where there are, plain norms, in evaluation mode."""
-        model = shared_norms.plain_copy(self.average.module if self.average is not None else self.model).eval()
-        return optimize(model) if self.world.device.type == "cpu" else model
+    def plain(self) -> ReViT:
+        """A copy as it would be deployed: averaged weights where there are, norms of every length's own."""
+        return shared_norms.plain_copy(self.average.module if self.average is not None else self.model).eval()
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of a plain ReViT: of the average where there is one."""
-        return shared_norms.plain_copy(self.average.module if self.average is not None else self.model).state_dict()
+        """The state dict of `plain`."""
+        return self.plain().state_dict()
 
     def state(self) -> dict[str, Any]:
         """All that a run is resumed from."""
