@@ -19,11 +19,9 @@ from revit_fast.cli.train import add_config, field_texts
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.log import STEPS, read_rows
 
-OPTIONS = (
-    "--model vit_tiny_patch16_224 --model-kwargs img_size=8 patch_size=2 embed_dim=32 depth=2 num_heads=2 "
-    "--grids 4 3 2 --batch-size 8 --lr 0.003 --warmup-epochs 0 --augment preset=light pad=1 --crop-pct 1.0 "
-    "--log-steps 1"
-).split()
+MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=32", "depth=2"]
+RECIPE = ["--batch-size", "8", "--lr", "0.003", "--warmup-epochs", "0", "--augment", "preset=light", "pad=1"]
+OPTIONS = [*MODEL, "num_heads=2", "--grids", "4", "3", "2", *RECIPE, "--crop-pct", "1.0", "--log-steps", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):
     trainer = tiny_trainer(folder=tmp_path)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(NotFiniteError, match="norm of the gradient is .* at update 1"):
+    with pytest.raises(NotFiniteError, match=r"norm of the gradient is .* at update 1"):
         trainer.fit()
     assert_same_weights(before, trainer.model.state_dict())
 
@@ -281,7 +281,7 @@ def test_unreadable_images_are_counted_and_a_share_is_too_much():
 
 
 def test_a_set_too_small_for_an_update_is_refused():
-    with pytest.raises(ValueError, match="batch_size: .*use smaller batches"):
+    with pytest.raises(ValueError, match=r"batch_size: .*use smaller batches"):
         tiny_trainer(tiny_config(grad_accum_steps=10))
 
 

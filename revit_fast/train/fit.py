@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import torch
 
+from revit_fast.atomic import replaced
 from revit_fast.bundle import save_bundle
 from revit_fast.costs import forward_macs
 from revit_fast.model import ReViT
@@ -159,12 +161,8 @@ def _evaluated(
 
 
 def _write(report: Report, folder: Path) -> None:
-    from revit_fast.atomic import replaced
-
     report.save(folder / f"{REPORT}.json")
     with replaced(folder / f"{REPORT}.md") as temporary:
         temporary.write_text(report.table(), encoding="utf-8")
-    try:
+    with suppress(ModuleNotFoundError):  # matplotlib is an extra
         report.plot(folder / f"{REPORT}.png")
-    except ModuleNotFoundError:  # matplotlib is an extra
-        pass

@@ -207,7 +207,7 @@ class Trainer:
             self.unreadable.update(batch.unreadable)
             last = i + 1 == len(batches)
             with nullcontext() if last else self.world.without_sync(self._wrapped):
-                loss, logits = self.forward(batch)
+                loss, _ = self.forward(batch)
                 if not torch.isfinite(loss.detach()).item():
                     raise NotFiniteError(self._not_finite(loss, batch))
                 (loss / len(batches)).backward()
@@ -272,8 +272,8 @@ class Trainer:
                 row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
             self.log.add(EPOCHS, row)
             self.log.say(
-                f"epoch {epoch + 1}/{self.config.epochs}  held-out accuracy at "
-                f"{'/'.join(map(str, self.config.grids))}: {percentages(accuracy.accuracy)} of {accuracy.n_images} images"
+                f"epoch {epoch + 1}/{self.config.epochs}  held-out accuracy at {'/'.join(map(str, self.config.grids))}: "
+                f"{percentages(accuracy.accuracy)} of {accuracy.n_images} images"
             )
         if accuracy.accuracy[0] > self.best:
             self.best = accuracy.accuracy[0]
