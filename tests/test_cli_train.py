@@ -45,7 +45,7 @@ def test_train_writes_a_bundle_that_the_other_commands_take(folder, tmp_path, ca
     assert result["n_images"] == 30
     assert set(result["accuracy"]) == {"4", "3", "2"}
     assert "training vit_tiny_patch16_224 on 96 images of 3 classes at grids 4, 3, 2, packed, 1 process(es)" in err
-    assert "epoch 6/6  held-out accuracy at 4/3/2: " in err
+    assert "epoch 6/6  held out at 4/3/2: " in err
     bundle = read_bundle(run / "bundle")
     assert bundle.classes == ("bright", "dark", "middle")
     assert bundle.settings["crop_pct"] == 1.0

@@ -312,7 +312,7 @@ def test_progress_says_where_the_run_stands(tmp_path):
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("epoch 1/2  update 1/12  loss ")
     assert "accuracy at 4/3/2: " in lines[0]
-    assert any(line.startswith("epoch 2/2  held-out accuracy at 4/3/2: ") for line in lines)
+    assert any(line.startswith("epoch 2/2  held out at 4/3/2: ") for line in lines)
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):

@@ -272,7 +272,7 @@ class Trainer:
                 row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
             self.log.add(EPOCHS, row)
             self.log.say(
-                f"epoch {epoch + 1}/{self.config.epochs}  held-out accuracy at {'/'.join(map(str, self.config.grids))}: "
+                f"epoch {epoch + 1}/{self.config.epochs}  held out at {'/'.join(map(str, self.config.grids))}: "
                 f"{percentages(accuracy.accuracy)} of {accuracy.n_images} images"
             )
         if accuracy.accuracy[0] > self.best:
