@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi bench bench-model bench-pipeline gate lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi bench bench-train bench-model bench-pipeline gate lint format build clean
 
-## Main job on real photographs: mixed grids in one packed forward, against timm.
+## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
+	$(BIN)/python -m bench.adaptive_demo
 	$(BIN)/python -m bench.demo
 
 ## The test suite, and the GPU kernels in Triton's interpreter, which needs a process of its own: both at a time.
@@ -52,6 +53,10 @@ bench-model: build
 ## From JPEG files to logits, the assigner included, beside other pipelines; ARGS=--quick for a few images.
 bench-pipeline: build
 	$(BIN)/python -m bench.pipeline $(ARGS)
+
+## An update of multi-length training: all lengths in one pack beside a dense pass for each; ARGS=--case small for one.
+bench-train: build
+	$(BIN)/python -m bench.train_step $(ARGS)
 
 ## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:

@@ -87,7 +87,6 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
 
 
 def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     out = tmp_path / "fitted"
     options = ["--epochs", "6", "--held-out-share", "0.4", "--max-drop", "5", *OPTIONS]
     assert main(["fit", str(folder), "--output", str(out), *options]) == 0
