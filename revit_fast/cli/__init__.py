@@ -211,9 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(command="serve")
 
-    from revit_fast.cli import train  # which reads its options off the configuration
-
-    train.add_parser(commands)
+    for name in ("train", "label", "train_assigner", "calibrate", "evaluate"):  # they read options off their modules
+        import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")

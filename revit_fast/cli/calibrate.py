@@ -1,0 +1,73 @@
+"""`revit-fast calibrate`: the threshold of a bundle, by a budget or by the accuracy that may be lost."""
+
+from __future__ import annotations
+
+import argparse
+
+from revit_fast.cli import UsageError, _budget, labelled
+
+
+def _drop(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 100.0:
+        raise argparse.ArgumentTypeError(f"expected percentage points from 0 to 100, such as 0.5, got {text!r}")
+    return value / 100
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    p = commands.add_parser(
+        "calibrate",
+        help="set how many tokens a bundle spends",
+        description="Calibrate a bundle's assigner on held-out labelled images, find the threshold that keeps a budget "
+        "or an accuracy, and store it as the bundle's policy.",
+    )
+    labelled.add_arguments(p, "val")
+    goal = p.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--budget", type=_budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
+    goal.add_argument(
+        "--max-drop", type=_drop, metavar="POINTS", help="of accuracy below the longest grid, in percentage points"
+    )
+    labelled.add_output(p)
+    p.set_defaults(command="calibrate")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast calibrate`; 0, or 1 if any image could not be read."""
+    import numpy as np
+
+    from revit_fast.bundle import save_bundle
+    from revit_fast.policies import make_policy, smallest_sufficient
+    from revit_fast.preprocess import AdaptivePreprocessor
+    from revit_fast.train.evaluate import threshold_for_drop
+    from revit_fast.train.labels import length_labels, predict_lengths
+
+    folder = labelled.folder_to_write(args)
+    bundle, images = labelled.open_both(args)
+    model, tla = bundle.model, bundle.tla
+    if tla is None:
+        raise UsageError(f"{args.bundle} has no assigner yet; make one with `revit-fast train-assigner`")
+    predictions = predict_lengths(model, images, progress=labelled.counter("predicted"))
+    places = np.flatnonzero(predictions.readable)
+    correct = predictions.correct(images.labels)[:, places]
+    prep = AdaptivePreprocessor.for_model(model, tla)
+    with labelled.usage_errors():
+        prep.calibrate([images.image(int(i)) for i in places], length_labels(correct))
+        if args.budget is not None:
+            policy = make_policy(("budget", args.budget), model.grids, calibration=tla.calibration, macs=prep.macs)
+            threshold = policy.threshold
+        else:
+            threshold = threshold_for_drop(tla.calibration, correct, args.max_drop)
+        own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
+        save_bundle(folder, model, tla, policy=("threshold", threshold), **own)
+    chosen = smallest_sufficient(tla.calibration.suffices, threshold)
+    right = correct[chosen, np.arange(len(places))].mean()
+    tokens = np.array(model.lengths)[chosen].mean()
+    print(
+        f"{folder}: threshold {threshold:.6g}: on these {len(places)} images {tokens:.1f} patch tokens, accuracy "
+        f"{right:.2%} (longest grid: {model.lengths[0]}, {correct[0].mean():.2%})"
+    )
+    return labelled.say_unreadable(images, dict(predictions.unreadable))

@@ -1,0 +1,74 @@
+"""`revit-fast evaluate`: accuracy, cost and time of a bundle beside fixed lengths and simple baselines."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from revit_fast.cli import _positive, labelled
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1, such as 0.5,0.9, got {text!r}")
+    return values
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    p = commands.add_parser(
+        "evaluate",
+        help="compare a bundle with fixed grids and baselines",
+        description="Report accuracy and cost of a bundle's policies beside fixed grids, random, entropy, confidence "
+        "cascade and oracle, on labelled images.",
+    )
+    labelled.add_arguments(p, "test")
+    p.add_argument("--thresholds", type=_numbers, metavar="X,X", help="of the assigner, and bounds of the cascade")
+    p.add_argument("--json", metavar="FILE", help="write the report there, all or nothing")
+    p.add_argument("--plot", metavar="FILE", help="draw accuracy over cost: .png, .svg or .pdf (needs matplotlib)")
+    p.add_argument("--time", action="store_true", help="measure throughput too")
+    p.add_argument("--time-images", type=_positive, default=512, metavar="N", help="(default %(default)s)")
+    p.add_argument("--rounds", type=_positive, default=7, metavar="N", help="of the measurement (default %(default)s)")
+    p.set_defaults(command="evaluate")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast evaluate`; 0, or 1 if any image could not be read."""
+    if args.plot:
+        import_module("matplotlib")  # before anything is computed; where it is missing, main says what to install
+    from revit_fast.pipeline import pipeline
+    from revit_fast.train.evaluate import THRESHOLDS, default_policies, evaluate
+    from revit_fast.train.labels import predict_lengths
+    from revit_fast.train.timing import measure
+
+    bundle, images = labelled.open_both(args)
+    predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
+    policies = default_policies()
+    if args.thresholds:
+        policies = ["argmax", *(("threshold", threshold) for threshold in args.thresholds)]
+    if bundle.tla is not None and bundle.policy not in policies:
+        policies.append(bundle.policy)
+    with labelled.usage_errors():
+        report = evaluate(
+            bundle.model,
+            bundle.tla,
+            images,
+            policies=policies,
+            cascade=args.thresholds or THRESHOLDS,
+            predictions=predictions,
+        )
+        if args.time:
+            pipe = pipeline(bundle.model, bundle.tla, policy=bundle.policy)
+            readable = [i for i in range(len(images)) if i not in predictions.unreadable]
+            pixels = [images.image(i) for i in readable[: args.time_images]]
+            report = measure(report, pipe, pixels, rounds=args.rounds)
+        if args.json:
+            report.save(args.json)
+        if args.plot:
+            report.plot(args.plot)
+    print(report.table(), end="")
+    return labelled.say_unreadable(images, dict(predictions.unreadable))

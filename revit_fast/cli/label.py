@@ -1,0 +1,50 @@
+"""`revit-fast label`: the smallest token length that suffices, for every image of a set."""
+
+from __future__ import annotations
+
+import argparse
+
+from revit_fast.cli import labelled
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    p = commands.add_parser(
+        "label",
+        help="find the smallest sufficient grid of every image",
+        description="Run a model on labelled images at every grid and write the smallest that is right. Images that "
+        "the model was trained on get grids that are too small.",
+    )
+    labelled.add_arguments(p, "train")
+    add_rules(p)
+    p.add_argument("--output", metavar="FILE", required=True, help="CSV file, written all or nothing")
+    p.set_defaults(command="label")
+
+
+def add_rules(p: argparse.ArgumentParser) -> None:
+    """How labels follow from what is right."""
+    p.add_argument(
+        "--rule",
+        choices=("smallest", "stable"),
+        default="smallest",
+        help="the smallest grid that is right, or that is right together with all longer ones (default %(default)s)",
+    )
+    p.add_argument(
+        "--unsolved",
+        choices=("longest", "shortest", "drop"),
+        default="longest",
+        help="grid of an image that none is right for (default %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast label`; 0, or 1 if any image could not be read."""
+    from revit_fast.train.labels import LengthLabels, predict_lengths
+
+    bundle, images = labelled.open_both(args)
+    predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
+    labels = LengthLabels.of(predictions, images, args.rule, args.unsolved)
+    with labelled.usage_errors():
+        labels.save(args.output)
+    print(labels.summary())
+    return labelled.say_unreadable(images, predictions.unreadable)

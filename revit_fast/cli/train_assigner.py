@@ -1,0 +1,103 @@
+"""`revit-fast train-assigner`: an assigner for the model of a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from revit_fast.cli import UsageError, _positive, labelled
+from revit_fast.cli.label import add_rules
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    p = commands.add_parser(
+        "train-assigner",
+        help="train the assigner of a model",
+        description="Train the assigner of a bundle's model on labelled images that the model was not trained on.",
+    )
+    labelled.add_arguments(p, "val")
+    p.add_argument("--labels", metavar="FILE", help="of `revit-fast label` (default: made now)")
+    add_rules(p)
+    p.add_argument("--epochs", type=_positive, default=30, metavar="N", help="(default %(default)s)")
+    p.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="(default %(default)s)")
+    p.add_argument("--lr", type=float, default=5e-3, metavar="X", help="learning rate (default %(default)s)")
+    p.add_argument("--balanced", action="store_true", help="rare grids count as much as frequent ones")
+    p.add_argument("--no-flip", action="store_true", help="do not mirror images")
+    p.add_argument(
+        "--objective",
+        choices=("label", "suffices"),
+        default="label",
+        help="learn the smallest right grid, or for every grid whether it is right (default %(default)s)",
+    )
+    p.add_argument("--thumbnail-px", type=_positive, metavar="N", help="side of the thumbnail (default: by the model)")
+    p.add_argument("--widths", type=_widths, metavar="N,N", help="channels of the layers (default: by the model)")
+    labelled.add_output(p)
+    p.set_defaults(command="train_assigner")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast train-assigner`; 0, or 1 if any image could not be read."""
+    import torch
+
+    from revit_fast.bundle import save_bundle
+    from revit_fast.tla import TokenLengthAssigner
+    from revit_fast.train.assigner import train_assigner
+    from revit_fast.train.labels import LengthLabels, predict_lengths
+
+    folder = labelled.folder_to_write(args)
+    bundle, images = labelled.open_both(args)
+    code = 0
+    if args.labels:
+        with labelled.usage_errors():
+            kept = LengthLabels.load(args.labels)
+        if kept.grids != bundle.model.grids:
+            raise UsageError(f"--labels: {args.labels} is of grids {kept.grids}, the model has {bundle.model.grids}")
+    else:
+        predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
+        kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)
+        code = labelled.say_unreadable(images, predictions.unreadable)
+    print(kept.summary())
+
+    def show(epoch) -> None:
+        print(
+            f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, held out {epoch.held_out_loss:.4f}, right labels "
+            f"{epoch.held_out_accuracy:.2%}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    with labelled.usage_errors():
+        labels, correct = kept.of_images(images)
+        torch.manual_seed(args.seed)
+        tla = TokenLengthAssigner.for_model(bundle.model)
+        if args.thumbnail_px or args.widths:
+            sizes = {"thumbnail_px": args.thumbnail_px or tla.thumbnail_px, "widths": args.widths or tla.widths}
+            tla = TokenLengthAssigner(bundle.model.grids, **sizes)
+        history = train_assigner(
+            tla,
+            images,
+            labels,
+            model=bundle.model,
+            correct=correct,
+            objective=args.objective,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            balanced=args.balanced,
+            flip=not args.no_flip,
+            seed=args.seed,
+            progress=show,
+        )
+        own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
+        save_bundle(folder, bundle.model, tla, policy="argmax", **own)
+    best = history.epochs[history.best - 1]
+    most = max(history.label_shares)
+    print(f"{folder}: epoch {history.best}, {best.held_out_accuracy:.2%} of the held-out labels, {most:.2%} by chance")
+    if history.collapsed:
+        print("warning: the assigner gives every image the same grid; try --balanced or more images", file=sys.stderr)
+    return code

@@ -1,0 +1,261 @@
+"""What an adaptive model gains and loses beside fixed lengths and simple ways to choose: accuracy, cost, time.
+
+All accuracies follow from one set of predictions at every length. Time is measured apart, see `timing.measure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from revit_fast.costs import forward_macs
+from revit_fast.model import ReViT
+from revit_fast.policies import Calibration, Evidence, PolicySpec, make_policy, smallest_sufficient
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.tla import TokenLengthAssigner
+from revit_fast.train.data import ImageSet
+from revit_fast.train.labels import Predictions, decoded_chunks, length_labels, predict_lengths
+from revit_fast.train.report import Report, Row
+from revit_fast.train.statistics import mcnemar, paired_interval
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""θ of the assigner's policies, and confidences of the cascade."""
+
+N_RANDOM = 10
+"""Seeds of the random baseline."""
+
+MAX_CANDIDATES = 1000
+"""Thresholds that are tried for an accuracy drop."""
+
+
+def evaluate(
+    model: ReViT,
+    tla: TokenLengthAssigner | None,
+    images: ImageSet,
+    *,
+    policies: Sequence[PolicySpec] | None = None,
+    cascade: Sequence[float] = THRESHOLDS,
+    settings: Mapping[str, Any] | None = None,
+    predictions: Predictions | None = None,
+    unsolved: str = "longest",
+    n_random: int = N_RANDOM,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Accuracy and cost of every policy beside the baselines.
+
+    Baselines: every fixed length; lengths drawn at random with the shares that the assigner's argmax gives (mean over
+    seeds); the oracle, which knows the smallest length that is right; the confidence cascade, which runs ever longer
+    lengths until the largest class probability reaches a bound, and pays for all that it ran; and the entropy of grey
+    values, the highest getting the longest length, as many images of each as argmax gives.
+
+    Args:
+        model: the `ReViT`.
+        tla: its assigner; without one only baselines are reported, random and entropy with equal shares.
+        images: labelled images that neither the model nor the assigner was trained on.
+        policies: of the assigner, see `policies.make_policy`; by default argmax and the thresholds of `THRESHOLDS`.
+        cascade: bounds of the confidence cascade.
+        settings: preprocessing that takes the place of the model's.
+        predictions: of `predict_lengths` for these images, where they are known already.
+        unsolved: the length that the oracle gives an image that no length gets right, see `labels.length_labels`.
+        n_random: seeds of the random baseline, at least 5.
+        progress: see `predict_lengths`.
+
+    Raises:
+        ValueError: where things do not fit each other, or no image can be read.
+    """
+    if n_random < 5:
+        raise ValueError(f"n_random: expected at least 5 seeds, got {n_random}")
+    if predictions is None:
+        predictions = predict_lengths(model, images, settings=settings, progress=progress)
+    if predictions.grids != model.grids or predictions.logits.shape[1] != len(images):
+        raise ValueError(
+            f"predictions: of {predictions.logits.shape[1]} images at grids {predictions.grids}; expected "
+            f"{len(images)} images at {model.grids}"
+        )
+    keep = predictions.readable
+    if not keep.any():
+        raise ValueError(f"images: none of {len(images)} can be read; the first: {predictions.unreadable[0]}")
+    prep = AdaptivePreprocessor.for_model(model, tla, policy=("fixed", model.grids[0]), **dict(settings or {}))
+    evidence = gather_evidence(prep, images)
+    tally = _Tally(model, predictions.correct(images.labels)[:, keep], 0 if tla is None else tla.macs)
+    rows = [tally.row(f"fixed {g}x{g}", "fixed", tally.all_at(i), ("fixed", g)) for i, g in enumerate(model.grids)]
+    shares = np.full(len(model.grids), 1 / len(model.grids))
+    if tla is not None:
+        calibration = tla.calibration
+        for spec in default_policies() if policies is None else policies:
+            policy = make_policy(spec, model.grids, calibration=calibration, macs=prep.macs)
+            chosen = policy.choose(evidence)
+            asks = policy.needs == "probabilities"
+            rows.append(tally.row(name_of_policy(spec, asks), "assigner", chosen, spec, asks))
+        given = make_policy("argmax", model.grids).choose(evidence)
+        shares = np.bincount(given, minlength=len(model.grids)) / len(given)
+    rows.append(tally.random_row(shares, n_random, model.grids))
+    by_entropy, bits = matched_entropy(evidence.entropy, shares)
+    rows.append(tally.row("entropy", "entropy", by_entropy, ("entropy", bits)))
+    confidence = max_softmax(predictions.logits[:, keep])
+    rows += [tally.cascade_row(bound, confidence) for bound in cascade]
+    oracle = length_labels(tally.correct, "smallest", "longest" if unsolved == "drop" else unsolved)
+    rows.append(tally.row("oracle", "oracle", oracle, ("fixed", [model.grids[i] for i in oracle])))
+    return Report(
+        rows=tuple(rows),
+        grids=model.grids,
+        n_images=int(keep.sum()),
+        n_unreadable=len(predictions.unreadable),
+        n_classes=model.num_classes,
+        label_shares=tuple((np.bincount(oracle, minlength=len(model.grids)) / len(oracle)).tolist()),
+        unsolved_share=float((~tally.correct.any(axis=0)).mean()),
+        assigner_gmacs=tally.assigner_gmacs,
+    )
+
+
+def default_policies() -> list[PolicySpec]:
+    """argmax and the thresholds of `THRESHOLDS`."""
+    return ["argmax", *(("threshold", θ) for θ in THRESHOLDS)]
+
+
+def name_of_policy(spec: PolicySpec, asks_assigner: bool) -> str:
+    """What a given policy is called in a report."""
+    name, argument = spec if isinstance(spec, (tuple, list)) else (spec, None)
+    if isinstance(argument, Mapping):
+        argument = ", ".join(f"{key} {value:g}" for key, value in argument.items() if isinstance(value, (int, float)))
+    return ("TLA " if asks_assigner else "policy ") + (name if argument is None else f"{name} {argument}")
+
+
+def gather_evidence(prep: AdaptivePreprocessor, images: ImageSet) -> Evidence:
+    """What policies look at, of every image that can be read, bitwise as in a pipeline (on a CPU)."""
+    probabilities, entropy, index = [], [], []
+    by_entropy = prep.with_policy("entropy")
+    by_assigner = None if prep.tla is None else prep.with_policy("argmax")
+    for places, pixels in decoded_chunks(images, {}):
+        index.append(places)
+        entropy.append(by_entropy.assign(pixels).entropy)
+        if by_assigner is not None:
+            probabilities.append(by_assigner.assign(pixels).probabilities)
+    found = np.concatenate(probabilities) if probabilities else None
+    return Evidence(np.concatenate(index), found, np.concatenate(entropy))
+
+
+def matched_entropy(entropy: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Lengths `[N]` by falling entropy, with these shares of images; and the entropies that part them.
+
+    The entropies are those that the policy ("entropy", bits) needs to do the same, up to ties.
+    """
+    falling = np.argsort(-entropy, kind="stable")
+    ends = np.rint(np.cumsum(shares) * len(entropy)).astype(int)
+    chosen = np.empty(len(entropy), dtype=np.int64)
+    chosen[falling] = np.searchsorted(ends[:-1], np.arange(len(entropy)), side="right")
+    ordered = entropy[falling]
+    bits = [float(ordered[end - 1]) if end > 0 else float(np.nextafter(ordered[0], np.inf)) for end in ends[:-1]]
+    return chosen, bits
+
+
+def max_softmax(logits: np.ndarray) -> np.ndarray:
+    """The largest class probability `[n_lengths, N]` of logits `[n_lengths, N, K]`; 0 where they are no numbers."""
+    logits = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        odds = np.exp(logits - logits.max(axis=2, keepdims=True))
+        return np.nan_to_num(1.0 / odds.sum(axis=2), nan=0.0)
+
+
+def threshold_for_drop(calibration: Calibration, correct: np.ndarray, drop: float) -> float:
+    """The smallest θ from which on accuracy is at most `drop` below that of the longest length.
+
+    All larger θ keep it too, among up to `MAX_CANDIDATES` that are tried: a θ that does so by luck is not taken.
+
+    Args:
+        calibration: of the assigner on these images.
+        correct: bool `[n_lengths, N]` of the same images.
+        drop: accuracy that may be lost, as a share: 0.01 is one per cent.
+
+    Raises:
+        ValueError: where no θ keeps it.
+    """
+    if correct.shape != calibration.suffices.shape[::-1]:
+        raise ValueError(
+            f"correct: expected bool {list(calibration.suffices.shape[::-1])}, one column for every image that the "
+            f"assigner was calibrated on, got {list(correct.shape)}"
+        )
+    candidates = np.unique(np.concatenate([[0.0, 1.0], calibration.suffices[:, 1:].ravel()]))
+    if len(candidates) > MAX_CANDIDATES:
+        candidates = candidates[np.linspace(0, len(candidates) - 1, MAX_CANDIDATES).round().astype(int)]
+    columns, kept = np.arange(correct.shape[1]), None
+    least = correct[0].mean() - drop - 1e-12
+    for θ in candidates[::-1]:
+        if correct[smallest_sufficient(calibration.suffices, θ), columns].mean() < least:
+            break
+        kept = float(θ)
+    if kept is None:
+        raise ValueError(
+            f"drop: even θ = 1 loses more than {drop:.2%} of accuracy; allow more, or use the longest grid for all"
+        )
+    return kept
+
+
+class _Tally:
+    """Counts what a choice of lengths costs and gets right.
+
+    Args:
+        model: whose costs count.
+        correct: bool `[n_lengths, N]`.
+        assigner_macs: multiply-adds of the assigner for one image.
+    """
+
+    def __init__(self, model: ReViT, correct: np.ndarray, assigner_macs: int) -> None:
+        self.correct, self.assigner_gmacs = correct, assigner_macs / 1e9
+        self.tokens = np.array(model.lengths, dtype=float)
+        self.gmacs = np.array([forward_macs(model, n) / 1e9 for n in model.lengths])
+        self.images = np.arange(correct.shape[1])
+        self.solvable = correct.any(axis=0).mean()
+
+    def all_at(self, length: int) -> np.ndarray:
+        return np.full(len(self.images), length)
+
+    def row(
+        self, name: str, kind: str, chosen: np.ndarray, policy: PolicySpec | None, asks_assigner: bool = False
+    ) -> Row:
+        """The row of a choice, int `[N]`, that pays for the chosen length alone."""
+        gmacs = self.gmacs[chosen].mean() + asks_assigner * self.assigner_gmacs
+        return self._row(name, kind, chosen, self.tokens[chosen].mean(), gmacs, policy)
+
+    def cascade_row(self, bound: float, confidence: np.ndarray) -> Row:
+        """The row of a cascade from the shortest length up: what it ran before counts too."""
+        if not 0.0 <= bound <= 1.0:
+            raise ValueError(f"cascade: expected bounds in [0, 1], got {bound!r}")
+        stops = confidence >= bound
+        stops[0] = True
+        chosen = len(stops) - 1 - stops[::-1].argmax(axis=0)
+        spent = [costs[::-1].cumsum()[::-1][chosen].mean() for costs in (self.tokens, self.gmacs)]
+        return self._row(f"cascade {bound:g}", "cascade", chosen, *spent, ("cascade", float(bound)))
+
+    def random_row(self, shares: np.ndarray, n_seeds: int, grids: tuple[int, ...]) -> Row:
+        """The mean over seeds; a test against the longest length would be one of a single draw, so there is none."""
+        drawn = []
+        for seed in range(n_seeds):
+            policy = make_policy(("random", {"seed": seed, "shares": shares.tolist()}), grids)
+            drawn.append(self.row("random", "random", policy.choose(Evidence(self.images)), policy.spec))
+        means = {name: float(np.mean([getattr(r, name) for r in drawn])) for name in ("accuracy", "tokens", "gmacs")}
+        mean_shares = tuple(np.mean([r.shares for r in drawn], axis=0).tolist())
+        difference = means["accuracy"] - float(self.correct[0].mean())
+        return Row("random", "random", **means, shares=mean_shares, difference=difference, policy=drawn[0].policy)
+
+    def _row(self, name, kind, chosen, tokens, gmacs, policy) -> Row:
+        right = self.correct[chosen, self.images]
+        shares = np.bincount(chosen, minlength=len(self.tokens)) / len(chosen)
+        by_chance = shares @ self.correct.mean(axis=1)
+        room = self.solvable - by_chance
+        gain = None if kind == "fixed" or room <= 0 else float((right.mean() - by_chance) / room)
+        return Row(
+            name,
+            kind,
+            float(right.mean()),
+            float(tokens),
+            float(gmacs),
+            tuple(shares.tolist()),
+            float(right.mean() - self.correct[0].mean()),
+            interval=paired_interval(right, self.correct[0]),
+            p_value=mcnemar(right, self.correct[0]),
+            captured=gain,
+            policy=policy,
+        )

@@ -1,0 +1,205 @@
+"""Reports of an evaluation: rows of numbers, as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from revit_fast.atomic import replaced
+from revit_fast.policies import PolicySpec
+
+FORMAT = "revit-fast evaluation 1"
+
+
+@dataclass(frozen=True)
+class Time:
+    """Measured throughput, from decoded pixels to logits.
+
+    Attributes:
+        images_per_s: median over rounds.
+        quartiles: of the same.
+        ratio: to the fixed longest length in the same round, median over rounds.
+        ratio_quartiles: of the same.
+    """
+
+    images_per_s: float
+    quartiles: tuple[float, float]
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to choose lengths and what comes of it.
+
+    Attributes:
+        name: what it is called.
+        kind: "fixed", "assigner", "random", "entropy", "cascade" or "oracle".
+        accuracy: share of the images that are classified rightly.
+        tokens: mean patch tokens of an image, of every length that was run.
+        gmacs: mean multiply-adds of an image, in billions; the assigner's are counted where it is asked.
+        shares: of the images that each length decides, the longest first.
+        difference: accuracy minus that of the longest length.
+        interval: 95 % interval of the difference (paired); None for means over seeds.
+        p_value: of McNemar's exact test against the longest length; None for means over seeds.
+        captured: accuracy beyond that of random lengths with the same shares, as a share of what lies between those
+            and the oracle: 0 for a choice that knows nothing, 1 where every image that some length gets right is right.
+        policy: with which the pipeline does the same; ("cascade", bound) is run by `timing.measure` alone.
+        time: where it was measured.
+    """
+
+    name: str
+    kind: str
+    accuracy: float
+    tokens: float
+    gmacs: float
+    shares: tuple[float, ...]
+    difference: float
+    interval: tuple[float, float] | None = None
+    p_value: float | None = None
+    captured: float | None = None
+    policy: PolicySpec | None = None
+    time: Time | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation.
+
+    Attributes:
+        rows: one for every policy and baseline.
+        grids: the model's.
+        n_images: images that were evaluated.
+        n_unreadable: images that could not be read, and are in no number.
+        n_classes: of the model.
+        label_shares: of the images that have each length as the oracle's, the longest first.
+        unsolved_share: of the images that no length gets right.
+        assigner_gmacs: of the assigner, for an image.
+        machine: where times were measured; None without times.
+    """
+
+    rows: tuple[Row, ...]
+    grids: tuple[int, ...]
+    n_images: int
+    n_unreadable: int
+    n_classes: int
+    label_shares: tuple[float, ...]
+    unsolved_share: float
+    assigner_gmacs: float
+    machine: Mapping[str, Any] | None = None
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def with_times(self, times: Mapping[str, Time], machine: Mapping[str, Any]) -> Report:
+        """The same with measured times, by the names of rows."""
+        rows = tuple(replace(row, time=times.get(row.name)) for row in self.rows)
+        return replace(self, rows=rows, machine=dict(machine))
+
+    def table(self) -> str:
+        """A Markdown table, what it is of above, what its columns mean below."""
+        timed = any(row.time for row in self.rows)
+        heads = ["policy", "accuracy", "to longest", "95 % interval", "p", "tokens", "GMACs", "gain", *_shares(self)]
+        heads += ["images/s", "quartiles", "ratio"] if timed else []
+        lines = [heads, ["---"] * len(heads), *(_cells(row, timed) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+        unreadable = f", {self.n_unreadable} more could not be read" if self.n_unreadable else ""
+        labels = ", ".join(f"{g}x{g} {share:.1%}" for g, share in zip(self.grids, self.label_shares, strict=True))
+        head = [
+            f"{self.n_images} images of {self.n_classes} classes{unreadable}. Smallest right length: {labels} (the "
+            f"longest also where none is right: {self.unsolved_share:.1%}). The assigner costs "
+            f"{self.assigner_gmacs:.3g} GMACs an image.",
+            "",
+        ]
+        foot = [
+            "",
+            "To longest: accuracy minus that of the longest length, with a paired 95 % interval and McNemar's exact p. "
+            "Tokens: mean patch tokens run. Gain: of the accuracy between random lengths with the same shares and the "
+            "oracle, the part that is reached. WxW: images that each length decides.",
+        ]
+        if timed:
+            machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+            foot += ["", f"Decoded pixels to logits, medians of rounds in turns; {machine}."]
+        return "\n".join([*head, *table, *foot]) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values, but for the oracle's choice of every image."""
+        rows = [asdict(row) | ({"policy": None} if row.kind == "oracle" else {}) for row in self.rows]
+        return {"format": FORMAT, **asdict(self), "rows": rows}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the report as JSON, all or nothing."""
+        with replaced(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    def plot(self, path: str | os.PathLike, *, cost: str = "gmacs") -> None:
+        """Draws accuracy over cost, all or nothing; needs matplotlib.
+
+        Args:
+            path: .png, .svg or .pdf.
+            cost: "gmacs" or "tokens".
+        """
+        suffix = Path(path).suffix.lstrip(".").lower()
+        if suffix not in ("png", "svg", "pdf") or cost not in ("gmacs", "tokens"):
+            raise ValueError(f"path, cost: expected .png, .svg or .pdf, and gmacs or tokens, got {path} and {cost!r}")
+        try:
+            from matplotlib import rc_context
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError('plot: it needs matplotlib: pip install "revit-fast[train]"') from None
+        with rc_context({"svg.hashsalt": "revit-fast"}):
+            figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+            FigureCanvasAgg(figure)  # no window system, whatever is configured
+            axes = figure.add_subplot()
+            self._draw(axes, cost)
+            metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
+            with replaced(path) as temporary:
+                figure.savefig(temporary, format=suffix, metadata=metadata)
+
+    def _draw(self, axes, cost: str) -> None:
+        styles = {"fixed": "s-", "assigner": "o-", "cascade": "^-", "random": "x", "entropy": "+", "oracle": "*"}
+        names = {"fixed": "fixed length", "assigner": "assigner (TLA)", "cascade": "confidence cascade"}
+        for kind, style in styles.items():
+            rows = sorted((r for r in self.rows if r.kind == kind), key=lambda r: getattr(r, cost))
+            if rows:
+                x, y = [getattr(r, cost) for r in rows], [100 * r.accuracy for r in rows]
+                axes.plot(x, y, style, label=names.get(kind, kind), markersize=6, linewidth=1)
+        axes.set_xlabel("GMACs an image, mean" if cost == "gmacs" else "patch tokens an image, mean")
+        axes.set_ylabel("accuracy, %")
+        axes.set_title(f"{self.n_images} images, {self.n_classes} classes")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def _shares(report: Report) -> list[str]:
+    return [f"{grid}x{grid}" for grid in report.grids]
+
+
+def _cells(row: Row, timed: bool) -> list[str]:
+    interval = "" if row.interval is None else f"{100 * row.interval[0]:+.2f} to {100 * row.interval[1]:+.2f}"
+    cells = [
+        row.name,
+        f"{row.accuracy:.2%}",
+        f"{100 * row.difference:+.2f}",
+        interval,
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        f"{row.tokens:.1f}",
+        f"{row.gmacs:.4g}",
+        "" if row.captured is None else f"{row.captured:.1%}",
+        *(f"{share:.1%}" for share in row.shares),
+    ]
+    if timed:
+        t = row.time
+        cells += ["", "", ""] if t is None else [f"{t.images_per_s:.0f}", _range(t.quartiles), f"{t.ratio:.2f}"]
+    return cells
+
+
+def _range(quartiles: Sequence[float]) -> str:
+    return f"{quartiles[0]:.0f} to {quartiles[1]:.0f}"

@@ -1,0 +1,93 @@
+"""Throughput of the policies of a report, from decoded pixels to logits, all in the same process and rounds."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.train.report import Report, Time
+
+ROUNDS = 7
+
+
+def measure(
+    report: Report,
+    pipe: AdaptivePipeline,
+    pixels: Sequence[np.ndarray],
+    *,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Report:
+    """The report with the times of its rows.
+
+    Policies take turns, in another order every round: whatever else slows the machine down then slows all of them. A
+    first round, which packs weights and warms caches, is not counted. The oracle is timed with its decisions given.
+
+    Args:
+        report: of `evaluate`.
+        pipe: over an optimised model, with the assigner.
+        pixels: decoded images, uint8 `[H, W, 3]` or `[H, W]`: for the oracle the first of those that were evaluated.
+        rounds: that are counted, at least 1.
+        clock: seconds.
+    """
+    if rounds < 1 or len(pixels) == 0:
+        raise ValueError(f"rounds, pixels: expected at least one of each, got {rounds} and {len(pixels)}")
+    rows = [row for row in report.rows if row.policy is not None]
+    seconds = {row.name: [] for row in rows}
+    rng = np.random.default_rng(0)
+    for n in range(rounds + 1):
+        for i in rng.permutation(len(rows)):
+            begin = clock()
+            run(pipe, rows[i].policy, pixels)
+            if n:
+                seconds[rows[i].name].append(clock() - begin)
+    longest = np.array(seconds[report.rows[0].name])
+    times = {}
+    for name, taken in seconds.items():
+        rates, ratios = len(pixels) / np.array(taken), longest / np.array(taken)
+        low, median, high = np.quantile(rates, (0.25, 0.5, 0.75)).tolist()
+        low_ratio, ratio, high_ratio = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        times[name] = Time(median, (low, high), ratio, (low_ratio, high_ratio))
+    return report.with_times(times, machine(len(pixels), rounds))
+
+
+def run(pipe: AdaptivePipeline, policy: Any, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The logits of every image under a policy of a report, the cascade's among them.
+
+    Raises:
+        RuntimeError: for an image that gives none: the time would not be that of all.
+    """
+    if policy[0] != "cascade":
+        return [_logits(result) for result in pipe.with_policy(policy)(pixels)]
+    bound, grids = policy[1], pipe.model.grids
+    found: list[Any] = [None] * len(pixels)
+    waiting = list(range(len(pixels)))
+    for grid in reversed(grids):
+        results = pipe.with_policy(("fixed", grid))([pixels[i] for i in waiting])
+        for i, result in zip(waiting, results, strict=True):
+            found[i] = _logits(result)
+        if waiting:
+            odds = torch.from_numpy(np.stack([found[i] for i in waiting])).double()
+            sure = odds.softmax(dim=1).amax(dim=1) >= bound
+            waiting = [i for i, done in zip(waiting, sure.tolist(), strict=True) if not done]
+    return found
+
+
+def _logits(result) -> np.ndarray:
+    if result.error is not None:
+        raise RuntimeError(f"timing: {result.error}")
+    return result.logits.numpy()
+
+
+def machine(n_images: int, rounds: int) -> dict[str, Any]:
+    """What was measured where."""
+    from revit_fast.cli.env import cpu_name
+
+    threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    return {"images": n_images, "rounds": rounds, "cpu": cpu_name(), **threads}
