@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-from revit_fast.cli import _positive, labelled
+from revit_fast.cli import positive, labelled
 
 
 def _numbers(text: str) -> list[float]:
@@ -31,8 +31,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--json", metavar="FILE", help="write the report there, all or nothing")
     p.add_argument("--plot", metavar="FILE", help="draw accuracy over cost: .png, .svg or .pdf (needs matplotlib)")
     p.add_argument("--time", action="store_true", help="measure throughput too")
-    p.add_argument("--time-images", type=_positive, default=512, metavar="N", help="(default %(default)s)")
-    p.add_argument("--rounds", type=_positive, default=7, metavar="N", help="of the measurement (default %(default)s)")
+    p.add_argument("--time-images", type=positive, default=512, metavar="N", help="(default %(default)s)")
+    p.add_argument("--rounds", type=positive, default=7, metavar="N", help="of the measurement (default %(default)s)")
     p.set_defaults(command="evaluate")
 
 

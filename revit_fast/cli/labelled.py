@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from revit_fast.cli import UsageError, _positive
+from revit_fast.cli import UsageError, positive
 
 if TYPE_CHECKING:
     from revit_fast.bundle import Bundle
@@ -20,9 +20,9 @@ def add_arguments(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder (./model), or the name of a shipped one")
     p.add_argument("data", metavar="DATA", help="labelled images: folders of classes, idx files, shards, ...")
     p.add_argument("--split", default=split, help="of DATA (default %(default)s)")
-    p.add_argument("--limit", type=_positive, metavar="N", help="images, drawn at random (default: all)")
+    p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn (default %(default)s)")
-    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
 
 
 def add_output(p: argparse.ArgumentParser) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from revit_fast.cli import UsageError, _positive, labelled
+from revit_fast.cli import UsageError, positive, labelled
 from revit_fast.cli.label import add_rules
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -23,8 +23,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     labelled.add_arguments(p, "val")
     p.add_argument("--labels", metavar="FILE", help="of `revit-fast label` (default: made now)")
     add_rules(p)
-    p.add_argument("--epochs", type=_positive, default=30, metavar="N", help="(default %(default)s)")
-    p.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="(default %(default)s)")
+    p.add_argument("--epochs", type=positive, default=30, metavar="N", help="(default %(default)s)")
+    p.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default %(default)s)")
     p.add_argument("--lr", type=float, default=5e-3, metavar="X", help="learning rate (default %(default)s)")
     p.add_argument("--balanced", action="store_true", help="rare grids count as much as frequent ones")
     p.add_argument("--no-flip", action="store_true", help="do not mirror images")
@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default="label",
         help="learn the smallest right grid, or for every grid whether it is right (default %(default)s)",
     )
-    p.add_argument("--thumbnail-px", type=_positive, metavar="N", help="side of the thumbnail (default: by the model)")
+    p.add_argument("--thumbnail-px", type=positive, metavar="N", help="side of the thumbnail (default: by the model)")
     p.add_argument("--widths", type=_widths, metavar="N,N", help="channels of the layers (default: by the model)")
     labelled.add_output(p)
     p.set_defaults(command="train_assigner")
