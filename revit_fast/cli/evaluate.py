@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-from revit_fast.cli import positive, labelled
+from revit_fast.cli import labelled, positive
 
 
 def _numbers(text: str) -> list[float]:

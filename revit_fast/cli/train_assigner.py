@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from revit_fast.cli import UsageError, positive, labelled
+from revit_fast.cli import UsageError, labelled, positive
 from revit_fast.cli.label import add_rules
 
 
