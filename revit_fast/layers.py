@@ -54,14 +54,17 @@ class TALLayerNorm(nn.Module):
             x = x.to(residual.dtype)
         return ops.tal_layer_norm(
             x,
-            self.weight,
-            self.bias,
+            *self.affine(),
             layout.cu_seqlens,
             layout.length_index,
             self.eps,
             residual=residual,
             tiles=layout.tiles,
         )
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias, `[n_lengths, C]` each."""
+        return self.weight, self.bias
 
     def extra_repr(self) -> str:
         return f"n_lengths={self.weight.shape[0]}, dim={self.weight.shape[1]}, eps={self.eps}"

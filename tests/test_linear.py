@@ -115,7 +115,9 @@ def test_activation_on_a_dense_grid(isa, activation):
 def test_infinity_and_nan_pass(isa, activation):
     inf, nan = float("inf"), float("nan")
     got = activated(torch.tensor([inf, nan, 1.0, 3e38, -nan]), activation)
-    expected = reference.activate(activation, torch.tensor([inf, nan, 1.0, 3e38, nan]))
+    # Every one of them tends to the identity. Not asked of PyTorch: its gelu(inf) is NaN on some machines.
+    one = reference.activate(activation, torch.tensor(1.0)).item()
+    expected = torch.tensor([inf, nan, one, 3e38, nan])
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 

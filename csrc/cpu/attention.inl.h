@@ -76,14 +76,27 @@ struct RowState {
   T sum = 0;
 };
 
+// The first `n_kept` lanes of v, and `other` in the rest.
+template <class T, int n>
+REVIT_INLINE Vec<T, n> lanes_below(Vec<T, n> v, int64_t n_kept, T other) {
+  Vec<T, n> lane;
+  unroll<n>([&](auto i) __attribute__((always_inline)) { lane[int{i}] = static_cast<T>(int{i}); });
+  return lane < broadcast<T, n>(static_cast<T>(n_kept)) ? v : broadcast<T, n>(other);
+}
+
 // The maximum of `maximum` and of the `visible` scores of a row; up to `padded` (whole vectors) the rest becomes -inf.
 template <class T>
 REVIT_INLINE T row_maximum(T* s, int64_t visible, int64_t padded, T maximum) {
   constexpr int n = kLanes<T>;
-  fill_row(s + visible, padded - visible, -std::numeric_limits<T>::infinity());
   Vec<T, n> maxima = broadcast<T, n>(maximum);
-  for (int64_t j = 0; j < padded; j += n) {
+  int64_t j = 0;
+  for (; j + n <= visible; j += n) {
     const Vec<T, n> x = load<n>(s + j);
+    maxima = maxima > x ? maxima : x;
+  }
+  for (; j < padded; j += n) {
+    const Vec<T, n> x = lanes_below<T, n>(load<n>(s + j), visible - j, -std::numeric_limits<T>::infinity());
+    store<n>(s + j, x);
     maxima = maxima > x ? maxima : x;
   }
   return reduce_max<T, n>(maxima);

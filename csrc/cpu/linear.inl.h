@@ -217,6 +217,14 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
       sum[2 * i + 1] += product(factor, b1);
     });
   };
+  if constexpr (kind == Chain::kAdd) {
+    // Asked for now, they are there when the sums are: this tile may be the first to read them.
+    unroll<rows>([&](auto i) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < kLinearPanel; j += 64 / int64_t{sizeof(float)}) {
+        __builtin_prefetch(args.out + i * args.out_stride + j);
+      }
+    });
+  }
   const W* b = static_cast<const W*>(args.b);
   const char* ahead = args.ahead;
   int64_t k = args.depth;

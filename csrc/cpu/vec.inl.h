@@ -210,10 +210,9 @@ REVIT_INLINE T reduce_add(Vec<T, N> v) {
   if constexpr (N == 1) {
     return v[0];
   } else {
-    Vec<T, N / 2> low, high;
-    __builtin_memcpy(&low, &v, sizeof(low));
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return reduce_add<T, N / 2>(low + high);
+    Vec<T, N / 2> halves[2];
+    __builtin_memcpy(halves, &v, sizeof(halves));
+    return reduce_add<T, N / 2>(halves[0] + halves[1]);
   }
 }
 template <class T, int N>
@@ -221,10 +220,9 @@ REVIT_INLINE T reduce_max(Vec<T, N> v) {
   if constexpr (N == 1) {
     return v[0];
   } else {
-    Vec<T, N / 2> low, high;
-    __builtin_memcpy(&low, &v, sizeof(low));
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return reduce_max<T, N / 2>(low > high ? low : high);
+    Vec<T, N / 2> halves[2];
+    __builtin_memcpy(halves, &v, sizeof(halves));
+    return reduce_max<T, N / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
   }
 }
 

@@ -4,43 +4,52 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from revit_fast.layers import TALLayerNorm
 from revit_fast.model import ReViT
 
 
-class Repeated(nn.Module):
-    """One row `[C]` as the parameter `[n_lengths, C]` of a TAL-LN; its gradient is the sum over lengths."""
+class SharedNorm(TALLayerNorm):
+    """A TAL-LN whose lengths share weight and bias `[C]`, those of the longest in the one it is made of."""
 
-    def __init__(self, n_lengths: int) -> None:
-        super().__init__()
-        self.n_lengths = n_lengths
+    def __init__(self, norm: TALLayerNorm) -> None:
+        nn.Module.__init__(self)
+        self.n_lengths, self.eps = norm.weight.shape[0], norm.eps
+        self.weight = nn.Parameter(norm.weight[0].detach().clone())
+        self.bias = nn.Parameter(norm.bias[0].detach().clone())
 
-    def forward(self, row: Tensor) -> Tensor:
-        return row.expand(self.n_lengths, -1).contiguous()
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Both, repeated for every length: gradients are sums over lengths."""
+        return self.weight.expand(self.n_lengths, -1), self.bias.expand(self.n_lengths, -1)
 
-    def right_inverse(self, value: Tensor) -> Tensor:
-        return value[0].clone()
+    def extra_repr(self) -> str:
+        return f"n_lengths={self.n_lengths}, dim={self.weight.shape[0]}, eps={self.eps}, shared"
 
 
 def share(model: ReViT) -> None:
-    """Makes every norm of the model shared, in place, starting from that of the longest length."""
-    for norm in _norms(model):
-        for name in ("weight", "bias"):
-            parametrize.register_parametrization(norm, name, Repeated(norm.weight.shape[0]))
+    """Makes every norm of the model shared, in place."""
+    _replace(model, TALLayerNorm, SharedNorm)
 
 
 def plain_copy(model: ReViT) -> ReViT:
-    """A copy whose norms have a parameter for every length again, equal where they were shared."""
+    """A copy whose norms have parameters for every length again, equal where they were shared."""
     plain = copy.deepcopy(model)
-    for norm in _norms(plain):
-        for name in ("weight", "bias"):
-            if parametrize.is_parametrized(norm, name):
-                parametrize.remove_parametrizations(norm, name)
+    _replace(plain, SharedNorm, _unshared)
     return plain
 
 
-def _norms(model: ReViT) -> list[TALLayerNorm]:
-    return [module for module in model.modules() if isinstance(module, TALLayerNorm)]
+@torch.no_grad()
+def _unshared(norm: SharedNorm) -> TALLayerNorm:
+    plain = TALLayerNorm(norm.n_lengths, norm.weight.shape[0], norm.eps).to(norm.weight)
+    for own, repeated in zip((plain.weight, plain.bias), norm.affine(), strict=True):
+        own.copy_(repeated)
+    return plain
+
+
+def _replace(model: nn.Module, kind: type, make) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is kind:
+                setattr(parent, name, make(child).train(child.training))

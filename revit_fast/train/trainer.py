@@ -195,7 +195,8 @@ class Trainer:
         """One step of the optimizer, its gradient the mean over the batches."""
         self.model.train()
         torch.manual_seed(_seed_of(self.config.seed, self.step, self.world.rank))
-        self.schedule.step_update(self.step)
+        if self.schedule is not None:  # "none"
+            self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         loss = None
         for i, batch in enumerate(batches):
