@@ -24,7 +24,7 @@ from revit_fast.costs import forward_macs
 from revit_fast.model import ReViT
 from revit_fast.pipeline import AdaptivePipeline, pipeline
 from revit_fast.policies import Policy, PolicySpec
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.preprocess import AdaptivePreprocessor, input_settings
 from revit_fast.tla import TokenLengthAssigner
 
 FORMAT = "revit-fast bundle 1"
@@ -210,9 +210,8 @@ def _settings(model: ReViT, given: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = sorted(set(given or {}) - set(SETTINGS))
     if unknown:
         raise ValueError(f"settings: expected {', '.join(SETTINGS)}, got {', '.join(unknown)}")
-    prep = AdaptivePreprocessor.for_model(model, policy=("fixed", model.grids[0]), **dict(given or {}))
-    mean, std = (list(map(float, prep.options[name])) for name in ("mean", "std"))
-    return dict(zip(SETTINGS, (mean, std, prep.crop_pct, prep.options["interpolation"]), strict=True))
+    settings = input_settings(model) | dict(given or {})
+    return {name: list(map(float, v)) if name in ("mean", "std") else v for name, v in settings.items()}
 
 
 def _policy_to_json(policy: PolicySpec | Policy) -> Any:

@@ -203,9 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="that an image waits for others to fill its batch (default %(default)s)",
     )
     p.add_argument("--max-body-mb", type=positive, default=32, metavar="N", help="of a request (default %(default)s)")
-    p.add_argument(
-        "--max-megapixels", type=positive, default=50, metavar="N", help="of an image (default %(default)s)"
-    )
+    p.add_argument("--max-megapixels", type=positive, default=50, metavar="N", help="of an image (default %(default)s)")
     p.add_argument("--max-seconds", type=positive, default=30, metavar="N", help="of a request (default %(default)s)")
     p.add_argument(
         "--max-waiting", type=positive, default=256, metavar="N", help="images at a time (default %(default)s)"

@@ -245,6 +245,7 @@ class _Tally:
         shares = np.bincount(chosen, minlength=len(self.tokens)) / len(chosen)
         by_chance = shares @ self.correct.mean(axis=1)
         room = self.solvable - by_chance
+        itself = bool((chosen == 0).all())
         gain = None if kind == "fixed" or room <= 0 else float((right.mean() - by_chance) / room)
         return Row(
             name,
@@ -254,8 +255,8 @@ class _Tally:
             float(gmacs),
             tuple(shares.tolist()),
             float(right.mean() - self.correct[0].mean()),
-            interval=paired_interval(right, self.correct[0]),
-            p_value=mcnemar(right, self.correct[0]),
+            interval=None if itself else paired_interval(right, self.correct[0]),
+            p_value=None if itself else mcnemar(right, self.correct[0]),
             captured=gain,
             policy=policy,
         )

@@ -44,8 +44,8 @@ class Row:
         gmacs: mean multiply-adds of an image, in billions; the assigner's are counted where it is asked.
         shares: of the images that each length decides, the longest first.
         difference: accuracy minus that of the longest length.
-        interval: 95 % interval of the difference (paired); None for means over seeds.
-        p_value: of McNemar's exact test against the longest length; None for means over seeds.
+        interval: 95 % interval of the difference (paired); None for means over seeds and the longest itself.
+        p_value: of McNemar's exact test against the longest length; None likewise.
         captured: accuracy beyond that of random lengths with the same shares, as a share of what lies between those
             and the oracle: 0 for a choice that knows nothing, 1 where every image that some length gets right is right.
         policy: with which the pipeline does the same; ("cascade", bound) is run by `timing.measure` alone.
