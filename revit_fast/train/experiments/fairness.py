@@ -11,6 +11,7 @@ from revit_fast.train.experiments.complexity import edge_density, entropy, parts
 from revit_fast.train.experiments.sources import pixels_of
 from revit_fast.train.experiments.stats import association
 from revit_fast.train.experiments.writing import Panel, accuracies, mean_spread, number, over_seeds, percent, table
+from revit_fast.train.labels import LengthLabels
 
 NUMBER, TITLE = 8, "Lengths of images of like complexity and different category"
 QUESTION = "Are lengths assigned alike to images of like complexity but different category? (The paper leaves it open.)"
@@ -26,7 +27,11 @@ PARTS = 5
 """Of the range of either measure; strata are their pairs."""
 
 ALPHA = 0.05
-WHAT = {"labels": "labels", "assigned": "lengths that the assigner gives"}
+WHAT = {
+    "labels": "labels, unsolved images counted as the longest",
+    "solved": "labels of the images that some length gets right",
+    "assigned": "lengths that the assigner gives",
+}
 
 
 def measure(lab: Lab) -> dict[str, Any]:
@@ -35,32 +40,37 @@ def measure(lab: Lab) -> dict[str, Any]:
     bits, edges = entropy(pixels), edge_density(pixels)
     strata = parts_of(bits, PARTS) * PARTS + parts_of(edges, PARTS)
     found: dict[str, dict[str, list]] = {name: {"shares": [], "matched": [], "unmatched": []} for name in WHAT}
+    n_categories = len(lab.source.test.classes)
     for run in lab.trained():
         tla, _ = lab.assigner(run, lab.source)
+        predictions = lab.predictions(run, lab.source, "test")
         lengths = {
             "labels": lab.labels(run, lab.source, "test").labels,
+            "solved": LengthLabels.of(predictions, lab.source.test, unsolved="drop").labels,
             "assigned": tla.predict_proba(pixels).argmax(dim=1).numpy(),
         }
+        options = {"n_permutations": lab.scale.permutations, "seed": run.config.seed}
         for name, given in lengths.items():
-            table_ = np.zeros((len(lab.source.test.classes), len(GRIDS)))
-            np.add.at(table_, (categories, given), 1)
-            shares = table_ / np.maximum(table_.sum(axis=1, keepdims=True), 1)
-            found[name]["shares"].append(shares.tolist())
-            options = {"n_permutations": lab.scale.permutations, "seed": run.config.seed}
-            found[name]["matched"].append(association(categories, given, strata, **options)._asdict())
-            found[name]["unmatched"].append(association(categories, given, **options)._asdict())
+            kept = np.flatnonzero(given >= 0)
+            counts = np.zeros((n_categories, len(GRIDS)))
+            np.add.at(counts, (categories[kept], given[kept]), 1)
+            shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            of = found[name]
+            of["shares"].append(
+                [row.tolist() if n else [None] * len(GRIDS) for row, n in zip(shares, counts.sum(axis=1), strict=True)]
+            )
+            of["matched"].append(association(categories[kept], given[kept], strata[kept], **options)._asdict())
+            of["unmatched"].append(association(categories[kept], given[kept], **options)._asdict())
+
+    def mean_of(values: np.ndarray) -> list[float | None]:
+        return [float(values[categories == c].mean()) if (categories == c).any() else None for c in range(n_categories)]
+
     return {
         "grids": list(GRIDS),
         "categories": list(lab.source.test.classes),
-        "images": np.bincount(categories, minlength=len(lab.source.test.classes)).tolist(),
-        "entropy": [
-            float(bits[categories == c].mean()) if (categories == c).any() else None
-            for c in range(len(lab.source.test.classes))
-        ],
-        "edges": [
-            float(edges[categories == c].mean()) if (categories == c).any() else None
-            for c in range(len(lab.source.test.classes))
-        ],
+        "images": np.bincount(categories, minlength=n_categories).tolist(),
+        "entropy": mean_of(bits),
+        "edges": mean_of(edges),
         "strata": len(np.unique(strata)),
         "permutations": lab.scale.permutations,
         "found": found,

@@ -42,8 +42,12 @@ class Effect(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the interval excludes zero: only then is there an effect to speak of."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval excludes zero: only then is there an effect to speak of.
+
+        An interval of no width is none: where all seeds give the same difference (all models that always say one class
+        do, for instance), they say nothing of how much another seed would differ.
+        """
+        return self.low is not None and self.low < self.high and (self.low > 0 or self.high < 0)
 
     @classmethod
     def of_json(cls, values: Sequence[Any]) -> Effect:
@@ -58,10 +62,14 @@ def spread(values: Sequence[float | None]) -> Spread:
     return Spread(float(found.mean()) if len(found) else None, sd, len(found))
 
 
-def paired(values: Sequence[float | None], reference: Sequence[float | None]) -> Effect:
+def paired(values: Sequence[float | None], reference: Sequence[float | None], resolution: float = 0.0) -> Effect:
     """The differences `values - reference`, seed by seed, with Student's interval of their mean.
 
-    Seeds that lack either value (a run that diverged) are left out.
+    Args:
+        values: of one variant by seed; seeds that lack either value (a run that diverged) are left out.
+        reference: of the other.
+        resolution: steps in which values are known: the interval is wider by one on either side, so that values that
+            seeds share by rounding are no certainty.
     """
     pairs = [(a, b) for a, b in zip(values, reference, strict=True) if a is not None and b is not None]
     differences = np.array([a - b for a, b in pairs], dtype=np.float64)
@@ -70,7 +78,7 @@ def paired(values: Sequence[float | None], reference: Sequence[float | None]) ->
         return Effect(float(differences[0]) if n else None, None, None, n)
     from scipy.stats import t
 
-    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * float(differences.std(ddof=1)) / math.sqrt(n)
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * float(differences.std(ddof=1)) / math.sqrt(n) + resolution
     mean = float(differences.mean())
     return Effect(mean, mean - half, mean + half, n)
 

@@ -56,9 +56,11 @@ def finding(what: str, effect: Effect, unit: str = "points", scale: float = 100.
     """A sentence that claims an effect only where the interval over seeds excludes zero."""
     if effect.mean is None:
         return f"- {what}: no seed gave both values, so nothing can be said."
-    size = f"{scale * effect.mean:+.{digits}f} {unit}"
+    size = f"{scale * effect.mean:+.{digits}f} {unit}".rstrip()
     if effect.low is None:
         return f"- {what}: {size} with one seed, which shows no effect: more seeds are needed."
+    if effect.low == effect.high:
+        return f"- {what}: no effect shown ({size} with each of {effect.n} seeds, whose spread is none)."
     interval = f"95 % interval {scale * effect.low:+.{digits}f} to {scale * effect.high:+.{digits}f}, {effect.n} seeds"
     if not effect.shown:
         return f"- {what}: no effect shown ({size}, {interval}, which includes zero)."
