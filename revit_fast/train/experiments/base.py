@@ -68,9 +68,9 @@ SCALES = {
         n_label=96,
         n_test=64,
         n_attack=32,
-        epochs=2,
+        epochs=4,
         assigner_epochs=2,
-        batch_size=32,
+        batch_size=16,
         log_steps=2,
         timed=2,
         permutations=50,
@@ -273,23 +273,14 @@ def write_report(folder: Path, module: ModuleType) -> None:
 def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[str]) -> str:
     """The report in Markdown; every number in it comes from the results."""
     sizes, seeds, name = results["sizes"], results["seeds"], results["experiment"]
-    command = [
-        "revit-fast",
-        "experiment",
-        name,
-        "--data",
-        "DIR",
-        "--scale",
-        results["scale"],
-        "--seeds",
-        *map(str, seeds),
-    ]
-    drawing = (
-        f"![{module.TITLE}]({plots[0]})"
-        if plots
-        else "No plot: matplotlib was not installed; `--redraw` makes it later."
-    )
+    command = ["revit-fast", "experiment", name, "--data", "DIR", "--scale", results["scale"]]
+    command += ["--seeds", *map(str, seeds)]
+    drawing = "No plot: matplotlib was not installed; `--redraw` makes it later."
+    if plots:
+        drawing = f"![{module.TITLE}]({plots[0]})"
     machine_text = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    sets = ", ".join(text.split(":")[0] for text in results["data"])
+    quick = " (a check that the code runs: its numbers mean nothing)" if results["scale"] == "quick" else ""
     blocks = [
         f"# {module.TITLE}",
         module.QUESTION,
@@ -298,17 +289,20 @@ def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[
         drawing,
         "## What is the paper's, what is ours",
         f"- Paper (arXiv 2307.02092): {module.PAPER}\n- Ours: {module.OURS}\n"
-        f"- The data are small grey images ({', '.join(text.split(':')[0] for text in results['data'])}), the models tiny: nothing here says what "
-        "either would do on photographs, and no figure compares with the paper's.",
+        f"- The data are small grey images ({sets}), the models tiny: nothing here says what either would do on "
+        "photographs, and no figure compares with the paper's.",
         "## How it was made",
         f"`{shlex.join(command)}`\n\n"
-        f'- Scale "{results["scale"]}": {sizes["n_train"]:,} images to train on, {sizes["n_test"]:,} to test on, '
-        f"{sizes['epochs']} epochs, batches of {sizes['batch_size']}, model {dict(sizes['size'])}"
-        + (" (a check that the code runs: its numbers mean nothing)" if results["scale"] == "quick" else "")
-        + f"\n- Seeds: {', '.join(map(str, seeds))}\n- Data: {', '.join(results['data'])} (name, training images, digest)\n"
-        f"- Configuration of the first run: [{CONFIG}]({CONFIG}); the others differ from it as described; all numbers: [{RESULTS}]({RESULTS})\n- Machine: {machine_text}\n"
+        f'- Scale "{results["scale"]}": at most {sizes["n_train"]:,} images to train and {sizes["n_test"]:,} to test '
+        f"on, {sizes['epochs']} epochs, batches of {sizes['batch_size']}, model {dict(sizes['size'])}{quick}\n"
+        f"- Seeds: {', '.join(map(str, seeds))}\n"
+        f"- Data: {', '.join(results['data'])} (name, training images, digest)\n"
+        f"- Configuration of the first run: [{CONFIG}]({CONFIG}); the others differ from it as described; all numbers: "
+        f"[{RESULTS}]({RESULTS})\n"
+        f"- Machine: {machine_text}\n"
         "- Values are means ± standard deviations over seeds. Differences are paired by seed, with Student's 95 % "
-        "interval of their mean, in bold where it excludes zero; intervals are not corrected for how many there are, and hold for these test images.",
+        "interval of their mean, in bold where it excludes zero; intervals are not corrected for how many there are, "
+        "and hold for these test images.",
     ]
     return "\n\n".join(blocks) + "\n"
 

@@ -110,8 +110,8 @@ def report(values: dict[str, Any]) -> list[str]:
         ),
         "Without communication the processes need "
         + ", ".join(f"{1e3 * s:.1f} ms at {g}x{g}" for s, g in zip(c["own"], c["grids"], strict=True))
-        + f", with {c['threads']} thread(s) each. Compared is the time of the slowest: that faster ones wait for it at the "
-        "end is not counted, that all wait for the longest length's logits is.",
+        + f", with {c['threads']} thread(s) each. Compared is the time of the slowest: that faster ones wait for it "
+        "at the end is not counted, that all wait for the longest length's logits is.",
     ]
 
 

@@ -22,7 +22,7 @@ OURS = (
 )
 
 N_CLASSES = 4
-EPOCHS = {"full": 10, "quick": 2}
+EPOCHS = {"full": 10, "quick": 4}
 KINDS = {"model": "on the model's labels", "known": "on the known lengths"}
 
 
