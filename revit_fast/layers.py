@@ -49,7 +49,7 @@ class TALLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_lengths, dim))
 
     def forward(self, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalised rows `[T, C]`; with `residual` also x + residual, both in its dtype (under autocast x may differ)."""
+        """Normalised rows `[T, C]`, with `residual` also x + residual, both in its dtype."""
         if residual is not None:
             x = x.to(residual.dtype)
         return ops.tal_layer_norm(

@@ -1,5 +1,6 @@
 """What the documentation shows runs as it stands."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from small_models import make_model
+from train_helpers import MODEL_KWARGS, noise_images
 
 import revit_fast as rf
 from revit_fast.cli import build_parser
@@ -19,10 +21,11 @@ from revit_fast.policies import POLICIES
 from revit_fast.tla import MAX_SHARE
 
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
+TRAINING = PAGE.with_name("training.md")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+def blocks(language, page=PAGE):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -81,3 +84,33 @@ def test_bounds_are_as_written():
     assert f"2 * n_decoders + {CHUNK}" in text
     assert f"at most {MAX_IMAGES} images" in text
     assert f"at most {MAX_SHARE:.2%}".replace("%", " %") in text
+
+
+def test_training_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = noise_images(48)
+    for split in ("train", "test"):
+        for i in range(48):
+            path = tmp_path / "images" / split / images.classes[images.labels[i]] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.image(i)).save(path)
+    (block,) = blocks("python", TRAINING)
+    exec(compile(block, str(TRAINING), "exec"), {"images": tmp_path / "images", "small": MODEL_KWARGS})
+    assert len(ast.literal_eval(capsys.readouterr().out)) == 3
+    text = TRAINING.read_text(encoding="utf-8")
+    written = {path.name for path in (tmp_path / "runs" / "d").iterdir()} - {"tensorboard"}  # an extra
+    assert all(f"`{name}" in text for name in written), written
+
+
+def test_training_commands_are_understood(capsys):
+    lines = [line for block in blocks("sh", TRAINING) for line in block.splitlines()]
+    commands = [line.split("revit_fast.cli " if "torchrun" in line else "revit-fast ", 1)[1] for line in lines[1:]]
+    assert len(commands) == 6
+    for command in commands:
+        build_parser().parse_args(shlex.split(command))
+    options = re.findall(r"`(--[a-z-]+)", TRAINING.read_text(encoding="utf-8"))
+    assert len(options) > 5
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["fit", "--help"])
+    known = capsys.readouterr().out
+    assert not [option for option in options if option not in known]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from helpers import randn
+from helpers import assert_as_accurate, randn
 from timm.layers import LayerNorm
 from timm.optim import param_groups_weight_decay
 from torch._dynamo.testing import CompileCounter
@@ -450,3 +450,29 @@ class TestCompiled:
 def test_layer_norm_class_of_timm_is_accepted():
     vit = timm.models.vision_transformer.VisionTransformer(embed_dim=64, depth=1, num_heads=2, norm_layer=LayerNorm)
     assert ReViT.from_timm(vit).blocks[0].norm1.eps == vit.blocks[0].norm1.eps
+
+
+def test_autocast_keeps_the_residual_stream_in_float32():
+    """As accurate as timm's model under the same autocast, forward and backward."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=10).eval()
+    model = ReViT.from_timm(vit, grids=(4, 3, 2))
+    x = torch.randn(4, 3, 64, 64)
+    truth = vit.double()(x.double())
+    truth.square().sum().backward()
+    gradient = vit.blocks[0].attn.qkv.weight.grad.clone()
+    vit.float().zero_grad()
+    results = []
+    for net in (model, vit):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = net(x)
+        logits.float().square().sum().backward()
+        results.append((logits.float(), net.blocks[0].attn.qkv.weight.grad))
+    (ours, our_gradient), (timms, timms_gradient) = results
+    assert_as_accurate(ours, timms, truth, "logits")
+    assert_as_accurate(our_gradient, timms_gradient, gradient, "gradient")
+    features = []
+    model.blocks[1].register_forward_hook(lambda module, inputs, outputs: features.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+    assert features == [torch.float32]

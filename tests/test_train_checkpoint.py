@@ -28,7 +28,12 @@ def assert_same(a, b):
 def test_round_trip(tmp_path):
     shared = torch.randn(3, 4)
     state = {
-        "tensors": {"a": shared, "b": shared, "view": shared.t(), "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)},
+        "tensors": {
+            "a": shared,
+            "b": shared,
+            "view": shared.t(),
+            "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        },
         "optimizer": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(5)}, 1: {}},
         "numbers": [1, 2.5, True, None, "text", -0.0],
         "dtypes": [torch.zeros(2, dtype=d) for d in (torch.bfloat16, torch.float64, torch.int64, torch.bool)],

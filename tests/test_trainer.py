@@ -191,7 +191,9 @@ def test_nan_stops_with_the_update_the_batch_and_the_checkpoint_kept(tmp_path):
         return (loss * math.nan if trainer.step == 8 else loss), logits
 
     trainer.forward = poisoned
-    with pytest.raises(NotFiniteError, match=r"loss is nan at update 9, in a batch that begins with .*; the last check"):
+    with pytest.raises(
+        NotFiniteError, match=r"loss is nan at update 9, in a batch that begins with .*; the last check"
+    ):
         trainer.fit()
     state = load_state(tmp_path / CHECKPOINT)
     assert state["step"] == 6
@@ -202,7 +204,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):
     trainer = tiny_trainer(folder=tmp_path)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(NotFiniteError, match="norm of the gradient is .* at update 1"):
+    with pytest.raises(NotFiniteError, match=r"norm of the gradient is .* at update 1"):
         trainer.fit()
     assert_same_weights(before, trainer.model.state_dict())
 
@@ -279,7 +281,7 @@ def test_unreadable_images_are_counted_and_a_share_is_too_much():
 
 
 def test_a_set_too_small_for_an_update_is_refused():
-    with pytest.raises(ValueError, match="batch_size: .*use smaller batches"):
+    with pytest.raises(ValueError, match=r"batch_size: .*use smaller batches"):
         tiny_trainer(tiny_config(grad_accum_steps=10))
 
 
@@ -310,7 +312,7 @@ def test_progress_says_where_the_run_stands(tmp_path):
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("epoch 1/2  update 1/12  loss ")
     assert "accuracy at 4/3/2: " in lines[0]
-    assert any(line.startswith("epoch 2/2  held-out accuracy at 4/3/2: ") for line in lines)
+    assert any(line.startswith("epoch 2/2  held out at 4/3/2: ") for line in lines)
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
@@ -358,7 +360,10 @@ def test_evaluation_counts_like_the_model_alone():
     trainer = tiny_trainer()
     accuracy = trainer.evaluate()
     model, held_out = trainer.model.eval(), trainer.held_out
-    x = torch.stack([torch.from_numpy(held_out.image(i)) for i in range(len(held_out))]).permute(0, 3, 1, 2).float() / 255
+    x = (
+        torch.stack([torch.from_numpy(held_out.image(i)) for i in range(len(held_out))]).permute(0, 3, 1, 2).float()
+        / 255
+    )
     settings = trainer.config.input_settings(trainer.model)
     x = (x - torch.tensor(settings["mean"]).view(3, 1, 1)) / torch.tensor(settings["std"]).view(3, 1, 1)
     logits, labels = model(x), torch.from_numpy(held_out.labels)

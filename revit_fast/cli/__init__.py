@@ -59,7 +59,7 @@ def _policy(text: str) -> str | tuple[str, object]:
         ) from None
 
 
-def _budget(text: str) -> dict[str, float]:
+def budget(text: str) -> dict[str, float]:
     """A number of tokens, or of multiply-adds as in `2.5gmacs`."""
     number, unit = (text[:-5], "mean_gmacs") if text.lower().endswith("gmacs") else (text, "mean_tokens")
     try:
@@ -92,7 +92,7 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--budget",
-        type=_budget,
+        type=budget,
         metavar="N",
         help="mean patch tokens of an image, or 2.5gmacs: sets the threshold by the assigner's held-out images",
     )
@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     # These read options off their modules.
-    for name in ("train", "label", "train_assigner", "calibrate", "evaluate", "experiment"):
+    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "experiment"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from revit_fast.cli import UsageError, _budget, labelled
+from revit_fast.cli import UsageError, budget, labelled
 
 
-def _drop(text: str) -> float:
+def drop(text: str) -> float:
+    """Percentage points as a share."""
     try:
         value = float(text)
     except ValueError:
@@ -27,9 +28,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     labelled.add_arguments(p, "val")
     goal = p.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", type=_budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
+    goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
     goal.add_argument(
-        "--max-drop", type=_drop, metavar="POINTS", help="of accuracy below the longest grid, in percentage points"
+        "--max-drop", type=drop, metavar="POINTS", help="of accuracy below the longest grid, in percentage points"
     )
     labelled.add_output(p)
     p.set_defaults(command="calibrate")

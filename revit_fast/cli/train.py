@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -15,28 +16,42 @@ import torch
 from revit_fast.cli import UsageError, positive
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.loader import UnreadableError
-from revit_fast.train.run import read_config, train
-from revit_fast.train.trainer import CONFIG, FINAL, Interrupted, NotFiniteError
+from revit_fast.train.run import BUNDLE, read_config, train
+from revit_fast.train.trainer import CONFIG, Interrupted, NotFiniteError
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast train`; 0, 1 where training failed, 130 where it was stopped and can be resumed."""
+    folder = Path(args.output)
+
+    def work() -> None:
+        config = configuration(args, folder)
+        accuracy = train(config, folder, device=args.device, resume=args.resume, terminal=sys.stderr)
+        shares = dict(zip(map(str, config.grids), accuracy.accuracy, strict=True))
+        print(json.dumps({"accuracy": shares, "n_images": accuracy.n_images, "bundle": str(folder / BUNDLE)}))
+
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    folder = Path(args.output)
+    return exit_code(work, f"revit-fast train --output {folder} --resume")
+
+
+def exit_code(work: Callable[[], None], resume: str) -> int:
+    """Does the work of a run; the exit code, what went wrong said on stderr.
+
+    Args:
+        work: to be done.
+        resume: the command that goes on with it after it was stopped.
+    """
     try:
-        config = configuration(args, folder)
-        accuracy = train(config, folder, device=args.device, resume=args.resume)
+        work()
     except Interrupted as stop:
-        print(f"revit-fast: {stop}: revit-fast train --output {folder} --resume", file=sys.stderr)
+        print(f"revit-fast: {stop}: {resume}", file=sys.stderr)
         return 130
     except (NotFiniteError, UnreadableError, OSError) as error:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 1
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    result = dict(zip(map(str, config.grids), accuracy.accuracy, strict=True))
-    print(json.dumps({"accuracy": result, "n_images": accuracy.n_images, "model": str(folder / FINAL)}))
     return 0
 
 

@@ -14,6 +14,10 @@ TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("val", "validation", "valid", "test")
 
 
+class NoSplitError(ValueError):
+    """Images without the split that was asked for."""
+
+
 class Sample(NamedTuple):
     """One image of a set.
 
@@ -225,7 +229,7 @@ def pick_split(found: Sequence[str], names: Sequence[str], path: str) -> str:
     for name in names:
         if name in found:
             return name
-    raise ValueError(f"split: {path} has no split {names[0]!r}; it has {', '.join(map(repr, sorted(found)))}")
+    raise NoSplitError(f"split: {path} has no split {names[0]!r}; it has {', '.join(map(repr, sorted(found)))}")
 
 
 def renumbered(labels: np.ndarray, own: Sequence[str], classes: tuple[str, ...] | None, path: str) -> np.ndarray:

@@ -39,8 +39,8 @@ class World:
                 f"mode: length-parallel needs a multiple of {n_lengths} processes, one for each length, got "
                 f"{self.size}; start with torchrun --nproc-per-node={n_lengths}"
             )
-        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(
-            device
+        self.device = (
+            torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
         )
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

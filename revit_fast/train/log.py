@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -22,7 +21,7 @@ class RunLog:
         terminal: where progress is printed; None: nowhere.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0, terminal: TextIO | None = sys.stderr) -> None:
+    def __init__(self, folder: Path | None, step: int = 0, terminal: TextIO | None = None) -> None:
         self._folder, self._terminal, self._board = folder, terminal, None
         if folder is None:
             return

@@ -14,7 +14,8 @@ def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
 
     Computed in float32 at least, also of 16-bit logits.
     """
-    return F.cross_entropy(_at_least_float32(logits), target)
+    logits = _at_least_float32(logits)
+    return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
+from revit_fast.bundle import save_bundle
 from revit_fast.train.config import TrainConfig, build_model
-from revit_fast.train.data import ImageSet, open_images, split_off
+from revit_fast.train.data import ImageSet, NoSplitError, open_images, split_off
 from revit_fast.train.distributed import World
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
 
 EVALUATION_SPLIT = "test"
+BUNDLE = "bundle"
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those held out for evaluation.
 
     Raises:
-        FileNotFoundError, ValueError: for data that cannot be read, or has no evaluation split where one is needed.
+        FileNotFoundError, ValueError: for data that cannot be read, or have no evaluation split where one is needed.
     """
     images = open_images(config.data, "train")
     if config.held_out_share > 0:
         return split_off(images, config.held_out_share, config.seed)
     try:
-        return images, open_images(config.data, EVALUATION_SPLIT, images.classes)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
+        return images, evaluation_images(config.data, images)
+    except NoSplitError as error:
+        raise NoSplitError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
+
+
+def evaluation_images(path: str, images: ImageSet) -> ImageSet:
+    """The evaluation split of the data whose training images are given.
+
+    Raises:
+        NoSplitError: where there is none, or the data have no splits at all.
+    """
+    found = open_images(path, EVALUATION_SPLIT, images.classes)
+    if found.name(0) == images.name(0):
+        raise NoSplitError(f"split: {path} has no splits: its images are those of training")
+    return found
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -54,9 +67,9 @@ def train(
     *,
     device: str = "cpu",
     resume: bool = False,
-    terminal: TextIO | None = sys.stderr,
+    terminal: TextIO | None = None,
 ) -> Accuracy:
-    """Trains as configured; files as of `Trainer`.
+    """Trains as configured; files as of `Trainer`, and at the end a bundle without an assigner in `bundle/`.
 
     Args:
         config: choices of the run.
@@ -79,6 +92,7 @@ def train(
         images, held_out = open_data(config)
         torch.manual_seed(config.seed)
         model, new_head = build_model(config, len(images.classes))
+        settings = config.input_settings(model)
         trainer = Trainer(model, images, config, held_out=held_out, folder=folder, world=world, terminal=terminal)
         if resume and (folder / CHECKPOINT).exists():
             trainer.resume()
@@ -91,6 +105,9 @@ def train(
                 file=terminal,
                 flush=True,
             )
-        return trainer.fit()
+        accuracy = trainer.fit()
+        if world.is_first:
+            save_bundle(folder / BUNDLE, trainer.plain(), None, classes=images.classes, settings=settings)
+        return accuracy
     finally:
         world.close()

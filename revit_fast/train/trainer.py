@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -82,7 +81,7 @@ class Trainer:
         held_out: ImageSet | None = None,
         folder: Path | None = None,
         world: World | None = None,
-        terminal: TextIO | None = sys.stderr,
+        terminal: TextIO | None = None,
     ) -> None:
         from timm.optim import create_optimizer_v2
         from timm.scheduler import create_scheduler_v2
@@ -97,7 +96,12 @@ class Trainer:
         if config.norms == "shared":
             shared_norms.share(model)
         settings = config.input_settings(model)
-        self._eval_settings = {"grids": model.grids, "patch_size": model.patch_size, "workers": config.workers, **settings}
+        self._eval_settings = {
+            "grids": model.grids,
+            "patch_size": model.patch_size,
+            "workers": config.workers,
+            **settings,
+        }
         self.loader = TrainLoader(
             images,
             grids=model.grids,
@@ -203,7 +207,7 @@ class Trainer:
             self.unreadable.update(batch.unreadable)
             last = i + 1 == len(batches)
             with nullcontext() if last else self.world.without_sync(self._wrapped):
-                loss, logits = self.forward(batch)
+                loss, _ = self.forward(batch)
                 if not torch.isfinite(loss.detach()).item():
                     raise NotFiniteError(self._not_finite(loss, batch))
                 (loss / len(batches)).backward()
@@ -244,11 +248,11 @@ class Trainer:
 
     def _report(self, epoch: int) -> None:
         """A line of the log: means since the last one."""
-        means = self._meter.means(self.world)
+        means, rate = self._meter.means(self.world), self._meter.images_per_s() * self.world.n_groups
+        self._meter = Meter(len(self.config.grids))
         if not self.world.is_first:
             return
         lr = self.optimizer.param_groups[0]["lr"]
-        rate = self._meter.images_per_s() * self.world.n_groups
         row = {"step": self.step, "epoch": epoch + 1, "lr": lr, "loss": means.loss.mean().item()}
         for grid, loss, accuracy in zip(self.config.grids, means.loss.tolist(), means.accuracy.tolist(), strict=True):
             row |= {f"loss_{grid}": loss, f"accuracy_{grid}": accuracy}
@@ -259,7 +263,6 @@ class Trainer:
             f"accuracy at {'/'.join(map(str, self.config.grids))}: {percentages(means.accuracy.tolist())}  "
             f"lr {lr:.2e}  {rate:.0f} images/s  {_duration(left * self.world.n_groups / rate)} left"
         )
-        self._meter = Meter(len(self.config.grids))
 
     def _end_epoch(self, epoch: int) -> Accuracy:
         accuracy = self.evaluate()
@@ -269,8 +272,8 @@ class Trainer:
                 row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
             self.log.add(EPOCHS, row)
             self.log.say(
-                f"epoch {epoch + 1}/{self.config.epochs}  held-out accuracy at "
-                f"{'/'.join(map(str, self.config.grids))}: {percentages(accuracy.accuracy)} of {accuracy.n_images} images"
+                f"epoch {epoch + 1}/{self.config.epochs}  held out at {'/'.join(map(str, self.config.grids))}: "
+                f"{percentages(accuracy.accuracy)} of {accuracy.n_images} images"
             )
         if accuracy.accuracy[0] > self.best:
             self.best = accuracy.accuracy[0]
@@ -281,7 +284,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Accuracy:
         """Accuracy at every length on the held-out images, shared among the processes."""
-        model = self.trained()
+        model = self.plain()
+        if self.world.device.type == "cpu":
+            model = optimize(model)
         share = self.held_out.subset(range(self.world.rank, len(self.held_out), self.world.size))
         n_lengths = len(model.grids)
         totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64)
@@ -294,14 +299,13 @@ class Trainer:
         n = max(int(totals[-1]), 1)
         return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
 
-    def trained(self) -> ReViT:
-        """The model as it would be deployed: averaged weights where there are, plain norms, in evaluation mode."""
-        model = shared_norms.plain_copy(self.average.module if self.average is not None else self.model).eval()
-        return optimize(model) if self.world.device.type == "cpu" else model
+    def plain(self) -> ReViT:
+        """A copy as it would be deployed: averaged weights where there are, norms of every length's own."""
+        return shared_norms.plain_copy(self.average.module if self.average is not None else self.model).eval()
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of a plain ReViT: of the average where there is one."""
-        return shared_norms.plain_copy(self.average.module if self.average is not None else self.model).state_dict()
+        """The state dict of `plain`."""
+        return self.plain().state_dict()
 
     def state(self) -> dict[str, Any]:
         """All that a run is resumed from."""

@@ -1,0 +1,56 @@
+"""`revit-fast fit`: from labelled images to an adaptive model, in one go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from revit_fast.cli import budget
+from revit_fast.cli.calibrate import drop
+from revit_fast.cli.train import add_config, add_machine, configuration, exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast fit`; exit codes as of `revit-fast train`."""
+    from revit_fast.train.fit import BUNDLE, TRAIN, fit
+
+    folder = Path(args.output)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+    def work() -> None:
+        config = configuration(args, folder / TRAIN)
+        goal = {"budget": args.budget, "max_drop": args.max_drop}
+        report = fit(config, folder, device=args.device, terminal=sys.stderr, **goal)
+        print(report.table() if report is not None else f"model: {folder / BUNDLE}", end="")
+
+    return exit_code(work, f"revit-fast fit --output {folder} --resume")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    p = commands.add_parser(
+        "fit",
+        help="train a model and its assigner in one go",
+        description="Train a ReViT and its assigner, find how many tokens its images need, evaluate it, and write a "
+        "bundle that predict, serve and revit_fast.load take.",
+    )
+    p.add_argument("data", nargs="?", metavar="DATA", help="labelled images: see docs/training.md")
+    p.add_argument("--output", required=True, metavar="DIR", help="for the bundle, the run and the report")
+    p.add_argument("--resume", action="store_true", help="go on with what is in --output")
+    p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
+    goal = p.add_mutually_exclusive_group()
+    goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
+    goal.add_argument(
+        "--max-drop",
+        type=drop,
+        default=0.003,
+        metavar="POINTS",
+        help="of accuracy below the longest grid, in percentage points (default 0.3)",
+    )
+    add_machine(p)
+    add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
+    p.set_defaults(command="fit")

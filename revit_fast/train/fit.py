@@ -1,0 +1,168 @@
+"""From labelled images to an adaptive model that can be deployed, in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from revit_fast.atomic import replaced
+from revit_fast.bundle import save_bundle
+from revit_fast.costs import forward_macs
+from revit_fast.model import ReViT
+from revit_fast.pipeline import pipeline
+from revit_fast.policies import PolicySpec, make_policy
+from revit_fast.tla import TokenLengthAssigner
+from revit_fast.train.assigner import History, train_assigner
+from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.data import ImageSet, NoSplitError
+from revit_fast.train.evaluate import default_policies, evaluate, threshold_for_drop
+from revit_fast.train.labels import LengthLabels, predict_lengths
+from revit_fast.train.report import Report
+from revit_fast.train.run import BUNDLE, evaluation_images, open_data, train
+from revit_fast.train.timing import measure
+from revit_fast.train.trainer import FINAL
+
+TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
+HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
+TIMED_IMAGES = 1024
+
+
+def fit(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    budget: dict[str, float] | None = None,
+    max_drop: float = MAX_DROP,
+    device: str = "cpu",
+    timed_images: int = TIMED_IMAGES,
+    terminal: TextIO | None = None,
+) -> Report | None:
+    """Trains a model and its assigner, finds the threshold, evaluates, and writes a bundle.
+
+    The images that `config.held_out_share` keeps from training teach the assigner; a fifth of them calibrates it.
+    A run that was cut off goes on where it stood. In `folder`: `train/` (see `trainer.Trainer`), `labels.csv`,
+    `bundle/` (see `bundle.save_bundle`), and, where the data have a test split, `report.md`, `report.json` and, with
+    matplotlib, `report.png`.
+
+    Args:
+        config: of the model's training; a `held_out_share` of 0 becomes `HELD_OUT_SHARE`.
+        folder: for all files.
+        budget: {"mean_tokens": n} or {"mean_gmacs": g} that the threshold keeps; None: `max_drop` decides.
+        max_drop: accuracy, as a share, that the adaptive model may lose against the longest length.
+        device: to train on.
+        timed_images: of the test split that throughput is measured with; 0: it is not.
+        terminal: where progress is printed; None: nowhere.
+
+    Returns:
+        The evaluation; None where there is no test split.
+
+    Raises:
+        others: see `run.train`, `train_assigner` and `save_bundle`.
+    """
+    config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE)
+
+    def say(text: str) -> None:
+        if terminal is not None:
+            print(text, file=terminal, flush=True)
+
+    train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
+    images, held_out = open_data(config)
+    model = trained_model(config, folder / TRAIN, len(images.classes))
+    say(f"labelling {len(held_out)} held-out images")
+    predictions = predict_lengths(model, held_out)
+    kept = LengthLabels.of(predictions, held_out)
+    kept.save(folder / LABELS)
+    say(kept.summary())
+    tla, history = fit_assigner(model, held_out, kept, config.seed, say)
+    correct = predictions.correct(held_out.labels)[:, history.held_out]
+    policy = choose_policy(model, tla, correct, budget, max_drop)
+    own = {"classes": images.classes, "settings": config.input_settings(model)}
+    save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
+    report = _evaluated(config, model, tla, policy, images, timed_images, say)
+    if report is not None:
+        _write(report, folder)
+        card = f"Trained by revit-fast on {len(images)} images. On the test split:\n\n{report.table()}"
+        save_bundle(folder / BUNDLE, model, tla, policy=policy, card=card, **own)
+    say(f"done: revit-fast predict IMAGES --model {folder / BUNDLE}")
+    return report
+
+
+def trained_model(config: TrainConfig, folder: Path, n_classes: int) -> ReViT:
+    """The model that a finished run left in its folder, in evaluation mode, with the run's input settings."""
+    model, _ = build_model(config.with_changes(weights=None), n_classes)
+    model.load_checkpoint(folder / FINAL)
+    model.pretrained_cfg = config.input_settings(model)
+    return model.eval()
+
+
+def fit_assigner(
+    model: ReViT, held_out: ImageSet, labels: LengthLabels, seed: int, say: Callable[[str], None]
+) -> tuple[TokenLengthAssigner, History]:
+    """An assigner of the model's size, trained on the labels of images that the model was not trained on."""
+    torch.manual_seed(seed)
+    tla = TokenLengthAssigner.for_model(model)
+    targets, correct = labels.of_images(held_out)
+    history = train_assigner(tla, held_out, targets, model=model, correct=correct, objective="suffices", seed=seed)
+    best = history.epochs[history.best - 1]
+    say(
+        f"assigner: epoch {history.best} of {len(history.epochs)}, right for {best.held_out_accuracy:.1%} of "
+        f"{len(history.held_out)} images, {max(history.label_shares):.1%} by chance"
+    )
+    if history.collapsed:
+        say("warning: it gives every image the same grid: the model's lengths do not differ on these images")
+    return tla, history
+
+
+def choose_policy(
+    model: ReViT, tla: TokenLengthAssigner, correct: np.ndarray, budget: dict[str, float] | None, max_drop: float
+) -> PolicySpec:
+    """The threshold that keeps a budget, or else an accuracy, on the images that the assigner was calibrated on.
+
+    Args:
+        model: the assigner's.
+        tla: calibrated.
+        correct: bool `[n_lengths, N]` of the images of the calibration.
+        budget: see `fit`.
+        max_drop: see `fit`.
+    """
+    if budget is None:
+        return ("threshold", threshold_for_drop(tla.calibration, correct, max_drop))
+    macs = [forward_macs(model, n) for n in model.lengths]
+    return ("threshold", make_policy(("budget", budget), model.grids, calibration=tla.calibration, macs=macs).threshold)
+
+
+def _evaluated(
+    config: TrainConfig,
+    model: ReViT,
+    tla: TokenLengthAssigner,
+    policy: PolicySpec,
+    images: ImageSet,
+    timed_images: int,
+    say: Callable[[str], None],
+) -> Report | None:
+    try:
+        test = evaluation_images(config.data, images)
+    except NoSplitError:
+        say("no test split: nothing is evaluated")
+        return None
+    say(f"evaluating on {len(test)} images")
+    predictions = predict_lengths(model, test)
+    report = evaluate(model, tla, test, policies=[*default_policies(), policy], predictions=predictions)
+    if timed_images:
+        readable = np.flatnonzero(predictions.readable)[:timed_images]
+        pixels = [test.image(int(i)) for i in readable]
+        report = measure(report, pipeline(model, tla, policy=policy), pixels)
+    return report
+
+
+def _write(report: Report, folder: Path) -> None:
+    report.save(folder / f"{REPORT}.json")
+    with replaced(folder / f"{REPORT}.md") as temporary:
+        temporary.write_text(report.table(), encoding="utf-8")
+    with suppress(ModuleNotFoundError):  # matplotlib is an extra
+        report.plot(folder / f"{REPORT}.png")

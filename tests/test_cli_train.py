@@ -1,0 +1,155 @@
+"""`revit-fast train` and `revit-fast fit`, as a shell runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from train_helpers import noise_images
+
+import revit_fast as rf
+from revit_fast.bundle import read_bundle
+from revit_fast.cli import main
+from revit_fast.cli.train import add_config, field_texts
+from revit_fast.train.config import TrainConfig
+from revit_fast.train.log import STEPS, read_rows
+
+MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=32", "depth=2"]
+RECIPE = ["--batch-size", "8", "--lr", "0.003", "--warmup-epochs", "0", "--augment", "preset=light", "pad=1"]
+OPTIONS = [*MODEL, "num_heads=2", "--grids", "4", "3", "2", *RECIPE, "--crop-pct", "1.0", "--log-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Noise images of three classes as PNG files, in `train` and `test`."""
+    root = tmp_path_factory.mktemp("images")
+    for split, n, seed in (("train", 96, 0), ("test", 30, 1)):
+        images = noise_images(n, seed)
+        for i in range(n):
+            path = root / split / images.classes[images.labels[i]] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.image(i)).save(path)
+    return root
+
+
+def test_train_writes_a_bundle_that_the_other_commands_take(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", str(folder), "--output", str(run), "--epochs", "6", *OPTIONS]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["n_images"] == 30
+    assert set(result["accuracy"]) == {"4", "3", "2"}
+    assert "training vit_tiny_patch16_224 on 96 images of 3 classes at grids 4, 3, 2, packed, 1 process(es)" in err
+    assert "epoch 6/6  held out at 4/3/2: " in err
+    bundle = read_bundle(run / "bundle")
+    assert bundle.classes == ("bright", "dark", "middle")
+    assert bundle.settings["crop_pct"] == 1.0
+    assert main(["evaluate", str(run / "bundle"), str(folder)]) == 0
+    assert f"{result['accuracy']['4']:.2%}" in capsys.readouterr().out
+
+
+def test_a_run_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
+    command = ["train", str(folder), "--output", str(tmp_path), "--epochs", "1", *OPTIONS]
+    assert main(command) == 0
+    assert main(command) == 1
+    assert "holds a run already; resume it, or give another folder" in capsys.readouterr().err
+    assert main(["train", "--output", str(tmp_path), "--resume"]) == 0
+    assert "from update 12 of 12" in capsys.readouterr().err
+    assert main(["train", "--output", str(tmp_path), "--resume", "--lr", "0.1"]) == 2
+    assert "has lr = 0.003" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, "-m", "revit_fast.cli", "train"]
+    options = [str(folder), "--epochs", "30", *OPTIONS]
+    subprocess.run([*command, *options, "--output", str(whole)], check=True, capture_output=True, timeout=120)
+    # A shell in the background may have set SIGINT to be ignored; SIGTERM is not.
+    process = subprocess.Popen([*command, *options, "--output", str(cut)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not read_rows(cut / STEPS) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error[-2000:]
+    assert f"--output {cut} --resume" in error.splitlines()[-1]
+    done = len(read_rows(cut / STEPS))
+    assert 0 < done < 360
+    subprocess.run([*command, "--output", str(cut), "--resume"], check=True, capture_output=True, timeout=120)
+    for a, b in zip(read_rows(whole / STEPS), read_rows(cut / STEPS), strict=True):
+        assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+
+
+def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "fitted"
+    options = ["--epochs", "6", "--held-out-share", "0.4", "--max-drop", "5", *OPTIONS]
+    assert main(["fit", str(folder), "--output", str(out), *options]) == 0
+    table = capsys.readouterr().out
+    assert sorted(os.listdir(out)) == ["bundle", "labels.csv", "report.json", "report.md", "report.png", "train"]
+    assert (out / "report.md").read_text() == table
+    report = json.loads((out / "report.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert {"fixed 4x4", "TLA argmax", "oracle", "entropy"} <= set(names)
+    pipe = rf.load(out / "bundle")
+    images = noise_images(30, seed=1)
+    results = list(pipe([images.image(i) for i in range(30)]))
+    bundle = read_bundle(out / "bundle")
+    labels = [bundle.classes.index(images.classes[label]) for label in images.labels]
+    right = np.mean([int(r.logits.argmax()) == label for r, label in zip(results, labels, strict=True)])
+    (row,) = [row for row in report["rows"] if row["policy"] == list(bundle.policy)][:1]
+    assert right == pytest.approx(row["accuracy"])
+    assert np.mean([r.n_tokens for r in results]) - 1 == pytest.approx(row["tokens"])
+    # Once more: everything is there, and nothing changes.
+    assert main(["fit", "--output", str(out), "--resume"]) == 0
+    assert read_bundle(out / "bundle").policy == bundle.policy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "DATA: expected images to train on"),
+        (["/nonexistent"], 1, "/nonexistent"),
+        (["DATA", "--mode", "sideways"], 2, "mode: expected one of packed, length-parallel, got 'sideways'"),
+        (["DATA", "--augment", "preset=heavy"], 2, "expected preset deit, light, none"),
+        (["DATA", "--augment", "light"], 2, "--augment: expected name=value, got 'light'"),
+        (["DATA", "--model", "vit_nano"], 2, "timm knows no model 'vit_nano'"),
+        (["DATA", "--weights", "/nonexistent.safetensors"], 1, "there is no file /nonexistent.safetensors"),
+        (["DATA", "--config", "/nonexistent.json"], 2, "--config: cannot read /nonexistent.json"),
+    ],
+)
+def test_usage_errors(folder, tmp_path, capsys, arguments, code, message):
+    arguments = [str(folder) if a == "DATA" else a for a in arguments]
+    assert main(["train", "--output", str(tmp_path / "run"), *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    os.symlink(folder / "train", tmp_path / "data" / "train")
+    assert main(["train", str(tmp_path / "data"), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
+    assert "set held_out_share to evaluate on a part of the training images" in capsys.readouterr().err
+
+
+def test_images_without_splits_are_not_evaluated_on_themselves(folder, tmp_path, capsys):
+    assert main(["train", str(folder / "train"), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
+    assert "has no splits: its images are those of training; set held_out_share" in capsys.readouterr().err
+
+
+def test_every_choice_has_an_option_and_a_text():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_config(parser.add_argument_group("choices"))
+    text = " ".join(parser.format_help().split())
+    for name, said in field_texts(TrainConfig).items():
+        if name != "data":
+            assert f"--{name.replace('_', '-')}" in text
+            assert said.split(";")[0].split(":")[0].replace("`", "")[:20] in text
+    assert field_texts(TrainConfig).keys() == {f for f in TrainConfig.__dataclass_fields__}

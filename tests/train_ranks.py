@@ -1,0 +1,73 @@
+"""What each process of the tests of distributed training runs: `train_ranks.py TASK ARGUMENTS` under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from train_helpers import noise_images, tiny_config
+
+from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.distributed import World
+from revit_fast.train.trainer import Trainer
+
+
+def trainer_of(config: TrainConfig, world: World, dtype: torch.dtype = torch.float32, folder=None) -> Trainer:
+    torch.manual_seed(config.seed)
+    model, _ = build_model(config, 3)
+    with torch.no_grad():  # lengths that differ, as after some training
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    held_out = noise_images(24, seed=1)
+    return Trainer(
+        model.to(dtype), noise_images(), config, held_out=held_out, folder=folder, world=world, terminal=None
+    )
+
+
+def gradients(config: TrainConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The gradient of the first batch, averaged over all processes."""
+    world = World(config.mode, len(config.grids))
+    trainer = trainer_of(config, world, dtype)
+    batch = next(trainer.loader.epoch(0))
+    batch = batch._replace(images=batch.images.with_data(batch.images.data.to(dtype)))
+    loss, _ = trainer.forward(batch)
+    loss.backward()
+    grads = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+    world.close()
+    return grads
+
+
+def main(task: str, folder: Path, settings: str) -> None:
+    options = json.loads(settings)
+    dtype = getattr(torch, options.pop("dtype", "float32"))
+    config = tiny_config(**options)
+    rank = int(os.environ["RANK"])
+    if task == "gradients":
+        grads = gradients(config, dtype)
+        torch.save(grads, folder / f"gradients_{rank}.pt")
+        return
+    world = World(config.mode, len(config.grids), timeout_s=60)
+    trainer = trainer_of(config, world, dtype, folder)
+    if task == "resume":
+        trainer.resume()
+    if task == "die":
+        update = trainer._update
+
+        def die_at_the_third(batches):
+            if trainer.step == 2 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            update(batches)
+
+        trainer._update = die_at_the_third
+    accuracy = trainer.fit()
+    (folder / f"accuracy_{rank}.json").write_text(json.dumps(accuracy._asdict()))
+    world.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
