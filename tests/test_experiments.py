@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from revit_fast.cli import main
 from revit_fast.policies import grey_entropy
@@ -396,6 +397,17 @@ class TestCommand:
     def test_a_set_that_is_too_small(self, place, capsys, tmp_path):
         assert command(place, "tlsd", runs="small", extra=["--scale", "full"]) == 2
         assert "needs more" in capsys.readouterr().err.replace("need more", "needs more")
+
+    def test_a_set_without_splits(self, capsys, tmp_path):
+        """Its test images would be those of training."""
+        rng = np.random.default_rng(0)
+        for i in range(200):
+            folder = tmp_path / "set" / f"class {i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(folder / f"{i}.png")
+        arguments = ["experiment", "tlsd", "--no-plots", "--scale", "quick", "--data", tmp_path / "set"]
+        assert main([*map(str, arguments), "--runs", str(tmp_path / "runs")]) in (1, 2)
+        assert "has no splits" in capsys.readouterr().err
 
     def test_without_matplotlib(self, place, capsys, monkeypatch):
         monkeypatch.setattr(writing, "can_draw", lambda: False)

