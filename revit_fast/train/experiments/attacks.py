@@ -1,0 +1,126 @@
+"""Images made harder: corruptions of pixels, and perturbations against a model within a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from revit_fast.model import ReViT
+from revit_fast.packing import PackedBatch
+from revit_fast.preprocess import AdaptivePreprocessor
+
+SEVERITIES = (1, 2, 3)
+
+
+def _noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian, of 15, 30 and 60 grey levels."""
+    return x + (15, 30, 60)[severity - 1] * rng.standard_normal(x.shape)
+
+
+def _blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+    """A binomial filter of 3 taps along both axes, 1, 3 and 6 times."""
+    for _ in range((1, 3, 6)[severity - 1]):
+        for axis in (0, 1):
+            width = [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)]
+            padded = np.pad(x, width, mode="edge")
+            before, after = np.delete(padded, [-1, -2], axis), np.delete(padded, [0, 1], axis)
+            x = 0.25 * before + 0.5 * x + 0.25 * after
+    return x
+
+
+def _contrast(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+    """Around the image's mean, to 60, 35 and 15 per cent."""
+    return x.mean() + (0.6, 0.35, 0.15)[severity - 1] * (x - x.mean())
+
+
+def _occlusion(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
+    """A grey square somewhere, of 20, 35 and 50 per cent of each side."""
+    sides = [round((0.2, 0.35, 0.5)[severity - 1] * n) for n in x.shape[:2]]
+    top, left = (int(rng.integers(0, n - side + 1)) for n, side in zip(x.shape[:2], sides, strict=True))
+    x[top : top + sides[0], left : left + sides[1]] = 127.5
+    return x
+
+
+CORRUPTIONS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
+    "noise": _noise,
+    "blur": _blur,
+    "contrast": _contrast,
+    "occlusion": _occlusion,
+}
+"""By name; severities count from 1."""
+
+
+def corrupted(images: Sequence[np.ndarray], name: str, severity: int) -> list[np.ndarray]:
+    """The uint8 images `[H, W]` or `[H, W, 3]` corrupted; the same arguments give the same images.
+
+    Raises:
+        ValueError: for a corruption or a severity that there is not.
+    """
+    if name not in CORRUPTIONS or severity not in SEVERITIES:
+        raise ValueError(
+            f"name, severity: expected one of {', '.join(CORRUPTIONS)} and 1 to 3, got {name!r}, {severity}"
+        )
+    rng = np.random.default_rng((severity, list(CORRUPTIONS).index(name)))
+    made = [CORRUPTIONS[name](image.astype(np.float64), severity, rng) for image in images]
+    return [image.round().clip(0, 255).astype(np.uint8) for image in made]
+
+
+def pack_at(model: ReViT, images: Sequence[np.ndarray], grid: int) -> PackedBatch:
+    """The images as the model sees them at one grid: patch rows, normalised."""
+    prep = AdaptivePreprocessor.for_model(model, policy=("fixed", grid), dtype=torch.float32)
+    return prep.pack(images, [grid] * len(images))
+
+
+def attacked(
+    model: ReViT, batch: PackedBatch, target: Tensor, epsilon: float, steps: int = 1, seed: int = 0
+) -> PackedBatch:
+    """Perturbs the pixels that the model sees so that its loss grows.
+
+    One step is FGSM (Goodfellow et al., arXiv 1412.6572): ε along the gradient's sign. Several are PGD (Madry et al.,
+    arXiv 1706.06083): from a random start, steps of 2.5 ε / steps, each brought back to within ε. Pixels stay in
+    [0, 1]. The three channels of a pixel change alike, as grey images stay grey.
+
+    Args:
+        model: in evaluation mode, its timm configuration the preprocessing of the batch.
+        batch: normalised patch rows of grey images.
+        target: int64 `[B]`, right classes.
+        epsilon: largest change of a pixel, of pixels in [0, 1].
+        steps: 1 for FGSM, more for PGD.
+        seed: of PGD's start.
+    """
+    if epsilon == 0:
+        return batch
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).repeat(batch.data.shape[1] // 3) for name in ("mean", "std"))
+    clean = batch.data * std + mean
+    pixels, size = clean, epsilon
+    if steps > 1:
+        size = 2.5 * epsilon / steps
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.empty(clean.shape[0], clean.shape[1] // 3, 1).uniform_(-epsilon, epsilon, generator=generator)
+        pixels = _within(clean + _like_rows(start), clean, epsilon)
+    for _ in range(steps):
+        rows = ((pixels - mean) / std).requires_grad_()
+        loss = F.cross_entropy(model(batch.with_data(rows)), target, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, rows)
+        per_pixel = (gradient / std).view(len(rows), -1, 3).sum(dim=2, keepdim=True)
+        pixels = _within(pixels + size * _like_rows(per_pixel.sign()), clean, epsilon)
+    return batch.with_data((pixels - mean) / std)
+
+
+def _like_rows(values: Tensor) -> Tensor:
+    """Values `[T, P*P, 1]` for every channel, `[T, P*P*3]`."""
+    return values.expand(-1, -1, 3).flatten(1)
+
+
+def _within(pixels: Tensor, clean: Tensor, epsilon: float) -> Tensor:
+    return torch.clamp(pixels, clean - epsilon, clean + epsilon).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def accuracy_of(model: ReViT, batch: PackedBatch, target: Tensor) -> float:
+    """Share of a pack that is classified right."""
+    return (model(batch).argmax(dim=1) == target).double().mean().item()

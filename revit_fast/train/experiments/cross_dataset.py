@@ -1,0 +1,114 @@
+"""Experiment 4: an assigner trained on one image set assigns the images of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from revit_fast.train.experiments.base import GRIDS, Lab
+from revit_fast.train.experiments.sources import Source, pixels_of
+from revit_fast.train.experiments.stats import agreement, cohen_kappa, paired
+from revit_fast.train.experiments.writing import Panel, accuracies, effect_cell, finding, mean_spread, over_seeds, table
+
+NUMBER, TITLE = 4, "Cross-dataset: assigners on another image set"
+QUESTION = "Does an assigner that was trained on one image set choose lengths that serve a model of another?"
+PAPER = "an assigner is trained and used with one set; transfer was not at hand."
+OURS = (
+    "both directions between two sets. The model is always of the set that is classified; its own assigner, the other "
+    "set's, and lengths at random with the other's shares choose its lengths (argmax)."
+)
+
+CHOICES = {"own": "its own assigner", "other": "the other set's assigner", "random": "random, the same shares"}
+
+
+def measure(lab: Lab) -> dict[str, Any]:
+    """Accuracy and tokens of every choice of lengths, for every seed, in both directions."""
+    first, second = lab.source, lab.second_source
+    # As many updates on the smaller set: its epochs are shorter.
+    size = lab.config(lab.seeds[0], second).batch_size
+    per_epoch = max(len(second.train) // size, 1)
+    updates = len(first.train) // lab.config(lab.seeds[0]).batch_size * lab.scale.epochs
+    epochs = {first.name: lab.scale.epochs, second.name: max(round(updates / per_epoch), 1)}
+    runs = {source.name: lab.trained(source, epochs=epochs[source.name]) for source in (first, second)}
+    values: dict[str, Any] = {"grids": list(GRIDS), "epochs": epochs, "directions": {}}
+    for target, other in ((first, second), (second, first)):
+        found = [
+            _of_seed(lab, target, own, lab.assigner(own, target)[0], lab.assigner(theirs, other)[0])
+            for own, theirs in zip(runs[target.name], runs[other.name], strict=True)
+        ]
+        names = {"classified": target.name, "assigner_of": other.name}
+        values["directions"][f"{other.name} to {target.name}"] = names | {
+            key: [row[key] for row in found] for key in found[0]
+        }
+    return values
+
+
+def _of_seed(lab: Lab, target: Source, run, own, other) -> dict[str, Any]:
+    correct = lab.predictions(run, target, "test").correct(target.test.labels)
+    labels = lab.labels(run, target, "test").labels
+    pixels, places = pixels_of(target.test), np.arange(correct.shape[1])
+    chosen = {"own": own, "other": other}
+    chosen = {name: tla.predict_proba(pixels).argmax(dim=1).numpy() for name, tla in chosen.items()}
+    chosen["random"] = np.random.default_rng(run.config.seed).permutation(chosen["other"])
+    tokens = np.array(GRIDS) ** 2
+    return {
+        "fixed": correct.mean(axis=1).tolist(),
+        "accuracy": {name: float(correct[c, places].mean()) for name, c in chosen.items()},
+        "tokens": {name: float(tokens[c].mean()) for name, c in chosen.items()},
+        "agreement": {name: agreement(c, labels) for name, c in chosen.items()},
+        "kappa": {name: cohen_kappa(c, labels, len(GRIDS)) for name, c in chosen.items()},
+        "shares": {name: (np.bincount(c, minlength=len(GRIDS)) / len(c)).tolist() for name, c in chosen.items()},
+    }
+
+
+def _column(direction: dict[str, Any], key: str, name: str) -> list[float | None]:
+    return [row[name] for row in direction[key]]
+
+
+def report(values: dict[str, Any]) -> list[str]:
+    """Blocks of the report."""
+    findings, blocks, grids = [], [], values["grids"]
+    for direction, d in values["directions"].items():
+        for reference, what in (("random", "random lengths of the same shares"), ("own", "the set's own assigner")):
+            effect = paired(_column(d, "accuracy", "other"), _column(d, "accuracy", reference))
+            findings.append(finding(f"{direction}: accuracy with the other set's assigner against {what}", effect))
+        effect = paired(_column(d, "tokens", "other"), _column(d, "tokens", "own"))
+        findings.append(
+            finding(f"{direction}: tokens that the other set's assigner gives against its own", effect, "tokens", 1)
+        )
+        rows = [
+            [f"all at {g}x{g}", accuracies([row[i] for row in d["fixed"]]), g * g, "", "", ""]
+            for i, g in enumerate(grids)
+        ]
+        for name, what in CHOICES.items():
+            shares = " / ".join(accuracies([row[name][i] for row in d["shares"]]) for i in range(len(grids)))
+            rows.append(
+                [
+                    what,
+                    accuracies(_column(d, "accuracy", name)),
+                    mean_spread(_column(d, "tokens", name)),
+                    accuracies(_column(d, "agreement", name)),
+                    mean_spread(_column(d, "kappa", name)),
+                    shares,
+                ]
+            )
+        heads = ["lengths", "accuracy, %", "mean tokens", "agreement with labels, %", "kappa", "shares of lengths, %"]
+        gap = effect_cell(paired(_column(d, "accuracy", "other"), _column(d, "accuracy", "own")), 100)
+        blocks.append(
+            f"### Assigner of {d['assigner_of']}, images and model of {d['classified']}\n\n"
+            + table(heads, rows)
+            + f"\n\nAccuracy, the other's assigner minus its own: {gap} points."
+        )
+    epochs = ", ".join(f"{n} epochs on {name}" for name, n in values["epochs"].items())
+    return ["\n".join(findings), *blocks, f"Models are trained for like numbers of updates: {epochs}."]
+
+
+def panels(values: dict[str, Any]) -> list[Panel]:
+    """What is drawn."""
+    found = []
+    for direction, d in values["directions"].items():
+        names = [f"{g}x{g}" for g in values["grids"]]
+        series = [over_seeds(CHOICES[c], names, [row[c] for row in d["shares"]], 100) for c in ("own", "other")]
+        found.append(Panel(direction, "length", "share of test images, %", series, "bar"))
+    return found

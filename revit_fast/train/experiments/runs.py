@@ -1,0 +1,135 @@
+"""Training runs that experiments share: one that is finished is not repeated, one that was cut off goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from revit_fast.atomic import replaced
+from revit_fast.checkpoint import read_checkpoint
+from revit_fast.model import ReViT
+from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.data import ImageSet
+from revit_fast.train.log import EPOCHS, STEPS, read_rows
+from revit_fast.train.trainer import CHECKPOINT, FINAL, MAY_CHANGE, NotFiniteError, Trainer
+
+DONE = "done.json"
+"""Written last: what a finished run came to."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        folder: of its files, see `Trainer`.
+        config: its choices.
+        n_classes: of its model.
+        accuracy: on the test part at the end, `[n_lengths]`, the longest first; None where it diverged.
+        diverged: why training was given up: the loss was no number; else None.
+    """
+
+    folder: Path
+    config: TrainConfig
+    n_classes: int
+    accuracy: list[float] | None
+    diverged: str | None
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Rows of its log by update."""
+        return read_rows(self.folder / STEPS)
+
+    @property
+    def epochs(self) -> list[dict[str, float]]:
+        """Rows of its log by epoch."""
+        return read_rows(self.folder / EPOCHS)
+
+    def model(self) -> ReViT:
+        """The trained model, in evaluation mode, with its preprocessing as timm configuration.
+
+        Raises:
+            ValueError: for a run that diverged.
+        """
+        if self.diverged is not None:
+            raise ValueError(f"the run in {self.folder} has no final weights: {self.diverged}")
+        model, _ = build_model(self.config, self.n_classes)
+        model.load_weights(read_checkpoint(self.folder / FINAL), self.folder / FINAL)
+        model.pretrained_cfg = self.config.input_settings(model)
+        return model.eval()
+
+
+def run_key(config: TrainConfig, n_updates: int | None = None) -> str:
+    """A name of the run that changes with every choice that its results depend on."""
+    choices = {name: value for name, value in config.as_dict().items() if name not in MAY_CHANGE or name == "log_steps"}
+    digest = hashlib.blake2b(json.dumps([choices, n_updates], sort_keys=True).encode(), digest_size=6).hexdigest()
+    grids = "-".join(map(str, config.grids))
+    return f"{config.data.split(':')[0]}_{config.norms}_{grids}_seed{config.seed}_{digest}"
+
+
+def train_cached(
+    config: TrainConfig, train: ImageSet, test: ImageSet, runs: Path, terminal: TextIO | None = None
+) -> Run:
+    """The run of this configuration, trained as far as it is not yet.
+
+    A loss that is no number ends a run, which then counts as diverged; it is not tried again.
+
+    Args:
+        config: choices of the run; its `data` names the images and must change with them.
+        train: images to train on.
+        test: to evaluate on after every epoch.
+        runs: folder of all runs.
+        terminal: where progress is printed; None: nowhere.
+
+    Raises:
+        Interrupted, others: see `Trainer.fit`; the same call then goes on from the last checkpoint.
+    """
+    folder = runs / run_key(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (folder / DONE).exists():
+            outcome: dict[str, Any] = {"accuracy": None, "diverged": None}
+            torch.manual_seed(config.seed)
+            model, _ = build_model(config, len(train.classes))
+            trainer = Trainer(model, train, config, held_out=test, folder=folder, terminal=terminal)
+            if (folder / CHECKPOINT).exists():
+                trainer.resume()
+            try:
+                outcome["accuracy"] = trainer.fit().accuracy
+            except NotFiniteError as error:
+                outcome["diverged"] = str(error)
+            write_json(folder / DONE, outcome)
+    outcome = read_json(folder / DONE)
+    return Run(folder, config, len(train.classes), outcome["accuracy"], outcome["diverged"])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time works on a run; another waits and finds it finished."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, all or nothing; NaN is refused."""
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def accuracy_by_length(runs: Sequence[Run]) -> list[list[float | None]]:
+    """Test accuracy `[n_runs][n_lengths]`; None for runs that diverged."""
+    return [run.accuracy or [None] * len(run.config.grids) for run in runs]
