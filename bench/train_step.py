@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ N_SETS = 3
 """Sets of inputs that take turns: none is in a cache from the update before."""
 
 BOUND = 1e-3
-"""Of the largest gradient: that candidates may differ by in float32 before their times count as those of a wrong one."""
+"""Of the largest gradient: that candidates may differ by in float32; beyond it their times are not compared."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Work:
 
 
 def check(work: Work) -> dict[str, float]:
-    """Largest difference of each candidate's gradient from timm's, relative to the largest; of weights that both have."""
+    """Largest difference of each candidate's gradient from timm's, relative to the largest; of four weights."""
     names = ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "head.weight", "patch_embed.proj.weight")
     found = {}
     for name in reversed(work.candidates):
