@@ -36,6 +36,10 @@ run at a fraction of the rate of the model's own products: this keeps their time
 ROWS_PER_PIXEL = 2
 """Source rows that are averaged for a row of the thumbnail, at least; more than twice as many are not looked at."""
 
+LEAST_MACS, LEAST_SHARE = 150_000, 0.02
+"""Multiply-adds that an assigner may take in any case, where they are at most this share of the shortest path: a small
+model of small images gets one that still sees what tells its lengths apart."""
+
 SIZES = ((64, (32, 64, 128)), (64, (16, 32, 64)), (32, (16, 32, 64)), (32, (8, 16, 32)), (16, (8, 16)))
 """(thumbnail_px, widths) from large to small."""
 
@@ -179,13 +183,14 @@ class TokenLengthAssigner(nn.Module):
 
     @classmethod
     def for_model(cls, model: ReViT, **options: Any) -> TokenLengthAssigner:
-        """The largest assigner of `SIZES` that costs the model's shortest path at most `MAX_SHARE`, else the smallest.
+        """The largest assigner of `SIZES` within `MAX_SHARE` (or `LEAST_MACS`) of the model, else the smallest.
 
         Args:
             model: the model that it assigns for; grids are its own.
             **options: further arguments of the constructor.
         """
-        limit = MAX_SHARE * forward_macs(model, model.lengths[-1])
+        shortest = forward_macs(model, model.lengths[-1])
+        limit = max(MAX_SHARE * shortest, min(LEAST_MACS, LEAST_SHARE * shortest))
         for thumbnail_px, widths in SIZES:
             assigner = cls(model.grids, thumbnail_px=thumbnail_px, widths=widths, **options)
             if assigner.network.macs(thumbnail_px) <= limit:
