@@ -23,6 +23,10 @@ MAX_DECODERS = 8
 CHUNK = 16
 """Decoded images that are handed out at a time, where as many have come."""
 
+SMALL_BYTES, MORE_SMALL = 1 << 17, 48
+"""Images of at most so many bytes are small, and so many more of them are decoded ahead and handed out at a time: to
+assign a group of 16 would cost more than it computes."""
+
 
 def default_decoders() -> int:
     """As many threads as PyTorch computes on, at most `MAX_DECODERS`."""
@@ -74,6 +78,7 @@ class Decoders:
         self._fed: queue.SimpleQueue[Fed | End] = queue.SimpleQueue()
         self._head: Fed | End | None = None
         self._ahead = threading.Semaphore(2 * n_workers + CHUNK)
+        self._more = 0  # images that may be ahead beyond that, as many small ones have come
         self._stopped = False
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
         threading.Thread(target=self._feed, args=(sources,), name="revit-fast-feed", daemon=True).start()
@@ -103,7 +108,8 @@ class Decoders:
         """Waits for a decoded source until `deadline` (of `time.perf_counter`), then takes those decoded as well.
 
         Returns:
-            At most `CHUNK` sources, none where the deadline came first; and the end, if it was reached.
+            At most `CHUNK` sources (`MORE_SMALL` more where they are small), none where the deadline came first; and
+            the end, if it was reached.
         """
         chunk: list[Fed] = []
         item = self._next(max(0.0, deadline - time.perf_counter()))
@@ -111,7 +117,7 @@ class Decoders:
             if isinstance(item, End):
                 return chunk, item
             chunk.append(item)
-            item = self._next(0.0) if len(chunk) < CHUNK else None
+            item = self._next(0.0) if len(chunk) < CHUNK + self._more else None
         return chunk, None
 
     def _next(self, timeout_s: float) -> Fed | End | None:
@@ -126,11 +132,23 @@ class Decoders:
                 self._head = self._fed.get(timeout=left())
             if isinstance(self._head, Fed):
                 self._head.decoded.exception(timeout=left())
-                self._ahead.release()
+                self._make_room(self._head.decoded)
         except (queue.Empty, FutureTimeout):
             return None
         head, self._head = self._head, None
         return head
+
+    def _make_room(self, decoded: Future[Decoded]) -> None:
+        """Lets another source be decoded for one that is consumed: two for a small image, none for one that is not.
+
+        So there are ever more ahead, and fewer again, while images of another size come.
+        """
+        image = None if decoded.exception() else decoded.result().image
+        small = image is None or image.nbytes <= SMALL_BYTES
+        change = 1 if small and self._more < MORE_SMALL else -1 if not small and self._more > 0 else 0
+        self._more += change
+        if 1 + change:
+            self._ahead.release(1 + change)
 
     def close(self) -> None:
         """Stops feeding and decoding; what has begun ends by itself."""

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 import revit_fast as rf
 from revit_fast import cli
 from revit_fast.cli import main, predict, report
-from revit_fast.decoding import CHUNK
+from revit_fast.decoding import CHUNK, MORE_SMALL
 from revit_fast.preprocess import AdaptivePreprocessor, eval_box
 
 MODEL = "deit_tiny_patch16_224"
@@ -330,7 +330,7 @@ class TestBatches:
 
     def test_files_are_streamed(self, capsys, tmp_path, monkeypatch):
         """The first results are printed while most files are unread, however many there are."""
-        paths = [tmp_path / f"{i:02}.png" for i in range(60)]
+        paths = [tmp_path / f"{i:03}.png" for i in range(160)]
         for i, path in enumerate(paths):
             photo(i, 20, 20).save(path)
         n_read, n_read_at_first = 0, None
@@ -352,9 +352,10 @@ class TestBatches:
         code, out, _ = run(capsys, tmp_path, "--grid", 7, "--batch-tokens", 200)
         assert code == 0
         assert [line.split()[3] for line in out.splitlines()[1:]] == [str(path) for path in paths]
-        ahead = 2 * 1 + CHUNK  # one decoding thread
-        assert n_read_at_first <= CHUNK + ahead + 1
-        assert n_read == 60
+        chunk = CHUNK + MORE_SMALL
+        ahead = 2 * 1 + chunk  # one decoding thread
+        assert n_read_at_first <= chunk + ahead + 1
+        assert n_read == 160
 
 
 class TestFormats:

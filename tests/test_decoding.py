@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from revit_fast.decoding import CHUNK, Decoders
+from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES, Decoders
 from revit_fast.images import ImageError
 from revit_fast.trace import StageTimes
 
@@ -24,7 +24,7 @@ def read_all(decoders):
     end, items = None, []
     while end is None:
         chunk, end = decoders.chunk(math.inf)
-        assert len(chunk) <= CHUNK
+        assert len(chunk) <= CHUNK + MORE_SMALL
         items += chunk
     return items, end
 
@@ -59,8 +59,13 @@ def test_order_and_errors(make):
             assert decoded.ms >= 0
 
 
+LARGE = np.zeros(SMALL_BYTES + 1, dtype=np.uint8)
+
+
 @pytest.mark.parametrize("n_workers", [1, 3])
-def test_never_far_ahead(make, n_workers):
+@pytest.mark.parametrize("n_small", [0, 200, math.inf], ids=["large", "small, then large", "small"])
+def test_never_far_ahead(make, n_workers, n_small):
+    """Many small images at a time, few large ones, also where small ones came before them."""
     taken = 0
 
     def endless():
@@ -69,12 +74,18 @@ def test_never_far_ahead(make, n_workers):
             taken += 1
             yield taken
 
-    decoders = make(endless(), n_workers=n_workers)
-    consumed = 0
-    for _ in range(20):
-        consumed += len(decoders.chunk(math.inf)[0])
+    decoders = make(endless(), lambda i: PIXELS if i <= n_small else LARGE, n_workers=n_workers)
+    consumed, largest = 0, 0
+    for _ in range(40):
+        chunk = decoders.chunk(math.inf)[0]
+        consumed += len(chunk)
+        largest = max(largest, len(chunk))
         time.sleep(0.002)
-        assert taken <= consumed + 2 * n_workers + CHUNK + 1, "the one more waits for leave"
+        more = MORE_SMALL if consumed < n_small + MORE_SMALL and n_small else 0
+        assert len(chunk) <= CHUNK + MORE_SMALL
+        assert taken <= consumed + 2 * n_workers + CHUNK + more + 1, "the one more waits for leave"
+    assert largest <= CHUNK or n_small
+    assert largest > CHUNK or not n_small
 
 
 def test_an_error_of_the_sources_comes_after_what_came_before_it(make):

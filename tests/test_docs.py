@@ -14,7 +14,7 @@ from train_helpers import MODEL_KWARGS, noise_images
 
 import revit_fast as rf
 from revit_fast.cli import build_parser
-from revit_fast.decoding import CHUNK
+from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
 from revit_fast.explain.png import MAX_IMAGES
 from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
 from revit_fast.policies import POLICIES
@@ -82,6 +82,7 @@ def test_bounds_are_as_written():
     assert f"at most {MAX_BYTES >> 20} MiB" in text
     assert text.count(f"{MAX_BEHIND:,}") == 2
     assert f"2 * n_decoders + {CHUNK}" in text
+    assert f"({MORE_SMALL} more while they are small, of {SMALL_BYTES >> 10} KiB" in text
     assert f"at most {MAX_IMAGES} images" in text
     assert f"at most {MAX_SHARE:.2%}".replace("%", " %") in text
 

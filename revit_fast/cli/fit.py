@@ -10,7 +10,7 @@ import torch
 
 from revit_fast.cli import budget
 from revit_fast.cli.calibrate import drop
-from revit_fast.cli.train import add_config, add_machine, configuration, exit_code
+from revit_fast.cli.train import KeyValues, add_config, add_machine, configuration, exit_code
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> None:
         config = configuration(args, folder / TRAIN)
-        goal = {"budget": args.budget, "max_drop": args.max_drop}
+        goal = {"assigner": args.assigner, "budget": args.budget, "max_drop": args.max_drop}
         report = fit(config, folder, device=args.device, terminal=sys.stderr, **goal)
         print(report.table() if report is not None else f"model: {folder / BUNDLE}", end="")
 
@@ -42,6 +42,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--output", required=True, metavar="DIR", help="for the bundle, the run and the report")
     p.add_argument("--resume", action="store_true", help="go on with what is in --output")
     p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
+    p.add_argument(
+        "--assigner",
+        action=KeyValues,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="arguments of the assigner, such as thumbnail_px=28 'widths=(32, 64, 96)' (default: by the model)",
+    )
     goal = p.add_mutually_exclusive_group()
     goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
     goal.add_argument(

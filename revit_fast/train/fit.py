@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from revit_fast.model import ReViT
 from revit_fast.pipeline import pipeline
 from revit_fast.policies import PolicySpec, make_policy
 from revit_fast.tla import TokenLengthAssigner
-from revit_fast.train.assigner import History, train_assigner
+from revit_fast.train.assigner import make_thumbnails, train_assigner
 from revit_fast.train.config import TrainConfig, build_model
 from revit_fast.train.data import ImageSet, NoSplitError
 from revit_fast.train.evaluate import default_policies, evaluate, threshold_for_drop
-from revit_fast.train.labels import LengthLabels, predict_lengths
+from revit_fast.train.labels import LengthLabels, length_labels, predict_lengths
+from revit_fast.train.log import percentages
 from revit_fast.train.report import Report
 from revit_fast.train.run import BUNDLE, evaluation_images, open_data, train
 from revit_fast.train.timing import measure
@@ -29,6 +30,9 @@ from revit_fast.train.trainer import FINAL
 
 TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
 HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
+MAX_SKEW = 0.02
+"""Accuracy by which a model may be better on its training images for their labels to teach an assigner."""
+
 TIMED_IMAGES = 1024
 
 
@@ -36,6 +40,7 @@ def fit(
     config: TrainConfig,
     folder: Path,
     *,
+    assigner: Mapping[str, Any] | None = None,
     budget: dict[str, float] | None = None,
     max_drop: float = MAX_DROP,
     device: str = "cpu",
@@ -44,14 +49,15 @@ def fit(
 ) -> Report | None:
     """Trains a model and its assigner, finds the threshold, evaluates, and writes a bundle.
 
-    The images that `config.held_out_share` keeps from training teach the assigner; a fifth of them calibrates it.
-    A run that was cut off goes on where it stood. In `folder`: `train/` (see `trainer.Trainer`), `labels.csv`,
-    `bundle/` (see `bundle.save_bundle`), and, where the data have a test split, `report.md`, `report.json` and, with
-    matplotlib, `report.png`.
+    The images that `config.held_out_share` keeps from training calibrate the assigner; see `fit_assigner` for those
+    that teach it. A run that was cut off goes on where it stood. In `folder`: `train/` (see `trainer.Trainer`),
+    `labels.csv`, `bundle/` (see `bundle.save_bundle`), and, where the data have a test split, `report.md`,
+    `report.json` and, with matplotlib, `report.png`.
 
     Args:
         config: of the model's training; a `held_out_share` of 0 becomes `HELD_OUT_SHARE`.
         folder: for all files.
+        assigner: arguments of `TokenLengthAssigner`; by default as `TokenLengthAssigner.for_model` chooses.
         budget: {"mean_tokens": n} or {"mean_gmacs": g} that the threshold keeps; None: `max_drop` decides.
         max_drop: accuracy, as a share, that the adaptive model may lose against the longest length.
         device: to train on.
@@ -73,13 +79,8 @@ def fit(
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
     images, held_out = open_data(config)
     model = trained_model(config, folder / TRAIN, len(images.classes))
-    say(f"labelling {len(held_out)} held-out images")
-    predictions = predict_lengths(model, held_out)
-    kept = LengthLabels.of(predictions, held_out)
-    kept.save(folder / LABELS)
-    say(kept.summary())
-    tla, history = fit_assigner(model, held_out, kept, config.seed, say)
-    correct = predictions.correct(held_out.labels)[:, history.held_out]
+    tla, correct, labels = fit_assigner(model, images, held_out, seed=config.seed, options=assigner, say=say)
+    labels.save(folder / LABELS)
     policy = choose_policy(model, tla, correct, budget, max_drop)
     own = {"classes": images.classes, "settings": config.input_settings(model)}
     save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
@@ -101,21 +102,59 @@ def trained_model(config: TrainConfig, folder: Path, n_classes: int) -> ReViT:
 
 
 def fit_assigner(
-    model: ReViT, held_out: ImageSet, labels: LengthLabels, seed: int, say: Callable[[str], None]
-) -> tuple[TokenLengthAssigner, History]:
-    """An assigner of the model's size, trained on the labels of images that the model was not trained on."""
+    model: ReViT,
+    images: ImageSet,
+    held_out: ImageSet,
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[TokenLengthAssigner, np.ndarray, LengthLabels]:
+    """An assigner trained on the labels of one image set and calibrated on those of another.
+
+    It learns from the model's own training images, which are many, where the model is right about as often for them as
+    for held-out ones, `MAX_SKEW` apart at most: else their labels would be too short, and it learns from four fifths of
+    the held-out images. Either way it is calibrated on held-out images that it did not learn from. An image that no
+    length gets right is labelled with the shortest: more tokens would not help it.
+
+    Args:
+        model: trained.
+        images: that the model was trained on.
+        held_out: that it was not trained on.
+        seed: of the assigner's weights and training.
+        options: see `fit`.
+        say: told of progress.
+
+    Returns:
+        The assigner; bool `[n_lengths, N]`, whether each length gets the images of the calibration right; the labels
+        that it was trained on.
+    """
+    say(f"predicting {len(images)} training and {len(held_out)} held-out images at every grid")
+    seen, unseen = predict_lengths(model, images), predict_lengths(model, held_out)
+    rates = [p.correct(s.labels)[:, p.readable].mean(axis=1) for p, s in ((seen, images), (unseen, held_out))]
+    by_grid = "/".join(map(str, model.grids))
+    say(f"right at {by_grid}: training images {percentages(rates[0])}, held-out ones {percentages(rates[1])}")
+    learns_from_seen = rates[0][0] - rates[1][0] <= MAX_SKEW
+    labels = LengthLabels.of(*((seen, images) if learns_from_seen else (unseen, held_out)), unsolved="shortest")
+    say(labels.summary())
     torch.manual_seed(seed)
-    tla = TokenLengthAssigner.for_model(model)
-    targets, correct = labels.of_images(held_out)
-    history = train_assigner(tla, held_out, targets, model=model, correct=correct, objective="suffices", seed=seed)
+    tla = TokenLengthAssigner(model.grids, **options) if options else TokenLengthAssigner.for_model(model)
+    teachers = images if learns_from_seen else held_out
+    history = train_assigner(tla, teachers, labels.of_images(teachers)[0], model=model, seed=seed)
     best = history.epochs[history.best - 1]
     say(
         f"assigner: epoch {history.best} of {len(history.epochs)}, right for {best.held_out_accuracy:.1%} of "
         f"{len(history.held_out)} images, {max(history.label_shares):.1%} by chance"
     )
     if history.collapsed:
-        say("warning: it gives every image the same grid: the model's lengths do not differ on these images")
-    return tla, history
+        say("warning: argmax gives every image the same grid; the threshold may still tell them apart")
+    correct = unseen.correct(held_out.labels)
+    if not learns_from_seen:
+        return tla, correct[:, history.held_out], labels
+    places, rows = make_thumbnails(tla, held_out, model, np.flatnonzero(unseen.readable))
+    targets = length_labels(correct[:, places], "smallest", "shortest")
+    tla.calibrate_rows(rows.flatten(0, 1), torch.from_numpy(targets))
+    return tla, correct[:, places], labels
 
 
 def choose_policy(
