@@ -143,6 +143,16 @@ class TestByHand:
         assert row.tokens == pytest.approx(30, abs=0.3)
         assert row.p_value is None
 
+    def test_baselines_take_the_shares_of_the_policy_that_is_to_be_deployed(self, hand_made):
+        model, images, predictions = hand_made
+        tla = rf.TokenLengthAssigner.for_model(model).eval()
+        for grid, accuracy in zip(GRIDS, (0.75, 0.5, 0.25), strict=True):
+            match = ("fixed", grid)
+            report = evaluate(model, tla, images, policies=["argmax"], predictions=predictions, match=match)
+            for name in ("random", "entropy"):
+                assert report.row(name).tokens == grid**2
+                assert report.row(name).accuracy == accuracy
+
     def test_unreadable_images_count_nowhere(self, hand_made):
         model, images, predictions = hand_made
         logits = predictions.logits.copy()

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             policies=policies,
             cascade=args.thresholds or THRESHOLDS,
             predictions=predictions,
+            match="argmax" if bundle.tla is None else bundle.policy,
         )
         if args.time:
             pipe = pipeline(bundle.model, bundle.tla, policy=bundle.policy)

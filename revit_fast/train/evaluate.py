@@ -40,15 +40,16 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     predictions: Predictions | None = None,
     unsolved: str = "longest",
+    match: PolicySpec = "argmax",
     n_random: int = N_RANDOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Accuracy and cost of every policy beside the baselines.
 
-    Baselines: every fixed length; lengths drawn at random with the shares that the assigner's argmax gives (mean over
+    Baselines: every fixed length; lengths drawn at random with the shares that the policy `match` gives (mean over
     seeds); the oracle, which knows the smallest length that is right; the confidence cascade, which runs ever longer
     lengths until the largest class probability reaches a bound, and pays for all that it ran; and the entropy of grey
-    values, the highest getting the longest length, as many images of each as argmax gives.
+    values, the highest getting the longest length, as many images of each as `match` gives.
 
     Args:
         model: the `ReViT`.
@@ -59,6 +60,7 @@ def evaluate(
         settings: preprocessing that takes the place of the model's.
         predictions: of `predict_lengths` for these images, where they are known already.
         unsolved: the length that the oracle gives an image that no length gets right, see `labels.length_labels`.
+        match: policy whose shares the random and entropy baselines take: that which is to be deployed.
         n_random: seeds of the random baseline, at least 5.
         progress: see `predict_lengths`.
 
@@ -89,7 +91,7 @@ def evaluate(
             chosen = policy.choose(evidence)
             asks = policy.needs == "probabilities"
             rows.append(tally.row(name_of_policy(spec, asks), "assigner", chosen, spec, asks))
-        given = make_policy("argmax", model.grids).choose(evidence)
+        given = make_policy(match, model.grids, calibration=calibration, macs=prep.macs).choose(evidence)
         shares = np.bincount(given, minlength=len(model.grids)) / len(given)
     rows.append(tally.random_row(shares, n_random, model.grids))
     by_entropy, bits = matched_entropy(evidence.entropy, shares)
@@ -120,6 +122,8 @@ def name_of_policy(spec: PolicySpec, asks_assigner: bool) -> str:
     name, argument = spec if isinstance(spec, (tuple, list)) else (spec, None)
     if isinstance(argument, Mapping):
         argument = ", ".join(f"{key} {value:g}" for key, value in argument.items() if isinstance(value, (int, float)))
+    if isinstance(argument, float):
+        argument = f"{argument:.6g}"
     return ("TLA " if asks_assigner else "policy ") + (name if argument is None else f"{name} {argument}")
 
 

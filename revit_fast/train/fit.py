@@ -30,6 +30,9 @@ from revit_fast.train.trainer import FINAL
 
 TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
 HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
+ASSIGNER_IMAGES, LEAST_EPOCHS, MOST_EPOCHS = 500_000, 8, 30
+"""Thumbnails that an assigner is trained on in all, and bounds of its epochs."""
+
 MAX_SKEW = 0.02
 """Accuracy by which a model may be better on its training images for their labels to teach an assigner."""
 
@@ -140,7 +143,8 @@ def fit_assigner(
     torch.manual_seed(seed)
     tla = TokenLengthAssigner(model.grids, **options) if options else TokenLengthAssigner.for_model(model)
     teachers = images if learns_from_seen else held_out
-    history = train_assigner(tla, teachers, labels.of_images(teachers)[0], model=model, seed=seed)
+    epochs = min(max(ASSIGNER_IMAGES // len(teachers), LEAST_EPOCHS), MOST_EPOCHS)
+    history = train_assigner(tla, teachers, labels.of_images(teachers)[0], model=model, epochs=epochs, seed=seed)
     best = history.epochs[history.best - 1]
     say(
         f"assigner: epoch {history.best} of {len(history.epochs)}, right for {best.held_out_accuracy:.1%} of "
@@ -191,7 +195,7 @@ def _evaluated(
         return None
     say(f"evaluating on {len(test)} images")
     predictions = predict_lengths(model, test)
-    report = evaluate(model, tla, test, policies=[*default_policies(), policy], predictions=predictions)
+    report = evaluate(model, tla, test, policies=[*default_policies(), policy], match=policy, predictions=predictions)
     if timed_images:
         readable = np.flatnonzero(predictions.readable)[:timed_images]
         pixels = [test.image(int(i)) for i in readable]
