@@ -101,11 +101,11 @@ def save_bundle(
         "assigner": None if tla is None else ASSIGNER,
         "card": card,
     }
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with replaced_folder(folder) as new:
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, new / MODEL, {"format": "pt"})
+        (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))  # save_file would let nobody else read it
         if tla is not None:
             tla.save(new / ASSIGNER)
         (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

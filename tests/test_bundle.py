@@ -52,6 +52,17 @@ def edit(folder, **changes):
     (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_bundle(tmp_path / "b", make_model(), make_assigner(), classes=CLASSES, settings=SETTINGS)
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "b").iterdir()} == dict.fromkeys(
+        (CONFIG, MODEL, ASSIGNER, CARD), "0o644"
+    )
+
+
 class TestConfig:
     @pytest.mark.parametrize(
         "options",
