@@ -129,7 +129,8 @@ class TestReports:
         module, folder = experiments.get(name), reports / name
         results = read_json(folder / "results.json")
         text = (folder / "README.md").read_text()
-        assert text == report_text(results, module, [])
+        assert text == report_text(results, module, [f"{name}.png"])
+        assert (folder / f"{name}.png").stat().st_size > 1000
         for part in (module.TITLE, "Paper (arXiv 2307.02092)", "Seeds: 0, 1", results["machine"]["cpu"], "config.json"):
             assert part in text
         assert results["data"][0] in text
