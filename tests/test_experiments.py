@@ -4,7 +4,6 @@ import gzip
 import itertools
 import json
 import math
-import os
 import signal
 import struct
 from pathlib import Path
