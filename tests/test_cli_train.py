@@ -9,8 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
-from train_helpers import noise_images
+from train_helpers import noise_images, write_folders
 
 import revit_fast as rf
 from revit_fast.bundle import read_bundle
@@ -29,11 +28,7 @@ def folder(tmp_path_factory):
     """Noise images of three classes as PNG files, in `train` and `test`."""
     root = tmp_path_factory.mktemp("images")
     for split, n, seed in (("train", 96, 0), ("test", 30, 1)):
-        images = noise_images(n, seed)
-        for i in range(n):
-            path = root / split / images.classes[images.labels[i]] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images.image(i)).save(path)
+        write_folders(noise_images(n, seed), root / split)
     return root
 
 

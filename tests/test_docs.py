@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from small_models import make_model
-from train_helpers import MODEL_KWARGS, noise_images
+from train_helpers import MODEL_KWARGS, noise_images, write_folders
 
 import revit_fast as rf
 from revit_fast.cli import build_parser
@@ -89,12 +89,8 @@ def test_bounds_are_as_written():
 
 def test_training_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    images = noise_images(48)
     for split in ("train", "test"):
-        for i in range(48):
-            path = tmp_path / "images" / split / images.classes[images.labels[i]] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images.image(i)).save(path)
+        write_folders(noise_images(48), tmp_path / "images" / split)
     (block,) = blocks("python", TRAINING)
     exec(compile(block, str(TRAINING), "exec"), {"images": tmp_path / "images", "small": MODEL_KWARGS})
     assert len(ast.literal_eval(capsys.readouterr().out)) == 3

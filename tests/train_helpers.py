@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 
 from revit_fast.train.config import TrainConfig, build_model
 from revit_fast.train.data import ArrayImages
@@ -19,6 +22,14 @@ def noise_images(n: int = 48, seed: int = 0) -> ArrayImages:
     labels = np.arange(n) % 3
     images = rng.integers(0, 60, (n, 8, 8, 3)) + 60 * labels[:, None, None, None]
     return ArrayImages(images.astype(np.uint8), labels, ("dark", "middle", "bright"))
+
+
+def write_folders(images: ArrayImages, folder: Path) -> None:
+    """The images as PNG files, a folder for each class."""
+    for i in range(len(images)):
+        path = folder / images.classes[images.labels[i]] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.image(i)).save(path)
 
 
 def tiny_config(**changes) -> TrainConfig:

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from revit_fast.bundle import save_bundle
-    from revit_fast.policies import make_policy, smallest_sufficient
+    from revit_fast.policies import smallest_sufficient
     from revit_fast.preprocess import AdaptivePreprocessor
-    from revit_fast.train.evaluate import threshold_for_drop
+    from revit_fast.train.evaluate import threshold_for
     from revit_fast.train.labels import length_labels, predict_lengths
 
     folder = labelled.folder_to_write(args)
@@ -57,11 +57,7 @@ def run(args: argparse.Namespace) -> int:
     prep = AdaptivePreprocessor.for_model(model, tla)
     with labelled.usage_errors():
         prep.calibrate([images.image(int(i)) for i in places], length_labels(correct))
-        if args.budget is not None:
-            policy = make_policy(("budget", args.budget), model.grids, calibration=tla.calibration, macs=prep.macs)
-            threshold = policy.threshold
-        else:
-            threshold = threshold_for_drop(tla.calibration, correct, args.max_drop)
+        threshold = threshold_for(model, tla.calibration, correct, args.budget, args.max_drop)
         own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
         save_bundle(folder, model, tla, policy=("threshold", threshold), **own)
     chosen = smallest_sufficient(tla.calibration.suffices, threshold)

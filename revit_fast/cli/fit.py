@@ -6,11 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from revit_fast.cli import budget
 from revit_fast.cli.calibrate import drop
-from revit_fast.cli.train import KeyValues, add_config, add_machine, configuration, exit_code
+from revit_fast.cli.train import KeyValues, add_run, configuration, exit_code
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,8 +16,6 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.fit import BUNDLE, TRAIN, fit
 
     folder = Path(args.output)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
 
     def work() -> None:
         config = configuration(args, folder / TRAIN)
@@ -27,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         report = fit(config, folder, device=args.device, terminal=sys.stderr, **goal)
         print(report.table() if report is not None else f"model: {folder / BUNDLE}", end="")
 
-    return exit_code(work, f"revit-fast fit --output {folder} --resume")
+    return exit_code(args, work)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -38,10 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Train a ReViT and its assigner, find how many tokens its images need, evaluate it, and write a "
         "bundle that predict, serve and revit_fast.load take.",
     )
-    p.add_argument("data", nargs="?", metavar="DATA", help="labelled images: see docs/training.md")
-    p.add_argument("--output", required=True, metavar="DIR", help="for the bundle, the run and the report")
-    p.add_argument("--resume", action="store_true", help="go on with what is in --output")
-    p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
+    add_run(p, "for the bundle, the run and the report")
     p.add_argument(
         "--assigner",
         action=KeyValues,
@@ -58,6 +51,4 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="POINTS",
         help="of accuracy below the longest grid, in percentage points (default 0.3)",
     )
-    add_machine(p)
-    add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
     p.set_defaults(command="fit")

@@ -30,21 +30,17 @@ def run(args: argparse.Namespace) -> int:
         shares = dict(zip(map(str, config.grids), accuracy.accuracy, strict=True))
         print(json.dumps({"accuracy": shares, "n_images": accuracy.n_images, "bundle": str(folder / BUNDLE)}))
 
+    return exit_code(args, work)
+
+
+def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Does the work of a run, on the threads that are asked for; the exit code, what went wrong said on stderr."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return exit_code(work, f"revit-fast train --output {folder} --resume")
-
-
-def exit_code(work: Callable[[], None], resume: str) -> int:
-    """Does the work of a run; the exit code, what went wrong said on stderr.
-
-    Args:
-        work: to be done.
-        resume: the command that goes on with it after it was stopped.
-    """
     try:
         work()
     except Interrupted as stop:
+        resume = f"revit-fast {args.command} --output {args.output} --resume"
         print(f"revit-fast: {stop}: {resume}", file=sys.stderr)
         return 130
     except (NotFiniteError, UnreadableError, OSError) as error:
@@ -79,17 +75,17 @@ def add_parser(commands) -> None:
         help="train a model at all its token lengths",
         description="Train a ReViT at all its token lengths; under torchrun with several processes.",
     )
-    p.add_argument("data", nargs="?", metavar="DATA", help="images to train on: see docs/training.md")
-    p.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, logs and weights")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --output, bit for bit")
-    p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
-    add_machine(p)
-    add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
+    add_run(p, "for checkpoints, logs and weights")
     p.set_defaults(command="train")
 
 
-def add_machine(p: argparse.ArgumentParser) -> None:
-    """Options that say where a run takes place."""
+def add_run(p: argparse.ArgumentParser, output: str) -> None:
+    """Arguments of the commands that train a model: its data, its folder (for `output`), where and how it runs."""
+    p.add_argument("data", nargs="?", metavar="DATA", help="labelled images to train on: see docs/training.md")
+    p.add_argument("--output", required=True, metavar="DIR", help=output)
+    p.add_argument("--resume", action="store_true", help="go on with the run in --output, bit for bit")
+    p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
+    add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
     p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
 

@@ -163,6 +163,31 @@ def max_softmax(logits: np.ndarray) -> np.ndarray:
         return np.nan_to_num(1.0 / odds.sum(axis=2), nan=0.0)
 
 
+def threshold_for(
+    model: ReViT,
+    calibration: Calibration,
+    correct: np.ndarray,
+    budget: Mapping[str, float] | None,
+    max_drop: float,
+) -> float:
+    """θ that keeps a budget, or else an accuracy, on the images that an assigner was calibrated on.
+
+    Args:
+        model: the assigner's.
+        calibration: of the assigner.
+        correct: bool `[n_lengths, N]` of the images of the calibration.
+        budget: {"mean_tokens": n} or {"mean_gmacs": g}; None: `max_drop` decides.
+        max_drop: see `threshold_for_drop`.
+
+    Raises:
+        ValueError: where no θ keeps it.
+    """
+    if budget is None:
+        return threshold_for_drop(calibration, correct, max_drop)
+    macs = [forward_macs(model, n) for n in model.lengths]
+    return make_policy(("budget", budget), model.grids, calibration=calibration, macs=macs).threshold
+
+
 def threshold_for_drop(calibration: Calibration, correct: np.ndarray, drop: float) -> float:
     """The smallest θ from which on accuracy is at most `drop` below that of the longest length.
 

@@ -11,22 +11,20 @@ import numpy as np
 import torch
 
 from revit_fast.atomic import replaced
-from revit_fast.bundle import save_bundle
-from revit_fast.costs import forward_macs
+from revit_fast.bundle import read_bundle, save_bundle
 from revit_fast.model import ReViT
 from revit_fast.pipeline import pipeline
-from revit_fast.policies import PolicySpec, make_policy
+from revit_fast.policies import PolicySpec
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.train.assigner import make_thumbnails, train_assigner
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError
-from revit_fast.train.evaluate import default_policies, evaluate, threshold_for_drop
+from revit_fast.train.evaluate import default_policies, evaluate, threshold_for
 from revit_fast.train.labels import LengthLabels, length_labels, predict_lengths
 from revit_fast.train.log import percentages
 from revit_fast.train.report import Report
 from revit_fast.train.run import BUNDLE, evaluation_images, open_data, train
 from revit_fast.train.timing import measure
-from revit_fast.train.trainer import FINAL
 
 TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
 HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
@@ -81,11 +79,12 @@ def fit(
 
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
     images, held_out = open_data(config)
-    model = trained_model(config, folder / TRAIN, len(images.classes))
+    trained = read_bundle(folder / TRAIN / BUNDLE)
+    model = trained.model
     tla, correct, labels = fit_assigner(model, images, held_out, seed=config.seed, options=assigner, say=say)
     labels.save(folder / LABELS)
-    policy = choose_policy(model, tla, correct, budget, max_drop)
-    own = {"classes": images.classes, "settings": config.input_settings(model)}
+    policy = ("threshold", threshold_for(model, tla.calibration, correct, budget, max_drop))
+    own = {"classes": trained.classes, "settings": trained.settings}
     save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
     report = _evaluated(config, model, tla, policy, images, timed_images, say)
     if report is not None:
@@ -94,14 +93,6 @@ def fit(
         save_bundle(folder / BUNDLE, model, tla, policy=policy, card=card, **own)
     say(f"done: revit-fast predict IMAGES --model {folder / BUNDLE}")
     return report
-
-
-def trained_model(config: TrainConfig, folder: Path, n_classes: int) -> ReViT:
-    """The model that a finished run left in its folder, in evaluation mode, with the run's input settings."""
-    model, _ = build_model(config.with_changes(weights=None), n_classes)
-    model.load_checkpoint(folder / FINAL)
-    model.pretrained_cfg = config.input_settings(model)
-    return model.eval()
 
 
 def fit_assigner(
@@ -159,24 +150,6 @@ def fit_assigner(
     targets = length_labels(correct[:, places], "smallest", "shortest")
     tla.calibrate_rows(rows.flatten(0, 1), torch.from_numpy(targets))
     return tla, correct[:, places], labels
-
-
-def choose_policy(
-    model: ReViT, tla: TokenLengthAssigner, correct: np.ndarray, budget: dict[str, float] | None, max_drop: float
-) -> PolicySpec:
-    """The threshold that keeps a budget, or else an accuracy, on the images that the assigner was calibrated on.
-
-    Args:
-        model: the assigner's.
-        tla: calibrated.
-        correct: bool `[n_lengths, N]` of the images of the calibration.
-        budget: see `fit`.
-        max_drop: see `fit`.
-    """
-    if budget is None:
-        return ("threshold", threshold_for_drop(tla.calibration, correct, max_drop))
-    macs = [forward_macs(model, n) for n in model.lengths]
-    return ("threshold", make_policy(("budget", budget), model.grids, calibration=tla.calibration, macs=macs).threshold)
 
 
 def _evaluated(
