@@ -138,6 +138,19 @@ def torch_compiled(case: Case) -> Peer:
 
 
 @lru_cache(maxsize=1)
+def openvino_core():
+    """One for the process, never given up.
+
+    Each OpenVINO core sets the alternate signal stack of the thread that first compiles with it, and sets the one
+    before it when it goes: two that go in the order they came leave a freed stack behind, and the next signal of a
+    handler on it (Python's all are) ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+@lru_cache(maxsize=1)
 def openvino_model(vit: VisionTransformer):
     """The model with free batch, height and width."""
     import openvino
@@ -153,15 +166,13 @@ def openvino_run(case: Case, hint: str) -> Run:
 
     Each grid and count has a model of its own, reshaped before it is compiled; open-ended grids share a dynamic one.
     """
-    import openvino
-
     settings = {
         "PERFORMANCE_HINT": hint,
         "INFERENCE_NUM_THREADS": case.n_threads,
         "INFERENCE_PRECISION_HINT": "f32",
     }
     inputs = numpy_inputs(case)
-    core, model = openvino.Core(), openvino_model(case.vit)
+    core, model = openvino_core(), openvino_model(case.vit)
     shared = core.compile_model(model, "CPU", settings) if case.open_ended else None
     requests = []
     for images, positions in inputs[0]:

@@ -170,12 +170,12 @@ def openvino_run(vit, files: Sequence[bytes], n_threads: int, hint: str, load) -
     """OpenVINO at full length, compiled for batches of 16; the next images are prepared during the forward pass."""
     import openvino
 
-    from bench.model_peers import quiet_export
+    from bench.model_peers import openvino_core, quiet_export
 
     with quiet_export():
         model = openvino.convert_model(vit, example_input=torch.zeros(1, 3, 224, 224), input=[BATCH, 3, 224, 224])
     settings = {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n_threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    compiled = openvino_core().compile_model(model, "CPU", settings)
     n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     requests = [compiled.create_infer_request() for _ in range(n_requests)]
 

@@ -361,6 +361,26 @@ class PackedBatch:
         counts = (*self.tile_counts[:PADDING], 0)
         return replace(self, data=self.data[:n_rows], tiles=self.tiles[: sum(counts)], tile_counts=counts, _layouts={})
 
+    def select(self, sequences: Sequence[int]) -> PackedBatch:
+        """A pack of the sequences at these indices, in this order; its rows are copies.
+
+        Raises:
+            IndexError: for an index outside 0 to the number of sequences.
+        """
+        for b in sequences:
+            if not 0 <= b < len(self.seqlens):
+                raise IndexError(f"sequences: expected 0 to {len(self.seqlens) - 1}, got {b}")
+        rows = self.split()
+        seqlens = [self.seqlens[b] for b in sequences]
+        return PackedBatch.from_rows(
+            torch.cat([rows[b] for b in sequences]) if seqlens else self.data[:0],
+            seqlens,
+            grids=None if self.grids is None else [self.grids[b] for b in sequences],
+            lengths=self.lengths,
+            n_prefix=self.n_prefix,
+            normalization=self.normalization,
+        )
+
     def with_data(self, data: Tensor) -> PackedBatch:
         """The same layout over other rows `[T, ...]`."""
         if data.shape[0] != self.data.shape[0]:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from bench.model_work import (  # noqa: E402
 
 pytestmark = only_on("cpu", reason="a bench of the CPU")
 
+ROOT = Path(__file__).parent.parent
 PACKAGES = {"openvino": ["openvino"], "onnxruntime": ["onnx", "onnxruntime"], "navit": ["vit_pytorch"]}
 
 
@@ -47,6 +51,37 @@ def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     assert bench.problem_with(logits, peer, case) is None
     assert (peer.order is None) == (key in ("timm-full", "navit")), "the others share timm's weights"
     assert peer.flops.total >= case.shape.flops(case.seqlens).total or key == "navit"
+
+
+def test_openvino_leaves_signal_handlers_a_stack():
+    """Models of both hints come and go, the process's one core stays, and so does the stack that it set."""
+    pytest.importorskip("openvino")
+    script = """if True:
+        import ctypes, gc, os, signal
+        from bench.model_peers import PEERS
+        from bench.model_work import Case, grids_of, random_vit
+
+        class Stack(ctypes.Structure):
+            _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+        def address():
+            gc.collect()
+            ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack := Stack()))
+            return stack.address
+
+        vit = random_vit("vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=1, num_classes=4)
+        found = []
+        for _ in range(3):
+            peer = PEERS["openvino"].build(Case(vit, grids_of("all-7", 2)))
+            found.append(address())
+            del peer
+            found.append(address())
+        assert len(set(found)) == 1, found
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr[-2000:]
 
 
 def test_the_compiled_peer_gives_the_logits_of_timm():

@@ -92,6 +92,28 @@ def test_padding_rows_are_not_part_of_any_sequence():
     assert trimmed.without_padding() is trimmed
 
 
+def test_select_copies_sequences_in_the_order_asked_for():
+    pack = PackedBatch.from_rows(
+        torch.arange(14.0)[:, None],  # the last row is padding
+        (4, 0, 6, 3),
+        grids=[(2, 2), (0, 0), (3, 2), (1, 3)],
+        lengths=(6, 4),
+        normalization=torch.tensor([[0.5] * 3, [0.25] * 3]),
+    )
+    some = pack.select([3, 0, 3])
+    assert some.seqlens == (3, 4, 3)
+    assert some.data[:, 0].tolist() == [10, 11, 12, 0, 1, 2, 3, 10, 11, 12]
+    assert some.grids == ((1, 3), (2, 2), (1, 3))
+    assert some.lengths == pack.lengths
+    assert some.normalization is pack.normalization
+    some.data.zero_()
+    assert pack.data[0, 0] == 0
+    assert pack.data[12, 0] == 12, "rows are copies"
+    assert pack.select([]).data.shape == (0, 1)
+    with pytest.raises(IndexError, match="sequences: expected 0 to 3, got 4"):
+        pack.select([0, 4])
+
+
 def test_layout_counts_prefix_tokens():
     batch = PackedBatch.from_list([randn(n, 2) for n in (63, 0, 64)], grids=[(9, 7), (0, 0), (8, 8)])
     layout = batch.layout(1)

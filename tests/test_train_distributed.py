@@ -50,13 +50,14 @@ def relative_difference(a: dict, b: dict) -> float:
         ("float32", 1e-5, {}),
         ("float64", 1e-10, {"augment": {"mixup": 0.8}, "temperature": 4.0}),
         ("float64", 1e-10, {"distill_weight": 0.0}),
+        ("float64", 1e-10, {"micro_batch": 3, "augment": {"mixup": 0.8}}),
     ],
-    ids=["float64", "float32", "mixup", "no distillation"],
+    ids=["float64", "float32", "mixup", "no distillation", "micro-batches"],
 )
 def test_length_parallel_gradients_are_the_packed_ones(tmp_path, dtype, bound, settings):
     """Three processes with a length each, against one with all of them in a pack."""
     assert_done(run_ranks(3, "gradients", tmp_path, mode="length-parallel", dtype=dtype, **settings))
-    packed = gradients(tiny_config(**settings), getattr(torch, dtype))
+    packed = gradients(tiny_config(**settings | {"micro_batch": None}), getattr(torch, dtype))
     for rank in range(3):
         parallel = torch.load(tmp_path / f"gradients_{rank}.pt", weights_only=True)
         difference = relative_difference(parallel, packed)

@@ -211,6 +211,23 @@ class TestViews:
                 assert batch.images.length_index.tolist() == [view for view in views for _ in range(4)]
                 assert torch.equal(batch.target, whole.target)
 
+    @pytest.mark.parametrize(("n_images", "counts"), [(1, [1] * 7), (3, [3, 2, 2]), (4, [4, 3]), (7, [7]), (9, [7])])
+    def test_parts(self, n_images, counts):
+        [whole] = train(Damaged(image_set(8), {3}), "deit", batch_size=8, max_unreadable=0.5).epoch(0)
+        parts = whole.parts(n_images)
+        assert [len(part.target) for part in parts] == counts
+        assert torch.equal(torch.cat([part.target for part in parts]), whole.target)
+        assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+        assert [part.unreadable for part in parts] == [whole.unreadable] + [[]] * (len(parts) - 1)
+        rows, begin = whole.images.split(), 0
+        for part in parts:
+            n = len(part.target)
+            expected = [rows[7 * view + i] for view in range(3) for i in range(begin, begin + n)]
+            assert torch.equal(part.images.data, torch.cat(expected))
+            assert part.images.lengths == whole.images.lengths
+            assert part.images.length_index.tolist() == [view for view in range(3) for _ in range(n)]
+            begin += n
+
     def test_bilinear(self):
         one, other = (next(train(augment="none", interpolation=name).epoch(0)) for name in ("bilinear", "bicubic"))
         assert not torch.equal(one.images.data, other.images.data)

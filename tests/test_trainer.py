@@ -24,7 +24,7 @@ from revit_fast.train.config import TrainConfig, build_model
 from revit_fast.train.data import ArrayImages
 from revit_fast.train.loader import UnreadableError
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
-from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, Interrupted, NotFiniteError
+from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, Interrupted, NotFiniteError, cached_images
 
 
 def losses_of(folder):
@@ -103,13 +103,46 @@ def test_accumulated_gradients_are_those_of_one_batch():
     assert two.updates_per_epoch == 6
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3, 7])
+def test_micro_batches_give_the_gradient_and_the_log_of_one_pack(micro_batch):
+    config = tiny_config(augment={"mixup": 0.8})
+    one, some = tiny_trainer(config), tiny_trainer(config.with_changes(micro_batch=micro_batch))
+    seen = []
+    some.model.register_forward_pre_hook(lambda model, args: seen.append(len(args[0])))
+    batch = next(one.loader.epoch(0))
+    one._update([batch])
+    some._update([batch])
+    assert len(seen) == math.ceil(8 / micro_batch)
+    assert sum(seen) == 8 * len(config.grids)
+    assert max(seen) <= micro_batch * len(config.grids)
+    for (name, a), b in zip(one.model.named_parameters(), some.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(one._meter.sums, some._meter.sums, rtol=1e-6, atol=0)
+    assert some._meter.gradients[1] == 1, "updates are counted, not packs"
+
+
+def test_packs_of_a_cpu_are_bounded(monkeypatch):
+    trainer = tiny_trainer()
+    rows = sum(grid * grid + trainer.model.num_prefix_tokens for grid in trainer.model.grids)
+    monkeypatch.setattr("revit_fast.train.trainer.FEWEST_ROWS", 1)
+    monkeypatch.setattr("revit_fast.train.trainer.CACHED_ACTIVATIONS", 2 * rows * trainer.model.embed_dim)
+    assert cached_images(trainer.model) == 2
+    assert tiny_trainer()._micro_batch == 2
+    assert tiny_trainer(tiny_config(micro_batch=5))._micro_batch == 5
+    monkeypatch.setattr("revit_fast.train.trainer.FEWEST_ROWS", 4 * rows)
+    assert cached_images(trainer.model) == 4
+    monkeypatch.setattr("revit_fast.train.trainer.FEWEST_ROWS", 1)
+    monkeypatch.setattr("revit_fast.train.trainer.CACHED_ACTIVATIONS", 1)
+    assert cached_images(trainer.model) == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"ema_decay": 0.9, "opt": "nmuon", "lr": 0.01},
         {"model_kwargs": MODEL_KWARGS | {"drop_rate": 0.1, "drop_path_rate": 0.2}, "augment": {"mixup": 0.5}},
-        {"grad_accum_steps": 2, "amp": "bfloat16", "grad_checkpointing": True, "clip_grad": 0.5},
+        {"grad_accum_steps": 2, "micro_batch": 3, "amp": "bfloat16", "grad_checkpointing": True, "clip_grad": 0.5},
         {"norms": "shared", "layer_decay": 0.8, "log_steps": 5},
     ],
     ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "shared norms"],

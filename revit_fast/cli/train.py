@@ -128,6 +128,7 @@ OPTIONS = {
     "str": {"type": str, "metavar": "NAME"},
     "str | None": {"type": str, "metavar": "NAME"},
     "int": {"type": int, "metavar": "N"},
+    "int | None": {"type": int, "metavar": "N"},
     "float": {"type": float, "metavar": "X"},
     "float | None": {"type": float, "metavar": "X"},
     "bool": {"action": argparse.BooleanOptionalAction},

@@ -38,8 +38,11 @@ class TrainConfig:
         grids: token grids, strictly decreasing; every image is seen at all of them.
         weights: `.safetensors` or `.pth` to start from, of a plain ViT or a ReViT; None: random weights.
         epochs: passes over the images.
-        batch_size: images of one forward pass of a process (in length-parallel mode: of a group of processes).
-        grad_accum_steps: forward passes of an update.
+        batch_size: images that a process draws and mixes at a time (in length-parallel mode: a group of processes).
+        micro_batch: images of one pack: a batch passes through the model in as many as that takes, and its gradient is
+            their sum, so that a pack's activations stay in the cache or fit the memory; None: on a CPU see
+            `trainer.cached_images`, on a GPU all images of the batch.
+        grad_accum_steps: batches of an update.
         mode: "packed": all lengths of an image in one pack; "length-parallel": each process has one length.
         norms: "tal": LayerNorms of every length's own; "shared": one for all, for comparison.
         distill_weight: λ of TLSD, 0 for none.
@@ -76,6 +79,7 @@ class TrainConfig:
     weights: str | None = None
     epochs: int = 300
     batch_size: int = 128
+    micro_batch: int | None = None
     grad_accum_steps: int = 1
     mode: str = "packed"
     norms: str = "tal"
@@ -113,6 +117,8 @@ class TrainConfig:
             _check_number(name, getattr(self, name), 1, whole=True)
         for name in ("warmup_epochs", "workers", "checkpoint_steps"):
             _check_number(name, getattr(self, name), 0, whole=True)
+        if self.micro_batch is not None:
+            _check_number("micro_batch", self.micro_batch, 1, whole=True)
         for name in ("lr", "layer_decay", "clip_grad"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0)

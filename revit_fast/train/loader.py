@@ -46,6 +46,26 @@ class Batch(NamedTuple):
     index: Tensor
     unreadable: list[tuple[str, str]]
 
+    def parts(self, n_images: int) -> list[Batch]:
+        """The same images in as few batches of at most `n_images` as there can be, which differ by one image at most.
+
+        The first one has the list of what was left out.
+        """
+        n_parts = -(-len(self.target) // n_images)
+        if n_parts <= 1:
+            return [self]
+        places = np.array_split(np.arange(len(self.target)), n_parts)
+        views = np.arange(len(self.images)).reshape(-1, len(self.target))
+        return [
+            Batch(
+                self.images.select(views[:, some].ravel().tolist()),
+                self.target[some[0] : some[-1] + 1],
+                self.index[some[0] : some[-1] + 1],
+                [] if i else self.unreadable,
+            )
+            for i, some in enumerate(places)
+        ]
+
 
 class TrainLoader:
     """Shuffled, augmented batches; every batch is seen at all grids.
