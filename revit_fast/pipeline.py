@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from os import PathLike
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from revit_fast.images import ImageSource, name_of
 from revit_fast.memory import release_freed_pages
 from revit_fast.model import ReViT, create_model
 from revit_fast.packing import PackedBatch
-from revit_fast.policies import PolicySpec
+from revit_fast.policies import PolicySpec, confidence
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.trace import StageTimes
@@ -50,8 +51,8 @@ class Result:
     Attributes:
         index: its place in the stream.
         source: as it was given.
-        grid: patches a side that it was given; None where there is an error.
-        n_tokens: tokens that the model processed, prefix tokens counted.
+        grid: patches a side that it was given, of a cascade the last; None where there is an error.
+        n_tokens: tokens that the model processed, prefix tokens counted, of a cascade at all grids.
         logits: float32 `[n_classes]` on the CPU.
         error: None, or a text that names the source and what is wrong with it.
         probabilities: the assigner's, `[n_lengths]`, the longest length first; None where it was not asked.
@@ -84,7 +85,7 @@ class Result:
 
 
 class _Ready(NamedTuple):
-    """A decoded image and the result to be filled in."""
+    """A decoded image and the result to be filled in, whose grid the next pass gives it."""
 
     image: np.ndarray
     result: Result
@@ -184,8 +185,13 @@ class AdaptivePipeline:
         return self._run(sources, times or StageTimes(), first_index)
 
     def assign(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
-        """The decisions alone: results as of a call, without logits, as soon as they are made."""
+        """The decisions alone: results as of a call, without logits, as soon as they are made.
+
+        Raises:
+            ValueError: for a cascade, which decides by the logits.
+        """
         _check_sources(sources)
+        self.prep.policy.decides_before("assign")
         return self._assign(sources, times or StageTimes())
 
     def classify(self, images: Iterable[ImageSource], top_k: int = 5) -> list[dict]:
@@ -235,29 +241,44 @@ class AdaptivePipeline:
             end, n_unreleased = None, 0
             while end is None:
                 chunk, end = decoders.chunk(batcher.deadline)
-                packs = []
-                now = time.perf_counter()
-                for item in self._assigned(chunk, times):
-                    if isinstance(item, Result):
-                        done.add(item)
-                    else:
-                        packs += batcher.add(item, item.result.n_tokens, now, item.image.nbytes)
+                packs: deque[list[_Ready]] = deque()
+                self._sort_in(self._assigned(chunk, times), done, batcher, packs)
                 packs += batcher.expired(time.perf_counter())
-                if end is not None or len(done) >= MAX_BEHIND:
-                    packs += batcher.flush()
                 yield from done.ready()
-                for pack in packs:
+                while True:
+                    if not packs and (end is not None or len(done) >= MAX_BEHIND):
+                        packs += batcher.flush()
+                    if not packs:
+                        break
+                    pack = packs.popleft()
                     n_unreleased += len(pack)
                     if n_unreleased >= RELEASE_EVERY:
                         n_unreleased = 0
                         release_freed_pages()
-                    for result in self._forward(pack, times):
-                        done.add(result)
+                    self._sort_in(self._forward(pack, times), done, batcher, packs)
                     yield from done.ready()
             if end.error is not None:
                 raise end.error
         finally:
             decoders.close()
+
+    def _sort_in(
+        self,
+        items: Iterable[_Ready | Result],
+        done: _InOrder,
+        batcher: TokenBudgetBatcher[_Ready],
+        packs: deque[list[_Ready]],
+    ) -> None:
+        """Results to those that are done, images to the batcher, and what that closes to the packs."""
+        now = time.perf_counter()
+        for item in items:
+            if isinstance(item, Result):
+                done.add(item)
+            else:
+                packs += batcher.add(item, self._n_tokens(item.result.grid), now, item.image.nbytes)
+
+    def _n_tokens(self, grid: int) -> int:
+        return grid * grid + self.model.num_prefix_tokens
 
     def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
@@ -293,7 +314,7 @@ class AdaptivePipeline:
             result = replace(
                 ready.result,
                 grid=grid,
-                n_tokens=grid * grid + self.model.num_prefix_tokens,
+                n_tokens=self._n_tokens(grid),
                 probabilities=None if assignment.probabilities is None else assignment.probabilities[i],
                 ms=ready.result.ms + ms,
             )
@@ -307,23 +328,42 @@ class AdaptivePipeline:
             moved = batch if isinstance(self.model, OptimizedReViT) else batch.to(self.model.pos_embed.device)
             return self.model(moved).float().cpu()
 
-    def _forward(self, pack: list[_Ready], times: StageTimes) -> Iterator[Result]:
-        """One packed forward pass; its time is shared out by tokens."""
+    def _forward(self, pack: list[_Ready], times: StageTimes) -> Iterator[_Ready | Result]:
+        """One packed forward pass, its time shared out by tokens; images that a cascade wants to see longer."""
         begin = time.perf_counter()
         results = [ready.result for ready in pack]
-        n_tokens = sum(result.n_tokens for result in results)
+        n_tokens = sum(self._n_tokens(result.grid) for result in results)
         with times.span("pack", images=len(pack), tokens=n_tokens):
             batch = self.prep.pack([ready.image for ready in pack], [result.grid for result in results])
         with times.span("forward", images=len(pack), tokens=n_tokens):
             logits = self.logits(batch)
         is_finite = logits.isfinite().all(dim=1).tolist()
         ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
-        for result, row, finite in zip(results, logits.unbind(), is_finite, strict=True):
-            if finite:
-                yield replace(result, logits=row, ms=result.ms + ms_per_token * result.n_tokens)
-            else:
+        next_grids = self.next_grids([result.grid for result in results], logits)
+        for ready, row, finite, next_grid in zip(pack, logits.unbind(), is_finite, next_grids, strict=True):
+            result = ready.result
+            ms = result.ms + ms_per_token * self._n_tokens(result.grid)
+            if not finite:
                 error = f"{name_of(result.source)}: the model's output is not a number"
                 yield Result(result.index, result.source, error=error, ms=result.ms, labels=self.labels)
+            elif next_grid is not None:
+                n_tokens = result.n_tokens + self._n_tokens(next_grid)
+                yield _Ready(ready.image, replace(result, grid=next_grid, n_tokens=n_tokens, ms=ms))
+            else:
+                yield replace(result, logits=row, ms=ms)
+
+    def next_grids(self, grids: Sequence[int], logits: Tensor) -> list[int | None]:
+        """The grids at which a cascade wants to see images next; None for those that it (and any other policy) leaves.
+
+        Args:
+            grids: at which the images were seen.
+            logits: `[B, n_classes]` on the CPU that this gave.
+        """
+        bound, longer = self.prep.policy.bound, dict(pairwise(reversed(self.model.grids)))
+        if bound is None:
+            return [None] * len(grids)
+        content = (confidence(logits.numpy()) >= bound).tolist()
+        return [None if sure else longer.get(grid) for grid, sure in zip(grids, content, strict=True)]
 
 
 def _check_sources(sources: Iterable[ImageSource]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from revit_fast.packing import check_grids
 
-POLICIES = ("argmax", "threshold", "budget", "fixed", "cycle", "random", "entropy")
+POLICIES = ("argmax", "threshold", "budget", "cascade", "fixed", "cycle", "random", "entropy")
 BUDGETS = ("mean_tokens", "mean_gmacs")
 
 PolicySpec = str | tuple[str, Any]
@@ -92,6 +92,14 @@ def smallest_sufficient(suffices: np.ndarray, threshold: float) -> np.ndarray:
     return n_lengths - 1 - (suffices[:, ::-1] >= threshold).argmax(axis=1)
 
 
+def confidence(logits: np.ndarray) -> np.ndarray:
+    """The largest class probability `[...]` of logits `[..., n_classes]`; 0 where they are no numbers."""
+    logits = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return np.nan_to_num(1.0 / odds.sum(axis=-1), nan=0.0)
+
+
 def grey_entropy(rows: np.ndarray) -> np.ndarray:
     """Shannon entropy in bits (0 to 8) of the grey values of each image.
 
@@ -125,6 +133,8 @@ class Policy:
         choose: from `Evidence` to int `[B]`, indices of lengths, 0 the longest.
         threshold: that P(label <= length) must reach, given or found for a budget; None for other policies.
         bits: decreasing entropies that part the lengths; None for other policies.
+        bound: confidence from which a cascade is content with a length; `choose` gives the one that it begins with.
+            None for other policies, which decide before the model runs.
     """
 
     spec: PolicySpec
@@ -132,6 +142,15 @@ class Policy:
     choose: Any = field(repr=False)
     threshold: float | None = None
     bits: tuple[float, ...] | None = None
+    bound: float | None = None
+
+    def decides_before(self, what: str) -> None:
+        """Raises a ValueError where grids are not known before the model has run."""
+        if self.bound is not None:
+            raise ValueError(
+                f"policy: {self.spec!r} decides by the model's own logits, and {what} runs no model; call a pipeline, "
+                "or take another policy"
+            )
 
 
 def make_policy(
@@ -149,6 +168,9 @@ def make_policy(
             ("threshold", θ): the smallest length with P(label <= length) >= θ;
             ("budget", mean_tokens) or ("budget", {"mean_tokens": n}) or ("budget", {"mean_gmacs": g}): the threshold
             whose mean cost over the assigner's held-out images is at most that, patch tokens counted;
+            ("cascade", p): the shortest length first, then ever longer ones until the largest class probability is at
+            least p, each in a pass of its own: it needs no assigner, and pays for all that it ran (as Wang et al.,
+            arXiv 2105.15075, without their reuse of features);
             ("fixed", grid) for all images or ("fixed", [grid, ...]) one for each image of a stream;
             "cycle": the grids in turn;
             "random", or ("random", {"seed": s, "shares": [p, ...]}): by the image's place in its stream alone;
@@ -175,6 +197,10 @@ def make_policy(
         return Policy(spec, None, lambda evidence: evidence.index % n_lengths)
     if name == "fixed":
         return Policy(spec, None, _fixed(argument, grids))
+    if name == "cascade":
+        if not isinstance(argument, (int, float)) or not 0.0 <= argument <= 1.0:
+            raise ValueError(f'policy: expected ("cascade", p) with a probability p in [0, 1], got {spec!r}')
+        return Policy(spec, None, lambda evidence: np.full(evidence.index.shape, n_lengths - 1), bound=float(argument))
     if name == "random":
         return Policy(spec, None, _random(argument, n_lengths))
     if name == "entropy":

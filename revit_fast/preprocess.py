@@ -177,7 +177,7 @@ class AdaptivePreprocessor:
         return read_rgb(source, draft_px=self.draft_px)
 
     def assign(self, images: Sequence[np.ndarray], index: Sequence[int] | None = None) -> Assignment:
-        """The grids of decoded images.
+        """The grids of decoded images; for a cascade those that it begins with.
 
         Args:
             images: uint8 arrays `[H, W, 3]` or `[H, W]`.
@@ -238,7 +238,9 @@ class AdaptivePreprocessor:
 
         Raises:
             ImageError: for an image that cannot be read, which it names; `AdaptivePipeline` goes on with the others.
+            ValueError: for a cascade, which goes by what a model says.
         """
+        self.policy.decides_before("a preprocessor")
         decoded = self._decoded(images)
         grids = self.assign(decoded).grids
         return Prepared(self.pack(decoded, grids), grids)

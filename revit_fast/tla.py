@@ -301,6 +301,7 @@ class TokenLengthAssigner(nn.Module):
             first_index: place of the first image in its stream, for policies that go by it.
         """
         chosen = make_policy(policy, self.grids, calibration=self.calibration)
+        chosen.decides_before("an assigner")
         index = np.arange(first_index, first_index + len(images))
         probabilities = entropy = None
         if chosen.needs == "probabilities":

@@ -19,7 +19,7 @@ from revit_fast.cli import main
 from revit_fast.costs import forward_macs
 from revit_fast.policies import Calibration
 from revit_fast.train.data import ArrayImages
-from revit_fast.train.evaluate import evaluate, matched_entropy, max_softmax, threshold_for_drop
+from revit_fast.train.evaluate import evaluate, matched_entropy, threshold_for_drop
 from revit_fast.train.labels import LengthLabels, Predictions, length_labels, predict_lengths
 from revit_fast.train.statistics import mcnemar, paired_interval
 from revit_fast.train.timing import measure, run
@@ -200,11 +200,6 @@ def test_matched_entropy(values, seed):
         np.testing.assert_array_equal((entropy[:, None] < np.array(bits)).sum(axis=1), chosen)
 
 
-def test_max_softmax():
-    logits = np.array([[[0.0, np.log(3.0)], [1000.0, 0.0], [np.nan, 1.0]]], dtype=np.float32)
-    assert max_softmax(logits)[0].tolist() == pytest.approx([0.75, 1.0, 0.0])
-
-
 class TestThresholdForDrop:
     def make(self, n=60, seed=0):
         rng = np.random.default_rng(seed)
@@ -278,9 +273,16 @@ class TestWhole:
 
     def test_the_cascade_that_is_timed_is_the_one_reported(self, whole):
         model, tla, images, report = whole
-        logits = run(rf.pipeline(model, tla), ("cascade", 0.9), [images.image(i) for i in range(300)])
+        pixels, row = [images.image(i) for i in range(300)], report.row("cascade 0.9")
+        pipe = rf.pipeline(model, tla)
+        logits = run(pipe, row.policy, pixels)
         right = np.argmax(logits, axis=1) == images.labels
-        assert right.mean() == report.row("cascade 0.9").accuracy
+        assert right.mean() == row.accuracy
+        results = list(pipe.with_policy(row.policy)(pixels))
+        assert row.shares == tuple(np.mean([r.grid == g for r in results]) for g in GRIDS)
+        n_ran = [sum(g <= r.grid for g in GRIDS) for r in results]
+        n_tokens = [r.n_tokens - n * model.num_prefix_tokens for r, n in zip(results, n_ran, strict=True)]
+        assert row.tokens == pytest.approx(np.mean(n_tokens), rel=1e-12)
 
     def test_the_same_every_time(self, whole, tmp_path):
         model, tla, images, report = whole
@@ -308,7 +310,7 @@ class TestWhole:
 
             def __call__(self, pixels):
                 for result in rf.pipeline(whole[0], tla, policy=self.policy)(pixels):
-                    now[0] += result.grid**2
+                    now[0] += result.n_tokens  # this model has no prefix tokens
                     yield result
 
         pixels = [images.image(i) for i in range(300)]

@@ -145,6 +145,9 @@ class TestExplanations:
             ("cycle", r"cycle: .* place \d in the stream"),
             ("random", r"random: .* place in the stream, \d"),
             ("entropy", r"entropy: its grey values hold \d\.\d{3} bits, (at least|below)"),
+            (("cascade", 0.5), r"cascade: the (best class reaches p = 0\.5, with 0\.\d+ at \d|longest; the best)"),
+            (("cascade", 0), r"cascade: the best class reaches p = 0, with 0\.\d{3} at 2 × 2\."),
+            (("cascade", 1), r"cascade: the longest; .* less than p = 1 \(0\.\d+ at 2 × 2, 0\.\d+ at 4 × 4\)\."),
         ],
     )
     def test_are_what_the_pipeline_does(self, policy, said):
@@ -155,7 +158,8 @@ class TestExplanations:
             if r.error is not None:
                 assert f"{e.name}: {e.error}" == r.error
                 continue
-            assert (e.chosen.grid, e.chosen.n_tokens) == (r.grid, r.n_tokens)
+            assert (e.chosen.grid, sum(length.n_tokens for length in e.ran)) == (r.grid, r.n_tokens)
+            assert f" {r.n_tokens} tokens" in e.decision
             assert e.classes == tuple((entry["label"], entry["score"]) for entry in r.top(3))
             if r.probabilities is not None:
                 assert [length.probability for length in e.lengths] == r.probabilities.tolist()

@@ -76,6 +76,47 @@ class TestResults:
         assert [r.grid for r in pipe.with_policy(("fixed", 3))(images)] == [3] * 50
         assert [r.grid for r in pipe(images)] != [3] * 50, "with_policy leaves the pipeline as it is"
 
+    @pytest.mark.parametrize("token_budget", [40, 4096])
+    def test_cascade(self, model, pipe, token_budget):
+        """Each image at the shortest grid whose best class is probable enough, its logits those of that grid alone."""
+        images = [image(i) for i in range(40)] + [b"no image"]
+        alone = [list(pipe.with_policy(("fixed", grid))(images)) for grid in reversed(pipe.prep.grids)]
+        best = [[r.top(1)[0]["score"] for r in results[:-1]] for results in alone]
+        bound = float(np.median(best[0]))
+        cascade = rf.pipeline(model, policy=("cascade", bound), token_budget=token_budget)
+        results = list(cascade(images))
+        assert [r.index for r in results] == list(range(41))
+        assert results[-1].error is not None
+        seen = set()
+        for r in results[:-1]:
+            tried = next((n for n in range(2) if best[n][r.index] >= bound), 2)
+            seen.add(tried)
+            ran = alone[: tried + 1]
+            assert r.grid == ran[-1][r.index].grid
+            assert torch.equal(r.logits, ran[-1][r.index].logits)
+            assert r.n_tokens == sum(results[r.index].n_tokens for results in ran)
+            assert r.probabilities is None
+        assert len(seen) > 1
+        part = list(cascade(iter(images[7:]), first_index=7))
+        assert all(torch.equal(a.logits, b.logits) for a, b in zip(part[:-1], results[7:-1], strict=True))
+        with cascade.session() as session:
+            futures = [session.submit(picture) for picture in images]
+            assert [f.result().grid for f in futures] == [r.grid for r in results]
+
+    @pytest.mark.parametrize(("bound", "grid"), [(0, 2), (1, 4)])
+    def test_cascade_ends(self, model, bound, grid):
+        images = [image(i) for i in range(5)]
+        assert [r.grid for r in rf.pipeline(model, policy=("cascade", bound))(images)] == [grid] * 5
+
+    def test_nothing_decides_for_a_cascade_without_the_model(self, model, pipe):
+        cascade = pipe.with_policy(("cascade", 0.5))
+        with pytest.raises(ValueError, match=r"policy: .*cascade.* decides by the model's own logits, and assign runs"):
+            next(cascade.assign([image(0)]))
+        with pytest.raises(ValueError, match="a preprocessor runs no model"):
+            cascade.prep([image(0)])
+        with pytest.raises(ValueError, match="an assigner runs no model"):
+            pipe.prep.tla.assign([image(0)], ("cascade", 0.5))
+
     def test_top(self, model, pipe):
         labels = [f"class {i}" for i in range(11)]
         named = rf.AdaptivePipeline(pipe.model, pipe.prep, labels=labels)

@@ -8,6 +8,7 @@ import pytest
 from revit_fast.policies import (
     Calibration,
     Evidence,
+    confidence,
     grey_entropy,
     make_policy,
     smallest_sufficient,
@@ -97,6 +98,19 @@ class TestRandom:
         assert abs(neighbours) < 0.01
 
 
+def test_cascade_begins_with_the_shortest():
+    policy = make_policy(("cascade", 0.9), GRIDS)
+    assert policy.choose(Evidence(INDEX)).tolist() == [2] * 500
+    assert (policy.needs, policy.bound) == (None, 0.9)
+    make_policy(("threshold", 0.9), GRIDS).decides_before("anything")
+
+
+def test_confidence():
+    logits = np.array([[[0.0, np.log(3.0)], [1000.0, 0.0], [np.nan, 1.0]]], dtype=np.float32)
+    assert confidence(logits)[0].tolist() == pytest.approx([0.75, 1.0, 0.0])
+    assert confidence(logits[0, 0]) == pytest.approx(0.75)
+
+
 class TestEntropy:
     def test_of_grey_values(self):
         flat = np.full((64, 3), 90, np.uint8)
@@ -120,6 +134,8 @@ class TestEntropy:
         (("threshold", 1.5), r"\[0, 1\]"),
         (("threshold", float("nan")), r"\[0, 1\]"),
         ("threshold", r"\[0, 1\]"),
+        ("cascade", r"probability p in \[0, 1\]"),
+        (("cascade", -0.1), r"probability p in \[0, 1\]"),
         (("fixed", 8), r"\[8\] are not among"),
         (("fixed", [14, 9]), r"\[9\] are not among"),
         (("random", {"share": [1]}), "shares"),

@@ -46,6 +46,7 @@ def _policy(text: str) -> str | tuple[str, object]:
         return name
     parsers = {
         "threshold": float,
+        "cascade": float,
         "fixed": int,
         "random": lambda seed: {"seed": int(seed)},
         "entropy": lambda bits: [float(b) for b in bits.split(",")],
@@ -54,8 +55,8 @@ def _policy(text: str) -> str | tuple[str, object]:
         return name, parsers[name](argument)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
-            "expected argmax, threshold:THETA, fixed:GRID, cycle, random, random:SEED, entropy or entropy:BITS,BITS, "
-            f"got {text!r}"
+            "expected argmax, threshold:THETA, cascade:P, fixed:GRID, cycle, random, random:SEED, entropy or "
+            f"entropy:BITS,BITS, got {text!r}"
         ) from None
 
 
@@ -88,7 +89,7 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policy,
         metavar="POLICY",
-        help="argmax (default with --assigner), threshold:THETA, entropy, random, cycle or fixed:GRID",
+        help="argmax (default with --assigner), threshold:THETA, cascade:P, entropy, random, cycle or fixed:GRID",
     )
     p.add_argument(
         "--budget",

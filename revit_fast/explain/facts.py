@@ -15,7 +15,7 @@ from revit_fast.costs import forward_macs
 from revit_fast.explain.picture import draw_grid
 from revit_fast.images import ImageError, ImageSource, name_of, on_one_line
 from revit_fast.pipeline import AdaptivePipeline, Result
-from revit_fast.policies import Policy, suffices
+from revit_fast.policies import Policy, confidence, suffices
 from revit_fast.preprocess import eval_box
 from revit_fast.trace import StageTimes
 
@@ -53,6 +53,11 @@ class Length(NamedTuple):
         return f"{giga:.2f}" if giga >= 1 else f"{giga:.3g}"
 
 
+def total(lengths: Sequence[Length]) -> Length:
+    """What a pass at each of these lengths costs together; its grid is the longest's."""
+    return Length(max(n.grid for n in lengths), sum(n.n_tokens for n in lengths), sum(n.macs for n in lengths))
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """What the pipeline decides for one image and why.
@@ -69,6 +74,8 @@ class Explanation:
         lengths: all that it could choose among, the longest first.
         chosen: the one that it chose.
         entropy: of the grey values, in bits; None where the policy did not ask for it.
+        confidences: probability of the best class at every length that the model ran at, the shortest first: at the
+            chosen one alone but for a cascade.
         classes: (label, probability) of the best; empty where they were not asked for.
         stage_ms: milliseconds of every one of `STAGES`, for this image alone.
     """
@@ -84,15 +91,22 @@ class Explanation:
     lengths: tuple[Length, ...] = ()
     chosen: Length | None = None
     entropy: float | None = None
+    confidences: tuple[float, ...] = ()
     classes: tuple[tuple[str, float], ...] = ()
     stage_ms: dict[str, float] = field(default_factory=dict)
 
     @property
+    def ran(self) -> tuple[Length, ...]:
+        """The lengths that the model ran at: the chosen one, and those that a cascade tried before."""
+        place = self.lengths.index(self.chosen)
+        return self.lengths[place : place + len(self.confidences)]
+
+    @property
     def decision(self) -> str:
         """The chosen grid and what it costs."""
-        longest = self.lengths[0]
-        share = "the longest" if self.chosen is longest else f"{self.chosen.macs / longest.macs:.0%} of the longest"
-        return f"{self.chosen.side} patches, {self.chosen.n_tokens} tokens, {self.chosen.gmacs} GMACs ({share})"
+        longest, cost = self.lengths[0], total(self.ran)
+        share = "the longest" if self.ran == (longest,) else f"{cost.macs / longest.macs:.0%} of the longest"
+        return f"{self.chosen.side} patches, {cost.n_tokens} tokens, {cost.gmacs} GMACs ({share})"
 
     @property
     def reason(self) -> str:
@@ -104,6 +118,8 @@ class Explanation:
             return f"argmax: {self.chosen.side} is the most probable label, at {self.chosen.probability:.3f}."
         if name == "entropy":
             return self._reason_of_entropy()
+        if name == "cascade":
+            return self._reason_of_cascade()
         if name == "cycle":
             return f"cycle: the grids take turns; this is the one of place {self.index} in the stream."
         if name == "random":
@@ -130,6 +146,14 @@ class Explanation:
         kind, budget = next(iter(argument.items())) if isinstance(argument, Mapping) else ("mean_tokens", argument)
         unit = {"mean_tokens": "patch tokens", "mean_gmacs": "GMACs"}[kind]
         return f"budget: {text}. This θ costs the held-out images at most {budget:g} {unit} on average."
+
+    def _reason_of_cascade(self) -> str:
+        bound, (*before, last) = self.policy.bound, self.confidences
+        tried = [f"{_apart(p, bound)[0]} at {length.side}" for p, length in zip(before, self.ran[:0:-1], strict=True)]
+        if last < bound:
+            return f"cascade: the longest; the best class has less than p = {bound:g} ({', '.join(tried)})."
+        text = f"cascade: the best class reaches p = {bound:g}, with {_apart(last, bound)[0]} at {self.chosen.side}"
+        return f"{text}, after {', '.join(tried)}." if tried else f"{text}."
 
     def _reason_of_entropy(self) -> str:
         place, bits = self.lengths.index(self.chosen), self.policy.bits
@@ -190,13 +214,13 @@ def summary(explanations: Sequence[Explanation]) -> str:
     if n_failed:
         text += f", {n_failed} failed"
     if decided:
-        chosen, longest = [e.chosen for e in decided], [e.lengths[0] for e in decided]
-        text += f"; {_cost(chosen)}, where {longest[0].side} for every image would take {_cost(longest)}"
+        ran, longest = total([n for e in decided for n in e.ran]), total([e.lengths[0] for e in decided])
+        text += f"; {_cost(ran)}, where {longest.side} for every image would take {_cost(longest)}"
     return text
 
 
-def _cost(lengths: Sequence[Length]) -> str:
-    return f"{sum(n.n_tokens for n in lengths):,} tokens and {sum(n.macs for n in lengths) / 1e9:.3g} GMACs"
+def _cost(length: Length) -> str:
+    return f"{length.n_tokens:,} tokens and {length.macs / 1e9:.3g} GMACs"
 
 
 def _explanation(
@@ -226,6 +250,7 @@ def _explanation(
         lengths=tuple(lengths),
         chosen=next(length for length in lengths if length.grid == run.grid),
         entropy=run.entropy,
+        confidences=run.confidences,
         classes=tuple((on_one_line(str(entry["label"])), entry["score"]) for entry in top),
         stage_ms={stage: 1e3 * times.seconds[stage] for stage in STAGES},
     )
@@ -239,6 +264,7 @@ class _Run(NamedTuple):
     probabilities: np.ndarray | None
     entropy: float | None
     logits: Tensor
+    confidences: tuple[float, ...]
 
 
 def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTimes) -> _Run:
@@ -248,16 +274,21 @@ def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTi
         image = prep.decode(source)
     with times.span("assign"):
         assignment = prep.assign([image], [index])
-    (grid,) = assignment.grids
-    with times.span("pack"):
-        batch = prep.pack([image], [grid])
-    with times.span("forward"):
-        (logits,) = pipe.logits(batch)
-    if not logits.isfinite().all():
-        raise ImageError("the model's output is not a number")
+    (next_grid,) = assignment.grids
+    confidences = []
+    while next_grid is not None:
+        grid = next_grid
+        with times.span("pack"):
+            batch = prep.pack([image], [grid])
+        with times.span("forward"):
+            (logits,) = pipe.logits(batch)
+        if not logits.isfinite().all():
+            raise ImageError("the model's output is not a number")
+        confidences.append(float(confidence(logits.numpy())))
+        (next_grid,) = pipe.next_grids([grid], logits[None])
     probabilities = None if assignment.probabilities is None else assignment.probabilities[0]
     entropy = None if assignment.entropy is None else float(assignment.entropy[0])
-    return _Run(image, grid, probabilities, entropy, logits)
+    return _Run(image, grid, probabilities, entropy, logits, tuple(confidences))
 
 
 def _apart(a: float, b: float) -> tuple[str, str]:

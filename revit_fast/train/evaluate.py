@@ -12,7 +12,7 @@ import numpy as np
 
 from revit_fast.costs import forward_macs
 from revit_fast.model import ReViT
-from revit_fast.policies import Calibration, Evidence, PolicySpec, make_policy, smallest_sufficient
+from revit_fast.policies import Calibration, Evidence, PolicySpec, confidence, make_policy, smallest_sufficient
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.train.data import ImageSet
@@ -96,8 +96,8 @@ def evaluate(
     rows.append(tally.random_row(shares, n_random, model.grids))
     by_entropy, bits = matched_entropy(evidence.entropy, shares)
     rows.append(tally.row("entropy", "entropy", by_entropy, ("entropy", bits)))
-    confidence = max_softmax(predictions.logits[:, keep])
-    rows += [tally.cascade_row(bound, confidence) for bound in cascade]
+    sureness = confidence(predictions.logits[:, keep])
+    rows += [tally.cascade_row(bound, sureness) for bound in cascade]
     oracle = length_labels(tally.correct, "smallest", "longest" if unsolved == "drop" else unsolved)
     rows.append(tally.row("oracle", "oracle", oracle, ("fixed", [model.grids[i] for i in oracle])))
     return Report(
@@ -153,14 +153,6 @@ def matched_entropy(entropy: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray
     ordered = entropy[falling]
     bits = [float(ordered[end - 1]) if end > 0 else float(np.nextafter(ordered[0], np.inf)) for end in ends[:-1]]
     return chosen, bits
-
-
-def max_softmax(logits: np.ndarray) -> np.ndarray:
-    """The largest class probability `[n_lengths, N]` of logits `[n_lengths, N, K]`; 0 where they are no numbers."""
-    logits = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        odds = np.exp(logits - logits.max(axis=2, keepdims=True))
-        return np.nan_to_num(1.0 / odds.sum(axis=2), nan=0.0)
 
 
 def threshold_for(
@@ -248,11 +240,11 @@ class _Tally:
         gmacs = self.gmacs[chosen].mean() + asks_assigner * self.assigner_gmacs
         return self._row(name, kind, chosen, self.tokens[chosen].mean(), gmacs, policy)
 
-    def cascade_row(self, bound: float, confidence: np.ndarray) -> Row:
+    def cascade_row(self, bound: float, sureness: np.ndarray) -> Row:
         """The row of a cascade from the shortest length up: what it ran before counts too."""
         if not 0.0 <= bound <= 1.0:
             raise ValueError(f"cascade: expected bounds in [0, 1], got {bound!r}")
-        stops = confidence >= bound
+        stops = sureness >= bound
         stops[0] = True
         chosen = len(stops) - 1 - stops[::-1].argmax(axis=0)
         spent = [costs[::-1].cumsum()[::-1][chosen].mean() for costs in (self.tokens, self.gmacs)]

@@ -48,7 +48,7 @@ class Row:
         p_value: of McNemar's exact test against the longest length; None likewise.
         captured: accuracy beyond that of random lengths with the same shares, as a share of what lies between those
             and the oracle: 0 for a choice that knows nothing, 1 where every image that some length gets right is right.
-        policy: with which the pipeline does the same; ("cascade", bound) is run by `timing.measure` alone.
+        policy: with which the pipeline does the same.
         time: where it was measured.
     """
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.policies import PolicySpec
 from revit_fast.train.report import Report, Time
 
 ROUNDS = 7
@@ -57,26 +58,13 @@ def measure(
     return report.with_times(times, machine(len(pixels), rounds))
 
 
-def run(pipe: AdaptivePipeline, policy: Any, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The logits of every image under a policy of a report, the cascade's among them.
+def run(pipe: AdaptivePipeline, policy: PolicySpec, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The logits of every image under a policy.
 
     Raises:
         RuntimeError: for an image that gives none: the time would not be that of all.
     """
-    if policy[0] != "cascade":
-        return [_logits(result) for result in pipe.with_policy(policy)(pixels)]
-    bound, grids = policy[1], pipe.model.grids
-    found: list[Any] = [None] * len(pixels)
-    waiting = list(range(len(pixels)))
-    for grid in reversed(grids):
-        results = pipe.with_policy(("fixed", grid))([pixels[i] for i in waiting])
-        for i, result in zip(waiting, results, strict=True):
-            found[i] = _logits(result)
-        if waiting:
-            odds = torch.from_numpy(np.stack([found[i] for i in waiting])).double()
-            sure = odds.softmax(dim=1).amax(dim=1) >= bound
-            waiting = [i for i, done in zip(waiting, sure.tolist(), strict=True) if not done]
-    return found
+    return [_logits(result) for result in pipe.with_policy(policy)(pixels)]
 
 
 def _logits(result) -> np.ndarray:
