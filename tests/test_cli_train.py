@@ -101,7 +101,7 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     assert right == pytest.approx(row["accuracy"])
     assert np.mean([r.n_tokens for r in results]) - 1 == pytest.approx(row["tokens"])
     # Once more: everything is there, and nothing changes.
-    assert main(["fit", "--output", str(out), "--resume"]) == 0
+    assert main(["fit", "--output", str(out), "--resume", "--max-drop", "5"]) == 0
     assert read_bundle(out / "bundle").policy == bundle.policy
 
 

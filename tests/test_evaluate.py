@@ -226,12 +226,19 @@ class TestThresholdForDrop:
         lowest = next(i for i in range(len(candidates)) if all(keeps[i:]))
         assert candidates[lowest] == θ
 
+    def test_of_probabilities(self):
+        """What is certain counts as what is right; half as much may be lost where everything is half as probable."""
+        calibration, correct = self.make()
+        θ = threshold_for_drop(calibration, correct, 0.1)
+        assert threshold_for_drop(calibration, correct.astype(np.float32), 0.1) == θ
+        assert threshold_for_drop(calibration, 0.5 * correct, 0.05) == θ
+
     def test_impossible(self):
         calibration, correct = self.make()
         sure = Calibration(1.0, np.ones_like(calibration.suffices), (6.0, 5.0))
         with pytest.raises(ValueError, match=r"drop: even θ = 1 loses more than 0\.00%"):
             threshold_for_drop(sure, correct, 0.0)
-        with pytest.raises(ValueError, match=r"correct: expected bool \[3, 60\]"):
+        with pytest.raises(ValueError, match=r"right: expected \[3, 60\]"):
             threshold_for_drop(calibration, correct[:, :5], 0.1)
 
 

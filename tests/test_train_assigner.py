@@ -122,17 +122,16 @@ class TestLosses:
     def test_suffices(self):
         """Binary cross-entropies of the cumulative probabilities, one by one."""
         logits, labels = 3 * torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 4, (40,))
-        right = torch.rand(40, 4) < 0.5
-        got = _SufficesLoss(torch.ones(4))(logits, labels, right)
         cumulative = logits.softmax(1).flip(1).cumsum(1).flip(1)[:, 1:]  # P(label <= length), the longest left out
-        expected = F.binary_cross_entropy(cumulative, right[:, 1:].double())
-        assert got.item() == pytest.approx(expected.item())
+        for enough in (torch.rand(40, 4).double(), (torch.rand(40, 4) < 0.5).double()):
+            got = _SufficesLoss(torch.ones(4))(logits, labels, enough)
+            assert got.item() == pytest.approx(F.binary_cross_entropy(cumulative, enough[:, 1:]).item())
 
     def test_it_learns_by_either(self):
         images, sufficient = tiny_training.synthetic(900, 5)
-        correct = sufficient[None] >= np.arange(3)[:, None]
+        enough = sufficient[None] >= np.arange(3)[:, None]
         tla = make_assigner()
-        train_assigner(tla, images, sufficient, correct=correct, objective="suffices", **OPTIONS | {"epochs": 12})
+        train_assigner(tla, images, sufficient, sufficiency=enough, objective="suffices", **OPTIONS | {"epochs": 12})
         others, truth = tiny_training.synthetic(600, 6)
         assert (tla.predict_proba(pixels(others)).argmax(1).numpy() == truth).mean() > 0.85
 
@@ -174,8 +173,10 @@ class TestRefused:
             ({"labels": np.full(8, 3)}, "labels: expected 8 indices from 0 to 2"),
             ({"labels": np.full(8, -1)}, "expected at least 4 readable ones with a label, got 0"),
             ({"objective": "regret"}, "objective: expected one of label, suffices, got 'regret'"),
-            ({"objective": "suffices"}, r'correct: the objective "suffices" needs bool \[3, 8\], got None'),
-            ({"objective": "suffices", "correct": np.ones((8, 3))}, r"needs bool \[3, 8\], got \[8, 3\]"),
+            ({"objective": "suffices"}, r'sufficiency: .* "suffices" needs \[3, 8\] numbers in \[0, 1\], got None'),
+            ({"objective": "suffices", "sufficiency": np.ones((8, 3))}, r"needs \[3, 8\] .*, got \[8, 3\] from 1"),
+            ({"objective": "suffices", "sufficiency": np.full((3, 8), 1.5)}, r"got \[3, 8\] from 1\.5 to 1\.5"),
+            ({"objective": "suffices", "sufficiency": np.full((3, 8), np.nan)}, r"got \[3, 8\] from nan to nan"),
             ({"epochs": 0}, "epochs, batch_size, held_out_share: expected"),
             ({"held_out_share": 1.0}, "held_out_share: expected"),
         ],

@@ -111,6 +111,16 @@ class TestPredictLengths:
         with pytest.raises(ValueError, match="labels: expected one class for each of 3"):
             Predictions((3, 2), logits).correct([1, 0])
 
+    def test_probability_and_sufficiency(self):
+        logits = np.log(np.array([[[3, 1], [1, 3], [1, 1]], [[1, 1], [3, 1], [9, 1]]], dtype=np.float32))
+        logits[1, 2] = np.nan
+        predictions = Predictions((3, 2), logits)
+        np.testing.assert_allclose(predictions.probability([0, 0, 0]), [[0.75, 0.25, 0.5], [0.5, 0.75, 0]], rtol=1e-6)
+        np.testing.assert_allclose(predictions.sufficiency([0, 0, 0]), [[1, 1, 1], [0.75, 1, 0.5]], rtol=1e-6)
+        np.testing.assert_allclose(predictions.sufficiency([1, 1, 1])[1], [1, 0.5, 0.5], rtol=1e-6)
+        huge = Predictions((3,), np.array([[[1e4, 0.0], [-1e4, 1e4]]], dtype=np.float32))
+        assert huge.probability([0, 0]).tolist() == [[1.0, 0.0]]
+
     def test_settings(self, model):
         images = odd_images(4)
         other = predict_lengths(model, images, settings={"crop_pct": 0.5}).logits
@@ -138,9 +148,7 @@ class TestFile:
         assert json.loads(text[0][2:])["grids"] == list(GRIDS)
         assert text[1] == "name,label,grid,right_7,right_5,right_4"
         shuffled = images.subset([5, 0, 3])
-        found, correct = read.of_images(shuffled)
-        np.testing.assert_array_equal(found, labels.labels[[5, 0, 3]])
-        np.testing.assert_array_equal(correct, labels.correct[:, [5, 0, 3]])
+        np.testing.assert_array_equal(read.of_images(shuffled), labels.labels[[5, 0, 3]])
 
     def test_summary(self, labels):
         labels, _ = labels

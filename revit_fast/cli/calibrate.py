@@ -30,7 +30,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     goal = p.add_mutually_exclusive_group(required=True)
     goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
     goal.add_argument(
-        "--max-drop", type=drop, metavar="POINTS", help="of accuracy below the longest grid, in percentage points"
+        "--max-drop",
+        type=drop,
+        metavar="POINTS",
+        help="of accuracy below the longest grid (as the mean probability of the right class), in percentage points",
     )
     labelled.add_output(p)
     p.set_defaults(command="calibrate")
@@ -53,18 +56,18 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.bundle} has no assigner yet; make one with `revit-fast train-assigner`")
     predictions = predict_lengths(model, images, progress=labelled.counter("predicted"))
     places = np.flatnonzero(predictions.readable)
-    correct = predictions.correct(images.labels)[:, places]
+    correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))
     prep = AdaptivePreprocessor.for_model(model, tla)
     with labelled.usage_errors():
-        prep.calibrate([images.image(int(i)) for i in places], length_labels(correct))
-        threshold = threshold_for(model, tla.calibration, correct, args.budget, args.max_drop)
+        prep.calibrate([images.image(int(i)) for i in places], length_labels(correct, unsolved="shortest"))
+        threshold = threshold_for(model, tla.calibration, right, args.budget, args.max_drop)
         own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
         save_bundle(folder, model, tla, policy=("threshold", threshold), **own)
     chosen = smallest_sufficient(tla.calibration.suffices, threshold)
-    right = correct[chosen, np.arange(len(places))].mean()
+    accuracy = correct[chosen, np.arange(len(places))].mean()
     tokens = np.array(model.lengths)[chosen].mean()
     print(
         f"{folder}: threshold {threshold:.6g}: on these {len(places)} images {tokens:.1f} patch tokens, accuracy "
-        f"{right:.2%} (longest grid: {model.lengths[0]}, {correct[0].mean():.2%})"
+        f"{accuracy:.2%} (longest grid: {model.lengths[0]}, {correct[0].mean():.2%})"
     )
     return labelled.say_unreadable(images, dict(predictions.unreadable))

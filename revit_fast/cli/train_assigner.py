@@ -32,7 +32,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--objective",
         choices=("label", "suffices"),
         default="label",
-        help="learn the smallest right grid, or for every grid whether it is right (default %(default)s)",
+        help="learn the smallest right grid, or for every grid how far the probability of the right class falls below "
+        "that of the longest (default %(default)s)",
     )
     p.add_argument("--thumbnail-px", type=positive, metavar="N", help="side of the thumbnail (default: by the model)")
     p.add_argument("--widths", type=_widths, metavar="N,N", help="channels of the layers (default: by the model)")
@@ -51,16 +52,17 @@ def run(args: argparse.Namespace) -> int:
 
     folder = labelled.folder_to_write(args)
     bundle, images = labelled.open_both(args)
-    code = 0
-    if args.labels:
+    code, sufficiency = 0, None
+    if args.labels is None or args.objective == "suffices":
+        predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
+        code = labelled.say_unreadable(images, predictions.unreadable)
+        sufficiency = predictions.sufficiency(images.labels)
+        kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)
+    if args.labels is not None:
         with labelled.usage_errors():
             kept = LengthLabels.load(args.labels)
         if kept.grids != bundle.model.grids:
             raise UsageError(f"--labels: {args.labels} is of grids {kept.grids}, the model has {bundle.model.grids}")
-    else:
-        predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
-        kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)
-        code = labelled.say_unreadable(images, predictions.unreadable)
     print(kept.summary())
 
     def show(epoch) -> None:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     with labelled.usage_errors():
-        labels, correct = kept.of_images(images)
+        labels = kept.of_images(images)
         torch.manual_seed(args.seed)
         tla = TokenLengthAssigner.for_model(bundle.model)
         if args.thumbnail_px or args.widths:
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             images,
             labels,
             model=bundle.model,
-            correct=correct,
+            sufficiency=sufficiency,
             objective=args.objective,
             epochs=args.epochs,
             batch_size=args.batch_size,

@@ -74,7 +74,7 @@ def train_assigner(
     labels: np.ndarray,
     *,
     model: ReViT | None = None,
-    correct: np.ndarray | None = None,
+    sufficiency: np.ndarray | None = None,
     objective: str = "label",
     epochs: int = 30,
     batch_size: int = 128,
@@ -96,9 +96,10 @@ def train_assigner(
         images: the set that labels are of.
         labels: int `[N]`, index of the smallest sufficient length, 0 the longest; images with -1 are left out.
         model: that the assigner is for: thumbnails then show the region that it sees (its crop); else whole images.
-        correct: bool `[n_lengths, N]`, whether each length gets an image right; for the objective "suffices".
+        sufficiency: `[n_lengths, N]` in [0, 1], how well each length does for an image: bool, whether it is right, or
+            `Predictions.sufficiency`; for the objective "suffices".
         objective: "label": cross-entropy with the labels (the paper's). "suffices": for every shorter length, binary
-            cross-entropy between P(label <= length) and whether that length is right, whatever the others are.
+            cross-entropy between P(label <= length) and its sufficiency, whatever the others are.
         epochs: passes over the training images.
         batch_size: thumbnails of a step.
         lr: highest learning rate.
@@ -116,7 +117,7 @@ def train_assigner(
     Raises:
         ValueError: for labels or options that are not as above.
     """
-    labels, correct = _checked(tla, images, labels, correct, objective)
+    labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
     if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
         raise ValueError(
             "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
@@ -126,7 +127,7 @@ def train_assigner(
     if len(places) < 4:
         raise ValueError(f"images: expected at least 4 readable ones with a label, got {len(places)}")
     targets = torch.from_numpy(labels[places])
-    right = None if correct is None else torch.from_numpy(correct[:, places].T.copy())
+    enough = None if sufficiency is None else torch.from_numpy(sufficiency[:, places].T.copy())
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(places), generator=generator)
     n_held_out = min(max(round(held_out_share * len(places)), 1), len(places) - 2)
@@ -153,13 +154,13 @@ def train_assigner(
             if flip:
                 mirrored = torch.rand(len(batch), generator=generator) < 0.5
                 x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-            loss = loss_of(tla(x), targets[batch], None if right is None else right[batch])
+            loss = loss_of(tla(x), targets[batch], None if enough is None else enough[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item() / per_epoch
-        history.append(_judge(tla.eval(), epoch, total, thumbnails, targets, right, held_out, loss_of))
+        history.append(_judge(tla.eval(), epoch, total, thumbnails, targets, enough, held_out, loss_of))
         if best == 0 or history[-1].held_out_loss < history[best - 1].held_out_loss:
             best, best_state = epoch, copy.deepcopy(tla.network.state_dict())
         if progress is not None:
@@ -194,30 +195,31 @@ class _LabelLoss:
 
     weights: Tensor
 
-    def __call__(self, logits: Tensor, labels: Tensor, right: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, enough: Tensor | None) -> Tensor:
         return (F.cross_entropy(logits, labels, reduction="none") * self.weights[labels]).mean()
 
 
 @dataclass(frozen=True)
 class _SufficesLoss:
-    """Binary cross-entropy of P(label <= length) with whether the length is right, mean over shorter lengths."""
+    """Binary cross-entropy of P(label <= length) with the length's sufficiency, mean over shorter lengths."""
 
     weights: Tensor
 
-    def __call__(self, logits: Tensor, labels: Tensor, right: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, enough: Tensor) -> Tensor:
         log_p = logits.log_softmax(dim=1)
         # P(label <= length i) sums the probabilities of length i and all shorter ones; its complement, of longer ones.
         log_suffices = log_p.flip(1).logcumsumexp(1).flip(1)[:, 1:]
         log_fails = log_p.logcumsumexp(1)[:, :-1]
-        loss = -torch.where(right[:, 1:], log_suffices, log_fails).mean(dim=1)
+        shorter = enough[:, 1:]
+        loss = -(shorter * log_suffices + (1 - shorter) * log_fails).mean(dim=1)
         return (loss * self.weights[labels]).mean()
 
 
-def _judge(tla, epoch, loss, thumbnails, targets, right, held_out, loss_of) -> Epoch:
+def _judge(tla, epoch, loss, thumbnails, targets, enough, held_out, loss_of) -> Epoch:
     with torch.no_grad():
         rows = [thumbnails[some].flatten(0, 1) for some in held_out.split(1024)]
         logits = torch.cat([tla(tla.images_of(tla.normalised(r))) for r in rows])
-        held_out_loss = loss_of(logits, targets[held_out], None if right is None else right[held_out]).item()
+        held_out_loss = loss_of(logits, targets[held_out], None if enough is None else enough[held_out]).item()
     given = logits.argmax(dim=1)
     shares = torch.bincount(given, minlength=len(tla.grids)) / len(given)
     accuracy = (given == targets[held_out]).double().mean().item()
@@ -228,7 +230,7 @@ def _checked(
     tla: TokenLengthAssigner,
     images: ImageSet,
     labels: Sequence[int] | np.ndarray,
-    correct: np.ndarray | None,
+    sufficiency: np.ndarray | None,
     objective: str,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     n, n_lengths = len(images), len(tla.grids)
@@ -240,7 +242,8 @@ def _checked(
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if objective == "label":
         return labels.astype(np.int64), None
-    if correct is None or np.shape(correct) != (n_lengths, n):
-        got = None if correct is None else list(np.shape(correct))
-        raise ValueError(f'correct: the objective "suffices" needs bool [{n_lengths}, {n}], got {got}')
-    return labels.astype(np.int64), np.asarray(correct, dtype=bool)
+    shape = None if sufficiency is None else np.shape(sufficiency)
+    if shape != (n_lengths, n) or not (0 <= np.min(sufficiency) <= np.max(sufficiency) <= 1):
+        got = None if shape is None else f"{list(shape)} from {np.min(sufficiency)} to {np.max(sufficiency)}"
+        raise ValueError(f'sufficiency: the objective "suffices" needs [{n_lengths}, {n}] numbers in [0, 1], got {got}')
+    return labels.astype(np.int64), np.asarray(sufficiency, dtype=np.float32)

@@ -158,7 +158,7 @@ def matched_entropy(entropy: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray
 def threshold_for(
     model: ReViT,
     calibration: Calibration,
-    correct: np.ndarray,
+    right: np.ndarray,
     budget: Mapping[str, float] | None,
     max_drop: float,
 ) -> float:
@@ -167,7 +167,7 @@ def threshold_for(
     Args:
         model: the assigner's.
         calibration: of the assigner.
-        correct: bool `[n_lengths, N]` of the images of the calibration.
+        right: of the images of the calibration, see `threshold_for_drop`.
         budget: {"mean_tokens": n} or {"mean_gmacs": g}; None: `max_drop` decides.
         max_drop: see `threshold_for_drop`.
 
@@ -175,36 +175,38 @@ def threshold_for(
         ValueError: where no θ keeps it.
     """
     if budget is None:
-        return threshold_for_drop(calibration, correct, max_drop)
+        return threshold_for_drop(calibration, right, max_drop)
     macs = [forward_macs(model, n) for n in model.lengths]
     return make_policy(("budget", budget), model.grids, calibration=calibration, macs=macs).threshold
 
 
-def threshold_for_drop(calibration: Calibration, correct: np.ndarray, drop: float) -> float:
+def threshold_for_drop(calibration: Calibration, right: np.ndarray, drop: float) -> float:
     """The smallest θ from which on accuracy is at most `drop` below that of the longest length.
 
     All larger θ keep it too, among up to `MAX_CANDIDATES` that are tried: a θ that does so by luck is not taken.
 
     Args:
         calibration: of the assigner on these images.
-        correct: bool `[n_lengths, N]` of the same images.
+        right: `[n_lengths, N]` of the same images: bool, whether a length gets an image right, or the probability of
+            the right class (`Predictions.probability`), whose mean is less noisy.
         drop: accuracy that may be lost, as a share: 0.01 is one per cent.
 
     Raises:
         ValueError: where no θ keeps it.
     """
-    if correct.shape != calibration.suffices.shape[::-1]:
+    if right.shape != calibration.suffices.shape[::-1]:
         raise ValueError(
-            f"correct: expected bool {list(calibration.suffices.shape[::-1])}, one column for every image that the "
-            f"assigner was calibrated on, got {list(correct.shape)}"
+            f"right: expected {list(calibration.suffices.shape[::-1])}, one column for every image that the "
+            f"assigner was calibrated on, got {list(right.shape)}"
         )
+    right = right.astype(np.float64)
     candidates = np.unique(np.concatenate([[0.0, 1.0], calibration.suffices[:, 1:].ravel()]))
     if len(candidates) > MAX_CANDIDATES:
         candidates = candidates[np.linspace(0, len(candidates) - 1, MAX_CANDIDATES).round().astype(int)]
-    columns, kept = np.arange(correct.shape[1]), None
-    least = correct[0].mean() - drop - 1e-12
+    columns, kept = np.arange(right.shape[1]), None
+    least = right[0].mean() - drop - 1e-12
     for θ in candidates[::-1]:
-        if correct[smallest_sufficient(calibration.suffices, θ), columns].mean() < least:
+        if right[smallest_sufficient(calibration.suffices, θ), columns].mean() < least:
             break
         kept = float(θ)
     if kept is None:

@@ -81,9 +81,9 @@ def fit(
     images, held_out = open_data(config)
     trained = read_bundle(folder / TRAIN / BUNDLE)
     model = trained.model
-    tla, correct, labels = fit_assigner(model, images, held_out, seed=config.seed, options=assigner, say=say)
+    tla, right, labels = fit_assigner(model, images, held_out, seed=config.seed, options=assigner, say=say)
     labels.save(folder / LABELS)
-    policy = ("threshold", threshold_for(model, tla.calibration, correct, budget, max_drop))
+    policy = ("threshold", threshold_for(model, tla.calibration, right, budget, max_drop))
     own = {"classes": trained.classes, "settings": trained.settings}
     save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
     report = _evaluated(config, model, tla, policy, images, timed_images, say)
@@ -108,8 +108,9 @@ def fit_assigner(
 
     It learns from the model's own training images, which are many, where the model is right about as often for them as
     for held-out ones, `MAX_SKEW` apart at most: else their labels would be too short, and it learns from four fifths of
-    the held-out images. Either way it is calibrated on held-out images that it did not learn from. An image that no
-    length gets right is labelled with the shortest: more tokens would not help it.
+    the held-out images. Either way it is calibrated on held-out images that it did not learn from. It learns what the
+    probability of the right class falls by at shorter lengths (`Predictions.sufficiency`), of which the label is a
+    coarse reading. An image that no length gets right is labelled with the shortest: more tokens would not help it.
 
     Args:
         model: trained.
@@ -120,8 +121,8 @@ def fit_assigner(
         say: told of progress.
 
     Returns:
-        The assigner; bool `[n_lengths, N]`, whether each length gets the images of the calibration right; the labels
-        that it was trained on.
+        The assigner; the probability of the right class `[n_lengths, N]` for the images of the calibration; the labels
+        of the images that it was trained on.
     """
     say(f"predicting {len(images)} training and {len(held_out)} held-out images at every grid")
     seen, unseen = predict_lengths(model, images), predict_lengths(model, held_out)
@@ -129,13 +130,22 @@ def fit_assigner(
     by_grid = "/".join(map(str, model.grids))
     say(f"right at {by_grid}: training images {percentages(rates[0])}, held-out ones {percentages(rates[1])}")
     learns_from_seen = rates[0][0] - rates[1][0] <= MAX_SKEW
-    labels = LengthLabels.of(*((seen, images) if learns_from_seen else (unseen, held_out)), unsolved="shortest")
+    lesson, teachers = (seen, images) if learns_from_seen else (unseen, held_out)
+    labels = LengthLabels.of(lesson, teachers, unsolved="shortest")
     say(labels.summary())
     torch.manual_seed(seed)
     tla = TokenLengthAssigner(model.grids, **options) if options else TokenLengthAssigner.for_model(model)
-    teachers = images if learns_from_seen else held_out
     epochs = min(max(ASSIGNER_IMAGES // len(teachers), LEAST_EPOCHS), MOST_EPOCHS)
-    history = train_assigner(tla, teachers, labels.of_images(teachers)[0], model=model, epochs=epochs, seed=seed)
+    history = train_assigner(
+        tla,
+        teachers,
+        labels.labels,
+        model=model,
+        sufficiency=lesson.sufficiency(teachers.labels),
+        objective="suffices",
+        epochs=epochs,
+        seed=seed,
+    )
     best = history.epochs[history.best - 1]
     say(
         f"assigner: epoch {history.best} of {len(history.epochs)}, right for {best.held_out_accuracy:.1%} of "
@@ -143,13 +153,13 @@ def fit_assigner(
     )
     if history.collapsed:
         say("warning: argmax gives every image the same grid; the threshold may still tell them apart")
-    correct = unseen.correct(held_out.labels)
+    right = unseen.probability(held_out.labels)
     if not learns_from_seen:
-        return tla, correct[:, history.held_out], labels
+        return tla, right[:, history.held_out], labels
     places, rows = make_thumbnails(tla, held_out, model, np.flatnonzero(unseen.readable))
-    targets = length_labels(correct[:, places], "smallest", "shortest")
+    targets = length_labels(unseen.correct(held_out.labels)[:, places], "smallest", "shortest")
     tla.calibrate_rows(rows.flatten(0, 1), torch.from_numpy(targets))
-    return tla, correct[:, places], labels
+    return tla, right[:, places], labels
 
 
 def _evaluated(

@@ -67,6 +67,31 @@ class Predictions:
             )
         return (self.logits.argmax(axis=2) == labels) & np.isfinite(self.logits).all(axis=2)
 
+    def probability(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The probability of the right class, float32 `[n_lengths, N]`; 0 where the logits are no numbers.
+
+        Its mean over images estimates the accuracy of a calibrated model with less noise than the share of right ones.
+
+        Args:
+            labels: right class of every image, int `[N]`.
+        """
+        finite = np.isfinite(self.logits).all(axis=2)
+        logits = np.where(finite[..., None], self.logits, 0.0).astype(np.float64)
+        odds = np.exp(logits - logits.max(axis=2, keepdims=True))
+        of_right = np.take_along_axis(odds, np.asarray(labels)[None, :, None], axis=2)[..., 0]
+        return np.where(finite, of_right / odds.sum(axis=2), 0.0).astype(np.float32)
+
+    def sufficiency(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How nearly each length does as well as the longest, float32 `[n_lengths, N]` in [0, 1]; 1 for the longest.
+
+        One minus what the probability of the right class falls by: also 1 where no length is right.
+
+        Args:
+            labels: right class of every image, int `[N]`.
+        """
+        probability = self.probability(labels)
+        return 1.0 - np.maximum(probability[:1] - probability, 0.0)
+
 
 def predict_lengths(
     model: ReViT,
@@ -202,8 +227,8 @@ class LengthLabels:
         lines.append(f"unsolved {self.unsolved_share:.2%}" + (f", {dropped} left out" if dropped else ""))
         return "\n".join(lines)
 
-    def of_images(self, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-        """Labels `[N]` and correctness `[n_lengths, N]` of a set, found by the names of its images.
+    def of_images(self, images: ImageSet) -> np.ndarray:
+        """Labels `[N]` of a set, found by the names of its images.
 
         Raises:
             ValueError: where an image has no label, or two of the same name have.
@@ -218,8 +243,7 @@ class LengthLabels:
                 f"labels: {len(missing)} of {len(names)} images have no label, the first {missing[0]!r}; make the "
                 "labels of the same images (and split), or of all"
             )
-        index = np.array([place[name] for name in names], dtype=np.int64)
-        return self.labels[index], self.correct[:, index]
+        return self.labels[[place[name] for name in names]]
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a CSV file, all or nothing: a line `# {JSON}` with grids and rule, then one line per image.
