@@ -1,6 +1,7 @@
-"""One update of multi-length training: all lengths in one pack, beside a dense pass for each length.
+"""One update of multi-length training: all lengths in packs, beside a dense pass for each length.
 
 Every candidate makes the same update: the logits of every image at every length, TLSD, the gradient, AdamW.
+"packed" is the trainer's way, in packs of at most `trainer.cached_images`; "one pack" has all images at once.
 `python -m bench.train_step --case deit-ti --memory packed` prints the peak memory of one candidate, measured in that
 process, which does nothing else; the bench calls it so.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ import revit_fast as rf
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.scaling import status_bytes
 from bench.turns import take_turns
+from revit_fast.train.loader import Batch
 from revit_fast.train.losses import length_loss, tlsd_loss
+from revit_fast.train.trainer import cached_images
 
 ROOT = Path(__file__).parent.parent
 GRIDS = (14, 10, 7)
@@ -67,10 +71,12 @@ class Work:
             [torch.randn(case.n_images, 3, g * case.patch_size, g * case.patch_size) for g in GRIDS]
             for _ in range(N_SETS)
         ]
-        self.packs = [self.ours.pack([image for view in views for image in view]) for views in self.images]
         self.target = torch.randint(self.vit.num_classes, (case.n_images,))
+        packs = [self.ours.pack([image for view in views for image in view]) for views in self.images]
+        self.batches = [Batch(pack, self.target, np.arange(case.n_images), []) for pack in packs]
         self.candidates: dict[str, tuple[torch.nn.Module, Callable[[int], None]]] = {
-            "packed": (self.ours, self._packed),
+            "packed": (self.ours, lambda turn: self._packed(turn, cached_images(self.ours))),
+            "one pack": (self.ours, lambda turn: self._packed(turn, case.n_images)),
             "ours, a pass for each length": (self.ours, lambda turn: self._dense(self.ours, turn)),
             "timm, a pass for each length": (self.vit, lambda turn: self._dense(self.vit, turn)),
             "timm, a backward pass for each length": (self.vit, lambda turn: self._one_by_one(self.vit, turn)),
@@ -88,9 +94,10 @@ class Work:
         self.gradient(name, turn)
         self._optimizers[self.candidates[name][0]].step()
 
-    def _packed(self, turn: int) -> None:
-        logits = self.ours(self.packs[turn % N_SETS]).view(len(GRIDS), len(self.target), -1)
-        tlsd_loss(logits, self.target)[0].backward()
+    def _packed(self, turn: int, micro_batch: int) -> None:
+        for part in self.batches[turn % N_SETS].parts(micro_batch):
+            logits = self.ours(part.images).view(len(GRIDS), len(part.target), -1)
+            (tlsd_loss(logits, part.target)[0] * (len(part.target) / len(self.target))).backward()
 
     def _dense(self, net: torch.nn.Module, turn: int) -> None:
         logits = torch.stack([net(view) for view in self.images[turn % N_SETS]])

@@ -27,7 +27,7 @@ def test_a_wrong_gradient_is_seen():
     work = Work(TINY)
 
     def other_weight(turn):
-        tlsd_loss(work.ours(work.packs[turn]).view(3, 4, -1), work.target, 0.4)[0].backward()
+        tlsd_loss(work.ours(work.batches[turn].images).view(3, 4, -1), work.target, 0.4)[0].backward()
 
     work.candidates["packed"] = (work.ours, other_weight)
     assert check(work)["packed"] > BOUND
@@ -42,7 +42,7 @@ def test_an_update_leaves_the_weights():
 
 def test_memory_is_that_of_an_update():
     code = (
-        "from bench.train_step import *; print(peak_memory(Case('vit_tiny_patch16_224', {KWARGS}, 2, {n}), 'packed'))"
+        "from bench.train_step import *; print(peak_memory(Case('vit_tiny_patch16_224', {KWARGS}, 2, {n}), 'one pack'))"
     )
     peaks = []
     for n in (64, 256):
