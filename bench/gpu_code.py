@@ -28,6 +28,7 @@ from bench.gpu_launches import DTYPES, HEAD_DIMS, N_HEADS, Case, Compilation, sc
 from bench.issue_cycles import Estimate, estimate
 from bench.machine_code import Code, compile_launch
 from bench.tutorial_attention import configurations, tutorial_attention
+from revit_fast.atomic import replaced
 from revit_fast.kernels.launch import TARGETS, Launch, record
 
 ESTIMATED_SEQLENS = (50, 101, 197)
@@ -224,9 +225,8 @@ def replace_section(page: Path, lines: Sequence[str]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    with replaced(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def emit(folder: Path, codes: dict[Compilation, Future[Code]]) -> None:

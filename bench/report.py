@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import revit_fast
+from revit_fast.atomic import replaced
 from revit_fast.cli.env import cpu_name
 from revit_fast.ops import _library
 
@@ -44,6 +45,5 @@ def write(name: str, header: dict, content: dict, table: str, folder: Path = RES
     """Writes `name`.json and `name`.md."""
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps({"machine": header, **content}, indent=1)), (".md", table)):
-        unfinished = folder / f".{name}{suffix}.{os.getpid()}"
-        unfinished.write_text(text)
-        unfinished.replace(folder / f"{name}{suffix}")
+        with replaced(folder / f"{name}{suffix}") as unfinished:
+            unfinished.write_text(text)
