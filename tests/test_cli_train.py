@@ -86,7 +86,15 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     options = ["--epochs", "6", "--held-out-share", "0.4", "--max-drop", "5", *OPTIONS]
     assert main(["fit", str(folder), "--output", str(out), *options]) == 0
     table = capsys.readouterr().out
-    assert sorted(os.listdir(out)) == ["bundle", "labels.csv", "report.json", "report.md", "report.png", "train"]
+    assert sorted(os.listdir(out)) == [
+        "bundle",
+        "fit.json",
+        "labels.csv",
+        "report.json",
+        "report.md",
+        "report.png",
+        "train",
+    ]
     assert (out / "report.md").read_text() == table
     report = json.loads((out / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]
@@ -101,8 +109,15 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     assert right == pytest.approx(row["accuracy"])
     assert np.mean([r.n_tokens for r in results]) - 1 == pytest.approx(row["tokens"])
     # Once more: everything is there, and nothing changes.
-    assert main(["fit", "--output", str(out), "--resume", "--max-drop", "5"]) == 0
+    assert main(["fit", "--output", str(out), "--resume"]) == 0
     assert read_bundle(out / "bundle").policy == bundle.policy
+    assert json.loads((out / "fit.json").read_text()) == {"max_drop": 0.05}
+    # With another goal, which is then the one that is kept.
+    assert main(["fit", "--output", str(out), "--resume", "--budget", "9", "--assigner", "widths=(8, 8)"]) == 0
+    changed = read_bundle(out / "bundle")
+    assert changed.policy != bundle.policy
+    assert changed.tla.widths == (8, 8)
+    assert json.loads((out / "fit.json").read_text()) == {"budget": {"mean_tokens": 9}, "assigner": {"widths": [8, 8]}}
 
 
 @pytest.mark.parametrize(

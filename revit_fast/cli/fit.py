@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from revit_fast.atomic import replaced
 from revit_fast.cli import budget
 from revit_fast.cli.calibrate import drop
 from revit_fast.cli.train import KeyValues, add_run, configuration, exit_code
+
+GOAL = "fit.json"
+"""What `fit` was asked for beside the training: kept in its folder, for `--resume`."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,11 +25,24 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> None:
         config = configuration(args, folder / TRAIN)
-        goal = {"assigner": args.assigner, "budget": args.budget, "max_drop": args.max_drop}
-        report = fit(config, folder, device=args.device, terminal=sys.stderr, **goal)
+        report = fit(config, folder, device=args.device, terminal=sys.stderr, **goal(args, folder))
         print(report.table() if report is not None else f"model: {folder / BUNDLE}", end="")
 
     return exit_code(args, work)
+
+
+def goal(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The given arguments of `train.fit.fit`, or else those of the run that is resumed; kept in its folder."""
+    given = {n: getattr(args, n) for n in ("assigner", "budget", "max_drop") if getattr(args, n) is not None}
+    path, kept = folder / GOAL, {}
+    if args.resume and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if {"budget", "max_drop"} & given.keys():  # one takes the place of the other
+            kept = {name: value for name, value in kept.items() if name == "assigner"}
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(kept | given, indent=2) + "\n", encoding="utf-8")
+    return kept | given
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -42,13 +61,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME=VALUE",
         help="arguments of the assigner, such as thumbnail_px=28 'widths=(32, 64, 96)' (default: by the model)",
     )
-    goal = p.add_mutually_exclusive_group()
-    goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
-    goal.add_argument(
+    either = p.add_mutually_exclusive_group()
+    either.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
+    either.add_argument(
         "--max-drop",
         type=drop,
-        default=0.003,
         metavar="POINTS",
-        help="of accuracy below the longest grid, in percentage points (default 0.3)",
+        help="of accuracy below the longest grid (as the mean probability of the right class), in percentage points "
+        "(default 0.3)",
     )
     p.set_defaults(command="fit")
