@@ -14,6 +14,9 @@ from revit_fast.graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
 from revit_fast.model import PatchRows, ReViT
 from revit_fast.packing import PackedBatch
 
+DERIVED = ("_cache", "_fused")
+"""Attributes of an optimised copy that it derives from its parameters."""
+
 
 class OptimizedReViT(ReViT):
     """An inference copy of a `ReViT`; make one with `optimize`."""
@@ -22,7 +25,9 @@ class OptimizedReViT(ReViT):
 
     def __init__(self, model: ReViT, dtype: torch.dtype | None, max_rows: int, max_graphs: int) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(copy.deepcopy(model).__dict__)
+        state = {name: value for name, value in model.__dict__.items() if name not in DERIVED}
+        # What refers to the model, as a hook of load_state_dict does, refers to the copy from now on.
+        self.__dict__.update(copy.deepcopy(state, {id(model): self}))
         super().train(False)
         self.requires_grad_(False).zero_grad()
         if dtype is not None:
@@ -40,7 +45,7 @@ class OptimizedReViT(ReViT):
 
     def __getstate__(self) -> dict:
         """All but graphs and packed weights, which belong to this process and machine: a copy makes its own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_fused")}
+        return {name: value for name, value in self.__dict__.items() if name not in DERIVED}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -48,11 +53,15 @@ class OptimizedReViT(ReViT):
         self._fused = FusedForward(self, self._packed_dtype)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
-        """Logits `[B, num_classes]` in the given order, without autograd."""
+        """Logits as of `ReViT.forward`, without autograd."""
+        return self._as_given(self._logits(x), x)
+
+    def _logits(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
+        """Logits as rows, one for every image or, without pooling, for every token."""
         fuses, replays = self._fuses(), self._replays()
         if not fuses and not replays:
             with torch.no_grad():
-                return super().forward(x)
+                return self._run(self._inputs(x))
         with torch.inference_mode(False), torch.no_grad():  # what is kept must serve calls outside inference mode too
             images = self._checked_rows(x)
             if fuses:
@@ -64,7 +73,7 @@ class OptimizedReViT(ReViT):
             if bucket is not None:
                 return self._cache.run(images, bucket)
             batch = self.pack(x)
-            return super().forward(batch if batch.device == device else batch.to(device))
+            return self._run(self._inputs(batch if batch.device == device else batch.to(device)))
 
     def _checked_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
         images, device = self._patch_rows(x), self.pos_embed.device

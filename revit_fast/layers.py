@@ -87,10 +87,18 @@ class PatchEmbed(nn.Module):
 
     Parameters have the names and shapes of timm's convolution; `proj.weight` `[C, 3, P, P]` lies in channels-last
     memory, where it is the matrix `[C, P*P*3]` that the rows need, without a copy.
+
+    Attributes:
+        patch_size: (P, P).
+        grid_size: (rows, columns) of the grid that position embeddings are stored for, under timm's name.
+        num_patches: patches of that grid.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, bias: bool = True) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, grid_size: tuple[int, int], bias: bool = True) -> None:
         super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = grid_size
+        self.num_patches = grid_size[0] * grid_size[1]
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
         self.proj.weight.data = self.proj.weight.data.contiguous(memory_format=torch.channels_last)
 
@@ -262,15 +270,19 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Maps the stream x + delta (delta None: x alone) to the next such pair.
 
         Args:
-            x: `[T, C]`.
+            x: `[T, C]`; or `[B, N, C]` alone, for sequences of one length, and then the next stream is returned so
+                (for code that wants a block's features, as torch.fx does).
             delta: `[T, C]` not yet added to x.
             layout: of x.
             queries: rows that the result is wanted for; the pair returned then has these rows only.
         """
+        if x.dim() == 3:
+            rows, delta = self.forward(x.flatten(0, 1), None, layout)
+            return (rows + delta).view_as(x)
         if delta is None:
             h = self.norm1(x, layout)
         else:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from revit_fast import ops
 from revit_fast.checkpoint import read_checkpoint
 from revit_fast.layers import (
     ACTIVATIONS,
@@ -29,6 +28,7 @@ from revit_fast.layers import (
     activation_name,
     make_activation,
 )
+from revit_fast.ops import assemble_tokens, mean_pool
 from revit_fast.packing import (
     DEFAULT_GRIDS,
     Layout,
@@ -39,6 +39,10 @@ from revit_fast.packing import (
     patch_rows,
 )
 from revit_fast.positions import PositionTables, resample, wide_patches
+
+# torch.fx cannot trace what checks its arguments or makes tensors of a size that it does not know.
+fx.wrap("assemble_tokens")
+fx.wrap("mean_pool")
 
 NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
 
@@ -75,6 +79,50 @@ class PatchRows(NamedTuple):
     rows: Tensor
     grids: Sequence[tuple[int, int]]
     normalization: Tensor | None = None
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
+    batch, channels, height, width = x.shape
+    p = patch_size
+    patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(-1, p * p * channels)
+
+
+@fx.wrap
+def uniform_inputs(
+    x: Tensor,
+    pos_embed: Tensor,
+    patch_size: int,
+    base_grid: tuple[int, int],
+    n_prefix: tuple[int, int],
+    lengths: Sequence[int],
+) -> Inputs:
+    """Inputs for images of one size by tensor arithmetic alone, so that a compiler sees no host-side packing.
+
+    Args:
+        x: `[B, C, gh*P, gw*P]`.
+        pos_embed: the model's stored position embeddings.
+        patch_size: P in pixels.
+        base_grid: that `pos_embed` is stored for.
+        n_prefix: prefix tokens, and how many of them `pos_embed` has rows for.
+        lengths: the configured lengths.
+    """
+    grid_h, grid_w = image_grid(x[0], patch_size, "x")
+    n_patches = grid_h * grid_w
+    sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
+    counts = torch.full((x.shape[0],), n_patches, device=x.device)
+    layout = Layout(sequences * (n_patches + n_prefix[0]), nearest_length(counts, lengths), None)
+    patches = resample(wide_patches(pos_embed, n_prefix[1]), base_grid, (grid_h, grid_w))
+    table = patches.to(pos_embed.dtype)
+    return Inputs(patchify(x, patch_size), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
+
+
+@fx.wrap
+def rows_apart(rows: Tensor, layout: Layout) -> Layout:
+    """Layout of pooled rows: one for every sequence of `layout`."""
+    sequences = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=torch.int32)
+    return Layout(sequences, layout.length_index, None)
 
 
 class ReViT(nn.Module):
@@ -169,7 +217,7 @@ class ReViT(nn.Module):
         self.global_pool = global_pool
 
         norm = partial(TALLayerNorm, len(self.grids), embed_dim, eps)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, bias=patch_bias)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.base_grid, bias=patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if distilled else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
@@ -252,7 +300,7 @@ class ReViT(nn.Module):
             raise ValueError(f'global_pool: expected "token", "avg" or "", got {global_pool!r}')
         if global_pool == "token" and not self.has_class_token:
             raise ValueError('global_pool: "token" needs a class token; use "avg"')
-        if self.distilled and global_pool == "avg":
+        if self.distilled and global_pool != "token":
             raise ValueError('global_pool: a distilled model reads its class and distillation tokens; use "token"')
 
     @classmethod
@@ -403,19 +451,12 @@ class ReViT(nn.Module):
                     f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
                 )
             grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
-            return PatchRows(self._patchify(x), (grid,) * x.shape[0])
+            return PatchRows(patchify(x, self.patch_size), (grid,) * x.shape[0])
         if isinstance(x, Sequence):
             return PatchRows(*patch_rows(x, self.patch_size))
         raise TypeError(
             f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
         )
-
-    def _patchify(self, x: Tensor) -> Tensor:
-        """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
-        batch, channels, height, width = x.shape
-        p = self.patch_size
-        patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(-1, p * p * channels)
 
     def _inputs(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Inputs:
         if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
@@ -459,21 +500,14 @@ class ReViT(nn.Module):
         return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)
 
     def _uniform_inputs(self, x: Tensor) -> Inputs:
-        """Inputs for images of one size by tensor arithmetic alone, so that the compiler sees no host-side packing."""
-        grid_h, grid_w = image_grid(x[0], self.patch_size, "x")
-        n_patches = grid_h * grid_w
-        sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
-        counts = torch.full((x.shape[0],), n_patches, device=x.device)
-        layout = Layout(sequences * (n_patches + self.num_prefix_tokens), nearest_length(counts, self.lengths), None)
-        patches = resample(wide_patches(self.pos_embed, self._n_prefix_embedded), self.base_grid, (grid_h, grid_w))
-        table = patches.to(self.pos_embed.dtype)
-        return Inputs(self._patchify(x), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
+        n_prefix = (self.num_prefix_tokens, self._n_prefix_embedded)
+        return uniform_inputs(x, self.pos_embed, self.patch_size, self.base_grid, n_prefix, self.lengths)
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Tokens `[T, C]` that enter the blocks."""
         # Under autocast the linear layers give 16-bit rows; the residual stream stays in the parameters' precision.
         patches = self.patch_embed(inputs.rows, inputs.normalization).to(self.pos_embed.dtype)
-        x = ops.assemble_tokens(patches, self._prefix(), inputs.pos_table, inputs.pos_offset, inputs.cu_seqlens)
+        x = assemble_tokens(patches, self._prefix(), inputs.pos_table, inputs.pos_offset, inputs.cu_seqlens)
         x = self.pos_drop(x)
         return self.norm_pre(x, inputs.layout) if isinstance(self.norm_pre, TALLayerNorm) else x
 
@@ -499,9 +533,38 @@ class ReViT(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` in the given order (two tensors for a distilled model in distilled training).
 
-        With class-token pooling the last block computes only what the head reads: its queries are the pooled tokens.
+        Without pooling logits are those of every token: `[B, N, num_classes]` for an image tensor, else rows
+        `[T, num_classes]`. With class-token pooling the last block computes only what the head reads: its queries are
+        the pooled tokens.
         """
-        return self._run(self._inputs(x))
+        if isinstance(x, fx.Proxy):
+            return self._trace(x)
+        return self._as_given(self._run(self._inputs(x)), x)
+
+    def _as_given(self, logits: Tensor, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
+        """Logits of every token of an image tensor as `[B, N, num_classes]`; others unchanged."""
+        if self.global_pool or not isinstance(x, Tensor):
+            return logits
+        n_patches = (x.shape[2] // self.patch_size) * (x.shape[3] // self.patch_size)
+        return logits.view(x.shape[0], self.num_prefix_tokens + n_patches, logits.shape[1])
+
+    def _trace(self, x: fx.Proxy) -> fx.Proxy:
+        """`forward` for images of one size as torch.fx traces it: `[B, N, C]` stands between the blocks.
+
+        Blocks, norms and the embedding are to be leaves of the trace.
+        """
+        inputs = self._uniform_inputs(x)
+        tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
+        for block in self.blocks:
+            tokens = block(tokens, None, inputs.layout)
+        rows = self._add_and_norm(tokens.flatten(0, 1), None, inputs.layout)
+        if self.global_pool == "token":
+            tokens = rows.view(x.shape[0], -1, self.embed_dim)
+            rows = tokens[:, : 2 if self.distilled else 1].flatten(0, 1)
+        elif self.global_pool == "avg":
+            rows = self._mean(rows, inputs.layout)
+        logits = self._head(rows, inputs.layout)
+        return logits if self.global_pool else logits.view(x.shape[0], -1, logits.shape[1])
 
     def _run(self, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         """The forward pass from its inputs on: work of the device alone, whose shapes are those of the inputs."""
@@ -521,13 +584,12 @@ class ReViT(nn.Module):
         return self._head(self._mean(tokens, layout), layout)
 
     def _mean(self, tokens: Tensor, layout: Layout) -> Tensor:
-        return ops.mean_pool(tokens, layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
+        return mean_pool(tokens, layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
 
     def _head(self, pooled: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of pooled rows: one a sequence, two for a distilled model."""
+        """Logits of pooled rows: one a sequence, two for a distilled model, all where there is no pooling."""
         if isinstance(self.fc_norm, TALLayerNorm):
-            sequences = torch.arange(pooled.shape[0] + 1, device=pooled.device, dtype=torch.int32)
-            pooled = self.fc_norm(pooled, Layout(sequences, layout.length_index, None))
+            pooled = self.fc_norm(pooled, rows_apart(pooled, layout) if self.global_pool else layout)
         pooled = self.head_drop(pooled)
         if not self.distilled:
             return pooled if pre_logits else self.head(pooled)
@@ -557,6 +619,7 @@ class ReViT(nn.Module):
 
     def forward_head(self, x: Tensor | PackedBatch, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pools and classifies what `forward_features` returned; with `pre_logits` only pools."""
+        shape = x.shape[:2] if isinstance(x, Tensor) and not self.global_pool else None
         if isinstance(x, Tensor):
             seqlens = (x.shape[1],) * x.shape[0]
             x = PackedBatch.from_rows(x.flatten(0, 1), seqlens, lengths=self.lengths, n_prefix=self.num_prefix_tokens)
@@ -565,7 +628,36 @@ class ReViT(nn.Module):
             pooled = x.data.index_select(0, self._pooled_tokens(layout).rows)
         else:
             pooled = self._mean(x.data, layout) if self.global_pool == "avg" else x.data
-        return self._head(pooled, layout, pre_logits)
+        logits = self._head(pooled, layout, pre_logits)
+        return logits if shape is None else logits.view(*shape, logits.shape[1])
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what features after chosen blocks do not need, as timm's feature extraction does.
+
+        Args:
+            indices: blocks to keep and all before them (see `forward_intermediates`).
+            prune_norm: also remove the norm after the blocks.
+            prune_head: also remove the head, its norm and (but for a distilled model) the pooling.
+
+        Returns:
+            The chosen blocks, counted from the first.
+        """
+        take = sorted(self._block_indices(indices))
+        self.blocks = self.blocks[: take[-1] + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, None if self.distilled else "")
+        self._arguments |= {
+            "depth": len(self.blocks),
+            "drop_path_rate": self.blocks[-1].drop_path1.drop_prob,
+            "final_norm": any(isinstance(norm, TALLayerNorm) for norm in (self.norm, self.fc_norm)),
+            "fc_norm": isinstance(self.fc_norm, TALLayerNorm),
+        }
+        return take
 
     def forward_intermediates(
         self,

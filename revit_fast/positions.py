@@ -41,7 +41,7 @@ class PositionTables:
 
     def _forget(self) -> None:
         self._first_row: dict[tuple[int, int], int] = {}
-        self._matrix = torch.empty(0, self.base_grid[0] * self.base_grid[1], dtype=torch.float64)
+        self._matrix = torch.empty(0, self.base_grid[0] * self.base_grid[1], dtype=torch.float64, device="cpu")
 
     def learn(self, grids: Iterable[tuple[int, int]]) -> None:
         """Makes `grids` known; when too many have been met, all but the configured ones and these are forgotten."""
@@ -52,12 +52,12 @@ class PositionTables:
             self._forget()
             new = list(dict.fromkeys([*self.configured, *new]))
         with torch.inference_mode(False), torch.no_grad():  # what inference leaves behind must serve training too
-            identity = torch.eye(self._matrix.shape[1], dtype=torch.float64)
+            identity = torch.eye(self._matrix.shape[1], dtype=torch.float64, device="cpu")
             for grid in new:
                 self._first_row[grid] = self._matrix.shape[0]
                 self._matrix = torch.cat([self._matrix, resample(identity, self.base_grid, grid)])
-            self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32)
-            self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32)
+            self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32, device="cpu")
+            self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32, device="cpu")
         self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._cache: tuple[tuple, Tensor, Tensor] | None = None
 

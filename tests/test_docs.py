@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from small_models import make_model
@@ -22,6 +23,7 @@ from revit_fast.tla import MAX_SHARE
 
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
 TRAINING = PAGE.with_name("training.md")
+TIMM = PAGE.with_name("timm.md")
 
 
 def blocks(language, page=PAGE):
@@ -97,6 +99,27 @@ def test_training_page_runs(tmp_path, monkeypatch, capsys):
     text = TRAINING.read_text(encoding="utf-8")
     written = {path.name for path in (tmp_path / "runs" / "d").iterdir()} - {"tensorboard"}  # an extra
     assert all(f"`{name}" in text for name in written), written
+
+
+def test_timm_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), "vit.pth")
+    names = {"load_image": lambda: Image.new("RGB", (300, 200))}
+    for block in blocks("python", TIMM):
+        line = TIMM.read_text(encoding="utf-8").split(block)[0].count("\n")
+        exec(compile("\n" * line + block, str(TIMM), "exec"), names)
+    text = TIMM.read_text(encoding="utf-8")
+    listed = re.findall(r"`(revit_(?!fast)[^`]*)`", text.split("```")[0])
+    assert {name for pattern in listed for name in expanded(pattern)} == set(timm.list_models("revit*"))
+
+
+def expanded(pattern):
+    """Names that `a_{b,c}` stands for."""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    parts = found[1].split(",")
+    return [name for part in parts for name in expanded(pattern[: found.start()] + part + pattern[found.end() :])]
 
 
 def test_training_commands_are_understood(capsys):

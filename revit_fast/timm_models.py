@@ -1,0 +1,263 @@
+"""ReViT models under timm's names: importing this module registers them with timm's model registry.
+
+    import timm
+    import revit_fast.timm_models
+
+    model = timm.create_model("revit_small_patch16_224", num_classes=10, drop_path_rate=0.1)
+
+The models are `revit_fast.ReViT` with the architectures and data settings of timm's ViT, distilled DeiT and DINOv2, and
+go through timm's builder, so whatever timm does with a model it does with these: optimizer groups, feature extraction
+(`features_only=True`, also `feature_cls="fx"`), checkpoints, averages. There are no pretrained weights; a checkpoint of
+the plain ViT serves as a start. `torch.jit.script` is not supported; `torch.compile` is.
+
+Where timm itself has been loaded anew, `importlib.reload` of this module registers the models again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revit_fast.layers import Block, PatchEmbed, TALLayerNorm
+from revit_fast.model import NORM_PARAMETER, ReViT
+
+try:
+    import timm
+except ImportError:
+    raise ImportError('revit_fast.timm_models needs timm: pip install "revit-fast[timm]"') from None
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models._features import FeatureGetterNet
+from timm.models._features_fx import FeatureGraphNet
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+__all__: list[str] = []  # register_model adds the entry points
+
+for _kind in (Block, PatchEmbed, TALLayerNorm):
+    register_notrace_module(_kind)
+
+WIDTHS: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+GRIDS = {224: (14, 10, 7), 384: (24, 17, 12), 518: (37, 26, 18)}
+"""Token grids of the models by their image size in pixels; all have about 1, 1/2 and 1/4 of the tokens."""
+
+NEUTRAL: dict[str, tuple] = {
+    "attn_drop_rate": (0,),
+    "patch_drop_rate": (0,),
+    "qk_norm": (False,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "pos_embed": ("learn",),
+    "dynamic_img_pad": (False,),
+    "dynamic_img_size": (True, False),
+    "strict_img_size": (True, False),
+    "weight_init": ("", "skip"),
+    "fix_init": (False,),
+    "use_naflex": (False,),
+}
+"""Arguments of timm's `VisionTransformer` that ReViT does not have, and the values that ask nothing of it."""
+
+
+def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:
+    """Square grids in the proportions of `grids`, the longest with about as many tokens as `base_grid`.
+
+    Grids that come out equal are one, so that small images have fewer lengths.
+    """
+    factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
+    return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
+
+
+def make_revit(
+    native_px: int,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    grids: Sequence[int] | None = None,
+    patch_size: int | Sequence[int] = 16,
+    embed_dim: int = 768,
+    mlp_ratio: float = 4.0,
+    pre_norm: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ReViT:
+    """A ReViT from the arguments of timm's `VisionTransformer`.
+
+    Args:
+        native_px: image size of the architecture, a key of `GRIDS`.
+        img_size: side or (height, width) in pixels of the images that position embeddings are stored for; by default
+            `native_px`.
+        grids: configured token grids; by default those of `native_px`, scaled to the grid of `img_size`.
+        patch_size: side of the patches in pixels.
+        embed_dim: channels C.
+        mlp_ratio: width of the MLP by `embed_dim`.
+        pre_norm: a norm between embedding and blocks; the embedding then has no bias.
+        device: to create the model on.
+        dtype: of its parameters.
+        kwargs: arguments of `ReViT`.
+
+    Raises:
+        ValueError: for a size that is not a multiple of the patch size, or for an option that ReViT does not have.
+        TypeError: for an argument that is unknown.
+    """
+    for name, values in NEUTRAL.items():
+        if kwargs.pop(name, values[0]) not in values:
+            raise ValueError(f"{name}: not supported by ReViT; leave it at {values[0]!r}")
+    patch_size = _square(patch_size)
+    base_grid = _grid(native_px if img_size is None else img_size, patch_size)
+    options = {
+        "grids": scaled_grids(GRIDS[native_px], base_grid) if grids is None else grids,
+        "base_grid": base_grid,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "hidden_dim": int(embed_dim * mlp_ratio),
+        "pre_norm": pre_norm,
+        "patch_bias": not pre_norm,
+    }
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model = ReViT(**options | kwargs)
+    # timm writes state dicts as they are, and safetensors refuses other than contiguous tensors.
+    model.patch_embed.proj.weight.data = model.patch_embed.proj.weight.data.contiguous()
+    model.register_load_state_dict_pre_hook(adapt_state_dict)
+    return model.to(dtype=dtype)
+
+
+def _square(patch_size: int | Sequence[int]) -> int:
+    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
+    if len(sides) != 1:
+        raise ValueError(f"patch_size: expected square patches, got {tuple(patch_size)}")
+    return sides.pop()
+
+
+def _grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if min(height, width) < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"img_size: expected positive multiples of the patch size {patch_size}, got {height}x{width}; "
+            f"nearest: {max(1, round(height / patch_size)) * patch_size}x"
+            f"{max(1, round(width / patch_size)) * patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def adapt_state_dict(model: ReViT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Lets `load_state_dict` take a plain ViT's weights, other base grids and other numbers of classes.
+
+    A pre-hook of `load_state_dict`, which is all that timm calls for `checkpoint_path`. Norm parameters are repeated
+    for every length and position embeddings resampled; a head for other classes is not loaded, with a warning.
+    """
+    inner = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    adapted = model.convert_state_dict(inner)
+    own = model.state_dict()
+    for head in ("head", "head_dist"):
+        names = [name for name in (f"{head}.weight", f"{head}.bias") if name in inner]
+        if names and any(name not in own or own[name].shape != inner[name].shape for name in names):
+            warnings.warn(
+                f"{prefix}{head}: the checkpoint's {tuple(inner[names[0]].shape)} is for other classes than the "
+                f"model's {model.num_classes}; it is not loaded",
+                stacklevel=2,
+            )
+            for name in names:
+                del adapted[name], state_dict[prefix + name]
+                adapted |= {name: own[name]} if name in own else {}
+    state_dict.update({prefix + name: value for name, value in adapted.items()})
+
+
+def filter_state_dict(state_dict: dict[str, Tensor], model: ReViT) -> dict[str, Tensor]:
+    """The weights that `pretrained=True` found in a given file, in the shapes of the model.
+
+    Takes what timm's ViTs take, also the original files of DeiT-III and DINOv2 and other patch sizes, or a ReViT's own.
+    """
+    if any(isinstance(v, Tensor) and v.dim() == 2 and NORM_PARAMETER.search(name) for name, v in state_dict.items()):
+        return model.convert_state_dict(state_dict)  # a ReViT's: timm might misread a grid that is not square
+    return model.convert_state_dict(checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True))
+
+
+def _create(variant: str, arguments: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The model `variant`, or its feature extractor, by timm's builder."""
+    arguments = arguments | kwargs
+    extractor = arguments.get("feature_cls", "getter")
+    if extractor not in ("getter", "fx", FeatureGetterNet, FeatureGraphNet):
+        raise ValueError(
+            f'feature_cls: expected "getter" or "fx", got {extractor!r}; between the blocks of a ReViT a stream is '
+            "a pair of packed tensors, which the others would misread"
+        )
+    return build_model_with_cfg(
+        partial(make_revit, arguments.pop("native_px")),
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_state_dict,
+        feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
+        **arguments,
+    )
+
+
+def _cfg(px: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, px, px),
+        "pool_size": None,
+        "crop_pct": 0.9 if px == 224 else 1.0,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_name": "Make A Long Image Short: Adaptive Token Length for Vision Transformers",
+        "paper_ids": "arXiv:2307.02092",
+        **kwargs,
+    }
+
+
+def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Arguments and default cfg of every model by name."""
+    inception = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+    registers = {"reg_tokens": 4, "no_embed_class": True}
+    variants = {}
+    for size, widths in WIDTHS.items():
+        for px in (224, 384):
+            arguments = widths | {"patch_size": 16, "native_px": px}
+            variants[f"revit_{size}_patch16_{px}"] = arguments, _cfg(px, **inception)
+            if size != "large" and (px == 224 or size == "base"):
+                cfg = _cfg(px, classifier=("head", "head_dist"))
+                variants[f"revit_{size}_distilled_patch16_{px}"] = arguments | {"distilled": True}, cfg
+        if size != "tiny":
+            arguments = widths | {"patch_size": 14, "native_px": 518, "init_values": 1e-5}
+            # As timm's: trained without labels, so there is no head unless num_classes is given.
+            variants[f"revit_{size}_patch14_dinov2"] = arguments, _cfg(518, num_classes=0)
+            variants[f"revit_{size}_patch14_reg4_dinov2"] = arguments | registers, _cfg(518, num_classes=0)
+    return variants
+
+
+VARIANTS = _variants()
+default_cfgs = generate_default_cfgs({name: cfg for name, (_, cfg) in VARIANTS.items()})
+
+
+def _entry_point(name: str, arguments: dict[str, Any]) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, arguments, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{name}: `make_revit` with {arguments} and timm's builder options."
+    return create
+
+
+with warnings.catch_warnings():
+    for _variant, (_arguments, _) in VARIANTS.items():
+        if timm.models.is_model_in_modules(
+            _variant, ["timm_models"]
+        ):  # this module is loaded anew: nothing of others is replaced
+            warnings.filterwarnings("ignore", message=f"Overwriting {_variant} in registry")
+        globals()[_variant] = register_model(_entry_point(_variant, _arguments))
