@@ -41,12 +41,27 @@ class Decoded(NamedTuple):
     ms: float
 
 
+class Done:
+    """What there is of a future once it is done."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Decoded) -> None:
+        self._value = value
+
+    def result(self, timeout: float | None = None) -> Decoded:
+        return self._value
+
+    def exception(self, timeout: float | None = None) -> None:
+        return None
+
+
 class Fed(NamedTuple):
     """A source whose decoding has been asked for."""
 
     index: int
     source: ImageSource
-    decoded: Future[Decoded]
+    decoded: Future[Decoded] | Done
 
 
 class End(NamedTuple):
@@ -90,7 +105,10 @@ class Decoders:
                 self._ahead.acquire()
                 if self._stopped:
                     return
-                self._fed.put(Fed(index, source, self._pool.submit(self._run, index, source)))
+                # To hand an array to another thread would cost more than to look at it.
+                there = isinstance(source, (np.ndarray, torch.Tensor))
+                decoded = Done(self._run(index, source)) if there else self._pool.submit(self._run, index, source)
+                self._fed.put(Fed(index, source, decoded))
         except BaseException as error:  # raised again where the results are consumed
             end = End(error)
         self._fed.put(end)
@@ -138,7 +156,7 @@ class Decoders:
         head, self._head = self._head, None
         return head
 
-    def _make_room(self, decoded: Future[Decoded]) -> None:
+    def _make_room(self, decoded: Future[Decoded] | Done) -> None:
         """Lets another source be decoded for one that is consumed: two for a small image, none for one that is not.
 
         So there are ever more ahead, and fewer again, while images of another size come.

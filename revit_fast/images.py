@@ -146,6 +146,8 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
         ImageError: with the reason: missing, empty, not an image, truncated, larger than
             `2 * PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), or an array of another type or shape.
     """
+    if isinstance(source, np.ndarray):
+        return _checked_array(source)
     with _reasons():
         if isinstance(source, Source):
             if source.error is not None:
@@ -157,7 +159,9 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
             return _decode(_opened(source), draft_px)
         if _is_pil_image(source):
             return _upright_rgb(source)
-        return _checked_array(source)
+        if isinstance(source, Tensor) and source.device.type == "cpu":
+            return _checked_array(source.numpy())
+    raise ImageError(f"expected a path, bytes, a PIL image or a uint8 array, got {type(source).__name__}")
 
 
 def encoded_size(data: bytes) -> tuple[int, int]:
@@ -230,11 +234,7 @@ def _draft_size(size: tuple[int, int], draft_px: int) -> tuple[int, int]:
     return tuple(max(1, int(np.ceil(side * scale))) for side in size)
 
 
-def _checked_array(array: np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(array, Tensor) and array.device.type == "cpu":
-        array = array.numpy()
-    if not isinstance(array, np.ndarray):
-        raise ImageError(f"expected a path, bytes, a PIL image or a uint8 array, got {type(array).__name__}")
+def _checked_array(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8:
         raise ImageError(f"expected uint8 pixels, got {array.dtype}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:

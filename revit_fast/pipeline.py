@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import queue
 import threading
@@ -11,11 +12,9 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from os import PathLike
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +36,8 @@ from revit_fast.trace import StageTimes
 MAX_BYTES = 256 << 20
 """Pixels of decoded images that may wait to be packed."""
 
-RELEASE_EVERY = 128
-"""Images after which freed memory is given back to the system."""
+RELEASE_BYTES = 64 << 20
+"""Pixels after which freed memory is given back to the system."""
 
 MAX_BEHIND = 1024
 """Results that may wait for an earlier one."""
@@ -84,11 +83,17 @@ class Result:
         return [{"label": names[c], "score": s} for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
 
 
-class _Ready(NamedTuple):
-    """A decoded image and the result to be filled in, whose grid the next pass gives it."""
+@dataclass(slots=True, eq=False)
+class _Ready:
+    """A decoded image that waits for a pass at a grid, and what its `Result` will say."""
 
     image: np.ndarray
-    result: Result
+    index: int
+    source: ImageSource
+    grid: int
+    n_tokens: int
+    probabilities: np.ndarray | None
+    ms: float
 
 
 class _InOrder:
@@ -251,8 +256,8 @@ class AdaptivePipeline:
                     if not packs:
                         break
                     pack = packs.popleft()
-                    n_unreleased += len(pack)
-                    if n_unreleased >= RELEASE_EVERY:
+                    n_unreleased += sum(ready.image.nbytes for ready in pack)
+                    if n_unreleased >= RELEASE_BYTES:
                         n_unreleased = 0
                         release_freed_pages()
                     self._sort_in(self._forward(pack, times), done, batcher, packs)
@@ -275,7 +280,7 @@ class AdaptivePipeline:
             if isinstance(item, Result):
                 done.add(item)
             else:
-                packs += batcher.add(item, self._n_tokens(item.result.grid), now, item.image.nbytes)
+                packs += batcher.add(item, self._n_tokens(item.grid), now, item.image.nbytes)
 
     def _n_tokens(self, grid: int) -> int:
         return grid * grid + self.model.num_prefix_tokens
@@ -287,7 +292,9 @@ class AdaptivePipeline:
             while end is None:
                 chunk, end = decoders.chunk(math.inf)
                 items = self._assigned(chunk, times)
-                yield from sorted((i if isinstance(i, Result) else i.result for i in items), key=lambda r: r.index)
+                yield from sorted(
+                    (self._result(i) if isinstance(i, _Ready) else i for i in items), key=lambda r: r.index
+                )
             if end.error is not None:
                 raise end.error
         finally:
@@ -295,31 +302,39 @@ class AdaptivePipeline:
 
     def _assigned(self, chunk: list[Fed], times: StageTimes) -> list[_Ready | Result]:
         """Images with their grids; results for what could not be read."""
-        readable = []
         items: list[_Ready | Result] = []
+        readable: list[tuple[Fed, np.ndarray, float]] = []
         for fed in chunk:
             image, error, ms = fed.decoded.result()
-            result = Result(fed.index, fed.source, error=error, ms=ms, labels=self.labels)
             if image is None:
-                items.append(result)
+                items.append(self._error(fed.index, fed.source, error, ms))
             else:
-                readable.append(_Ready(image, result))
+                readable.append((fed, image, ms))
         if not readable:
             return items
         begin = time.perf_counter()
         with times.span("assign", images=len(readable)):
-            assignment = self.prep.assign([r.image for r in readable], [r.result.index for r in readable])
-        ms = 1e3 * (time.perf_counter() - begin) / len(readable)
-        for i, (ready, grid) in enumerate(zip(readable, assignment.grids, strict=True)):
-            result = replace(
-                ready.result,
-                grid=grid,
-                n_tokens=self._n_tokens(grid),
-                probabilities=None if assignment.probabilities is None else assignment.probabilities[i],
-                ms=ready.result.ms + ms,
-            )
-            items.append(_Ready(ready.image, result))
+            assignment = self.prep.assign([image for _, image, _ in readable], [fed.index for fed, _, _ in readable])
+        assign_ms = 1e3 * (time.perf_counter() - begin) / len(readable)
+        probabilities = itertools.repeat(None) if assignment.probabilities is None else assignment.probabilities
+        for (fed, image, ms), grid, p in zip(readable, assignment.grids, probabilities):  # noqa: B905 (None for ever)
+            items.append(_Ready(image, fed.index, fed.source, grid, self._n_tokens(grid), p, ms + assign_ms))
         return items
+
+    def _result(self, ready: _Ready, logits: Tensor | None = None) -> Result:
+        return Result(
+            ready.index,
+            ready.source,
+            ready.grid,
+            ready.n_tokens,
+            logits,
+            probabilities=ready.probabilities,
+            ms=ready.ms,
+            labels=self.labels,
+        )
+
+    def _error(self, index: int, source: ImageSource, error: str, ms: float) -> Result:
+        return Result(index, source, error=error, ms=ms, labels=self.labels)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Float32 logits `[B, n_classes]` on the CPU of a batch that `prep` packed."""
@@ -331,26 +346,27 @@ class AdaptivePipeline:
     def _forward(self, pack: list[_Ready], times: StageTimes) -> Iterator[_Ready | Result]:
         """One packed forward pass, its time shared out by tokens; images that a cascade wants to see longer."""
         begin = time.perf_counter()
-        results = [ready.result for ready in pack]
-        n_tokens = sum(self._n_tokens(result.grid) for result in results)
+        grids = [ready.grid for ready in pack]
+        n_tokens = sum(map(self._n_tokens, grids))
         with times.span("pack", images=len(pack), tokens=n_tokens):
-            batch = self.prep.pack([ready.image for ready in pack], [result.grid for result in results])
+            batch = self.prep.pack([ready.image for ready in pack], grids)
         with times.span("forward", images=len(pack), tokens=n_tokens):
             logits = self.logits(batch)
         is_finite = logits.isfinite().all(dim=1).tolist()
+        next_grids = self.next_grids(grids, logits)
         ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
-        next_grids = self.next_grids([result.grid for result in results], logits)
         for ready, row, finite, next_grid in zip(pack, logits.unbind(), is_finite, next_grids, strict=True):
-            result = ready.result
-            ms = result.ms + ms_per_token * self._n_tokens(result.grid)
             if not finite:
-                error = f"{name_of(result.source)}: the model's output is not a number"
-                yield Result(result.index, result.source, error=error, ms=result.ms, labels=self.labels)
-            elif next_grid is not None:
-                n_tokens = result.n_tokens + self._n_tokens(next_grid)
-                yield _Ready(ready.image, replace(result, grid=next_grid, n_tokens=n_tokens, ms=ms))
+                error = f"{name_of(ready.source)}: the model's output is not a number"
+                yield self._error(ready.index, ready.source, error, ready.ms)
+                continue
+            ready.ms += ms_per_token * self._n_tokens(ready.grid)
+            if next_grid is None:
+                yield self._result(ready, row)
             else:
-                yield replace(result, logits=row, ms=ms)
+                ready.grid = next_grid
+                ready.n_tokens += self._n_tokens(next_grid)
+                yield ready
 
     def next_grids(self, grids: Sequence[int], logits: Tensor) -> list[int | None]:
         """The grids at which a cascade wants to see images next; None for those that it (and any other policy) leaves.
@@ -359,7 +375,7 @@ class AdaptivePipeline:
             grids: at which the images were seen.
             logits: `[B, n_classes]` on the CPU that this gave.
         """
-        bound, longer = self.prep.policy.bound, dict(pairwise(reversed(self.model.grids)))
+        bound, longer = self.prep.policy.bound, dict(itertools.pairwise(reversed(self.model.grids)))
         if bound is None:
             return [None] * len(grids)
         content = (confidence(logits.numpy()) >= bound).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ ENTROPY_PX = 64
 """Side of the thumbnail whose entropy is taken where there is no assigner to take it from."""
 
 
+@lru_cache(maxsize=1024)  # images of one size are many
 def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[float, float, float, float]:
     """The region, (left, upper, right, lower) in source pixels, that timm's evaluation transform shows the model.
 

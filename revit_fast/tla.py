@@ -242,11 +242,13 @@ class TokenLengthAssigner(nn.Module):
         options = {"boxes": boxes, "interpolation": "bilinear", "mean": self.mean, "std": self.std, "dtype": dtype}
         return ops.resize_patchify(images, self.thumbnail_px, STEM_PATCH, **options).data
 
-    def _thinned(self, image: np.ndarray | Tensor, box) -> tuple[np.ndarray | Tensor, tuple[float, ...]]:
+    def _thinned(self, image: np.ndarray | Tensor, box) -> tuple[np.ndarray | Tensor, tuple[float, ...] | None]:
         """Every n-th row of a large image, and the box there: reading all of it would cost more than the network."""
         height, width = image.shape[:2]
         left, upper, right, lower = (0, 0, width, height) if box is None else box
-        step = max(1, int((lower - upper) / (ROWS_PER_PIXEL * self.thumbnail_px)))
+        step = int((lower - upper) / (ROWS_PER_PIXEL * self.thumbnail_px))
+        if step <= 1:
+            return image, box
         rows = image[step // 2 :: step]  # each stands for the middle of `step` rows
         return rows, (left, upper / step, right, min(lower / step, rows.shape[0]))
 

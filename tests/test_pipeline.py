@@ -250,9 +250,10 @@ class TestBounds:
 
     def test_freed_memory_is_given_back(self, monkeypatch, pipe):
         module, released = sys.modules["revit_fast.pipeline"], []
-        monkeypatch.setattr(module, "RELEASE_EVERY", 20)
+        images = [image(i) for i in range(200)]
+        monkeypatch.setattr(module, "RELEASE_BYTES", sum(picture.nbytes for picture in images) // 10)
         monkeypatch.setattr(module, "release_freed_pages", lambda: released.append(1))
-        list(pipe(image(i) for i in range(200)))
+        list(pipe(images))
         assert 5 <= len(released) <= 10
 
     def test_a_slow_source_is_not_waited_for(self, model, tla):

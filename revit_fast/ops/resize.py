@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -72,42 +73,48 @@ def resize_patchify(
     tensors = [_image_tensor(image, i) for i, image in enumerate(images)]
     if not tensors:
         raise ValueError("images: expected at least one image, got an empty list")
-    size_list = _size_list(sizes, len(tensors), patch_size)
-    box_list = _box_list(boxes, tensors)
+    size_table = _size_table(sizes, len(tensors), patch_size)
+    box_table = _box_table(boxes, tensors)
     mean, std = _channels(mean, "mean", _NO_MEAN), _channels(std, "std", _NO_STD)
     if 0.0 in std:
         raise ValueError(f"std: must not be zero, got {std}")
 
-    grids = [(height // patch_size, width // patch_size) for height, width in size_list]
-    seqlens = [rows * columns for rows, columns in grids]
+    grids = size_table // patch_size
+    seqlens = grids.prod(axis=1).tolist()
     as_pixels = dtype == torch.uint8
     rows = torch.ops.revit_fast.resize_patchify(
         tensors,
-        _constant(tuple(box_list), torch.float64),
-        _constant(tuple(size_list), torch.int64),
+        torch.from_numpy(box_table),
+        torch.from_numpy(size_table),
         patch_size,
         None if as_pixels else _table(mean, std, dtype),
         interpolation == "bicubic",
         sum(seqlens),
     )
     normalization = torch.tensor([mean, std]) if as_pixels else None
-    return PackedBatch.from_rows(rows, seqlens, grids=grids, lengths=lengths, normalization=normalization)
+    return PackedBatch.from_rows(rows, seqlens, grids=grids.tolist(), lengths=lengths, normalization=normalization)
 
 
 class _Borrowed:
     """Read-only memory (of a decoder, of a file map) in the guise of writable memory, which torch insists on."""
 
+    __slots__ = ("__array_interface__", "array")
+
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
-        pointer, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False), "strides": array.strides}
+        interface = array.__array_interface__
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
 
 
 def _image_tensor(image: np.ndarray | Tensor, i: int) -> Tensor:
     """The image as a uint8 CPU tensor `[H, W, 3]` or `[H, W, 1]` on the same memory, if its strides allow."""
+    shape = getattr(image, "shape", None)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise TypeError(f"images[{i}]: expected uint8, got {image.dtype}; {_how_to_convert(image.dtype.kind)}")
+        if image.ndim == 2:
+            image = image[..., None]  # a fraction of the time that torch's unsqueeze takes
         if min(image.strides, default=0) < 0:
             image = image.copy()
         elif not image.flags.writeable:
@@ -123,18 +130,18 @@ def _image_tensor(image: np.ndarray | Tensor, i: int) -> Tensor:
         raise TypeError(f"images[{i}]: expected uint8, got {image.dtype}; {_how_to_convert(kind)}")
     elif image.device.type != "cpu":
         raise ValueError(f"images[{i}]: expected a CPU tensor, got one on {image.device}; call .cpu()")
-    shape = tuple(image.shape)
     if image.dim() == 2:
         image = image.unsqueeze(-1)
-    if image.dim() != 3 or image.shape[-1] not in (1, 3):
-        fix = ""
+    sides = image.shape
+    if len(sides) != 3 or sides[2] not in (1, 3):
+        shape, fix = tuple(shape), ""
         if image.dim() == 3 and shape[-1] == 4:
             fix = "; drop or blend alpha first, for instance image[..., :3] or PIL's convert('RGB')"
         elif image.dim() == 3 and shape[0] in (1, 3):
             fix = "; channels come last: image.permute(1, 2, 0)"
         raise ValueError(f"images[{i}]: expected shape [H, W, 3], [H, W, 1] or [H, W], got {shape}{fix}")
-    if image.shape[0] == 0 or image.shape[1] == 0:
-        raise ValueError(f"images[{i}]: expected at least one pixel, got shape {shape}")
+    if sides[0] == 0 or sides[1] == 0:
+        raise ValueError(f"images[{i}]: expected at least one pixel, got shape {tuple(shape)}")
     return image
 
 
@@ -146,19 +153,26 @@ def _how_to_convert(kind: str) -> str:
     return "for 16 bits a channel: image // 257, then cast to uint8"
 
 
-def _size_list(sizes, n_images: int, patch_size: int) -> list[tuple[int, int]]:
-    """One (height, width) per image."""
+def _size_table(sizes, n_images: int, patch_size: int) -> np.ndarray:
+    """(height, width) of every image, int64 `[n_images, 2]`."""
     if isinstance(sizes, (Tensor, np.ndarray)):
         sizes = sizes.tolist()
     one = not isinstance(sizes, Sequence) or (isinstance(sizes, tuple) and len(sizes) == 2 and _is_int(sizes[0]))
     if one:
-        return [_size(sizes, "sizes", patch_size)] * n_images
+        return np.full((n_images, 2), _size(sizes, "sizes", patch_size))
     if len(sizes) != n_images:
         raise ValueError(
             f"sizes: expected one per image ({n_images}) or one for all as an int or a tuple (height, width), "
             f"got {len(sizes)}"
         )
-    return [_size(size, f"sizes[{i}]", patch_size) for i, size in enumerate(sizes)]
+    with suppress(ValueError):  # ragged: ints among pairs
+        table = np.array(sizes)
+        table = np.stack([table, table], axis=1) if table.ndim == 1 else table
+        legal = table.dtype.kind in "iu" and table.shape == (n_images, 2)
+        if legal and table.min() >= 1 and not (table % patch_size).any():
+            return table.astype(np.int64)
+    # One by one, to name what is wrong: for many images that takes longer than their resizing.
+    return np.array([_size(size, f"sizes[{i}]", patch_size) for i, size in enumerate(sizes)])
 
 
 def _is_int(value) -> bool:
@@ -175,8 +189,8 @@ def _size(size, name: str, patch_size: int) -> tuple[int, int]:
     return height, width
 
 
-def _box_list(boxes, images: Sequence[Tensor]) -> list[Box]:
-    """One box per image, within it."""
+def _box_table(boxes, images: Sequence[Tensor]) -> np.ndarray:
+    """A box within every image, float64 `[n_images, 4]`."""
     if isinstance(boxes, (Tensor, np.ndarray)):
         boxes = boxes.tolist()
     if boxes is None or (len(boxes) == 4 and isinstance(boxes[0], (int, float))):
@@ -186,21 +200,37 @@ def _box_list(boxes, images: Sequence[Tensor]) -> list[Box]:
             f"boxes: expected one per image ({len(images)}) or one (left, upper, right, lower) for all, "
             f"got {len(boxes)}"
         )
-    return [_box(box, image, i) for i, (box, image) in enumerate(zip(boxes, images, strict=True))]
+    sides = [image.shape for image in images]
+    whole = [
+        (0, 0, width, height) if box is None else box for box, (height, width, _) in zip(boxes, sides, strict=True)
+    ]
+    with suppress(TypeError, ValueError):
+        table = np.array(whole, dtype=np.float64)
+        if table.shape == (len(images), 4) and _legal(table, np.array(sides)).all():
+            return table
+    # One by one, to name what is wrong.
+    return np.array([_box(box, side, i) for i, (box, side) in enumerate(zip(whole, sides, strict=True))])
 
 
-def _box(box: Sequence[float] | None, image: Tensor, i: int) -> Box:
-    height, width = image.shape[:2]
-    if box is None:
-        return 0.0, 0.0, float(width), float(height)
+def _legal(boxes: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Whether each box is not empty and within its image, bool `[n, 4]`."""
+    # NaN fails every comparison. Edges are float32 in Pillow, so a box must not be empty in float32 either.
+    edges = boxes.astype(np.float32)
+    not_empty = edges[:, :2] < edges[:, 2:]
+    within = (boxes[:, :2] >= 0) & (boxes[:, 2:] <= sides[:, 1::-1])
+    return np.concatenate([not_empty, within], axis=1)
+
+
+def _box(box: Sequence[float], sides: Sequence[int], i: int) -> Box:
+    height, width = sides[:2]
     try:
         left, upper, right, lower = map(float, box)
     except (TypeError, ValueError):
         raise TypeError(f"boxes[{i}]: expected four numbers (left, upper, right, lower), got {box!r}") from None
-    # NaN fails every comparison. Edges are float32 in Pillow, so a box must not be empty in float32 either.
-    if not (np.float32(left) < np.float32(right) and np.float32(upper) < np.float32(lower)):
+    legal = _legal(np.array([[left, upper, right, lower]]), np.array([sides]))[0]
+    if not legal[:2].all():
         raise ValueError(f"boxes[{i}]: expected left < right and upper < lower, got {tuple(box)}")
-    if not (left >= 0 and upper >= 0 and right <= width and lower <= height):
+    if not legal[2:].all():
         raise ValueError(
             f"boxes[{i}]: expected a box within the image (0, 0, {width}, {height}), got {tuple(box)}; clip it"
         )
@@ -217,12 +247,6 @@ def _channels(values: Sequence[float] | None, name: str, default: tuple[float, .
     if len(values) != 3 or not all(map(math.isfinite, values)):
         raise ValueError(f"{name}: expected three finite numbers, one per channel, got {values}")
     return values
-
-
-@lru_cache(maxsize=64)
-def _constant(rows: tuple[tuple[float, ...], ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that the op only reads: making one costs as much as resizing a thumbnail."""
-    return torch.tensor(rows, dtype=dtype)
 
 
 @lru_cache(maxsize=32)
