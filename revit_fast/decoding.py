@@ -74,7 +74,8 @@ class Decoders:
     """Decodes a stream of sources on threads, in order, a bounded number ahead of the consumer.
 
     Args:
-        sources: consumed by a thread of its own.
+        sources: consumed by a thread of its own; a list or tuple, which never makes wait, by `chunk` itself: a thread
+            would take turns with the consumer's Python, and a core from its kernels.
         decode: from a source to pixels; raises `ImageError`.
         n_workers: decoding threads.
         times: told of every decoding.
@@ -96,7 +97,9 @@ class Decoders:
         self._more = 0  # images that may be ahead beyond that, as many small ones have come
         self._stopped = False
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
-        threading.Thread(target=self._feed, args=(sources,), name="revit-fast-feed", daemon=True).start()
+        self._listed = enumerate(sources, first_index) if isinstance(sources, (list, tuple)) else None
+        if self._listed is None:
+            threading.Thread(target=self._feed, args=(sources,), name="revit-fast-feed", daemon=True).start()
 
     def _feed(self, sources: Iterable[ImageSource]) -> None:
         end = End()
@@ -105,13 +108,26 @@ class Decoders:
                 self._ahead.acquire()
                 if self._stopped:
                     return
-                # To hand an array to another thread would cost more than to look at it.
-                there = isinstance(source, (np.ndarray, torch.Tensor))
-                decoded = Done(self._run(index, source)) if there else self._pool.submit(self._run, index, source)
-                self._fed.put(Fed(index, source, decoded))
+                self._put(index, source)
         except BaseException as error:  # raised again where the results are consumed
             end = End(error)
         self._fed.put(end)
+
+    def _feed_listed(self) -> None:
+        """As many of listed sources as may be ahead."""
+        while self._listed is not None and self._ahead.acquire(blocking=False):
+            item = next(self._listed, None)
+            if item is None:
+                self._listed = None
+                self._fed.put(End())
+            else:
+                self._put(*item)
+
+    def _put(self, index: int, source: ImageSource) -> None:
+        # To hand an array to another thread would cost more than to look at it.
+        there = isinstance(source, (np.ndarray, torch.Tensor))
+        decoded = Done(self._run(index, source)) if there else self._pool.submit(self._run, index, source)
+        self._fed.put(Fed(index, source, decoded))
 
     def _run(self, index: int, source: ImageSource) -> Decoded:
         image, reason, begin = None, None, time.perf_counter()
@@ -147,6 +163,7 @@ class Decoders:
 
         try:
             if self._head is None:
+                self._feed_listed()
                 self._head = self._fed.get(timeout=left())
             if isinstance(self._head, Fed):
                 self._head.decoded.exception(timeout=left())

@@ -181,7 +181,8 @@ class AdaptivePipeline:
         """One `Result` per source, in their order, as they are consumed.
 
         Args:
-            sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them.
+            sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them,
+                unless they are a list or tuple.
             times: collects the time of every stage; a `Trace` keeps its spans.
             first_index: place of the first source in its stream, for policies that go by it and for `Result.index`: a
                 part of a stream then gives what it gives in the whole.

@@ -15,6 +15,7 @@ from PIL import Image
 
 from revit_fast import PackedBatch, ops, reference
 from revit_fast.ops import _library
+from revit_fast.ops.resize import STACKED_BYTES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -158,6 +159,24 @@ def test_result_does_not_depend_on_pack_or_threads(isa):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (13, 28, 3), (90, 70, 3)])
+@pytest.mark.parametrize("boxes", [None, (1.5, 2, 10, 12.25), [None, (0, 0, 9, 9), None, (3, 3, 12, 5), None]])
+def test_images_of_one_shape(shape, boxes):
+    """Small arrays of one shape go in as one; the result is that of each alone, in any memory."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(5)]
+    images[1] = np.frombuffer(images[1].tobytes(), np.uint8).reshape(shape)  # read-only
+    images[2] = images[2][::-1]
+    images[3] = np.asfortranarray(images[3])
+    assert (images[0].nbytes <= STACKED_BYTES) == (shape != (90, 70, 3))
+    each = boxes if isinstance(boxes, list) else [boxes] * 5
+    resize = partial(ops.resize_patchify, sizes=14, patch_size=2, mean=MEAN, std=STD)
+    alone = [resize([image], boxes=[box]).data for image, box in zip(images, each, strict=True)]
+    assert torch.equal(resize(images, boxes=boxes).data, torch.cat(alone))
+    mixed = resize([*images, torch.from_numpy(images[0])])
+    assert torch.equal(mixed.split()[0], mixed.split()[5])
+
+
 def test_read_only_and_tensor_images_are_taken_as_they_are():
     image = noise(30, 40)
     frozen = image.copy()
@@ -259,6 +278,10 @@ call = partial(ops.resize_patchify, [GOOD, GOOD], 4, 2)
         (lambda: ops.resize_patchify([GOOD / 255], 4, 2), TypeError, r"images\[0\]: .*float64.*255"),
         (lambda: ops.resize_patchify([torch.rand(9, 9, 3)], 4, 2), TypeError, r"images\[0\]: .*float32.*255"),
         (lambda: ops.resize_patchify([GOOD.astype(np.uint16)], 4, 2), TypeError, r"images\[0\]: .*uint16.*257"),
+        (lambda: ops.resize_patchify([GOOD / 255] * 2, 4, 2), TypeError, r"images\[0\]: .*float64.*255"),
+        (lambda: ops.resize_patchify([noise(9, 9, 4)] * 2, 4, 2), ValueError, r"images\[0\]: .*alpha"),
+        (lambda: ops.resize_patchify([GOOD, GOOD > 3], 4, 2), TypeError, r"images\[1\]: .*bool"),
+        (lambda: ops.resize_patchify([GOOD[:0]] * 2, 4, 2), ValueError, r"images\[0\]: .*at least one pixel"),
         (lambda: ops.resize_patchify([GOOD > 3], 4, 2), TypeError, r"images\[0\]: .*bool.*255"),
         (lambda: ops.resize_patchify([Image.fromarray(GOOD)], 4, 2), TypeError, r"images\[0\]: .*asarray"),
         (lambda: ops.resize_patchify([noise(9, 9, 4)], 4, 2), ValueError, r"images\[0\]: .*alpha"),

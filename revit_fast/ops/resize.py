@@ -21,6 +21,9 @@ Box = tuple[float, float, float, float]
 _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
+STACKED_BYTES = 1 << 14
+"""Images of one shape that have at most so many bytes are copied into one array: a tensor for each costs more."""
+
 
 def resize_patchify(
     images: Sequence[np.ndarray | Tensor],
@@ -70,9 +73,7 @@ def resize_patchify(
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or uint8, got {dtype}")
     if isinstance(images, (np.ndarray, Tensor)):
         raise TypeError("images: expected a list of images [H, W, 3], got one array; wrap it: [image]")
-    tensors = [_image_tensor(image, i) for i, image in enumerate(images)]
-    if not tensors:
-        raise ValueError("images: expected at least one image, got an empty list")
+    tensors = _image_tensors(list(images))
     size_table = _size_table(sizes, len(tensors), patch_size)
     box_table = _box_table(boxes, tensors)
     mean, std = _channels(mean, "mean", _NO_MEAN), _channels(std, "std", _NO_STD)
@@ -105,6 +106,19 @@ class _Borrowed:
         interface = array.__array_interface__
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
+
+
+def _image_tensors(images: list[np.ndarray | Tensor]) -> list[Tensor]:
+    """The images as uint8 CPU tensors `[H, W, 3]` or `[H, W, 1]`."""
+    if not images:
+        raise ValueError("images: expected at least one image, got an empty list")
+    first = images[0]
+    if len(images) > 1 and isinstance(first, np.ndarray) and 0 < first.nbytes <= STACKED_BYTES:
+        shape, dtype = first.shape, first.dtype
+        if all(isinstance(i, np.ndarray) and i.shape == shape and i.dtype == dtype for i in images):
+            first = _image_tensor(first, 0)  # refuses what is wrong with all of them
+            return list(torch.from_numpy(np.concatenate(images)).view(len(images), *first.shape).unbind())
+    return [_image_tensor(image, i) for i, image in enumerate(images)]
 
 
 def _image_tensor(image: np.ndarray | Tensor, i: int) -> Tensor:
@@ -200,16 +214,19 @@ def _box_table(boxes, images: Sequence[Tensor]) -> np.ndarray:
             f"boxes: expected one per image ({len(images)}) or one (left, upper, right, lower) for all, "
             f"got {len(boxes)}"
         )
-    sides = [image.shape for image in images]
+    sides, repeats = [image.shape for image in images], 1
+    if all(box is boxes[0] for box in boxes) and sides.count(sides[0]) == len(sides):
+        boxes, sides, repeats = boxes[:1], sides[:1], len(sides)  # one check and one row serve all
     whole = [
         (0, 0, width, height) if box is None else box for box, (height, width, _) in zip(boxes, sides, strict=True)
     ]
     with suppress(TypeError, ValueError):
         table = np.array(whole, dtype=np.float64)
-        if table.shape == (len(images), 4) and _legal(table, np.array(sides)).all():
-            return table
+        if table.shape == (len(sides), 4) and _legal(table, np.array(sides)).all():
+            return table.repeat(repeats, axis=0)
     # One by one, to name what is wrong.
-    return np.array([_box(box, side, i) for i, (box, side) in enumerate(zip(whole, sides, strict=True))])
+    table = np.array([_box(box, side, i) for i, (box, side) in enumerate(zip(whole, sides, strict=True))])
+    return table.repeat(repeats, axis=0)
 
 
 def _legal(boxes: np.ndarray, sides: np.ndarray) -> np.ndarray:
