@@ -256,8 +256,7 @@ def _entry_point(name: str, arguments: dict[str, Any]) -> Callable[..., nn.Modul
 
 with warnings.catch_warnings():
     for _variant, (_arguments, _) in VARIANTS.items():
-        if timm.models.is_model_in_modules(
-            _variant, ["timm_models"]
-        ):  # this module is loaded anew: nothing of others is replaced
+        # Where this module is loaded anew, it replaces nothing of others.
+        if timm.models.is_model_in_modules(_variant, ["timm_models"]):
             warnings.filterwarnings("ignore", message=f"Overwriting {_variant} in registry")
         globals()[_variant] = register_model(_entry_point(_variant, _arguments))
