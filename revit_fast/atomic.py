@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux' renameat2."""
@@ -25,6 +27,17 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON, all or nothing; NaN is refused."""
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -317,8 +317,10 @@ class AdaptivePipeline:
         with times.span("assign", images=len(readable)):
             assignment = self.prep.assign([image for _, image, _ in readable], [fed.index for fed, _, _ in readable])
         assign_ms = 1e3 * (time.perf_counter() - begin) / len(readable)
-        probabilities = itertools.repeat(None) if assignment.probabilities is None else assignment.probabilities
-        for (fed, image, ms), grid, p in zip(readable, assignment.grids, probabilities):  # noqa: B905 (None for ever)
+        probabilities = assignment.probabilities
+        if probabilities is None:
+            probabilities = [None] * len(readable)
+        for (fed, image, ms), grid, p in zip(readable, assignment.grids, probabilities, strict=True):
             items.append(_Ready(image, fed.index, fed.source, grid, self._n_tokens(grid), p, ms + assign_ms))
         return items
 

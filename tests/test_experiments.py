@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from revit_fast.atomic import read_json
 from revit_fast.cli import main
 from revit_fast.policies import grey_entropy
 from revit_fast.train import experiments
@@ -24,7 +25,6 @@ from revit_fast.train.experiments.convergence import first_update
 from revit_fast.train.experiments.extremes import fall_off
 from revit_fast.train.experiments.lengths import communication_shares
 from revit_fast.train.experiments.overhead import break_even
-from revit_fast.train.experiments.runs import read_json
 from revit_fast.train.experiments.sources import digits
 from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows

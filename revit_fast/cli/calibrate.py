@@ -18,6 +18,19 @@ def drop(text: str) -> float:
     return value / 100
 
 
+def add_goal(p: argparse.ArgumentParser, required: bool) -> None:
+    """`--budget` or `--max-drop`: what the threshold is to keep."""
+    goal = p.add_mutually_exclusive_group(required=required)
+    goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
+    goal.add_argument(
+        "--max-drop",
+        type=drop,
+        metavar="POINTS",
+        help="of accuracy below the longest grid (as the mean probability of the right class), in percentage points"
+        + ("" if required else " (default 0.3)"),
+    )
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command's parser."""
     p = commands.add_parser(
@@ -27,14 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "or an accuracy, and store it as the bundle's policy.",
     )
     labelled.add_arguments(p, "val")
-    goal = p.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
-    goal.add_argument(
-        "--max-drop",
-        type=drop,
-        metavar="POINTS",
-        help="of accuracy below the longest grid (as the mean probability of the right class), in percentage points",
-    )
+    add_goal(p, required=True)
     labelled.add_output(p)
     p.set_defaults(command="calibrate")
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from revit_fast.atomic import replaced
-from revit_fast.cli import budget
-from revit_fast.cli.calibrate import drop
+from revit_fast.atomic import read_json, write_json
+from revit_fast.cli.calibrate import add_goal
 from revit_fast.cli.train import KeyValues, add_run, configuration, exit_code
 
 GOAL = "fit.json"
@@ -36,12 +34,11 @@ def goal(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     given = {n: getattr(args, n) for n in ("assigner", "budget", "max_drop") if getattr(args, n) is not None}
     path, kept = folder / GOAL, {}
     if args.resume and path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path)
         if {"budget", "max_drop"} & given.keys():  # one takes the place of the other
             kept = {name: value for name, value in kept.items() if name == "assigner"}
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as temporary:
-        temporary.write_text(json.dumps(kept | given, indent=2) + "\n", encoding="utf-8")
+    write_json(path, kept | given)
     return kept | given
 
 
@@ -61,13 +58,5 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME=VALUE",
         help="arguments of the assigner, such as thumbnail_px=28 'widths=(32, 64, 96)' (default: by the model)",
     )
-    either = p.add_mutually_exclusive_group()
-    either.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
-    either.add_argument(
-        "--max-drop",
-        type=drop,
-        metavar="POINTS",
-        help="of accuracy below the longest grid (as the mean probability of the right class), in percentage points "
-        "(default 0.3)",
-    )
+    add_goal(p, required=False)
     p.set_defaults(command="fit")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from revit_fast.atomic import replaced
+from revit_fast.atomic import replaced, write_json
 from revit_fast.policies import PolicySpec
 
 FORMAT = "revit-fast evaluation 1"
@@ -135,8 +134,7 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, all or nothing."""
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, self.to_json())
 
     def plot(self, path: str | os.PathLike, *, cost: str = "gmacs") -> None:
         """Draws accuracy over cost, all or nothing; needs matplotlib.

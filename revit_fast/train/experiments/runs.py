@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from revit_fast.atomic import replaced
+from revit_fast.atomic import read_json, write_json
 from revit_fast.checkpoint import read_checkpoint
 from revit_fast.model import ReViT
 from revit_fast.train.config import TrainConfig, build_model
@@ -117,17 +117,6 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, all or nothing; NaN is refused."""
-    with replaced(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def accuracy_by_length(runs: Sequence[Run]) -> list[list[float | None]]:
