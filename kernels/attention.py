@@ -20,9 +20,11 @@ from revit_fast.kernels import schedules
 from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.parts import (
     add_outer,
+    element,
     inner,
     load_parts,
     multiply_rows,
+    n_elements,
     n_steps,
     rows_contiguous,
     scale_parts,
@@ -100,11 +102,11 @@ def attention_short_forward_kernel(
         for block in tl.static_range(len(KEY_BLOCKS)):
             scores = ()
             m_new = m
-            for i in tl.static_range(len(KEY_BLOCKS[block])):
-                keys = KEY_BLOCKS[block][i][0] + tl.arange(0, KEY_BLOCKS[block][i][1])
-                k_rows = load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, KEY_BLOCKS[block][i][2])
+            for i in tl.static_range(n_elements(KEY_BLOCKS, block)):
+                keys = element(KEY_BLOCKS, block, i, 0) + tl.arange(0, element(KEY_BLOCKS, block, i, 1))
+                k_rows = load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, element(KEY_BLOCKS, block, i, 2))
                 s = inner(q_rows, k_rows)
-                if KEY_BLOCKS[block][i][2] or CAUSAL:
+                if element(KEY_BLOCKS, block, i, 2) or CAUSAL:
                     s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
                 m_new = tl.maximum(m_new, tl.max(s, 1))
                 scores = scores + (s,)
@@ -115,11 +117,11 @@ def attention_short_forward_kernel(
                 alpha = _exponential(m, shift, scale, True)
                 total *= alpha
                 acc = scale_parts(acc, alpha[:, None])
-            for i in tl.static_range(len(KEY_BLOCKS[block])):
-                keys = KEY_BLOCKS[block][i][0] + tl.arange(0, KEY_BLOCKS[block][i][1])
+            for i in tl.static_range(n_elements(KEY_BLOCKS, block)):
+                keys = element(KEY_BLOCKS, block, i, 0) + tl.arange(0, element(KEY_BLOCKS, block, i, 1))
                 p = _exponential(scores[i], shift[:, None], scale, q.dtype.element_ty == tl.float32)
                 total += tl.sum(p, 1)
-                v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, KEY_BLOCKS[block][i][2])
+                v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, element(KEY_BLOCKS, block, i, 2))
                 acc = add_outer(acc, rounded(p, v.dtype.element_ty), v_rows)
             m = m_new
         _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)

@@ -15,6 +15,18 @@ from torch import Tensor
 from revit_fast.kernels.rounding import INTERPRETED, rounded
 
 
+@triton.constexpr_function
+def element(nested, i, j, k):
+    """nested[i][j][k] of a compile-time value: Triton 3.6 reads subscripts of two levels at most."""
+    return nested[i][j][k]
+
+
+@triton.constexpr_function
+def n_elements(nested, i):
+    """len(nested[i]) of a compile-time value."""
+    return len(nested[i])
+
+
 @triton.jit
 def sequence_rows(cu_seqlens, sequence, n_rows):
     """First row and end of a sequence, clamped to the rows that there are."""
@@ -68,7 +80,7 @@ def store_parts(base, rows, n_rows, stride, parts, PARTS: tl.constexpr, HEAD_DIM
 def zero_parts(N_ROWS: tl.constexpr, PARTS: tl.constexpr):
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        parts = parts + (tl.zeros((N_ROWS, PARTS[i][1]), tl.float32),)
+        parts = parts + (tl.zeros((N_ROWS, int(PARTS[i][1])), tl.float32),)
     return parts
 
 

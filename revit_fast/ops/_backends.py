@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from revit_fast.kernels.schedules import KEY_CLASSES, PADDING, STREAMING
 
-OLDEST_TRITON = (3, 5)
+OLDEST_TRITON = (3, 6)
 
 # Early releases pad lse per sequence, and later ones are other packages; these return it as [nheads, total_q].
 OLDEST_FLASH_ATTN, FLASH_ATTN_END = (2, 7), (3,)
