@@ -420,7 +420,7 @@ def test_old_torch_is_an_import_error(calls, monkeypatch):
 
 
 def test_missing_triton_is_an_import_error(calls, cuda_dispatch, device, monkeypatch):
-    message = r'need Triton, which cannot be imported \(.*\): pip install "triton>=3\.5".*or move to the CPU'
+    message = r'need Triton, which cannot be imported \(.*\): pip install "triton>=3\.6".*or move to the CPU'
     monkeypatch.setitem(sys.modules, "triton", None)
     _triton.load.cache_clear()
     refused("triton", message)
@@ -433,9 +433,9 @@ def test_missing_triton_is_an_import_error(calls, cuda_dispatch, device, monkeyp
 
 def test_old_triton_is_an_import_error(calls, monkeypatch):
     fake = types.ModuleType("triton")
-    fake.__version__ = "3.4.0+git1"
+    fake.__version__ = "3.5.1+git1"
     monkeypatch.setitem(sys.modules, "triton", fake)
-    refused("triton", r'do not run on Triton 3\.4\.0\+git1: pip install "triton>=3\.5"')
+    refused("triton", r'do not run on Triton 3\.5\.1\+git1: pip install "triton>=3\.6"')
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (6, 1)])
