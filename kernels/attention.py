@@ -19,6 +19,7 @@ from torch import Tensor
 from revit_fast.kernels import schedules
 from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.parts import (
+    STRIDES,
     add_outer,
     element,
     inner,
@@ -30,7 +31,7 @@ from revit_fast.kernels.parts import (
     scale_parts,
     sequence_rows,
     store_parts,
-    stride_alignment,
+    strides_in_units,
     visible,
     zero_parts,
 )
@@ -60,13 +61,13 @@ def _store_rows(
     tl.store(lse + head.to(tl.int64) * n_rows_all + begin + row, value, mask=row < n_rows)
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences", *STRIDES])
 def attention_short_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     KEY_BLOCKS: tl.constexpr, FULL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
-    SCALE_Q: tl.constexpr, STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
+    SCALE_Q: tl.constexpr, STRIDE_UNIT: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile whose keys are known to be few: all held at once, or in a few blocks laid out in the code.
@@ -81,9 +82,9 @@ def attention_short_forward_kernel(
     head = tl.program_id(1)
     begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
     begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    stride_qt, stride_qh = tl.multiple_of(stride_qt, STRIDE_ALIGN), tl.multiple_of(stride_qh, STRIDE_ALIGN)
-    stride_kt, stride_kh = tl.multiple_of(stride_kt, STRIDE_ALIGN), tl.multiple_of(stride_kh, STRIDE_ALIGN)
-    stride_vt, stride_vh = tl.multiple_of(stride_vt, STRIDE_ALIGN), tl.multiple_of(stride_vh, STRIDE_ALIGN)
+    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
+    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
+    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
     q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
@@ -147,13 +148,13 @@ def _online_softmax_step(
     return acc, m_new, total
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences", *STRIDES])
 def attention_streaming_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile that walks over blocks of keys: whole blocks without masks, then what is left or on the diagonal."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
@@ -164,9 +165,9 @@ def attention_streaming_forward_kernel(
     head = tl.program_id(1)
     begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
     begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    stride_qt, stride_qh = tl.multiple_of(stride_qt, STRIDE_ALIGN), tl.multiple_of(stride_qh, STRIDE_ALIGN)
-    stride_kt, stride_kh = tl.multiple_of(stride_kt, STRIDE_ALIGN), tl.multiple_of(stride_kh, STRIDE_ALIGN)
-    stride_vt, stride_vh = tl.multiple_of(stride_vt, STRIDE_ALIGN), tl.multiple_of(stride_vh, STRIDE_ALIGN)
+    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
+    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
+    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
     q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
@@ -225,20 +226,23 @@ def varlen_attention(
     out = q.new_empty(q.shape)
     lse = q.new_empty(n_heads, q.shape[0], dtype=torch.float32)
     q_factor, score_scale = _split_scale(scale, q.dtype)
+    unit, strides = strides_in_units(q, k, v)
     work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     target = target_of(q.device)
     for schedule in schedules.forward(target, head_dim, q.dtype):
         if schedule.beyond(max_seqlen_k):
             break
         first_tile, n_tiles = work.of(schedule.first_class, schedule.last_class)
+        if n_tiles == 0:
+            continue
         kernel, keys = _forward_kernel(schedule)
         launch(
             kernel, (n_tiles, n_heads),
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
-            work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor, score_scale,
+            work.n_sequences, *strides, q_factor, score_scale,
             N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
             DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m,
-            CAUSAL=causal, SCALE_Q=q_factor != 1, STRIDE_ALIGN=stride_alignment(q, k, v), TILE=TILE_ROWS,
+            CAUSAL=causal, SCALE_Q=q_factor != 1, STRIDE_UNIT=unit, TILE=TILE_ROWS,
             **schedule.launch_options(),
         )  # fmt: skip
     zero_padding(out, lse, cu_seqlens_q, work)

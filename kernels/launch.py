@@ -142,5 +142,37 @@ def launch(kernel, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, n
         _recorded.append(Launch(kernel, grid, names, constants, num_warps, num_stages))
         return
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if device.type != "cuda":
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        return
+    with _current(device):
+        if torch.version.hip:
+            kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+            return
+        key = (id(kernel), device.index, num_warps, num_stages, *constants.items(), *map(_specialization, arguments))
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        else:
+            rest = map(constants.get, kernel.arg_names[len(arguments) :])
+            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+
+
+_compiled: dict[tuple, Any] = {}
+"""What `triton.jit` found for a launch, by all that it would look at: binding arguments, rendering them as text and
+checking globals takes it several times as long as the launch itself, which a forward pass repeats for every layer.
+
+Not on ROCm, where Triton also looks at how much memory is behind a pointer."""
+
+
+def _specialization(argument: Any) -> Any:
+    """What Triton specializes a kernel's code on for this argument; of integers, by our decorators, the width alone."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument.bit_length() < 32 if isinstance(argument, int) else type(argument)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the current one, at no cost where it is."""
+    index = torch.cuda.current_device()
+    return contextlib.nullcontext() if device.index in (None, index) else torch.cuda.device(device)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from revit_fast.kernels.rounding import INTERPRETED, rounded
 
+STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "gqkvo" for axis in "th")
+"""Arguments that no kernel is specialized on: loads rely on STRIDE_UNIT, not on the value of a stride."""
+
 
 @triton.constexpr_function
 def element(nested, i, j, k):
@@ -156,6 +159,11 @@ def rows_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def stride_alignment(*tensors: Tensor) -> int:
-    """Largest power of two up to 16 that divides every row and head stride: what wide loads may rely on."""
-    return math.gcd(16, *(stride for t in tensors for stride in t.stride()[:2]))
+def strides_in_units(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Row and head strides in units of the largest power of two up to 16 that divides them all, and that unit.
+
+    A product with the unit is what tells the compiler that rows begin at its multiples, where wide loads may.
+    """
+    strides = [stride for t in tensors for stride in t.stride()[:2]]
+    unit = math.gcd(16, *strides)
+    return unit, [stride // unit for stride in strides]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,22 @@ def parts_of(extent: int, widest: int = 256) -> Parts:
     return tuple(parts)
 
 
+SHARED_OPERANDS = ("sm_90", "sm_100")
+"""Chips whose tensor cores read operands from shared memory by descriptors."""
+
+
+@lru_cache(maxsize=256)
 def head_dim_parts(target: Target, head_dim: int, dtype: torch.dtype) -> Parts:
-    """Parts of the head dimension; narrow for float32, where without tensor cores a thread holds whole rows of them."""
-    if dtype != torch.float32:
-        return parts_of(head_dim)
-    return parts_of(head_dim, 64 if target == INTERPRETER else 16)
+    """Parts of the head dimension.
+
+    Narrow for float32, where without tensor cores a thread holds whole rows of them. One part, rounded up, where tensor
+    cores read shared memory: on an H200 code of Triton 3.6 for 64 + 16 columns read beyond what it had allocated.
+    """
+    if dtype == torch.float32:
+        return parts_of(head_dim, 64 if target == INTERPRETER else 16)
+    if target.name in SHARED_OPERANDS:
+        return ((0, max(16, 1 << (head_dim - 1).bit_length())),)
+    return parts_of(head_dim)
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,12 @@ class Schedule:
     block_keys: int = 256
     widest_part: int = 256
 
-    @property
+    @cached_property
     def key_parts(self) -> Parts:
         """The keys of a short tile as parts."""
         return parts_of(self.keys, self.widest_part)
 
-    @property
+    @cached_property
     def key_blocks(self) -> tuple[tuple[tuple[int, int, bool], ...], ...]:
         """The keys of a short tile as blocks of much the same size, each as parts (start, width, needs a mask)."""
         n_blocks = -(-self.keys // self.block_keys)
@@ -140,11 +151,9 @@ _CHOICES: dict[tuple[str, int], Choices] = {
     ("sm_80", 128): Choices((112, 112, 256, 4), (64, 64, 4, 2), None, (64, 64, 4, 2), (64, 32, 4, 2), 4),
     ("sm_80", 256): Choices(None, (32, 64, 8, 2), None, (32, 64, 8, 1), (64, 32, 8, 1), 0),
     ("sm_90", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
-    ("sm_90", 80): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
     ("sm_90", 128): Choices((256, 64, 256, 4), (64, 64, 4, 2), (64, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
     ("sm_90", 256): Choices(None, (32, 64, 8, 2), None, (32, 32, 4, 1), (32, 32, 8, 1), 0),
     ("sm_100", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
-    ("sm_100", 80): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 64, 4, 2), 4),
     ("sm_100", 128): Choices((256, 208, 256, 4), (64, 64, 4, 2), (128, 64, 4), (64, 64, 4, 2), (64, 32, 4, 2), 4),
     ("sm_100", 256): Choices(None, (32, 64, 8, 2), None, (32, 64, 8, 1), (64, 32, 8, 1), 0),
     ("sm_120", 64): Choices((256, 208, 256, 4), (64, 64, 4, 2), (32, 64, 4), (32, 64, 4, 2), (64, 32, 4, 2), 4),
@@ -175,8 +184,8 @@ key that a warp reads from shared memory then serves 32 rows instead of 16. More
 
 
 def _choices(target: Target, head_dim: int) -> Choices:
-    bound = next(bound for bound in (64, 80, 128, 256) if head_dim <= bound)
-    return _CHOICES.get((target.name, bound), _INTERPRETED)
+    bounds = (bound for bound in (64, 80, 128, 256) if head_dim <= bound)
+    return next((_CHOICES[target.name, b] for b in bounds if (target.name, b) in _CHOICES), _INTERPRETED)
 
 
 def _block(name: str, first_class: int, tile: tuple[int, int, int, int]) -> Schedule:

@@ -1,5 +1,6 @@
 """Launchers on fake CUDA tensors: what they return is what the ops promise, and no program is launched without work."""
 
+import contextlib
 from itertools import groupby
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.gpu_launches import Case
+from revit_fast.kernels import launch as launch_module
 from revit_fast.kernels.launch import TARGETS, record
 from revit_fast.kernels.schedules import PADDING, TILE_ROWS
 from revit_fast.ops import _triton
@@ -41,6 +43,10 @@ def test_launcher_returns_what_the_op_promises(case):
         assert described(launched) == described(promised), name
         assert all(device.type == "cuda" for _, _, device in described(promised))
     assert launches, f"{name} launched nothing"
+    for launch in launches:  # what is kept for a launch is found by its integers' width alone
+        parameters = {p.name: p for p in launch.kernel.params}
+        for argument, value in launch.arguments.items():
+            assert not isinstance(value, int) or parameters[argument].do_not_specialize, argument
 
 
 SEQLENS = (0, 1, 50, 64, 65, 0, 101, 197, 257, 577)
@@ -95,3 +101,53 @@ def test_launches_do_not_depend_on_neighbours():
     expected = sorted(key for key, _ in groupby(sorted(asked(launch) for one in alone for launch in one)))
     got = sorted(asked(launch) for launch in together)
     assert got == expected
+
+
+class OnGpu(torch.Tensor):
+    device = torch.device("cuda", 0)
+
+
+class Kernel:
+    """Notes how it is launched: through Triton's own door, or as what that found."""
+
+    arg_names = ("x", "n", "A", "B")
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.calls.append(("found", grid, arguments, options))
+            return Found(self.calls)
+
+        return run
+
+
+class Found:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.calls.append(("kept", grid, arguments, None))
+
+
+def test_a_launch_is_looked_for_once(monkeypatch):
+    monkeypatch.setattr(launch_module, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    kernel, x = Kernel(), torch.zeros(64).as_subclass(OnGpu)
+
+    def kind(x=x, n=5, grid=(3,), **options):
+        launch_module.launch(kernel, grid, x, n, **({"B": 2, "A": (1, 2)} | options))
+        return kernel.calls[-1][0]
+
+    assert kind() == "found"
+    assert kernel.calls == [("found", (3,), (x, 5), {"B": 2, "A": (1, 2), "num_warps": 4, "num_stages": 1})]
+    assert kind(n=16, grid=(7, 2)) == "kept"
+    assert kernel.calls[-1] == ("kept", (7, 2, 1), (x, 16, (1, 2), 2), None)
+    for change in ({"x": x[1:]}, {"x": x.half()}, {"n": 1 << 40}, {"n": 1.0}, {"n": None}, {"A": (1, 3)},
+                   {"num_warps": 8}, {"num_stages": 2}):  # fmt: skip
+        assert kind(**change) == "found", change
+        assert kind(**change) == "kept", change
+    n_calls = len(kernel.calls)
+    launch_module.launch(kernel, (0, 4), x, 5, A=1, B=2)
+    assert len(kernel.calls) == n_calls
