@@ -20,17 +20,20 @@ class WallClock:
 class DeviceClock:
     """Seconds on a GPU between two events around a call.
 
-    Before each call a buffer larger than any L2 cache is overwritten: inputs then come from memory, and the host
-    queues the call while the GPU is still writing, so that launching is timed only where it takes longer than that.
+    Before each call a buffer larger than any L2 cache is overwritten, so that inputs come from memory, and the GPU is
+    kept waiting for about a millisecond, in which the host queues the call: launching is timed only where it takes
+    longer than that.
     """
 
-    def __init__(self, flush_bytes: int = 512 << 20) -> None:
+    def __init__(self, flush_bytes: int = 512 << 20, wait_cycles: int = 2_000_000) -> None:
         self.flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
+        self.wait_cycles = wait_cycles
 
     def seconds(self, run: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         self.flush.zero_()
+        torch.cuda._sleep(self.wait_cycles)
         begin.record()
         run()
         end.record()
