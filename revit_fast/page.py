@@ -9,12 +9,14 @@ Needs gradio: `pip install "revit-fast[page]"`.
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,18 +33,17 @@ HOST = "127.0.0.1"
 
 TITLE = "Just enough tokens"
 
-KEPT_S = 3600
-"""Uploaded files are deleted once they are older, and at the latest when the page ends."""
+ROUNDS, TIMING_S = 3, 0.5
+"""Of timing: at least so many, and more as long as all take less than this. Medians are shown."""
 
-ROUNDS = 3
-"""Of timing: the median is shown."""
-
-CSS = f"""#sheet, #totals, #times {{ {LIGHT}
+CSS = f""".entries {{ {LIGHT}
 {STYLE} }}
-.dark #sheet, .dark #totals, .dark #times {{ {DARK} }}
-#totals table, #times table {{ margin: 0; }}
-#totals tbody th, #times tbody th {{ width: 11rem; }}
+.dark .entries {{ {DARK} }}
+.entries .html-container {{ padding: 0; }}
+.summary table {{ margin: 0; }}
+.summary tbody th {{ width: 8.5rem; }}
 footer {{ display: none !important; }}"""
+"""Rules of a sheet's entries, kept from the rest of the page."""
 
 
 class Seen(NamedTuple):
@@ -115,17 +116,23 @@ def decide(pipe: AdaptivePipeline, seen: Sequence[Seen]) -> list[Explanation]:
 
 
 def time_packs(pipe: AdaptivePipeline, images: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Milliseconds from decoded images to logits, in packs: under the pipeline's policy, assigner included, and with
-    the longest length for every image. Medians of `ROUNDS` runs in turns."""
+    """Milliseconds from decoded images to logits in packs, medians of runs in turns.
+
+    Returns:
+        Under the pipeline's policy, assigner included; with the longest length for every image.
+    """
     pipes = pipe, pipe.with_policy(("fixed", pipe.prep.grids[0]))
-    ms = np.empty((ROUNDS, 2))
-    for i in range(ROUNDS):
-        for j, one in enumerate(pipes):
+    ms, end = [], time.perf_counter() + TIMING_S
+    while len(ms) < ROUNDS or time.perf_counter() < end:
+        turn = []
+        for one in pipes:
             begin = time.perf_counter()
             for _ in one(images):
                 pass
-            ms[i, j] = 1e3 * (time.perf_counter() - begin)
-    return tuple(np.median(ms, axis=0).tolist())
+            turn.append(1e3 * (time.perf_counter() - begin))
+        ms.append(turn)
+    chosen, longest = np.median(ms, axis=0).tolist()
+    return chosen, longest
 
 
 def first_budget(pipe: AdaptivePipeline) -> int:
@@ -149,11 +156,14 @@ def totals_html(pipe: AdaptivePipeline, explanations: Sequence[Explanation]) -> 
     decided = [e for e in explanations if e.error is None]
     if not decided:
         return said
-    costs = total([e.chosen for e in decided]), total([e.lengths[0] for e in decided])
-    most = costs[1]
-    tokens = (meter(n.n_tokens / most.n_tokens, f"{n.n_tokens / len(decided):,.1f}") for n in costs)
-    gmacs = (meter(n.macs / most.macs, n.gmacs) for n in costs)
-    return _table(most.side, {"tokens an image": tokens, "GMACs of the model": gmacs}) + said
+    chosen, longest = [e.chosen for e in decided], [e.lengths[0] for e in decided]
+    patches = [np.mean([n.grid**2 for n in lengths]) for lengths in (chosen, longest)]
+    costs = [total(chosen), total(longest)]
+    columns = {
+        "patch tokens an image": (meter(n / patches[1], f"{n:,.1f}") for n in patches),
+        "GMACs of the model": (meter(n.macs / costs[1].macs, n.gmacs) for n in costs),
+    }
+    return _table(longest[0].side, columns) + said
 
 
 def times_html(pipe: AdaptivePipeline, images: Sequence[np.ndarray]) -> str:
@@ -171,10 +181,11 @@ def _table(longest: str, columns: Mapping[str, Iterable[str]]) -> str:
     """Columns of two cells: this budget, and the longest length for every image."""
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("", *columns))
     chosen, other = ("".join(cells) for cells in zip(*columns.values(), strict=True))
-    return (
-        f'<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n<tr class="chosen"><th scope="row">this budget</th>{chosen}'
-        f'</tr>\n<tr><th scope="row">{longest} for all</th>{other}</tr>\n</tbody>\n</table>\n'
+    rows = (
+        f'<tr class="chosen"><th scope="row">this budget</th>{chosen}</tr>\n'
+        f'<tr><th scope="row">{longest} for all</th>{other}</tr>'
     )
+    return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n"
 
 
 def sheet_html(explanations: Sequence[Explanation]) -> str:
@@ -182,33 +193,65 @@ def sheet_html(explanations: Sequence[Explanation]) -> str:
     return f'{entries(explanations)}\n<p class="soft">{escape(LEGEND)}</p>' if explanations else ""
 
 
-def import_gradio():
-    """Gradio, kept from calling home: no analytics, no check for newer versions, no model hub, no proxy in between."""
+def import_gradio() -> ModuleType:
+    """Gradio, kept from calling home: no analytics, no check for newer versions, no model hub, no proxy in between.
+
+    Raises:
+        ModuleNotFoundError: where it is missing.
+    """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     for name in ("NO_PROXY", "no_proxy"):  # it greets its own server when that has started
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
+        hosts = dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), HOST])
+        os.environ[name] = ",".join(hosts)
     import gradio
 
     return gradio
 
 
-def make_page(
-    pipe: AdaptivePipeline, *, about: str = "", samples: Mapping[str, ImageSource] | None = None, top_k: int = 5
-) -> Any:
-    """The page as a `gradio.Blocks`.
+@contextmanager
+def served(
+    pipe: AdaptivePipeline,
+    port: int,
+    *,
+    budget: int,
+    about: str = "",
+    samples: Mapping[str, ImageSource] | None = None,
+    top_k: int = 5,
+    open_browser: bool = False,
+) -> Iterator[str]:
+    """A context in which the page is served on the loopback by threads of its own, never by a public link.
+
+    Uploaded files lie in a folder that nobody else can read and that is deleted at the end.
 
     Args:
-        pipe: a pipeline with a calibrated assigner; its own policy says where the slider begins.
-        about: the model, in a few words.
+        pipe: a pipeline with a calibrated assigner.
+        port: to listen on.
+        budget: patch tokens where the slider begins, see `first_budget`.
+        about: the model, in a few words of Markdown.
         samples: images to show on request, by their names.
         top_k: classes to list of an image; 0 for none.
+        open_browser: show the page there.
+
+    Yields:
+        The address.
 
     Raises:
         ModuleNotFoundError: where gradio is missing.
-        ValueError: where there is no assigner, or one that was never calibrated.
     """
-    budget = first_budget(pipe)
     gr = import_gradio()
+    with TemporaryDirectory(prefix="revit-fast-demo-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # components look it up when they are made
+        page = _page(gr, pipe, budget, about, samples or {}, top_k)
+        try:
+            yield _launch(gr, page, port, open_browser)
+        finally:
+            page.close(verbose=False)
+
+
+def _page(
+    gr: ModuleType, pipe: AdaptivePipeline, budget: int, about: str, samples: Mapping[str, ImageSource], top_k: int
+) -> Any:
+    """The page as a `gradio.Blocks`."""
 
     def shown(seen: Sequence[tuple[str, Seen]], tokens: float) -> tuple[str, str]:
         asked = pipe.with_policy(("budget", tokens))
@@ -230,14 +273,15 @@ def make_page(
         images = [entry.image for _, entry in seen if entry.error is None]
         return times_html(pipe.with_policy(("budget", tokens)), images)
 
+    plain = {"apply_default_css": False}
     own = {"api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S), fill_width=True) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         seen = gr.State([])
         gr.Markdown(f"# {TITLE}\n{about}")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 files = gr.File(label="Images: JPEG, PNG or WebP", file_count="multiple", elem_id="files", height=190)
-                sample = gr.Button(f"Show {len(samples or ())} sample images", visible=bool(samples), elem_id="samples")
+                sample = gr.Button(f"Show {len(samples)} sample images", visible=bool(samples), elem_id="samples")
             with gr.Column(scale=3, min_width=320):
                 slider = gr.Slider(
                     pipe.model.lengths[-1],
@@ -247,9 +291,9 @@ def make_page(
                     label="Budget: patch tokens of an image, on average",
                     elem_id="budget",
                 )
-                totals = gr.HTML(shown([], budget)[0], elem_id="totals", apply_default_css=False)
-                times = gr.HTML(elem_id="times", apply_default_css=False)
-        sheet = gr.HTML(elem_id="sheet", apply_default_css=False)
+                totals = gr.HTML(shown([], budget)[0], elem_id="totals", elem_classes=["entries", "summary"], **plain)
+                times = gr.HTML(elem_id="times", elem_classes=["entries", "summary"], **plain)
+        sheet = gr.HTML(elem_id="sheet", elem_classes="entries", **plain)
         seeing = {"outputs": [seen, totals, sheet], **own, "show_progress": "minimal"}
         timing = {"fn": timed, "inputs": [seen, slider], "outputs": times, "trigger_mode": "always_last", **own}
         files.change(look_at_files, [files, seen, slider], **seeing).then(**timing)
@@ -259,15 +303,8 @@ def make_page(
     return page
 
 
-def start(page: Any, port: int, *, open_browser: bool = False) -> str:
-    """Serves the page on the loopback in threads of its own, never by a public link; its address.
-
-    Args:
-        page: of `make_page`.
-        port: to listen on.
-        open_browser: show it there.
-    """
-    gr = import_gradio()
+def _launch(gr: ModuleType, page: Any, port: int, open_browser: bool) -> str:
+    """Serves the page in threads; its address."""
     # Fonts are the system's: gradio's default ones come from elsewhere, or from files beside it.
     theme = gr.themes.Default(
         primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
@@ -291,13 +328,3 @@ def start(page: Any, port: int, *, open_browser: bool = False) -> str:
         css=CSS,
     )
     return address
-
-
-def serve(page: Any) -> None:
-    """Waits until it is interrupted, then ends the page and what it kept."""
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        page.close(verbose=False)

@@ -216,9 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_threads(p)
     p.add_argument("--port", type=positive, default=7860, help="(default %(default)s)")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
-    p.set_defaults(
-        command="demo", policy=None, budget=None, grid=None, exact=True, draft=False, batch_tokens=4096
-    )
+    p.set_defaults(command="demo", policy=None, budget=None, grid=None, exact=True, draft=False, batch_tokens=4096)
 
     p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
     _add_choice(p)

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 import warnings
+from contextlib import suppress
+from threading import Event
 
 import numpy as np
 
@@ -32,17 +34,21 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module="PIL")
     pipe = build_pipeline(args)
     try:
-        made = page.make_page(
-            pipe,
-            about=described(args.model, pipe),
-            samples=samples_of(args.model, pipe),
-            top_k=args.top_k if has_weights(args) else 0,
-        )
+        budget = page.first_budget(pipe)
     except ValueError as error:
         raise UsageError(f"--assigner: {error}") from error
-    address = page.start(made, args.port, open_browser=args.browser)
-    print(f"the page is at {address} until Ctrl-C", file=sys.stderr, flush=True)
-    page.serve(made)
+    served = page.served(
+        pipe,
+        args.port,
+        budget=budget,
+        about=described(args.model, pipe),
+        samples=samples_of(args.model, pipe),
+        top_k=args.top_k if has_weights(args) else 0,
+        open_browser=args.browser,
+    )
+    with served as address, suppress(KeyboardInterrupt):
+        print(f"the page is at {address} until Ctrl-C", file=sys.stderr, flush=True)
+        Event().wait()
     return 0
 
 

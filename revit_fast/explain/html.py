@@ -39,7 +39,6 @@ article { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); g
 article.failed { display: block; border-left: 4px solid var(--bad); }
 .failed p { color: var(--bad); overflow-wrap: anywhere; }
 @media (max-width: 60rem) { article { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 36rem) { article { padding: .75rem; } th, td { padding: .3rem .2rem; } }
 figure { margin: 0; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figcaption { font-size: .87rem; margin-top: .4rem; }
@@ -65,6 +64,8 @@ tbody th { color: inherit; width: 1%; }
 .time { display: flex; height: .9rem; gap: 1px; border-radius: 2px; overflow: hidden; }
 .times { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: .35rem 0 0; padding: 0; list-style: none; }
 .times b { display: inline-block; width: .75rem; height: .75rem; margin-right: .4rem; border-radius: 2px; }
+@media (max-width: 36rem) { article { padding: .75rem; } th, td { padding: .3rem .2rem; } .meter { gap: .2rem; }
+  .track { min-width: .5rem; } }
 @media (forced-colors: active) { .track, .track *, .time *, .times b { forced-color-adjust: none; } }"""
 """Of entries, in the colours of `LIGHT` or `DARK`, wherever they stand."""
 
