@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from network import assert_stayed, spied
 from PIL import Image
 from small_models import make_model
 
@@ -272,25 +273,15 @@ NAME = "fashion-mnist"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
 
-SPIED = """
-import sys
+PROGRAM = "from revit_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
 
-def spy(event, args):
-    if event == "socket.getaddrinfo":
-        host = args[0]
-    elif event == "socket.connect" and isinstance(args[1], tuple):
-        host = args[1][0]
-    else:
-        return
-    if host not in (None, "127.0.0.1", b"127.0.0.1", "localhost", "::1"):
-        print("LEFT", host, file=sys.stderr, flush=True)
 
-sys.addaudithook(spy)
-from revit_fast.cli import main
-
-sys.exit(main(sys.argv[1:]))
-"""
-"""The command in a process that says where it connects to, or looks up, beyond the loopback."""
+def test_the_spy_sees():
+    program = "import socket\ntry: socket.create_connection(('192.0.2.1', 9), timeout=0.01)\nexcept OSError: pass"
+    said = subprocess.run(spied(program), capture_output=True, text=True, check=True).stderr
+    assert "left the machine for 192.0.2.1" in said
+    with pytest.raises(AssertionError):
+        assert_stayed(said)
 
 
 class Served(NamedTuple):
@@ -308,7 +299,7 @@ def served(tmp_path_factory):
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://192.0.2.1:9")
     own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)}
     environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere | own
-    command = [sys.executable, "-c", SPIED, "demo", "--no-browser", "--port", str(free_port()), "--threads", "1"]
+    command = spied(PROGRAM, "demo", "--no-browser", "--port", free_port(), "--threads", 1)
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file, env=environment)
     try:
@@ -324,7 +315,7 @@ def served(tmp_path_factory):
         code = process.wait(timeout=60)
     said = log.read_text()
     assert code == 0, said
-    assert "LEFT" not in said, said
+    assert_stayed(said)
     assert "Traceback" not in said, said
     assert [path for path in log.parent.rglob("*") if path.is_file()] == [log]
 

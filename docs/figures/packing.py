@@ -3,7 +3,7 @@
 Run: python docs/figures/packing.py
 """
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 GRIDS, N_PREFIX, TILE_ROWS = (14, 10, 7), 1, 64
@@ -80,7 +80,7 @@ def tiles(y: float) -> list[str]:
 
 def tile_starts() -> list[tuple[int, int, int]]:
     """First and last row of the sequence, and the tile's first row within it, of every tile."""
-    sequences = zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True)
+    sequences = pairwise(CU_SEQLENS)
     return [(begin, end, row) for begin, end in sequences for row in range(0, end - begin, TILE_ROWS)]
 
 
