@@ -46,7 +46,7 @@ test-abi: build
 ## gradio wants another Pillow than the tests of resizing.
 test-page: build
 	$(PYTHON) -m venv $(VENV)-page
-	$(VENV)-page/bin/python -m pip install -q "setuptools>=77" $(TORCH) matplotlib pytest pytest-timeout scipy selenium
+	$(VENV)-page/bin/python -m pip install -q "setuptools>=77" $(TORCH) pytest pytest-timeout selenium
 	REVIT_FAST_NO_EXTENSION=1 $(VENV)-page/bin/python -m pip install -q --no-build-isolation -e ".[page]"
 	$(VENV)-page/bin/python -m pytest tests/test_page.py
 
