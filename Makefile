@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi bench bench-train bench-model bench-pipeline gate lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi test-page bench bench-train bench-model bench-pipeline gate docs lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -42,6 +42,14 @@ test-abi: build
 	$(VENV)-abi/bin/python -m pytest tests/test_packing.py tests/test_attention.py tests/test_layer_norm.py \
 	    tests/test_tokens.py tests/test_resize.py -k "not compile"
 
+## The page of `revit-fast demo` in a real browser (apt-get install chromium chromium-driver), in an environment of its own:
+## gradio wants another Pillow than the tests of resizing.
+test-page: build
+	$(PYTHON) -m venv $(VENV)-page
+	$(VENV)-page/bin/python -m pip install -q "setuptools>=77" $(TORCH) pytest pytest-timeout selenium
+	REVIT_FAST_NO_EXTENSION=1 $(VENV)-page/bin/python -m pip install -q --no-build-isolation -e ".[page]"
+	$(VENV)-page/bin/python -m pytest tests/test_page.py
+
 ## Speed of every op and of the model beside its peers; tables in bench/results/.
 bench: build
 	$(BIN)/python -m pytest bench -p no:cacheprovider --benchmark-columns=median,iqr,rounds
@@ -61,6 +69,11 @@ bench-train: build
 ## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:
 	$(PYTHON) -m bench.gate $(ARGS)
+
+## The documentation as a site, in build/site/.
+docs: $(VENV)/installed
+	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -88,4 +101,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-abi build dist *.egg-info revit_fast/_C*.so bench/results
+	rm -rf $(VENV) $(VENV)-abi $(VENV)-page build dist *.egg-info revit_fast/_C*.so bench/results

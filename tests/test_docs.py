@@ -1,14 +1,19 @@
 """What the documentation shows runs as it stands."""
 
 import ast
+import os
 import re
+import runpy
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from network import assert_stayed, spied
 from PIL import Image
 from small_models import make_model
 from train_helpers import MODEL_KWARGS, noise_images, write_folders
@@ -24,6 +29,9 @@ from revit_fast.tla import MAX_SHARE
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
 TRAINING = PAGE.with_name("training.md")
 TIMM = PAGE.with_name("timm.md")
+DOCS = PAGE.parent
+ROOT = DOCS.parent
+PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "reports").rglob("*.md")]
 
 
 def blocks(language, page=PAGE):
@@ -135,3 +143,100 @@ def test_training_commands_are_understood(capsys):
         build_parser().parse_args(["fit", "--help"])
     known = capsys.readouterr().out
     assert not [option for option in options if option not in known]
+
+
+def of_revit_fast(page):
+    """Arguments of the lines of a page's shell blocks that call revit-fast."""
+    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("revit-fast ")]
+
+
+@pytest.mark.parametrize("name", ["index.md", "how-packing-works.md"])
+def test_pages_of_the_site_run(name, capsys):
+    names = {}
+    for block in blocks("python", DOCS / name):
+        exec(compile(block, name, "exec"), names)
+    assert len(blocks("python", DOCS / name)) == 2
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "n_commands"), [("index.md", 3), ("page.md", 3)])
+def test_commands_of_the_site_are_understood(name, n_commands):
+    commands = of_revit_fast(DOCS / name)
+    assert len(commands) == n_commands
+    for command in commands:
+        build_parser().parse_args(command)
+
+
+def files_of(nav):
+    """The files of a tree of pages."""
+    for entry in nav:
+        for target in entry.values():
+            yield from [target] if isinstance(target, str) else files_of(target)
+
+
+def test_every_page_is_in_the_navigation():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = list(files_of(config["nav"]))
+    assert len(set(listed)) == len(listed)
+    inside = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert inside <= set(listed)
+    assert all((ROOT / name).is_file() for name in set(listed) - inside)
+
+
+def anchors_of(page):
+    """What headings of a page are called in links."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        to = page.parent / name if name else page
+        assert to.exists(), target
+        assert not anchor or anchor in anchors_of(to), target
+
+
+def test_figures_are_what_their_scripts_draw():
+    scripts = list((DOCS / "figures").glob("*.py"))
+    assert scripts
+    for script in scripts:
+        drawn = runpy.run_path(str(script))["draw"]()
+        assert script.with_suffix(".svg").read_text(encoding="utf-8") == drawn
+
+
+def test_the_figure_of_packing_is_true():
+    figure = runpy.run_path(str(DOCS / "figures" / "packing.py"))
+    batch = rf.PackedBatch.from_images([torch.zeros(3, 16 * g, 16 * g) for g in figure["GRIDS"]], patch_size=16)
+    layout = batch.layout(figure["N_PREFIX"])
+    assert layout.cu_seqlens.tolist() == figure["CU_SEQLENS"]
+    starts = sorted(figure["CU_SEQLENS"][sequence] + row for sequence, row, _ in layout.tiles.tolist())
+    assert starts == [begin + row for begin, _, row in figure["tile_starts"]()]
+
+
+def test_the_site_is_built_without_a_network(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(package)
+    program = "from mkdocs.__main__ import cli\ncli()"
+    command = spied(program, "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path / "site")
+    built = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert built.returncode == 0, built.stderr
+    assert_stayed(built.stderr)
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(list(DOCS.rglob("*.md")))
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//", text), (
+            page
+        )
+    for sheet in (tmp_path / "site").rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import\s*)[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+    api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    shown = [name for name in rf.__all__ if name not in ("__version__", "flash_attn_compat", "ops")]
+    for name in [*shown, *(f"ops.{name}" for name in rf.ops.__all__)]:
+        assert re.search(rf'id="revit_fast\.[\w.]*\b{name.split(".")[-1]}"', api), name

@@ -15,6 +15,7 @@ EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
+    **dict.fromkeys(("gradio",), "page"),
     **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
     **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
 }
@@ -84,7 +85,7 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
         help="a bundle's folder (./model), whose assigner, policy and class names are then the defaults; a shipped "
         "bundle's name; or a timm name (default %(default)s)",
     )
-    p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
+    _add_assigner(p)
     p.add_argument(
         "--policy",
         type=_policy,
@@ -112,6 +113,14 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
     )
+    _add_threads(p)
+
+
+def _add_assigner(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
+
+
+def _add_threads(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
 
 
@@ -189,6 +198,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classes(p)
     p.add_argument("--output", metavar="FILE", required=True, help="sheet.html or sheet.png, written all or nothing")
     p.set_defaults(command="explain", batch_tokens=4096)
+
+    p = commands.add_parser(
+        "demo",
+        help="show in the browser what each image gets",
+        description="Open a page on this machine: images, the grid that each gets, and a slider for the budget.",
+    )
+    p.add_argument(
+        "model",
+        nargs="?",
+        default="fashion-mnist",
+        metavar="MODEL",
+        help="a bundle's folder (./model), a shipped bundle's name, or a timm name (default %(default)s)",
+    )
+    _add_assigner(p)
+    _add_classes(p)
+    _add_threads(p)
+    p.add_argument("--port", type=positive, default=7860, help="(default %(default)s)")
+    p.add_argument("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
+    p.set_defaults(command="demo", policy=None, budget=None, grid=None, exact=True, draft=False, batch_tokens=4096)
 
     p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
     _add_choice(p)

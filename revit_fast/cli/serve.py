@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_free(host: str, port: int) -> None:
-    """A usage error where nothing can listen there: Ray Serve would try for a while and say so elsewhere."""
+def check_free(host: str, port: int, options: str = "--host, --port") -> None:
+    """A usage error where nothing can listen there: servers would try for a while and say so elsewhere."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"--host, --port: cannot listen on {host}:{port}: {error}") from error
+        raise UsageError(f"{options}: cannot listen on {host}:{port}: {error}") from error

@@ -34,6 +34,7 @@ class Length(NamedTuple):
         macs: multiply-adds of the model's forward pass.
         probability: the assigner's, that this is the smallest sufficient length; None where it was not asked.
         suffices: P(label <= length), that this length is long enough; likewise.
+        ms: milliseconds of packing and forward pass, for this image alone; None where it was not run at every length.
     """
 
     grid: int
@@ -41,6 +42,7 @@ class Length(NamedTuple):
     macs: int
     probability: float | None = None
     suffices: float | None = None
+    ms: float | None = None
 
     @property
     def side(self) -> str:
@@ -51,6 +53,12 @@ class Length(NamedTuple):
         """Multiply-adds with three digits, in giga."""
         giga = self.macs / 1e9
         return f"{giga:.2f}" if giga >= 1 else f"{giga:.3g}"
+
+
+def with_evidence(lengths: Sequence[Length], probabilities: np.ndarray) -> list[Length]:
+    """The lengths with what the assigner believes of an image, `[n_lengths]`."""
+    evidence = zip(probabilities.tolist(), suffices(probabilities[None])[0].tolist(), strict=True)
+    return [n._replace(probability=p, suffices=s) for n, (p, s) in zip(lengths, evidence, strict=True)]
 
 
 def total(lengths: Sequence[Length]) -> Length:
@@ -233,8 +241,7 @@ def _explanation(
     except ImageError as error:
         return Explanation(index, name, error=on_one_line(str(error)))
     if run.probabilities is not None:
-        evidence = zip(run.probabilities.tolist(), suffices(run.probabilities[None])[0].tolist(), strict=True)
-        lengths = [n._replace(probability=p, suffices=s) for n, (p, s) in zip(lengths, evidence, strict=True)]
+        lengths = with_evidence(lengths, run.probabilities)
     height, width = run.image.shape[:2]
     crop = eval_box(height, width, run.grid * pipe.prep.patch_size, pipe.prep.crop_pct)
     picture, is_cut = draw_grid(run.image, crop, run.grid)

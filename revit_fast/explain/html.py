@@ -22,26 +22,15 @@ LEGEND = (
     "Times are of each image alone."
 )
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
-:root { --page: #f4f5f7; --card: #fff; --text: #1b1f24; --soft: #59636e; --line: #d9dee3; --track: #e6e9ed;
+LIGHT = """--page: #f4f5f7; --card: #fff; --text: #1b1f24; --soft: #59636e; --line: #d9dee3; --track: #e6e9ed;
   --bar: #8fa3b8; --chosen: #0b66c3; --pick: #e7f1fc; --mark: #c2410c; --bad: #b42318;
-  --decode: #7a5cc4; --assign: #c2410c; --pack: #0f8a7e; --forward: #0b66c3; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #101418; --card: #191f26; --text: #e7ebef; --soft: #9ba7b3; --line: #303943; --track: #2a323b;
+  --decode: #7a5cc4; --assign: #c2410c; --pack: #0f8a7e; --forward: #0b66c3;"""
+
+DARK = """--page: #101418; --card: #191f26; --text: #e7ebef; --soft: #9ba7b3; --line: #303943; --track: #2a323b;
     --bar: #627588; --chosen: #58a6ff; --pick: #16283c; --mark: #ff9350; --bad: #ff8a80;
-    --decode: #a58ceb; --assign: #ff9350; --pack: #3cc2b3; --forward: #58a6ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem; max-width: 84rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; }
+    --decode: #a58ceb; --assign: #ff9350; --pack: #3cc2b3; --forward: #58a6ff;"""
+
+STYLE = """* { box-sizing: border-box; }
 h2 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
 p { margin: .25rem 0; }
 .soft, caption, th, figcaption { color: var(--soft); font-weight: normal; }
@@ -50,7 +39,6 @@ article { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); g
 article.failed { display: block; border-left: 4px solid var(--bad); }
 .failed p { color: var(--bad); overflow-wrap: anywhere; }
 @media (max-width: 60rem) { article { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 36rem) { body, article { padding: .75rem; } th, td { padding: .3rem .2rem; } }
 figure { margin: 0; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figcaption { font-size: .87rem; margin-top: .4rem; }
@@ -76,7 +64,28 @@ tbody th { color: inherit; width: 1%; }
 .time { display: flex; height: .9rem; gap: 1px; border-radius: 2px; overflow: hidden; }
 .times { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: .35rem 0 0; padding: 0; list-style: none; }
 .times b { display: inline-block; width: .75rem; height: .75rem; margin-right: .4rem; border-radius: 2px; }
-@media (forced-colors: active) { .track, .track *, .time *, .times b { forced-color-adjust: none; } }
+@media (max-width: 36rem) { article { padding: .75rem; } th, td { padding: .3rem .2rem; } .meter { gap: .2rem; }
+  .track { min-width: .5rem; } }
+@media (forced-colors: active) { .track, .track *, .time *, .times b { forced-color-adjust: none; } }"""
+"""Of entries, in the colours of `LIGHT` or `DARK`, wherever they stand."""
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { $light }
+@media (prefers-color-scheme: dark) {
+  :root { $dark } }
+body { margin: 0 auto; padding: 1.5rem; max-width: 84rem; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0; }
+@media (max-width: 36rem) { body { padding: .75rem; } }
+$style
 </style>
 </head>
 <body>
@@ -97,12 +106,20 @@ def write_html(path: str | PathLike, explanations: Sequence[Explanation]) -> Non
     """Writes one self-contained page, all or nothing."""
     page = PAGE.substitute(
         title=TITLE,
+        light=LIGHT,
+        dark=DARK,
+        style=STYLE,
         summary=escape(summary(explanations)),
         legend=escape(LEGEND),
-        articles="\n".join(_article(e) for e in explanations),
+        articles=entries(explanations),
     )
     with replaced(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def entries(explanations: Sequence[Explanation]) -> str:
+    """An `article` element for each, to be styled by `STYLE`."""
+    return "\n".join(map(_article, explanations))
 
 
 def _article(e: Explanation) -> str:
@@ -131,7 +148,7 @@ def _data_uri(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
-def _meter(share: float, text: str, mark: float | None = None, begin: float = 0.0) -> str:
+def meter(share: float, text: str, mark: float | None = None, begin: float = 0.0) -> str:
     """A bar from `begin` over `share` of its track, its text beside it, and a mark at a share of the track."""
     line = "" if mark is None else f'<i style="left:{mark:.2%}"></i>'
     bar = f'<b style="left:{begin:.2%};width:{share:.2%}"></b>'
@@ -142,17 +159,21 @@ def _table_of_lengths(e: Explanation) -> str:
     head, columns = [], []
     if e.chosen.probability is not None:
         head.append("P")
-        columns.append([_meter(n.probability, f"{n.probability:.3f}") for n in e.lengths])
+        columns.append([meter(n.probability, f"{n.probability:.3f}") for n in e.lengths])
     if e.policy.threshold is not None:
         theta = e.policy.threshold
         head.append(f'P(label ≤ grid) <span class="mark">| θ = {theta:.4g}</span>')
-        columns.append([_meter(n.suffices, f"{n.suffices:.3f}", theta) for n in e.lengths])
+        columns.append([meter(n.suffices, f"{n.suffices:.3f}", theta) for n in e.lengths])
     if e.entropy is not None:
         head.append(f'entropy, bits <span class="mark">| {e.entropy:.3f}</span>')
         at = e.entropy / ENTROPY_BITS
-        columns.append([_meter((b - a) / ENTROPY_BITS, text, at, a / ENTROPY_BITS) for a, b, text in e.entropy_ranges])
+        columns.append([meter((b - a) / ENTROPY_BITS, text, at, a / ENTROPY_BITS) for a, b, text in e.entropy_ranges])
     head.append("GMACs")
-    columns.append([_meter(n.macs / e.lengths[0].macs, n.gmacs) for n in e.lengths])
+    columns.append([meter(n.macs / e.lengths[0].macs, n.gmacs) for n in e.lengths])
+    if e.chosen.ms is not None:
+        most = max(n.ms for n in e.lengths)
+        head.append("ms")
+        columns.append([meter(n.ms / most, f"{n.ms:.2f}") for n in e.lengths])
     rows = []
     for length, *cells in zip(e.lengths, *columns, strict=True):
         is_chosen = length is e.chosen
@@ -172,7 +193,7 @@ def _table_of_classes(e: Explanation) -> str:
     if not e.classes:
         return ""
     rows = "\n".join(
-        f'<tr><th scope="row" class="name">{escape(label)}</th>{_meter(score, f"{score:.3f}")}</tr>'
+        f'<tr><th scope="row" class="name">{escape(label)}</th>{meter(score, f"{score:.3f}")}</tr>'
         for label, score in e.classes
     )
     return f"<table>\n<caption>Best classes</caption>\n<tbody>\n{rows}\n</tbody>\n</table>"

@@ -182,6 +182,9 @@ def _draw_lengths(canvas: _Canvas, x: float, y: float, e: Explanation) -> float:
         cells = [((b - a) / ENTROPY_BITS, text, a / ENTROPY_BITS, at) for a, b, text in e.entropy_ranges]
         columns.append(("entropy, bits", f"{e.entropy:.3f}", cells))
     columns.append(("GMACs", "", [(n.macs / e.lengths[0].macs, n.gmacs, 0.0, None) for n in e.lengths]))
+    if e.chosen.ms is not None:
+        most = max(n.ms for n in e.lengths)
+        columns.append(("ms", "", [(n.ms / most, f"{n.ms:.2f}", 0.0, None) for n in e.lengths]))
     begin = x + 176
     titles = y + 8
     # A column is wider where its title is.
