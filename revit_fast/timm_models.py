@@ -168,8 +168,10 @@ def adapt_state_dict(model: ReViT, state_dict: dict[str, Tensor], prefix: str, *
                 stacklevel=2,
             )
             for name in names:
-                del adapted[name], state_dict[prefix + name]
+                del adapted[name]
                 adapted |= {name: own[name]} if name in own else {}
+    for name in inner.keys() - adapted.keys():
+        del state_dict[prefix + name]
     state_dict.update({prefix + name: value for name, value in adapted.items()})
 
 
