@@ -335,24 +335,26 @@ class ReViT(nn.Module):
 
     @classmethod
     def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
-        """A ReViT with the weights of a timm `VisionTransformer`, its LayerNorms repeated for every length.
+        """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, LayerNorms repeated for every length.
 
-        At any single grid the result equals the timm model at that input size (with `dynamic_img_size=True`).
+        At any single grid the result equals the timm model at that input size (with `dynamic_img_size=True`), that of a
+        `NaFlexVit` also at any grid that is not square.
 
         Args:
-            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling.
+            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling; or a
+                `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased) or factorized.
             grids: configured token grids, strictly decreasing.
 
         Raises:
-            TypeError: where `vit` is not a VisionTransformer.
+            TypeError: where `vit` is neither.
             ValueError: where it uses a feature that ReViT does not have; the message names it.
         """
-        from revit_fast.timm_import import config_from_timm
+        from revit_fast.timm_import import config_from_timm, weights_from_timm
 
         model = cls(grids=grids, **config_from_timm(vit))
-        model.load_state_dict(model.convert_state_dict(vit.state_dict()))
+        model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
         model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-        parameter = vit.pos_embed
+        parameter = next(vit.parameters())
         return model.to(device=parameter.device, dtype=parameter.dtype).train(vit.training)
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
