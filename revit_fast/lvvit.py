@@ -20,12 +20,14 @@ from revit_fast.model import ReViT
 from revit_fast.packing import DEFAULT_GRIDS
 
 SHARED: dict[str, Any] = {"qkv_bias": False, "eps": 1e-5}
-WIDTHS: dict[str, dict[str, Any]] = {
-    "t": {"embed_dim": 240, "depth": 12, "num_heads": 4, "stem_chans": 64, "residual_scale": 1.0},
-    "s": {"embed_dim": 384, "depth": 16, "num_heads": 6, "stem_chans": 64, "residual_scale": 2.0},
-    "m": {"embed_dim": 512, "depth": 20, "num_heads": 8, "stem_chans": 64, "residual_scale": 2.0},
-    "l": {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem_chans": 128, "residual_scale": 3.0},
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "t": SHARED | {"embed_dim": 240, "depth": 12, "num_heads": 4, "stem_chans": 64, "residual_scale": 1.0},
+    "s": SHARED | {"embed_dim": 384, "depth": 16, "num_heads": 6, "stem_chans": 64, "residual_scale": 2.0},
+    "m": SHARED | {"embed_dim": 512, "depth": 20, "num_heads": 8, "stem_chans": 64, "residual_scale": 2.0},
+    "l": SHARED | {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem_chans": 128, "residual_scale": 3.0},
 }
+"""Arguments of `ReViT` by the size's letter."""
+
 CROP_PCT = {"t": 0.9, "s": 0.9, "m": 1.0, "l": 1.0}
 MLP_RATIO = 3
 
@@ -51,7 +53,7 @@ def lvvit_l(grids: Sequence[int] = DEFAULT_GRIDS, **kwargs: Any) -> ReViT:
 
 
 def _make(size: str, grids: Sequence[int], kwargs: Mapping[str, Any]) -> ReViT:
-    options = SHARED | WIDTHS[size] | kwargs
+    options = ARCHITECTURES[size] | kwargs
     model = ReViT(grids=grids, **{"hidden_dim": MLP_RATIO * options["embed_dim"], **options})
     model.pretrained_cfg = {"crop_pct": CROP_PCT[size]}
     return model
@@ -88,15 +90,15 @@ def from_lvvit_state_dict(
         )
     embed_dim, stem_chans, half_patch, _ = state_dict["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
-    known = next((widths for widths in WIDTHS.values() if widths["embed_dim"] == embed_dim), {})
+    official = {known["embed_dim"]: known for known in ARCHITECTURES.values()}
     given = {"num_heads": num_heads, "residual_scale": residual_scale}
-    for name in given:
-        if given[name] is None and name not in known:
-            widths = ", ".join(str(widths["embed_dim"]) for widths in WIDTHS.values())
+    for name, value in given.items():
+        if value is None and embed_dim not in official:
             raise ValueError(
-                f"{name}: not known for {embed_dim} channels (official models have {widths}); give {name}=..."
+                f"{name}: not known for {embed_dim} channels (official models have {', '.join(map(str, official))}); "
+                f"give {name}=..."
             )
-        given[name] = known[name] if given[name] is None else given[name]
+        given[name] = official[embed_dim][name] if value is None else value
     side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)
     num_classes = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0
     model = ReViT(

@@ -3,14 +3,17 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import only_on, randn
 from small_models import images_of
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import revit_fast as rf
+import revit_fast.timm_models
 from revit_fast import fused, graphs, lvvit
 from revit_fast.costs import forward_macs
 from revit_fast.layers import ResidualScale, sequence_max
@@ -21,6 +24,15 @@ from revit_fast.packing import PackedBatch, cumulative
 PATCH = 8
 GRIDS = (6, 4, 2)
 MIX = [4, 6, 2, (3, 5), 2, 6]
+SMALL = {
+    "depth": 2,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "stem_chans": 8,
+    "patch_size": PATCH,
+    "num_classes": 40,
+    "img_size": 48,
+}
 TOLERANCE = 2e-5  # of the largest logit, in float32
 NEEDS_ENGINE = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built")
 
@@ -421,6 +433,74 @@ class TestInterface:
             for grids in ([4, 6], [6, 4], [4, 2, 6], [2, 2, 4], [6, 6, 4, 2]):
                 batch = PackedBatch.from_images(pixels(grids), PATCH, lengths=model.lengths)
                 assert relative(packs(batch), model(batch)) <= TOLERANCE
+
+
+class TestTimm:
+    """The registered models; timm has no LV-ViT to compare with."""
+
+    def small(self, **kwargs):
+        return timm.create_model("revit_lvvit_s", **{**SMALL, **kwargs}).eval()
+
+    @pytest.mark.parametrize("size", ["s", "m", "l"])
+    def test_architecture_and_default_cfg(self, size):
+        model = timm.create_model(f"revit_lvvit_{size}", device="meta")
+        with torch.device("meta"):
+            ours = getattr(lvvit, f"lvvit_{size}")()
+        assert model.config == ours.config
+        cfg = model.default_cfg
+        assert cfg["crop_pct"] == ours.pretrained_cfg["crop_pct"] == (0.9 if size == "s" else 1.0)
+        assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
+        assert cfg["mean"] == (0.485, 0.456, 0.406)
+        assert rf.AdaptivePreprocessor.for_model(ours, policy=("fixed", 14)).crop_pct == cfg["crop_pct"]
+
+    @torch.inference_mode()
+    def test_official_checkpoint(self, tmp_path):
+        plain = lively(LVViT(depth=2))
+        torch.save(plain.state_dict(), tmp_path / "lvvit.pth")
+        model = self.small(checkpoint_path=str(tmp_path / "lvvit.pth"))
+        labelled = self.small(checkpoint_path=str(tmp_path / "lvvit.pth"), aux_head=True)
+        x = torch.stack(pixels([4, 4]))
+        assert relative(model(x), plain(x)) <= TOLERANCE
+        assert relative(labelled(x), plain(x, True)) <= TOLERANCE
+        overlay = {"file": str(tmp_path / "lvvit.pth"), "num_classes": 40}
+        model = self.small(pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, img_size=32)
+        plain.patch_embed.conv1.weight = nn.Parameter(plain.patch_embed.conv1.weight.sum(1, keepdim=True))
+        plain.pos_embed = nn.Parameter(model.pos_embed.clone())
+        plain.side = 4
+        assert relative(model(x[:, :1]), plain(x[:, :1])) <= TOLERANCE
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("how", ["getter", "fx"])
+    def test_features(self, how):
+        model = self.small()
+        extractor = timm.create_model(
+            "revit_lvvit_s", **SMALL, features_only=True, feature_cls=how, out_indices=(0, 1)
+        ).eval()
+        prefix = {"getter": "model.", "fx": "graph_module."}[how]
+        own = extractor.state_dict()
+        weights = {prefix + name: value for name, value in model.state_dict().items()}
+        extractor.load_state_dict({name: value for name, value in weights.items() if name in own})
+        x = torch.stack(pixels([4, 4]))
+        maps = extractor(x)
+        expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+        for ours, theirs in zip(maps, expected, strict=True):
+            theirs = theirs if how == "getter" else theirs.flatten(2).transpose(1, 2)
+            assert relative(ours if how == "getter" else ours[:, 1:], theirs) <= TOLERANCE
+
+    def test_layer_decay_and_gradients(self):
+        model = self.small(aux_head=True).train()
+        optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+        decays = {
+            id(p): (group["weight_decay"], group["lr_scale"])
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        stem = decays[id(model.patch_embed.conv1.weight)]
+        assert stem[0] == 0.05
+        assert stem[1] == min(scale for _, scale in decays.values())
+        assert decays[id(model.patch_embed.bn1.weight)][0] == 0.0
+        model(pixels([6, 4, 2])).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_sequence_max_is_that_of_each_sequence():
