@@ -83,7 +83,8 @@ def from_lvvit_state_dict(
         ValueError: where weights are missing, are of another architecture, or do not say how many heads there are.
     """
     expected = ["pos_embed", "patch_embed.conv1.weight", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
-    missing = [name for name in [*expected, *["aux_head.weight"] * aux_head] if name not in state_dict]
+    expected += ["blocks.0.attn.proj.weight", *["aux_head.weight"] * aux_head]
+    missing = [name for name in expected if name not in state_dict]
     if missing:
         raise ValueError(
             f"state_dict: no weights of an LV-ViT with its convolutional stem: {', '.join(missing)} missing"
@@ -99,6 +100,9 @@ def from_lvvit_state_dict(
                 f"give {name}=..."
             )
         given[name] = official[embed_dim][name] if value is None else value
+    width = state_dict["blocks.0.attn.proj.weight"].shape[1]
+    if width % given["num_heads"]:
+        raise ValueError(f"num_heads: expected a divisor of the attention's {width} channels, got {given['num_heads']}")
     side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)
     num_classes = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0
     model = ReViT(
@@ -110,7 +114,7 @@ def from_lvvit_state_dict(
         embed_dim=embed_dim,
         depth=depth,
         hidden_dim=state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        head_dim=state_dict["blocks.0.attn.proj.weight"].shape[1] // given["num_heads"],
+        head_dim=width // given["num_heads"],
         stem_chans=stem_chans,
         aux_head=aux_head,
         **SHARED | {"qkv_bias": "blocks.0.attn.qkv.bias" in state_dict},

@@ -224,6 +224,8 @@ class ReViT(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
         self._check_pool(global_pool)
         self.global_pool = global_pool
+        if not residual_scale > 0:
+            raise ValueError(f"residual_scale: expected a positive divisor, got {residual_scale!r}")
         if init_values and residual_scale != 1:
             raise ValueError(
                 f"residual_scale: LayerScale (init_values={init_values}) scales the branches already, got "

@@ -367,6 +367,8 @@ class TestInterface:
         weights = LVViT().state_dict()
         with pytest.raises(ValueError, match=r"num_heads: not known for 24 channels .* give num_heads="):
             from_lvvit_state_dict(weights)
+        with pytest.raises(ValueError, match="num_heads: expected a divisor of the attention's 24 channels, got 5"):
+            from_lvvit_state_dict(weights, num_heads=5, residual_scale=2)
         del weights["aux_head.weight"]
         with pytest.raises(ValueError, match=r"aux_head\.weight missing"):
             from_lvvit_state_dict(weights, num_heads=3, residual_scale=2, aux_head=True)
@@ -377,6 +379,8 @@ class TestInterface:
             from_lvvit_state_dict(weights, num_heads=3, residual_scale=2)
 
     def test_options_that_exclude_each_other(self):
+        with pytest.raises(ValueError, match="residual_scale: expected a positive divisor, got 0"):
+            rf.ReViT(residual_scale=0)
         with pytest.raises(ValueError, match="residual_scale: LayerScale"):
             rf.ReViT(residual_scale=2.0, init_values=0.1)
         with pytest.raises(ValueError, match=r"patch_size: .* even P, got 7"):

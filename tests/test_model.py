@@ -376,7 +376,7 @@ def test_from_timm_refuses_by_name(arguments, feature):
 
 
 def test_from_timm_refuses_other_models():
-    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer, got Linear"):
+    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer or NaFlexVit, got Linear"):
         ReViT.from_timm(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="grids: expected strictly decreasing"):
         ReViT.from_timm(make_vit("deit_tiny", depth=1), grids=(7, 14))

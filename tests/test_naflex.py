@@ -187,6 +187,8 @@ class TestModel:
         for name in ("gap", "par_gap", "parfac_gap"):
             vit = timm.create_model(f"naflexvit_base_patch16_{name}", depth=1, embed_dim=48, num_heads=3)
             assert rf.ReViT.from_timm(vit).base_grid == (16, 16)
+        model = rf.create_model("naflexvit_base_patch16_parfac_gap", grids=(24, 12), depth=1, embed_dim=48, num_heads=3)
+        assert model.resampling == Resampling((16, 16), factorized=True, keep_aspect=True)
 
 
 class TestPositions:
