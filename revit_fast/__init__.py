@@ -7,7 +7,7 @@ from revit_fast.model import ReViT, create_model
 from revit_fast.ops._backends import set_attention_backend
 from revit_fast.packing import PackedBatch
 from revit_fast.pipeline import AdaptivePipeline, pipeline
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.preprocess import AdaptivePreprocessor, aspect_grid
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.version import __version__
 
@@ -18,6 +18,7 @@ __all__ = [
     "ReViT",
     "TokenLengthAssigner",
     "__version__",
+    "aspect_grid",
     "create_model",
     "flash_attn_compat",
     "load",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from revit_fast.model import ReViT
+from revit_fast.stem import ConvStem
 
 
 def forward_macs(model: ReViT, n_patches: int) -> int:
-    """Multiply-adds of a forward pass over one image: linear layers and the products of attention.
+    """Multiply-adds of a forward pass over one image: linear layers, convolutions and the products of
+    attention.
 
     Args:
         model: the model.
@@ -16,4 +18,9 @@ def forward_macs(model: ReViT, n_patches: int) -> int:
     linear = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2 and "norm" not in name)
     width = sum(block.attn.num_heads * block.attn.head_dim for block in model.blocks)
     head = sum(p.numel() for module in (model.head, model.head_dist) if module for p in module.parameters())
-    return n_patches * model.patch_embed.proj.weight.numel() + n_tokens * linear + 2 * n_tokens**2 * width + head
+    of_a_patch = model.patch_embed.proj.weight.numel()
+    if isinstance(model.patch_embed, ConvStem):
+        of_a_patch += model.patch_embed.macs_per_patch
+    if model.aux_head is not None:
+        of_a_patch += model.aux_head.weight.numel()
+    return n_patches * of_a_patch + n_tokens * linear + 2 * n_tokens**2 * width + head

@@ -71,7 +71,7 @@ class OptimizedReViT(ReViT):
                 self._cache = GraphCache(self, graphs.BACKENDS[device.type](device), self.max_rows, self.max_graphs)
             bucket = self._cache.bucket(images)
             if bucket is not None:
-                return self._cache.run(images, bucket)
+                return self._cache.run(self._stemmed(images), bucket)
             batch = self.pack(x)
             return self._run(self._inputs(batch if batch.device == device else batch.to(device)))
 

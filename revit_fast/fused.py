@@ -22,8 +22,10 @@ from revit_fast.layers import (
     LayerScale,
     Mlp,
     PatchEmbed,
+    ResidualScale,
     TALLayerNorm,
     activation_name,
+    sequence_max,
 )
 from revit_fast.model import PatchRows, ReViT
 from revit_fast.ops import _library
@@ -31,20 +33,28 @@ from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, huge_pages,
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 from revit_fast.packing import cumulative, nearest_lengths
 from revit_fast.snapshot import Snapshot
+from revit_fast.stem import CONVOLUTIONS, ConvStem, FoldedStem
 
 LINE = 64
 """Bytes that weights are aligned to."""
 
+STEM = {name: kind for pair in CONVOLUTIONS for name, kind in zip(pair, (nn.Conv2d, nn.BatchNorm2d), strict=True)}
+
 PARTS = {
-    ReViT: {"patch_embed": PatchEmbed, "norm_pre": (TALLayerNorm, nn.Identity), "norm": (TALLayerNorm, nn.Identity)},
+    ReViT: {
+        "patch_embed": (PatchEmbed, ConvStem),
+        "norm_pre": (TALLayerNorm, nn.Identity),
+        "norm": (TALLayerNorm, nn.Identity),
+    },
     PatchEmbed: {"proj": nn.Conv2d},
+    ConvStem: {"proj": nn.Conv2d, **STEM},
     Block: {
         "norm1": TALLayerNorm,
         "attn": Attention,
-        "ls1": (LayerScale, nn.Identity),
+        "ls1": (LayerScale, ResidualScale, nn.Identity),
         "norm2": TALLayerNorm,
         "mlp": Mlp,
-        "ls2": (LayerScale, nn.Identity),
+        "ls2": (LayerScale, ResidualScale, nn.Identity),
     },
     Attention: {"qkv": nn.Linear, "proj": nn.Linear},
     Mlp: {"fc1": nn.Linear, "fc2": nn.Linear},
@@ -107,12 +117,14 @@ class Packed(NamedTuple):
     Attributes:
         isa: instruction set that the weights are packed for.
         snapshot: tells whether the parameters are still the same.
-        weights: all but the head.
-        heads: a function from pooled rows to logits for each head.
+        stem: the convolutional stem with its norms folded in, where there is one.
+        weights: all but stem and head.
+        heads: a function from rows to logits for each head.
     """
 
     isa: str
     snapshot: Snapshot
+    stem: FoldedStem | None
     weights: ViTWeights
     heads: list
 
@@ -124,10 +136,13 @@ def _norm(module: nn.Module) -> TokenNorm:
 
 
 def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
-    """The layer with the LayerScale behind it folded in."""
-    if not isinstance(scale, LayerScale):
+    """The layer with what scales its result folded in."""
+    if isinstance(scale, LayerScale):
+        gamma = scale.gamma.double()
+    elif isinstance(scale, ResidualScale):
+        gamma = linear.weight.new_full((linear.out_features,), 1 / scale.divisor, dtype=torch.float64)
+    else:
         return pack_weight(linear.weight, linear.bias, dtype)
-    gamma = scale.gamma.double()
     bias = None if linear.bias is None else linear.bias.double() * gamma
     return pack_weight(linear.weight.double() * gamma.unsqueeze(1), bias, dtype)
 
@@ -167,8 +182,9 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
         eps=norms[0].eps if norms else 1e-6,
         activation=activation_name(first.mlp.act) if first else "none",
     )
-    heads = [_head(head, outer) for head in (model.head, model.head_dist) if head is not None]
-    return Packed(_library.cpu_isa(), Snapshot(model), _gathered(weights), heads)
+    stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
+    heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
+    return Packed(_library.cpu_isa(), Snapshot(model), stem, _gathered(weights), heads)
 
 
 def _head(head: nn.Module, dtype: torch.dtype):
@@ -203,9 +219,14 @@ class FusedForward:
     def logits(self, images: PatchRows) -> Tensor:
         """Logits of a batch, in the model's dtype."""
         model = self._model
-        n_pooled = 0 if model.global_pool != "token" else 2 if model.distilled else 1
+        n_pooled = 0 if model.global_pool != "token" or model.aux_head is not None else 2 if model.distilled else 1
         packed, tokens, length_index = self._tokens(images, n_pooled)
         seqlens = [h * w + model.num_prefix_tokens for h, w in images.grids]
+        token_labels = 0.0
+        if model.aux_head is not None:
+            cu_seqlens = cumulative(seqlens)
+            token_labels = 0.5 * sequence_max(packed.heads[1](tokens), cu_seqlens, model.num_prefix_tokens)
+            tokens = tokens.index_select(0, cu_seqlens[:-1])
         if model.global_pool == "avg":
             skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
             tokens = ops.mean_pool(tokens, cumulative(seqlens), skip)
@@ -216,7 +237,7 @@ class FusedForward:
             rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
             logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]
             return ((logits[0] + logits[1]) / 2).to(model.pos_embed.dtype)
-        return packed.heads[0](tokens).to(model.pos_embed.dtype)
+        return (packed.heads[0](tokens) + token_labels).to(model.pos_embed.dtype)
 
     def tokens(self, images: PatchRows) -> Tensor:
         """All tokens after the final norm, `[T, C]` in the model's dtype."""
@@ -228,14 +249,15 @@ class FusedForward:
         with self._lock:  # what is derived from the parameters; the work itself needs no turns
             packed = self._current()
             weights = packed.weights
-            if images.normalization is not None:
+            if images.normalization is not None and packed.stem is None:
                 weights = weights._replace(embed=self._folded_embedding(images.normalization))
             model._positions.learn(images.grids)
             offsets = model._positions.first_rows(images.grids)
             table = self._current_table()
         length_index = torch.tensor(nearest_lengths(seqlens, model.lengths), dtype=torch.int32)
         pos_offset = torch.tensor(offsets, dtype=torch.int32)
-        tokens = ops.vit_forward(images.rows, cumulative(seqlens), length_index, pos_offset, table, weights, n_pooled)
+        rows = images.rows if packed.stem is None else packed.stem.feature_rows(*images)
+        tokens = ops.vit_forward(rows, cumulative(seqlens), length_index, pos_offset, table, weights, n_pooled)
         return packed, tokens, length_index
 
     def _current(self) -> Packed:

@@ -214,6 +214,45 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class ResidualScale(nn.Module):
+    """Divides what a branch adds to the residual stream (LV-ViT, arXiv 2104.10858: `skip_lam`)."""
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.divisor
+
+    def extra_repr(self) -> str:
+        return f"divisor={self.divisor}"
+
+
+def sequences_of_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Index of the sequence that each row of `x` belongs to, int64 `[T]`; the number of sequences for padding."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    return torch.bucketize(rows, cu_seqlens[1:], right=True)
+
+
+def sequence_max(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
+    """Largest value of every channel within each sequence, but for its first `skip` rows.
+
+    Args:
+        x: `[T, C]`.
+        cu_seqlens: int32 `[B + 1]`.
+        skip: leading rows of every sequence to leave out.
+
+    Returns:
+        `[B, C]`, zero for a sequence of which no row is left.
+    """
+    n_sequences = cu_seqlens.shape[0] - 1
+    sequence = sequences_of_rows(x, cu_seqlens)
+    rows = torch.arange(x.shape[0], device=x.device)
+    sequence = torch.where(rows < cu_seqlens[sequence] + skip, n_sequences, sequence)  # one more: rows left out
+    out = x.new_zeros(n_sequences + 1, x.shape[1])
+    return out.scatter_reduce(0, sequence.unsqueeze(1).expand_as(x), x, "amax", include_self=False)[:-1]
+
+
 class DropPath(nn.Module):
     """Stochastic depth per sequence (arXiv 1603.09382)."""
 
@@ -226,12 +265,16 @@ class DropPath(nn.Module):
             return x
         keep = 1.0 - self.drop_prob
         factor = x.new_empty(layout.length_index.shape[0] + 1).bernoulli_(keep).div_(keep)  # the last: padding rows
-        rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
-        sequence = torch.bucketize(rows, layout.cu_seqlens[1:], right=True)
-        return x * factor[sequence].unsqueeze(-1)
+        return x * factor[sequences_of_rows(x, layout.cu_seqlens)].unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"
+
+
+def _branch_scale(dim: int, init_values: float | None, divisor: float) -> nn.Module:
+    if init_values:
+        return LayerScale(dim, init_values)
+    return nn.Identity() if divisor == 1 else ResidualScale(divisor)
 
 
 class Block(nn.Module):
@@ -255,17 +298,18 @@ class Block(nn.Module):
         proj_bias: bool = True,
         mlp_bias: bool = True,
         init_values: float | None = None,
+        residual_scale: float = 1.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = TALLayerNorm(n_lengths, dim, eps)
         self.attn = Attention(dim, num_heads, head_dim, qkv_bias, proj_bias, proj_drop)
-        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls1 = _branch_scale(dim, init_values, residual_scale)
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = TALLayerNorm(n_lengths, dim, eps)
         self.mlp = Mlp(dim, hidden, act, mlp_bias, proj_drop)
-        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls2 = _branch_scale(dim, init_values, residual_scale)
         self.drop_path2 = DropPath(drop_path)
 
     def forward(

@@ -27,6 +27,7 @@ from revit_fast.layers import (
     TALLayerNorm,
     activation_name,
     make_activation,
+    sequence_max,
 )
 from revit_fast.ops import assemble_tokens, mean_pool
 from revit_fast.packing import (
@@ -37,21 +38,25 @@ from revit_fast.packing import (
     image_grid,
     nearest_length,
     patch_rows,
+    patchify,
 )
-from revit_fast.positions import PositionTables, resample, wide_patches
+from revit_fast.positions import PositionTables, Resampling, resample, wide_patches
+from revit_fast.stem import ConvStem
 
 # torch.fx cannot trace what checks its arguments or makes tensors of a size that it does not know.
 fx.wrap("assemble_tokens")
 fx.wrap("mean_pool")
+fx.wrap("sequence_max")
 
 NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
+STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
 class Inputs(NamedTuple):
     """A batch on its way into the model.
 
     Attributes:
-        rows: `[Tp, P*P*3]` patch rows.
+        rows: `[Tp, P*P*3]` patch rows; of a model with a convolutional stem, those of its features.
         cu_seqlens: int32 `[B + 1]` of the patches.
         layout: of the tokens, prefix tokens included.
         pos_table: `[R, C]` position embeddings of several grids, one after another.
@@ -81,20 +86,12 @@ class PatchRows(NamedTuple):
     normalization: Tensor | None = None
 
 
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
-    batch, channels, height, width = x.shape
-    p = patch_size
-    patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
-    return patches.reshape(-1, p * p * channels)
-
-
 @fx.wrap
 def uniform_inputs(
     x: Tensor,
     pos_embed: Tensor,
     patch_size: int,
-    base_grid: tuple[int, int],
+    resampling: Resampling,
     n_prefix: tuple[int, int],
     lengths: Sequence[int],
 ) -> Inputs:
@@ -104,7 +101,7 @@ def uniform_inputs(
         x: `[B, C, gh*P, gw*P]`.
         pos_embed: the model's stored position embeddings.
         patch_size: P in pixels.
-        base_grid: that `pos_embed` is stored for.
+        resampling: of `pos_embed` to other grids.
         n_prefix: prefix tokens, and how many of them `pos_embed` has rows for.
         lengths: the configured lengths.
     """
@@ -113,7 +110,7 @@ def uniform_inputs(
     sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
     counts = torch.full((x.shape[0],), n_patches, device=x.device)
     layout = Layout(sequences * (n_patches + n_prefix[0]), nearest_length(counts, lengths), None)
-    patches = resample(wide_patches(pos_embed, n_prefix[1]), base_grid, (grid_h, grid_w))
+    patches = resampling.resampled(wide_patches(pos_embed, n_prefix[1]), (grid_h, grid_w))
     table = patches.to(pos_embed.dtype)
     return Inputs(patchify(x, patch_size), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
 
@@ -146,10 +143,16 @@ class ReViT(nn.Module):
         hidden_dim: width of the MLP; default 4 * embed_dim.
         qkv_bias, proj_bias, mlp_bias, patch_bias: which linear layers have a bias.
         init_values: initial LayerScale; None for no LayerScale.
+        residual_scale: what the blocks' branches are divided by before they are added (LV-ViT's `skip_lam`).
+        stem_chans: channels of LV-ViT's convolutional stem, see `stem.ConvStem`; None: patches are embedded directly.
+        aux_head: LV-ViT's token-label head: half the largest of its logits over the patch tokens is added to those of
+            the class token.
         class_token: whether there is a class token.
         reg_tokens: number of register tokens.
         distilled: DeiT's distillation token and second head.
         no_embed_class: prefix tokens carry no position embedding.
+        pos_factorized: position embeddings are stored for rows and columns apart, see `positions.Resampling`.
+        pos_keep_aspect: position embeddings of both sides are resampled alike, see `positions.Resampling`.
         pre_norm: a norm between embedding and blocks.
         final_norm: a norm after the blocks.
         fc_norm: apply the final norm after pooling; default: where global_pool is "avg".
@@ -179,10 +182,15 @@ class ReViT(nn.Module):
         mlp_bias: bool = True,
         patch_bias: bool = True,
         init_values: float | None = None,
+        residual_scale: float = 1.0,
+        stem_chans: int | None = None,
+        aux_head: bool = False,
         class_token: bool = True,
         reg_tokens: int = 0,
         distilled: bool = False,
         no_embed_class: bool = False,
+        pos_factorized: bool = False,
+        pos_keep_aspect: bool = False,
         pre_norm: bool = False,
         final_norm: bool = True,
         fc_norm: bool | None = None,
@@ -208,6 +216,7 @@ class ReViT(nn.Module):
         self.has_class_token = class_token
         self.distilled = distilled
         self.distilled_training = False
+        self.has_aux_head = aux_head
         self.num_prefix_tokens = int(class_token) + int(distilled) + reg_tokens
         self.no_embed_class = no_embed_class
         self.pool_include_prefix = pool_include_prefix
@@ -215,14 +224,25 @@ class ReViT(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
         self._check_pool(global_pool)
         self.global_pool = global_pool
+        if not residual_scale > 0:
+            raise ValueError(f"residual_scale: expected a positive divisor, got {residual_scale!r}")
+        if init_values and residual_scale != 1:
+            raise ValueError(
+                f"residual_scale: LayerScale (init_values={init_values}) scales the branches already, got "
+                f"{residual_scale}; give one of the two"
+            )
 
         norm = partial(TALLayerNorm, len(self.grids), embed_dim, eps)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.base_grid, bias=patch_bias)
+        if stem_chans is None:
+            self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.base_grid, bias=patch_bias)
+        else:
+            self.patch_embed = ConvStem(patch_size, in_chans, stem_chans, embed_dim, self.base_grid, bias=patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if distilled else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
-        n_patches = self.base_grid[0] * self.base_grid[1]
-        self.pos_embed = nn.Parameter(torch.empty(1, self._n_prefix_embedded + n_patches, embed_dim))
+        self.resampling = Resampling(self.base_grid, pos_factorized, pos_keep_aspect)
+        n_embedded = self._n_prefix_embedded + self.resampling.n_stored
+        self.pos_embed = nn.Parameter(torch.empty(1, n_embedded, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = norm() if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -238,6 +258,7 @@ class ReViT(nn.Module):
                 proj_bias=proj_bias,
                 mlp_bias=mlp_bias,
                 init_values=init_values,
+                residual_scale=residual_scale,
                 proj_drop=proj_drop_rate,
                 drop_path=drop_path_rate * i / max(depth - 1, 1),
             )
@@ -254,8 +275,9 @@ class ReViT(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._linear_head()
         self.head_dist = self._linear_head() if distilled else None
+        self.aux_head = self._token_label_head()
 
-        self._positions = PositionTables(self.base_grid, [(g, g) for g in self.grids])
+        self._positions = PositionTables(self.resampling, [(g, g) for g in self.grids])
         self.init_weights()
 
     @property
@@ -283,8 +305,10 @@ class ReViT(nn.Module):
         return cls(**config)
 
     def init_weights(self) -> None:
-        """timm's initialisation: truncated normal weights, zero biases."""
+        """timm's initialisation: truncated normal weights, zero biases. A convolutional stem keeps PyTorch's."""
         for name, parameter in self.named_parameters():
+            if STEM_PARAMETER.search(name):
+                continue
             if name == "pos_embed" or (name.endswith(".weight") and not NORM_PARAMETER.search(name)):
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name in ("cls_token", "dist_token", "reg_token"):
@@ -295,6 +319,9 @@ class ReViT(nn.Module):
     def _linear_head(self) -> nn.Module:
         return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
+    def _token_label_head(self) -> nn.Module | None:
+        return self._linear_head() if self.has_aux_head and self.num_classes > 0 else None
+
     def _check_pool(self, global_pool: str) -> None:
         if global_pool not in ("token", "avg", ""):
             raise ValueError(f'global_pool: expected "token", "avg" or "", got {global_pool!r}')
@@ -302,36 +329,46 @@ class ReViT(nn.Module):
             raise ValueError('global_pool: "token" needs a class token; use "avg"')
         if self.distilled and global_pool != "token":
             raise ValueError('global_pool: a distilled model reads its class and distillation tokens; use "token"')
+        if self.has_aux_head and (global_pool != "token" or self.distilled):
+            raise ValueError(
+                'aux_head: its logits are added to those of one class token; use global_pool="token" and no '
+                "distillation token, or aux_head=False"
+            )
 
     @classmethod
     def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
-        """A ReViT with the weights of a timm `VisionTransformer`, its LayerNorms repeated for every length.
+        """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, LayerNorms repeated for every length.
 
-        At any single grid the result equals the timm model at that input size (with `dynamic_img_size=True`).
+        At any single grid the result equals the timm model at that input size (with `dynamic_img_size=True`), that of a
+        `NaFlexVit` also at any grid that is not square.
 
         Args:
-            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling.
+            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling; or a
+                `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased) or factorized.
             grids: configured token grids, strictly decreasing.
 
         Raises:
-            TypeError: where `vit` is not a VisionTransformer.
+            TypeError: where `vit` is neither.
             ValueError: where it uses a feature that ReViT does not have; the message names it.
         """
-        from revit_fast.timm_import import config_from_timm
+        from revit_fast.timm_import import config_from_timm, weights_from_timm
 
         model = cls(grids=grids, **config_from_timm(vit))
-        model.load_state_dict(model.convert_state_dict(vit.state_dict()))
+        model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
         model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-        parameter = vit.pos_embed
+        parameter = next(vit.parameters())
         return model.to(device=parameter.device, dtype=parameter.dtype).train(vit.training)
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of a plain ViT in the shapes of this model; that of a ReViT passes unchanged.
 
-        Norm parameters are repeated for every length and position embeddings resampled to the base grid.
+        Norm parameters are repeated for every length and position embeddings resampled to the base grid. A token-label
+        head is left out where this model has none.
         """
         converted = {}
         for name, value in state_dict.items():
+            if name.startswith("aux_head.") and self.aux_head is None:
+                continue
             if NORM_PARAMETER.search(name) and value.dim() == 1:
                 value = value.expand(len(self.grids), -1)
             elif name == "pos_embed" and value.dim() == 3 and value.shape[1] != self.pos_embed.shape[1]:
@@ -342,7 +379,7 @@ class ReViT(nn.Module):
     def _resample_checkpoint_positions(self, value: Tensor) -> Tensor:
         n_prefix = self._n_prefix_embedded
         side = math.isqrt(max(value.shape[1] - n_prefix, 0))
-        if side * side != value.shape[1] - n_prefix:
+        if side * side != value.shape[1] - n_prefix or self.resampling.factorized:
             return value  # left for the caller to report
         patches = resample(wide_patches(value, n_prefix), (side, side), self.base_grid).to(value.dtype)
         return torch.cat([value[:, :n_prefix], patches.unsqueeze(0)], dim=1)
@@ -416,6 +453,10 @@ class ReViT(nn.Module):
         self.head = self._linear_head().to(**like).train(self.training)
         if self.distilled:
             self.head_dist = self._linear_head().to(**like).train(self.training)
+        if self.has_aux_head:
+            self.aux_head = self._token_label_head()
+            if self.aux_head is not None:
+                self.aux_head.to(**like).train(self.training)
 
     @property
     def _n_prefix_embedded(self) -> int:
@@ -474,7 +515,15 @@ class ReViT(nn.Module):
         if batch.lengths != self.lengths:
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
         table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
-        return Inputs(self._finite_rows(batch), batch.cu_seqlens, layout, table, offset, batch.normalization)
+        images = self._stemmed(PatchRows(self._finite_rows(batch), batch.grids, batch.normalization))
+        return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization)
+
+    def _stemmed(self, images: PatchRows) -> PatchRows:
+        """The rows that the embedding takes: of a convolutional stem's features where there is one."""
+        if not isinstance(self.patch_embed, ConvStem):
+            return images
+        rows = images.rows.to(self.pos_embed.device, non_blocking=True)  # an optimised copy takes batches on the CPU
+        return PatchRows(self.patch_embed.feature_rows(rows, images.grids, images.normalization), images.grids)
 
     def _check_pack(self, batch: PackedBatch) -> None:
         if batch.n_prefix:
@@ -501,7 +550,10 @@ class ReViT(nn.Module):
 
     def _uniform_inputs(self, x: Tensor) -> Inputs:
         n_prefix = (self.num_prefix_tokens, self._n_prefix_embedded)
-        return uniform_inputs(x, self.pos_embed, self.patch_size, self.base_grid, n_prefix, self.lengths)
+        patch_size = self.patch_size
+        if isinstance(self.patch_embed, ConvStem):
+            x, patch_size = self.patch_embed.features(x), patch_size // 2
+        return uniform_inputs(x, self.pos_embed, patch_size, self.resampling, n_prefix, self.lengths)
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Tokens `[T, C]` that enter the blocks."""
@@ -557,31 +609,44 @@ class ReViT(nn.Module):
         tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
         for block in self.blocks:
             tokens = block(tokens, None, inputs.layout)
-        rows = self._add_and_norm(tokens.flatten(0, 1), None, inputs.layout)
+        rows = pooled = self._add_and_norm(tokens.flatten(0, 1), None, inputs.layout)
         if self.global_pool == "token":
             tokens = rows.view(x.shape[0], -1, self.embed_dim)
-            rows = tokens[:, : 2 if self.distilled else 1].flatten(0, 1)
+            pooled = tokens[:, : 2 if self.distilled else 1].flatten(0, 1)
         elif self.global_pool == "avg":
-            rows = self._mean(rows, inputs.layout)
-        logits = self._head(rows, inputs.layout)
+            pooled = self._mean(rows, inputs.layout)
+        logits = self._add_token_labels(self._head(pooled, inputs.layout), rows, inputs.layout)
         return logits if self.global_pool else logits.view(x.shape[0], -1, logits.shape[1])
 
     def _run(self, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         """The forward pass from its inputs on: work of the device alone, whose shapes are those of the inputs."""
         tokens, delta, layout = self._embed(inputs), None, inputs.layout
-        queries = self._pooled_tokens(layout) if self.global_pool == "token" else None
+        reads_few = self.global_pool == "token" and self.aux_head is None
+        queries = self._pooled_tokens(layout) if reads_few else None
         for block in self.blocks[:-1]:
             tokens, delta = self._run_block(block, tokens, delta, layout)
         for block in self.blocks[-1:]:
             tokens, delta = self._run_block(block, tokens, delta, layout, queries)
+        if queries is None:
+            return self._classify(self._add_and_norm(tokens, delta, layout), layout)
+        if not self.blocks:
+            tokens = tokens.index_select(0, queries.rows)
+        return self._head(self._add_and_norm(tokens, delta, queries.layout), layout)
+
+    def _classify(self, tokens: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pools all tokens after the final norm, and classifies."""
         if self.global_pool == "token":
-            if not self.blocks:
-                tokens = tokens.index_select(0, queries.rows)
-            return self._head(self._add_and_norm(tokens, delta, queries.layout), layout)
-        tokens = self._add_and_norm(tokens, delta, layout)
-        if self.global_pool == "":
-            return self._head(tokens, layout)
-        return self._head(self._mean(tokens, layout), layout)
+            pooled = tokens.index_select(0, self._pooled_tokens(layout).rows)
+        else:
+            pooled = self._mean(tokens, layout) if self.global_pool == "avg" else tokens
+        logits = self._head(pooled, layout, pre_logits)
+        return logits if pre_logits else self._add_token_labels(logits, tokens, layout)
+
+    def _add_token_labels(self, logits: Tensor, tokens: Tensor, layout: Layout) -> Tensor:
+        """The class token's logits, with those of the token-label head where there is one."""
+        if self.aux_head is None:
+            return logits
+        return logits + 0.5 * sequence_max(self.aux_head(tokens), layout.cu_seqlens, self.num_prefix_tokens)
 
     def _mean(self, tokens: Tensor, layout: Layout) -> Tensor:
         return mean_pool(tokens, layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
@@ -623,12 +688,7 @@ class ReViT(nn.Module):
         if isinstance(x, Tensor):
             seqlens = (x.shape[1],) * x.shape[0]
             x = PackedBatch.from_rows(x.flatten(0, 1), seqlens, lengths=self.lengths, n_prefix=self.num_prefix_tokens)
-        layout = x.layout(self.num_prefix_tokens)
-        if self.global_pool == "token":
-            pooled = x.data.index_select(0, self._pooled_tokens(layout).rows)
-        else:
-            pooled = self._mean(x.data, layout) if self.global_pool == "avg" else x.data
-        logits = self._head(pooled, layout, pre_logits)
+        logits = self._classify(x.data, x.layout(self.num_prefix_tokens), pre_logits)
         return logits if shape is None else logits.view(*shape, logits.shape[1])
 
     def prune_intermediate_layers(
@@ -650,12 +710,14 @@ class ReViT(nn.Module):
             self.norm = nn.Identity()
         if prune_head:
             self.fc_norm = nn.Identity()
+            self.has_aux_head, self.aux_head = False, None
             self.reset_classifier(0, None if self.distilled else "")
         self._arguments |= {
             "depth": len(self.blocks),
             "drop_path_rate": self.blocks[-1].drop_path1.drop_prob,
             "final_norm": any(isinstance(norm, TALLayerNorm) for norm in (self.norm, self.fc_norm)),
             "fc_norm": isinstance(self.fc_norm, TALLayerNorm),
+            "aux_head": self.has_aux_head,
         }
         return take
 

@@ -248,7 +248,8 @@ def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source])
     prep = pipe.prep
     tla = prep.tla
     labels = None if pipe.labels is None else _digest("\n".join(pipe.labels).encode())
-    settings = {"crop_pct": prep.crop_pct, "draft": prep.draft, "macs": prep.macs, **prep.options}
+    own = {"crop_pct": prep.crop_pct, "aspect": prep.aspect, "draft": prep.draft, "macs": prep.macs}
+    settings = own | prep.options
     inputs = _digest(*(f"{s.path}\0{s.error or ''}\n".encode("utf-8", "surrogateescape") for s in sources))
     return {
         "format": FORMAT,

@@ -50,7 +50,8 @@ class Result:
     Attributes:
         index: its place in the stream.
         source: as it was given.
-        grid: patches a side that it was given, of a cascade the last; None where there is an error.
+        grid: patches a side that it was given, of a cascade the last; None where there is an error. Where proportions
+            are kept (see `AdaptivePreprocessor`), the side of a square of as many tokens as it may take.
         n_tokens: tokens that the model processed, prefix tokens counted, of a cascade at all grids.
         logits: float32 `[n_classes]` on the CPU.
         error: None, or a text that names the source and what is wrong with it.
@@ -281,10 +282,11 @@ class AdaptivePipeline:
             if isinstance(item, Result):
                 done.add(item)
             else:
-                packs += batcher.add(item, self._n_tokens(item.grid), now, item.image.nbytes)
+                packs += batcher.add(item, self._n_tokens(item.image, item.grid), now, item.image.nbytes)
 
-    def _n_tokens(self, grid: int) -> int:
-        return grid * grid + self.model.num_prefix_tokens
+    def _n_tokens(self, image: np.ndarray, grid: int) -> int:
+        rows, columns = self.prep.grid_hw(image, grid)
+        return rows * columns + self.model.num_prefix_tokens
 
     def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
@@ -321,7 +323,8 @@ class AdaptivePipeline:
         if probabilities is None:
             probabilities = [None] * len(readable)
         for (fed, image, ms), grid, p in zip(readable, assignment.grids, probabilities, strict=True):
-            items.append(_Ready(image, fed.index, fed.source, grid, self._n_tokens(grid), p, ms + assign_ms))
+            n_tokens = self._n_tokens(image, grid)
+            items.append(_Ready(image, fed.index, fed.source, grid, n_tokens, p, ms + assign_ms))
         return items
 
     def _result(self, ready: _Ready, logits: Tensor | None = None) -> Result:
@@ -350,7 +353,8 @@ class AdaptivePipeline:
         """One packed forward pass, its time shared out by tokens; images that a cascade wants to see longer."""
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]
-        n_tokens = sum(map(self._n_tokens, grids))
+        counts = [self._n_tokens(ready.image, ready.grid) for ready in pack]
+        n_tokens = sum(counts)
         with times.span("pack", images=len(pack), tokens=n_tokens):
             batch = self.prep.pack([ready.image for ready in pack], grids)
         with times.span("forward", images=len(pack), tokens=n_tokens):
@@ -358,17 +362,18 @@ class AdaptivePipeline:
         is_finite = logits.isfinite().all(dim=1).tolist()
         next_grids = self.next_grids(grids, logits)
         ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
-        for ready, row, finite, next_grid in zip(pack, logits.unbind(), is_finite, next_grids, strict=True):
+        results = zip(pack, counts, logits.unbind(), is_finite, next_grids, strict=True)
+        for ready, count, row, finite, next_grid in results:
             if not finite:
                 error = f"{name_of(ready.source)}: the model's output is not a number"
                 yield self._error(ready.index, ready.source, error, ready.ms)
                 continue
-            ready.ms += ms_per_token * self._n_tokens(ready.grid)
+            ready.ms += ms_per_token * count
             if next_grid is None:
                 yield self._result(ready, row)
             else:
                 ready.grid = next_grid
-                ready.n_tokens += self._n_tokens(next_grid)
+                ready.n_tokens += self._n_tokens(ready.image, next_grid)
                 yield ready
 
     def next_grids(self, grids: Sequence[int], logits: Tensor) -> list[int | None]:

@@ -1,19 +1,21 @@
 """Position embeddings of many token grids from one stored table.
 
-Bicubic antialiased resampling (timm's `resample_abs_pos_embed`) is a linear map, so the tables of all grids together
-are one matrix product with the stored table: built once for inference, differentiable in training.
+Resampling is a linear map, whether bicubic and antialiased (timm's `resample_abs_pos_embed`) or linear along each side
+of the grid, so the tables of all grids together are one matrix product with the stored table: built once for inference,
+differentiable in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_EXTRA_GRIDS = 64
-"""Grids beyond the configured ones that are remembered."""
+MAX_EXTRA_GRIDS = 128
+"""Grids beyond the configured ones that are remembered: photographs of all shapes take fewer under three budgets."""
 
 
 def resample(patches: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:
@@ -25,23 +27,65 @@ def resample(patches: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) 
     return maps[0].flatten(1).t()
 
 
+class Resampling(NamedTuple):
+    """How the embeddings of any grid follow from the stored ones, as in timm's ViTs and `NaFlexVit`.
+
+    Attributes:
+        base_grid: (rows, columns) of the grid that embeddings are stored for.
+        factorized: embeddings are stored for the rows of the grid and, behind them, for its columns; a patch has the
+            sum of its row's and its column's (NaViT, arXiv 2307.06304). Each side is resampled linearly.
+        keep_aspect: both sides are resampled alike: to a square of the longer one, of which the grid is the upper left
+            part. Else each side is stretched to its own length.
+    """
+
+    base_grid: tuple[int, int]
+    factorized: bool = False
+    keep_aspect: bool = False
+
+    @property
+    def n_stored(self) -> int:
+        """Rows of the stored table."""
+        rows, columns = self.base_grid
+        return rows + columns if self.factorized else rows * columns
+
+    def resampled(self, stored: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Embeddings `[tokens, C]` of a grid from the stored ones `[n_stored, C]`."""
+        height, width = (max(grid),) * 2 if self.keep_aspect else grid
+        if self.factorized:
+            rows, columns = stored.split(self.base_grid)
+            rows, columns = _resample_line(rows, height)[: grid[0]], _resample_line(columns, width)[: grid[1]]
+            return (rows.unsqueeze(1) + columns).flatten(0, 1)
+        if grid == self.base_grid:  # stays as it is, also where the square of its longer side would not
+            return stored
+        square = resample(stored, self.base_grid, (height, width))
+        return square.unflatten(0, (height, width))[: grid[0], : grid[1]].flatten(0, 1)
+
+
+def _resample_line(embeddings: Tensor, length: int) -> Tensor:
+    """Embeddings `[old length, C]` of one side resampled linearly to `[length, C]`."""
+    if embeddings.shape[0] == length:
+        return embeddings
+    return F.interpolate(embeddings.t().unsqueeze(0), size=length, mode="linear", align_corners=False)[0].t()
+
+
 class PositionTables:
     """Tables of the configured grids and of those met since, one grid after another.
 
     Args:
-        base_grid: (rows, columns) of the stored table.
+        resampling: from the stored table.
         grids: the configured grids.
     """
 
-    def __init__(self, base_grid: tuple[int, int], grids: Iterable[tuple[int, int]]) -> None:
-        self.base_grid = base_grid
+    def __init__(self, resampling: Resampling, grids: Iterable[tuple[int, int]]) -> None:
+        self.resampling = resampling
         self.configured = tuple(grids)
         self._forget()
         self.learn(self.configured)
 
     def _forget(self) -> None:
         self._first_row: dict[tuple[int, int], int] = {}
-        self._matrix = torch.empty(0, self.base_grid[0] * self.base_grid[1], dtype=torch.float64, device="cpu")
+        self._matrix = torch.empty(0, self.resampling.n_stored, dtype=torch.float64, device="cpu")
+        self._cache: tuple[tuple, Tensor, Tensor] | None = None
 
     def learn(self, grids: Iterable[tuple[int, int]]) -> None:
         """Makes `grids` known; when too many have been met, all but the configured ones and these are forgotten."""
@@ -55,11 +99,10 @@ class PositionTables:
             identity = torch.eye(self._matrix.shape[1], dtype=torch.float64, device="cpu")
             for grid in new:
                 self._first_row[grid] = self._matrix.shape[0]
-                self._matrix = torch.cat([self._matrix, resample(identity, self.base_grid, grid)])
+                self._matrix = torch.cat([self._matrix, self.resampling.resampled(identity, grid)])
             self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32, device="cpu")
             self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32, device="cpu")
         self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._cache: tuple[tuple, Tensor, Tensor] | None = None
 
     def offsets(self, grid_hw: Tensor) -> Tensor:
         """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for one not known.
@@ -87,25 +130,29 @@ class PositionTables:
     def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
         """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.
 
-        Without autograd the table is kept for as long as `pos_embed` stays the same. Its values are compared on
-        the CPU, as a write through `.data` leaves no trace; elsewhere its version must do, as a comparison would
-        wait for the device.
+        Without autograd the table is kept for as long as `pos_embed` stays the same, and grows with the grids. Its
+        values are compared on the CPU, as a write through `.data` leaves no trace; elsewhere its version must do, as a
+        comparison would wait for the device.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and pos_embed.requires_grad):
             return self._build(pos_embed, n_prefix)
         version = 0 if pos_embed.is_inference() else pos_embed._version
         key = (pos_embed.data_ptr(), version, pos_embed.dtype, pos_embed.device)
-        if self._cache is not None:
-            kept_key, snapshot, table = self._cache
-            if kept_key == key and (pos_embed.device.type != "cpu" or torch.equal(snapshot, pos_embed)):
-                return table
         with torch.inference_mode(False), torch.no_grad():
+            if self._cache is not None:
+                kept_key, snapshot, table = self._cache
+                if kept_key == key and (pos_embed.device.type != "cpu" or torch.equal(snapshot, pos_embed)):
+                    if table.shape[0] < self._matrix.shape[0]:
+                        table = torch.cat([table, self._build(pos_embed, n_prefix, table.shape[0])])
+                        self._cache = (key, snapshot, table)
+                    return table
             self._cache = (key, pos_embed.clone(), self._build(pos_embed, n_prefix))
         return self._cache[2]
 
-    def _build(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
-        patches = wide_patches(pos_embed, n_prefix)
-        return (self._matrix.to(patches) @ patches).to(pos_embed.dtype)
+    def _build(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
+        """The table from `first_row` on."""
+        stored = wide_patches(pos_embed, n_prefix)
+        return (self._matrix[first_row:].to(stored) @ stored).to(pos_embed.dtype)
 
 
 def wide_patches(pos_embed: Tensor, n_prefix: int) -> Tensor:

@@ -52,6 +52,57 @@ def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[f
     return left * width / out_width, top * height / out_height, min(right, width), min(bottom, height)
 
 
+MAX_ENLARGEMENT = 100.0
+RATIO_STEP = 1e-5
+"""How closely the ratio is searched, and the smallest one."""
+
+
+@lru_cache(maxsize=1024)
+def aspect_grid(
+    height: int, width: int, max_tokens: int, patch_size: int = 16, max_ratio: float | None = None
+) -> tuple[int, int]:
+    """The grid (rows, columns) of an image that keeps its aspect ratio under a budget of tokens.
+
+    The image is scaled by the largest ratio whose patches, cut-off ones at the right and lower edge counted as whole,
+    are at most `max_tokens`. Resizing the image to the whole patches stretches it by less than one patch a side. The
+    choice is exactly that of timm's NaFlex data pipeline (`get_image_size_for_seq`) and of SigLIP 2, its bisection with
+    its steps included.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        max_tokens: patches at most.
+        patch_size: P in pixels.
+        max_ratio: scale by no more than this; 1 never enlarges. By default 100.
+
+    Raises:
+        ValueError: for an argument below 1 (`max_ratio`: not above 0), or an image whose shorter side would have to
+            shrink below a hundred-thousandth.
+    """
+    given = {"height": height, "width": width, "max_tokens": max_tokens, "patch_size": patch_size}
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    if max_ratio is not None and not max_ratio > 0:
+        raise ValueError(f"max_ratio: expected a positive number or None, got {max_ratio!r}")
+
+    def grid_at(ratio: float) -> tuple[int, int]:
+        return max(math.ceil(height * ratio / patch_size), 1), max(math.ceil(width * ratio / patch_size), 1)
+
+    low, high = RATIO_STEP / 10, MAX_ENLARGEMENT
+    while high - low >= RATIO_STEP:
+        middle = (low + high) / 2
+        rows, columns = grid_at(middle)
+        low, high = (middle, high) if rows * columns <= max_tokens else (low, middle)
+    ratio = low if max_ratio is None else min(low, max_ratio)
+    if ratio <= RATIO_STEP:
+        raise ValueError(
+            f"height, width: {height}x{width} pixels cannot be scaled to {max_tokens} patches of {patch_size}; "
+            "resize the image first"
+        )
+    return grid_at(ratio)
+
+
 def input_settings(model: ReViT) -> dict[str, Any]:
     """mean, std, crop_pct and interpolation of a model's timm configuration; DeiT's where it has none."""
     config = model.pretrained_cfg or {}
@@ -85,10 +136,15 @@ class Prepared(NamedTuple):
     grids: list[int]
 
 
+ASPECTS = ("crop", "keep")
+
+
 class AdaptivePreprocessor:
     """Images to one `PackedBatch`, each resized straight into its place at the grid that it is assigned.
 
-    Defaults are those of DeiT's evaluation transform; crops are timm's, see `eval_box`.
+    Defaults are those of DeiT's evaluation transform; crops are timm's, see `eval_box`. With `aspect="keep"` the model
+    sees whole images in their own proportions instead: an image that is assigned a grid of `g` patches a side takes at
+    most `g * g` tokens, in the grid that `aspect_grid` gives it.
 
     Args:
         tla: the assigner, in evaluation mode; None for policies that do without.
@@ -96,7 +152,8 @@ class AdaptivePreprocessor:
         patch_size: P of the model, in pixels.
         mean: of each channel, of pixels in [0, 1].
         std: of each channel, likewise.
-        crop_pct: share of the scaled shorter side that the model sees.
+        crop_pct: share of the scaled shorter side that the model sees; not used where aspect is "keep".
+        aspect: "crop" (a centred square) or "keep".
         interpolation: "bicubic" or "bilinear".
         policy: how grids are chosen, see `revit_fast.policies.make_policy`.
         dtype: of the rows; uint8 leaves their normalisation to the model, which may be on a GPU.
@@ -118,6 +175,7 @@ class AdaptivePreprocessor:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         crop_pct: float = DEIT_CROP_PCT,
+        aspect: str = "crop",
         interpolation: str = "bicubic",
         policy: PolicySpec = "argmax",
         dtype: torch.dtype = torch.float32,
@@ -135,6 +193,9 @@ class AdaptivePreprocessor:
             )
         if not 0.0 < crop_pct <= 1.0:
             raise ValueError(f"crop_pct: expected a share in (0, 1], got {crop_pct!r}")
+        if aspect not in ASPECTS:
+            raise ValueError(f'aspect: expected "crop" or "keep", got {aspect!r}')
+        self.aspect = aspect
         self.tla, self.patch_size, self.crop_pct, self.macs, self.draft = tla, patch_size, crop_pct, macs, draft
         self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype, "exact": exact}
         self.policy = self._policy(policy)
@@ -172,7 +233,10 @@ class AdaptivePreprocessor:
     @property
     def draft_px(self) -> int | None:
         """Pixels of the shorter side that the largest grid needs, where JPEGs may be decoded smaller."""
-        return math.floor(self.grids[0] * self.patch_size / self.crop_pct) if self.draft else None
+        if not self.draft:
+            return None
+        share = self.crop_pct if self.aspect == "crop" else 1.0
+        return math.floor(self.grids[0] * self.patch_size / share)
 
     def decode(self, source: ImageSource) -> np.ndarray:
         """The pixels of a source; raises `images.ImageError`."""
@@ -198,8 +262,19 @@ class AdaptivePreprocessor:
 
     def seen(self, images: Sequence[np.ndarray]) -> list[tuple[float, float, float, float]]:
         """What the assigner looks at: the region, in pixels, that the model sees of each image at the longest grid."""
-        image_px = self.grids[0] * self.patch_size
-        return [eval_box(*image.shape[:2], image_px, self.crop_pct) for image in images]
+        return [self._box(image, self.grids[0]) for image in images]
+
+    def grid_hw(self, image: np.ndarray | Tensor, grid: int) -> tuple[int, int]:
+        """Rows and columns of patches of a decoded image that was assigned `grid` patches a side."""
+        if self.aspect == "crop":
+            return grid, grid
+        return aspect_grid(*image.shape[:2], grid * grid, self.patch_size)
+
+    def _box(self, image: np.ndarray | Tensor, grid: int) -> tuple[float, float, float, float]:
+        height, width = image.shape[:2]
+        if self.aspect == "keep":
+            return 0.0, 0.0, float(width), float(height)
+        return eval_box(height, width, grid * self.patch_size, self.crop_pct)
 
     def _entropy(self, images: Sequence[np.ndarray], boxes: list) -> np.ndarray:
         if self.tla is not None:
@@ -227,8 +302,9 @@ class AdaptivePreprocessor:
 
     def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:
         """Decoded images, each at its grid, as one pack of patch rows."""
-        sizes = [grid * self.patch_size for grid in grids]
-        boxes = [eval_box(*image.shape[:2], size, self.crop_pct) for image, size in zip(images, sizes, strict=True)]
+        grids_hw = [self.grid_hw(image, grid) for image, grid in zip(images, grids, strict=True)]
+        sizes = [(rows * self.patch_size, columns * self.patch_size) for rows, columns in grids_hw]
+        boxes = [self._box(image, grid) for image, grid in zip(images, grids, strict=True)]
         lengths = [grid * grid for grid in self.grids]
         return ops.resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
 

@@ -6,9 +6,10 @@
     model = timm.create_model("revit_small_patch16_224", num_classes=10, drop_path_rate=0.1)
 
 The models are `revit_fast.ReViT` with the architectures and data settings of timm's ViT, distilled DeiT and DINOv2, and
-go through timm's builder, so whatever timm does with a model it does with these: optimizer groups, feature extraction
-(`features_only=True`, also `feature_cls="fx"`), checkpoints, averages. There are no pretrained weights; a checkpoint of
-the plain ViT serves as a start. `torch.jit.script` is not supported; `torch.compile` is.
+of LV-ViT, which timm does not have. They go through timm's builder, so whatever timm does with a model it does with
+these: optimizer groups, feature extraction (`features_only=True`, also `feature_cls="fx"`), checkpoints, averages.
+There are no pretrained weights; a checkpoint of the plain ViT serves as a start. `torch.jit.script` is not supported;
+`torch.compile` is.
 
 Where timm itself has been loaded anew, `importlib.reload` of this module registers the models again.
 """
@@ -26,7 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast.layers import Block, PatchEmbed, TALLayerNorm
+from revit_fast.lvvit import ARCHITECTURES, CROP_PCT, MLP_RATIO
 from revit_fast.model import NORM_PARAMETER, ReViT
+from revit_fast.stem import ConvStem
 
 try:
     import timm
@@ -40,7 +43,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 __all__: list[str] = []  # register_model adds the entry points
 
-for _kind in (Block, PatchEmbed, TALLayerNorm):
+for _kind in (Block, ConvStem, PatchEmbed, TALLayerNorm):
     register_notrace_module(_kind)
 
 WIDTHS: dict[str, dict[str, int]] = {
@@ -168,8 +171,10 @@ def adapt_state_dict(model: ReViT, state_dict: dict[str, Tensor], prefix: str, *
                 stacklevel=2,
             )
             for name in names:
-                del adapted[name], state_dict[prefix + name]
+                del adapted[name]
                 adapted |= {name: own[name]} if name in own else {}
+    for name in inner.keys() - adapted.keys():
+        del state_dict[prefix + name]
     state_dict.update({prefix + name: value for name, value in adapted.items()})
 
 
@@ -238,6 +243,10 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
             # As timm's: trained without labels, so there is no head unless num_classes is given.
             variants[f"revit_{size}_patch14_dinov2"] = arguments, _cfg(518, num_classes=0)
             variants[f"revit_{size}_patch14_reg4_dinov2"] = arguments | registers, _cfg(518, num_classes=0)
+    for size in ("s", "m", "l"):
+        arguments = ARCHITECTURES[size] | {"mlp_ratio": MLP_RATIO, "patch_size": 16, "native_px": 224}
+        cfg = _cfg(224, crop_pct=CROP_PCT[size], first_conv="patch_embed.conv1")
+        variants[f"revit_lvvit_{size}"] = arguments, cfg
     return variants
 
 

@@ -24,11 +24,13 @@ from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
 from revit_fast.explain.png import MAX_IMAGES
 from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
 from revit_fast.policies import POLICIES
+from revit_fast.positions import MAX_EXTRA_GRIDS
 from revit_fast.tla import MAX_SHARE
 
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
 TRAINING = PAGE.with_name("training.md")
 TIMM = PAGE.with_name("timm.md")
+FAMILY = PAGE.with_name("family.md")
 DOCS = PAGE.parent
 ROOT = DOCS.parent
 PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "reports").rglob("*.md")]
@@ -119,6 +121,19 @@ def test_timm_page_runs(tmp_path, monkeypatch):
     text = TIMM.read_text(encoding="utf-8")
     listed = re.findall(r"`(revit_(?!fast)[^`]*)`", text.split("```")[0])
     assert {name for pattern in listed for name in expanded(pattern)} == set(timm.list_models("revit*"))
+
+
+def test_family_page_runs(photos, capsys):
+    torch.manual_seed(0)
+    names = {"image": np.asarray(Image.open(photos[0])), "photos": photos}
+    found = blocks("python", FAMILY)
+    assert len(found) == 4
+    for block in found:
+        line = FAMILY.read_text(encoding="utf-8").split(block)[0].count("\n")
+        exec(compile("\n" * line + block, str(FAMILY), "exec"), names)
+    assert capsys.readouterr().out.splitlines() == ["14 188", "14 188", "14 193"]  # class token counted
+    assert names["logits"].shape == (2, 1000)
+    assert f"of {MAX_EXTRA_GRIDS} more" in FAMILY.read_text(encoding="utf-8")
 
 
 def expanded(pattern):

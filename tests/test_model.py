@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import revit_fast as rf
 from revit_fast import PackedBatch, ReViT
+from revit_fast.positions import MAX_EXTRA_GRIDS
 
 # (timm name, arguments): plain ViT and DeiT in three sizes, two prefix tokens and two heads, LayerScale with registers
 # and another patch size, mean pooling with and without a class token, a model without qkv bias.
@@ -317,10 +318,10 @@ def test_position_table_follows_writes(tiny):
 @torch.inference_mode()
 def test_many_grids_are_forgotten_but_still_right(tiny):
     vit, model = tiny[0], copy.deepcopy(tiny[1])
-    for first in range(1, 90, 10):
+    for first in range(1, 160, 10):
         model(images_of([(1, width) for width in range(first, first + 10)]))
-    assert len(model._positions._first_row) <= 3 + 64
-    for grid in (14, (1, 3), (1, 90)):
+    assert len(model._positions._first_row) <= 3 + MAX_EXTRA_GRIDS
+    for grid in (14, (1, 3), (1, 160)):
         x = torch.stack(images_of([grid]))
         assert relative(model(x), vit(x)) <= TOLERANCE
 
@@ -375,7 +376,7 @@ def test_from_timm_refuses_by_name(arguments, feature):
 
 
 def test_from_timm_refuses_other_models():
-    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer, got Linear"):
+    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer or NaFlexVit, got Linear"):
         ReViT.from_timm(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="grids: expected strictly decreasing"):
         ReViT.from_timm(make_vit("deit_tiny", depth=1), grids=(7, 14))

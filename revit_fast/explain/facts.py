@@ -209,6 +209,8 @@ def explain(pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: in
     if isinstance(sources, (str, bytes, PathLike, np.ndarray, Tensor)):
         got = type(sources).__name__
         raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
+    if pipe.prep.aspect != "crop":
+        raise ValueError('pipe: explanations show square grids; give a pipeline whose preprocessor has aspect="crop"')
     n_prefix = pipe.model.num_prefix_tokens
     lengths = [Length(g, g * g + n_prefix, forward_macs(pipe.model, g * g)) for g in pipe.prep.grids]
     return [_explanation(pipe, lengths, index, source, top_k) for index, source in enumerate(sources)]
