@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def assigner_settings(
 
 def save_program(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
     """Writes a program for `torch.export.load`, all or nothing; its extra file `SETTINGS` is the settings as JSON."""
-    with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb") as file:
+    with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
+        # Of the embedding's weight, which lies in channels-last memory: it is saved and loaded as it lies.
+        warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, file, extra_files={SETTINGS: json.dumps(settings)})
 
 
