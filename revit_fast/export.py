@@ -175,19 +175,21 @@ def compile_package(program: ExportedProgram, path: str | os.PathLike, settings:
         RuntimeError: where there is no C++ compiler.
     """
     import torch._inductor.config
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "AOTInductor needs a C++ compiler: install g++ or clang++, or name yours by the variable CXX"
+        ) from error
     options: dict[str, Any] = {"aot_inductor.metadata": _as_text(settings)}
     if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
         # The bound that it would check is two images, which comes of the example alone: one runs as well.
         options["aot_inductor.check_lowerbound"] = False
     with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb+") as file:
-        try:
-            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
-        except InvalidCxxCompiler as error:
-            raise RuntimeError(
-                "AOTInductor needs a C++ compiler: install g++ or clang++, or name yours by the variable CXX"
-            ) from error
+        torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
 
 
 def write_onnx(

@@ -27,12 +27,10 @@ EXTENSION = next((ROOT / "revit_fast").glob("_C*.so"), None)
 MIXES = ([6], [2, 2, 2, 4], [6, 4, 2, 6, 6, 2, 4], [(3, 5), 6, (3, 5)], [4] * 33)
 OPTIONS = {
     "plain": {},
-    "average": {"global_pool": "avg"},
+    "average": {"global_pool": "avg", "class_token": False},
     "distilled": {"distilled": True},
     "registers": {"reg_tokens": 4, "init_values": 0.1, "pre_norm": True, "no_embed_class": True},
-    "unpooled": {"global_pool": ""},
-    "headless": {"num_classes": 0, "class_token": False, "global_pool": "avg"},
-    "no blocks": {"depth": 0},
+    "unpooled": {"global_pool": "", "num_classes": 0, "depth": 1},
 }
 needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="needs the C++ extension")
 
@@ -83,7 +81,7 @@ class TestPackedProgram:
         program = export.export_packed(model, mix=[6, (3, 5), 2, 6]).module()
         batch = model.pack(images_of([6, (3, 5), 2, 6]))
         assert torch.equal(program(batch.data), model(batch))
-        with pytest.raises((RuntimeError, AssertionError), match="92|91"):
+        with pytest.raises((RuntimeError, AssertionError), match=r"9[12]"):
             program(batch.data[:-1])
 
     def test_it_does_not_depend_on_what_the_model_has_met(self):
@@ -114,7 +112,9 @@ class TestPackedProgram:
         model, path = make_model(), tmp_path / "program.pt2"
         export.save_program(export.export_packed(model), path, {"classes": ["a"]})
         batch = model.pack(images_of([6, 2]))
-        torch.save({"rows": batch.data, "grid_hw": batch.grid_hw, "logits": model(batch)}, tmp_path / "case.pt")
+        torch.save(
+            {"rows": batch.data, "grid_hw": batch.grid_hw, "logits": model(batch).detach()}, tmp_path / "case.pt"
+        )
         code = """
 import json, sys, torch
 torch.ops.load_library(sys.argv[1])
@@ -132,7 +132,7 @@ print(json.loads(extra["revit_fast.json"]))
 
 class TestSingleProgram:
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    @pytest.mark.parametrize("grid", [6, 2, (3, 5)])
+    @pytest.mark.parametrize("grid", [2, (3, 5)])
     def test_it_is_as_accurate_as_the_model(self, options, grid):
         model = make_model(**options)
         truth = make_model(**options).double()
@@ -146,7 +146,7 @@ class TestSingleProgram:
         model, path = make_model(), tmp_path / "program.pt2"
         export.save_program(export.export_single(model, 4), path, {})
         x = torch.stack(images_of([4, 4, 4]))
-        torch.save({"x": x, "logits": model(x)}, tmp_path / "case.pt")
+        torch.save({"x": x, "logits": model(x).detach()}, tmp_path / "case.pt")
         code = """
 import sys, torch
 case = torch.load(sys.argv[2], weights_only=True)
@@ -209,14 +209,13 @@ class TestRefusals:
             'revit-fast: onnxscript is not installed: pip install "revit-fast[export]"\n'
         )
 
-    def test_a_missing_compiler(self, tmp_path, monkeypatch, capsys):
-        from torch._inductor import config, cpp_builder
+    def test_a_missing_compiler(self, tmp_path, capsys):
+        from torch._inductor import config
 
-        monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-        cpp_builder.cpp_compiler_search.cache_clear()
         path = tmp_path / "model.pt2"
         path.write_bytes(b"as it was")
-        assert main(["export", "fashion-mnist", "--format", "aoti", "--output", str(path)]) == 1
+        with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+            assert main(["export", "fashion-mnist", "--format", "aoti", "--output", str(path)]) == 1
         assert "AOTInductor needs a C++ compiler: install g++ or clang++" in capsys.readouterr().err
         assert path.read_bytes() == b"as it was"
         assert list(tmp_path.iterdir()) == [path]
@@ -341,7 +340,7 @@ class TestPackage:
         model = make_model(depth=1)
         export.compile_package(export.export_single(model, 4), tmp_path / "single.pt2", {})
         x = torch.stack(images_of([4, 4, 4]))
-        torch.save({"x": x, "logits": model(x)}, tmp_path / "case.pt")
+        torch.save({"x": x, "logits": model(x).detach()}, tmp_path / "case.pt")
         code = """
 import sys, torch
 case = torch.load(sys.argv[2], weights_only=True)
@@ -442,7 +441,7 @@ class TestOnnx:
         x = torch.stack(images_of(3 * [(3, 5)]))
         for n in (1, 3):
             (logits,) = opened.run(None, {"images": x[:n].numpy()})
-            assert np.abs(logits - model.float()(x[:n]).numpy()).max() <= 1e-4
+            assert np.abs(logits - model.float()(x[:n]).detach().numpy()).max() <= 1e-4
 
     def test_weights_beyond_one_file_are_refused(self, tmp_path, monkeypatch):
         pytest.importorskip("onnxscript")
