@@ -220,6 +220,11 @@ class TestRefusals:
         assert path.read_bytes() == b"as it was"
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_a_missing_extension(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(_library, "HAS_EXTENSION", False)
+        assert main(["export", "fashion-mnist", "--format", "aoti", "--output", str(tmp_path / "model.pt2")]) == 2
+        assert "a package of all grids calls the C++ extension" in capsys.readouterr().err
+
     def test_a_folder_with_other_files_is_left_alone(self, tmp_path, capsys):
         pytest.importorskip("onnxscript")
         (tmp_path / "notes.txt").write_text("mine")

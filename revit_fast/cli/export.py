@@ -118,6 +118,12 @@ def _torch_export(args: argparse.Namespace, bundle: Bundle) -> None:
 def _aoti(args: argparse.Namespace, bundle: Bundle) -> None:
     from revit_fast.engine import optimize
     from revit_fast.export import compile_package, export_packed, export_single
+    from revit_fast.ops import _library
+
+    if args.grid is None and not _library.HAS_EXTENSION:
+        raise UsageError(
+            f"--format: a package of all grids calls the C++ extension; {_library.HOW_TO_BUILD}, or --grid"
+        )
 
     def write(path: str) -> None:
         # A package belongs to this processor in any case: packed weights of its instruction set cost nothing more.
