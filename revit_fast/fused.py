@@ -27,11 +27,11 @@ from revit_fast.layers import (
     activation_name,
     sequence_max,
 )
-from revit_fast.model import PatchRows, ReViT
+from revit_fast.model import PatchRows, ReViT, rows_apart
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, huge_pages, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
-from revit_fast.packing import cumulative, nearest_lengths
+from revit_fast.packing import Layout, cumulative, nearest_lengths
 from revit_fast.snapshot import Snapshot
 from revit_fast.stem import CONVOLUTIONS, ConvStem, FoldedStem
 
@@ -184,7 +184,7 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
-    return Packed(_library.cpu_isa(), Snapshot(model), stem, _gathered(weights), heads)
+    return Packed(_library.cpu_isa(), Snapshot(model), stem, weights, heads)
 
 
 def _head(head: nn.Module, dtype: torch.dtype):
@@ -198,6 +198,38 @@ def serves(model: ReViT) -> bool:
     return (
         _library.HAS_EXTENSION and model.pos_embed.device.type == "cpu" and model.pos_embed.dtype in FLOAT_PACKED_DTYPES
     )
+
+
+def n_pooled(model: ReViT) -> int:
+    """Leading tokens of every sequence that the head reads; 0: all tokens."""
+    if model.global_pool != "token" or model.aux_head is not None:
+        return 0
+    return 2 if model.distilled else 1
+
+
+def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> Tensor:
+    """Logits in the model's dtype.
+
+    Args:
+        model: the model.
+        packed: its weights.
+        tokens: the first `n_pooled` of every sequence after the final norm, or all.
+        layout: of all tokens.
+    """
+    token_labels = 0.0
+    if model.aux_head is not None:
+        token_labels = 0.5 * sequence_max(packed.heads[1](tokens), layout.cu_seqlens, model.num_prefix_tokens)
+        tokens = tokens.index_select(0, layout.cu_seqlens[:-1])
+    if model.global_pool == "avg":
+        tokens = ops.mean_pool(tokens, layout.cu_seqlens, 0 if model.pool_include_prefix else model.num_prefix_tokens)
+    if isinstance(model.fc_norm, TALLayerNorm):
+        own = rows_apart(tokens, layout) if model.global_pool else layout
+        tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), own.cu_seqlens, own.length_index, model.fc_norm.eps)
+    if model.distilled:
+        rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
+        logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]
+        return ((logits[0] + logits[1]) / 2).to(model.pos_embed.dtype)
+    return (packed.heads[0](tokens) + token_labels).to(model.pos_embed.dtype)
 
 
 class FusedForward:
@@ -219,25 +251,9 @@ class FusedForward:
     def logits(self, images: PatchRows) -> Tensor:
         """Logits of a batch, in the model's dtype."""
         model = self._model
-        n_pooled = 0 if model.global_pool != "token" or model.aux_head is not None else 2 if model.distilled else 1
-        packed, tokens, length_index = self._tokens(images, n_pooled)
+        packed, tokens, length_index = self._tokens(images, n_pooled(model))
         seqlens = [h * w + model.num_prefix_tokens for h, w in images.grids]
-        token_labels = 0.0
-        if model.aux_head is not None:
-            cu_seqlens = cumulative(seqlens)
-            token_labels = 0.5 * sequence_max(packed.heads[1](tokens), cu_seqlens, model.num_prefix_tokens)
-            tokens = tokens.index_select(0, cu_seqlens[:-1])
-        if model.global_pool == "avg":
-            skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
-            tokens = ops.mean_pool(tokens, cumulative(seqlens), skip)
-        if isinstance(model.fc_norm, TALLayerNorm):
-            sequences = cumulative([1] * len(seqlens) if model.global_pool else seqlens)
-            tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), sequences, length_index, model.fc_norm.eps)
-        if model.distilled:
-            rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
-            logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]
-            return ((logits[0] + logits[1]) / 2).to(model.pos_embed.dtype)
-        return (packed.heads[0](tokens) + token_labels).to(model.pos_embed.dtype)
+        return logits_of(model, packed, tokens, Layout(cumulative(seqlens), length_index, None))
 
     def tokens(self, images: PatchRows) -> Tensor:
         """All tokens after the final norm, `[T, C]` in the model's dtype."""
@@ -264,7 +280,8 @@ class FusedForward:
         packed = self._packed
         if packed is None or packed.isa != _library.cpu_isa() or not packed.snapshot.holds():
             self._folded.clear()
-            packed = self._packed = pack_model(self._model, self._dtype)
+            packed = pack_model(self._model, self._dtype)
+            packed = self._packed = packed._replace(weights=_gathered(packed.weights))
         return packed
 
     def _current_table(self) -> Tensor:

@@ -20,10 +20,12 @@ from train_helpers import MODEL_KWARGS, noise_images, write_folders
 
 import revit_fast as rf
 from revit_fast.cli import build_parser
+from revit_fast.cli.export import check_output
 from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
 from revit_fast.explain.png import MAX_IMAGES
+from revit_fast.export import ONNX_BYTES, OPSET, SETTINGS
 from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
-from revit_fast.policies import POLICIES
+from revit_fast.policies import POLICIES, Evidence, make_policy
 from revit_fast.positions import MAX_EXTRA_GRIDS
 from revit_fast.tla import MAX_SHARE
 
@@ -34,6 +36,7 @@ FAMILY = PAGE.with_name("family.md")
 DOCS = PAGE.parent
 ROOT = DOCS.parent
 PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "reports").rglob("*.md")]
+EXPORT = PAGE.with_name("export.md")
 
 
 def blocks(language, page=PAGE):
@@ -255,3 +258,30 @@ def test_the_site_is_built_without_a_network(tmp_path):
     shown = [name for name in rf.__all__ if name not in ("__version__", "flash_attn_compat", "ops")]
     for name in [*shown, *(f"ops.{name}" for name in rf.ops.__all__)]:
         assert re.search(rf'id="revit_fast\.[\w.]*\b{name.split(".")[-1]}"', api), name
+
+
+def test_export_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_model(grids=(14, 10, 7), patch_size=2)
+    programs, rule = blocks("python", EXPORT)
+    names = {"model": model, "patch": 2, "classes": [str(i) for i in range(model.num_classes)]}
+    exec(compile(programs, str(EXPORT), "exec"), names)
+    x = torch.randn(3, 3, 14, 14)
+    assert torch.allclose(names["single"](x), model(x), rtol=0, atol=1e-6)
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 100).astype(np.float32)
+    names = {"probabilities": probabilities, "grids": model.grids, "threshold": 0.6}
+    exec(compile(rule, str(EXPORT), "exec"), names)
+    policy = make_policy(("threshold", 0.6), model.grids)
+    assert names["chosen"].tolist() == policy.choose(Evidence(np.arange(100), probabilities)).tolist()
+
+
+def test_export_commands_are_understood():
+    text = EXPORT.read_text(encoding="utf-8")
+    lines = [line for block in blocks("sh", EXPORT) for line in block.splitlines() if line.startswith("revit-fast ")]
+    assert len(lines) == 4
+    for line in lines:
+        args = build_parser().parse_args(shlex.split(line, comments=True)[1:])
+        check_output(args)
+    assert f"opset {OPSET}" in text
+    assert f"`{SETTINGS}`" in text
+    assert f"{ONNX_BYTES / (1 << 30):g} GiB" in text

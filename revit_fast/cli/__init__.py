@@ -18,6 +18,7 @@ EXTRA_MODULES = {
     **dict.fromkeys(("gradio",), "page"),
     **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
     **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
 }
 """Packages that commands need, and the extra that brings each."""
 
@@ -240,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     # These read options off their modules.
-    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "experiment"):
+    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "experiment", "export"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

@@ -1,0 +1,308 @@
+"""Models as files for other runtimes: `torch.export`, AOTInductor packages that run without Python, and ONNX.
+
+Two programs of a model are exported. The *packed* one takes the patch rows of any number of images at any mix of grids,
+and needs the package's operators: in Python `import revit_fast`, elsewhere `dlopen` of `revit_fast/_C.so`, which is a
+plain library over libtorch. The *single* one takes images of one size and consists of PyTorch's own operators.
+
+| file | from | needs |
+| --- | --- | --- |
+| `.pt2` of `save_program` | either program | Python and torch; for packed ones also revit_fast |
+| `.pt2` of `compile_package` | either program | libtorch; for packed ones also `_C.so` |
+| `.onnx` | single program, assigner | an ONNX runtime |
+
+Every file carries its settings, see `model_settings` and `assigner_settings`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from revit_fast.atomic import replaced, replaced_folder
+from revit_fast.bundle import Bundle
+from revit_fast.costs import forward_macs
+from revit_fast.kernels.schedules import N_CLASSES
+from revit_fast.model import ReViT
+from revit_fast.policies import PolicySpec, make_policy
+from revit_fast.preprocess import input_settings
+from revit_fast.programs import AssignerProgram, DenseProgram, FixedProgram, make_packed
+from revit_fast.stem import ConvStem
+from revit_fast.tla import TokenLengthAssigner
+
+OPSET = 20
+"""Of the ONNX files."""
+
+SETTINGS = "revit_fast.json"
+"""The extra file of `torch.export.load` that holds the settings."""
+
+ONNX_BYTES = 3 << 29
+"""Of weights in one ONNX file; protobuf ends at 2 GiB."""
+
+Grid = int | tuple[int, int]
+
+
+def export_packed(
+    model: ReViT, grids: Iterable[Grid] | None = None, *, mix: Sequence[Grid] | None = None
+) -> ExportedProgram:
+    """The forward pass over a pack, for any number of images and tokens, or for one mix of grids.
+
+    Called as `program.module()(batch.data, batch.grid_hw)` with the tensors of a `PackedBatch` or any others like them:
+    normalised rows `[T, P*P*3]` in the model's dtype, T the patches of all images and no more, and int32 `[B, 2]`, rows
+    and columns of patches of each, B at least 1. With `mix` the rows are the only argument. Logits equal those of
+    `model` bit for bit.
+
+    An optimised copy (`optimize`) is exported as its one fused op over weights packed for the instruction set in use:
+    on another the op refuses them by name.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        grids: that images may have, sides or (rows, columns); by default the model's. Others are an error at run time.
+        mix: the grids of a fixed pack, in its order.
+
+    Raises:
+        TypeError, ValueError: for another model, or grids that are none.
+    """
+    _check_model(model)
+    mix = None if mix is None else _pairs(mix, "mix")
+    grids = mix or _pairs(model.grids if grids is None else grids, "grids")
+    program = make_packed(model, dict.fromkeys(grids)).eval()
+    # Two images: a compiler takes a size of one in its example for a constant.
+    example = mix or (grids[0], grids[-1])
+    rows = torch.zeros(
+        sum(h * w for h, w in example), model.patch_size**2 * model.in_chans, dtype=model.pos_embed.dtype
+    )
+    if mix is not None:
+        return _traced(FixedProgram(program, mix), (rows,), None)
+    grid_hw = torch.tensor(example, dtype=torch.int32)
+    return _traced(program, (rows, grid_hw), ({0: Dim("rows", min=1)}, {0: Dim("images", min=1)}))
+
+
+def export_single(model: ReViT, grid: Grid) -> ExportedProgram:
+    """The forward pass over images of one grid, in PyTorch's own operators; the number of images is dynamic.
+
+    Called as `program.module()(images)` with normalised images `[B, 3, rows * P, columns * P]` in the model's dtype.
+    Logits are the model's to rounding.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        grid: patches a side, or (rows, columns).
+
+    Raises:
+        TypeError, ValueError: for another model, or a grid that is none.
+    """
+    _check_model(model)
+    ((height, width),) = _pairs([grid], "grid")
+    sides = (height * model.patch_size, width * model.patch_size)
+    images = torch.zeros(2, model.in_chans, *sides, dtype=model.pos_embed.dtype)
+    return _traced(DenseProgram(model, (height, width)), (images,), ({0: Dim("images", min=1)},))
+
+
+def export_assigner(tla: TokenLengthAssigner) -> ExportedProgram:
+    """An assigner's probabilities `[B, n_lengths]`, the longest first, of normalised thumbnails `[B, 3, S, S]`."""
+    if tla.training:
+        raise ValueError("tla: the assigner is in training mode; call .eval()")
+    thumbnails = torch.zeros(2, 3, tla.thumbnail_px, tla.thumbnail_px)
+    return _traced(AssignerProgram(tla), (thumbnails,), ({0: Dim("images", min=1)},))
+
+
+def model_settings(model: ReViT, classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a program's caller must know, as JSON values: grids, patch size, preprocessing and names of the classes.
+
+    Args:
+        model: the model.
+        classes: a name for every class; None where they have none.
+    """
+    own = input_settings(model)
+    return {
+        "grids": list(model.grids),
+        "patch_size": model.patch_size,
+        "mean": list(map(float, own["mean"])),
+        "std": list(map(float, own["std"])),
+        "crop_pct": own["crop_pct"],
+        "interpolation": own["interpolation"],
+        "classes": None if classes is None else list(classes),
+    }
+
+
+def assigner_settings(
+    tla: TokenLengthAssigner, policy: PolicySpec = "argmax", macs: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """What a caller of an exported assigner must know, as JSON values.
+
+    Args:
+        tla: the assigner.
+        policy: that grids are chosen by, see `policies.make_policy`.
+        macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
+
+    Returns:
+        Its settings. `threshold` is given for the policies threshold and budget: the grid is the smallest whose
+        P(label <= length), the sum of the probabilities from the longest length down to it, reaches that.
+    """
+    return {
+        "grids": list(tla.grids),
+        "thumbnail_px": tla.thumbnail_px,
+        "mean": list(tla.mean),
+        "std": list(tla.std),
+        "interpolation": "bilinear",
+        "policy": policy,
+        "threshold": make_policy(policy, tla.grids, calibration=tla.calibration, macs=macs).threshold,
+    }
+
+
+def save_program(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Writes a program for `torch.export.load`, all or nothing; its extra file `SETTINGS` is the settings as JSON."""
+    with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
+        # Of the embedding's weight, which lies in channels-last memory: it is saved and loaded as it lies.
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(program, file, extra_files={SETTINGS: json.dumps(settings)})
+
+
+def compile_package(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Compiles a program with AOTInductor for this machine's processor and writes the package, all or nothing.
+
+    It runs by `torch._inductor.aoti_load_package` or, without Python, `torch::inductor::AOTIModelPackageLoader`; its
+    metadata are the settings, each as JSON. Weights are part of it.
+
+    Raises:
+        RuntimeError: where there is no C++ compiler.
+    """
+    import torch._inductor.config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "AOTInductor needs a C++ compiler: install g++ or clang++, or name yours by the variable CXX"
+        ) from error
+    options: dict[str, Any] = {"aot_inductor.metadata": _as_text(settings)}
+    if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
+        # The bound that it would check is two images, which comes of the example alone: one runs as well.
+        options["aot_inductor.check_lowerbound"] = False
+    with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb+") as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
+
+
+def write_onnx(
+    program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any], *, inputs: str, outputs: str
+) -> None:
+    """Writes a program of PyTorch's own operators as ONNX, opset `OPSET`, in float32, all or nothing.
+
+    Args:
+        program: of `export_single` or `export_assigner`.
+        path: the file, `.onnx`.
+        settings: kept as its metadata, each as JSON.
+        inputs: name of its input.
+        outputs: name of its output.
+
+    Raises:
+        ModuleNotFoundError: without the packages `onnx` and `onnxscript`.
+        ValueError: for weights that do not fit one ONNX file.
+    """
+    n_bytes = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    if n_bytes > ONNX_BYTES:
+        raise ValueError(f"program: {n_bytes >> 20} MiB of weights, one ONNX file holds {ONNX_BYTES >> 20}")
+    onnx_program = torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, input_names=[inputs], output_names=[outputs], verbose=False
+    )
+    onnx_program.model.metadata_props.update(_as_text(settings))
+    with replaced(_with_suffix(path, ".onnx")) as temporary:
+        onnx_program.save(temporary)
+
+
+def write_single_onnx(model: ReViT, grid: Grid, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Writes the model at one grid as ONNX: `images` `[B, 3, rows * P, columns * P]` to `logits`.
+
+    Args:
+        model: in evaluation mode, on the CPU; one of another dtype is exported in float32, which every runtime has.
+        grid: patches a side, or (rows, columns).
+        path: see `write_onnx`, as for what is raised.
+        settings: of `model_settings`; `grid` is added.
+    """
+    own = model if model.pos_embed.dtype == torch.float32 else copy.deepcopy(model).float()
+    program = export_single(own, grid)
+    write_onnx(program, path, {**settings, "grid": grid}, inputs="images", outputs="logits")
+
+
+def write_adaptive_onnx(bundle: Bundle, folder: str | os.PathLike) -> None:
+    """Writes a bundle as a folder of ONNX files, all or nothing: `grid-14.onnx` and so on, and `assigner.onnx`.
+
+    The assigner maps `thumbnails` to `probabilities`; its metadata say how a grid follows from them.
+
+    Raises:
+        ModuleNotFoundError, ValueError: see `write_onnx`; also for a folder that holds anything but ONNX files.
+    """
+    model, tla = bundle.model, bundle.tla
+    if any(file.suffix != ".onnx" for file in (Path(folder).iterdir() if Path(folder).is_dir() else ())):
+        raise ValueError(f"folder: {folder} holds other files, which would go; give a new folder")
+    settings = model_settings(model, bundle.classes or None)
+    with replaced_folder(folder) as new:
+        for grid in model.grids:
+            write_single_onnx(model, grid, new / f"grid-{grid}.onnx", settings)
+        if tla is not None:
+            macs = [forward_macs(model, n) for n in model.lengths]
+            settings = assigner_settings(tla, bundle.policy, macs)
+            program = export_assigner(tla)
+            write_onnx(program, new / "assigner.onnx", settings, inputs="thumbnails", outputs="probabilities")
+
+
+def _traced(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple | None) -> ExportedProgram:
+    with torch.no_grad():
+        program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        # The runtime of a package hands an empty list on as None. Without a list of tiles nobody reads their number.
+        if node.target is torch.ops.revit_fast.varlen_attention.default and not node.args[-1]:
+            node.args = (*node.args[:-1], [0] * N_CLASSES)
+    program.graph_module.recompile()
+    return program
+
+
+def _check_model(model: ReViT) -> None:
+    if not isinstance(model, ReViT):
+        raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")
+    if model.training:
+        raise ValueError("model: it is in training mode, and a program is for inference; call .eval()")
+    if model.pos_embed.device.type != "cpu":
+        raise ValueError(
+            f"model: expected it on the CPU, got {model.pos_embed.device}; export a copy.deepcopy(model).cpu()"
+        )
+    for name, there in (
+        ("a convolutional stem", isinstance(model.patch_embed, ConvStem)),
+        ("a token-label head", model.aux_head is not None),
+    ):
+        if there:
+            raise ValueError(f"model: it has {name} (LV-ViT), which is not exported; run it from Python")
+
+
+def _pairs(grids: Iterable[Grid], name: str) -> list[tuple[int, int]]:
+    """Grids as (rows, columns), after a check."""
+    pairs = []
+    for grid in grids:
+        pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+            raise ValueError(f"{name}: expected positive ints or (rows, columns) such as 14 or (10, 12), got {grid!r}")
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{name}: expected at least one grid, got none")
+    return pairs
+
+
+def _with_suffix(path: str | os.PathLike, suffix: str) -> Path:
+    """The path, after a check of how it ends: loaders go by that."""
+    if Path(path).suffix != suffix:
+        raise ValueError(f"path: expected a name that ends in {suffix}, got {os.fspath(path)!r}")
+    return Path(path)
+
+
+def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()}

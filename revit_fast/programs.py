@@ -1,0 +1,173 @@
+"""The forward passes that `revit_fast.export` traces: modules from tensors to tensors, without host-side packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revit_fast import fused, ops
+from revit_fast.engine import OptimizedReViT
+from revit_fast.layers import Attention, TALLayerNorm
+from revit_fast.model import Inputs, ReViT
+from revit_fast.packing import Layout, nearest_length, nearest_lengths
+from revit_fast.positions import PositionTables, wide_patches
+from revit_fast.tla import TokenLengthAssigner
+
+
+class PackedProgram(nn.Module):
+    """Logits of a pack whose layout follows from the grids of its images; `make_packed` makes the right kind.
+
+    Args:
+        model: in evaluation mode.
+        grids: (rows, columns) that images may have.
+    """
+
+    def __init__(self, model: ReViT, grids: Iterable[tuple[int, int]]) -> None:
+        super().__init__()
+        self.lengths, self.n_prefix = model.lengths, model.num_prefix_tokens
+        self.positions = PositionTables(model.resampling, grids)
+        self.register_buffer("pos_table", self.positions.table(model.pos_embed, model._n_prefix_embedded))
+
+    def forward(self, rows: Tensor, grid_hw: Tensor) -> Tensor:
+        """Logits as `ReViT.forward` gives them for a pack.
+
+        Args:
+            rows: `[T, P*P*3]` patch rows, one image after another.
+            grid_hw: int32 `[B, 2]`, rows and columns of patches of every image.
+        """
+        counts = grid_hw.prod(dim=1, dtype=torch.int32)
+        cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        sequences = torch.arange(cu_seqlens.shape[0], device=rows.device, dtype=torch.int32)
+        layout = Layout(cu_seqlens + self.n_prefix * sequences, nearest_length(counts, self.lengths), None)
+        offsets = self.positions.offsets(grid_hw)  # -1 for a grid that is not among them: the op reports it
+        return self._logits(Inputs(rows, cu_seqlens, layout, self.pos_table, offsets, None))
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        raise NotImplementedError
+
+
+class EagerProgram(PackedProgram):
+    """A pack through the model's own modules and ops."""
+
+    def __init__(self, model: ReViT, grids: Iterable[tuple[int, int]]) -> None:
+        super().__init__(model, grids)
+        self.model = model
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        return self.model._run(inputs)
+
+
+class FusedProgram(PackedProgram):
+    """A pack through the one op of an optimised copy, over weights packed for the instruction set in use."""
+
+    def __init__(self, model: OptimizedReViT, grids: Iterable[tuple[int, int]]) -> None:
+        super().__init__(model, grids)
+        self.pos_table = self.pos_table.float()
+        packed = fused.pack_model(model, model._packed_dtype)
+        # Not as a submodule: the program holds the packed weights alone, not the parameters too.
+        self._tokens = partial(ops.vit_forward, weights=packed.weights, n_pooled=fused.n_pooled(model))
+        self._head = partial(fused.logits_of, model, packed)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        layout = inputs.layout
+        tokens = self._tokens(inputs.rows, inputs.cu_seqlens, layout.length_index, inputs.pos_offset, inputs.pos_table)
+        return self._head(tokens, layout)
+
+
+def make_packed(model: ReViT, grids: Iterable[tuple[int, int]]) -> PackedProgram:
+    """The packed program that runs as the model itself does: fused where it is an optimised copy that fuses."""
+    if isinstance(model, OptimizedReViT) and fused.serves(model):
+        return FusedProgram(model, grids)
+    return EagerProgram(model, grids)
+
+
+class FixedProgram(nn.Module):
+    """A packed program for one mix of grids: its only input are the rows.
+
+    Args:
+        program: that takes any mix.
+        mix: (rows, columns) of every image, in the order of the pack.
+    """
+
+    def __init__(self, program: PackedProgram, mix: Iterable[tuple[int, int]]) -> None:
+        super().__init__()
+        self.program = program
+        self.register_buffer("grid_hw", torch.tensor(list(mix), dtype=torch.int32))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Logits of the pack; `rows` `[T, P*P*3]` are those of its images and no more."""
+        return self.program(rows, self.grid_hw)
+
+
+class DenseProgram(nn.Module):
+    """The model at one grid in PyTorch's own operators alone: what is exported of it needs nothing of this package.
+
+    Args:
+        model: in evaluation mode.
+        grid: (rows, columns) of patches.
+    """
+
+    def __init__(self, model: ReViT, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.model = model
+        self.length = nearest_lengths([grid[0] * grid[1]], model.lengths)[0]
+        with torch.no_grad():
+            patches = model.resampling.resampled(wide_patches(model.pos_embed, model._n_prefix_embedded), grid)
+            self.register_buffer("positions", patches.to(model.pos_embed.dtype).contiguous())
+            self.register_buffer("prefix", model._prefix())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` (of every token, `[B, N, num_classes]`, where the model does not pool).
+
+        Args:
+            images: normalised, `[B, 3, rows * P, columns * P]`.
+        """
+        model = self.model
+        patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.positions
+        x = torch.cat([self.prefix.expand(images.shape[0], -1, -1), patches], dim=1)
+        x = self._norm(model.norm_pre, x)
+        for block in model.blocks:
+            x = x + block.ls1(self._attend(block.attn, self._norm(block.norm1, x)))
+            x = x + block.ls2(block.mlp(self._norm(block.norm2, x)))
+        x = self._norm(model.norm, x)
+        if model.global_pool == "avg":
+            x = (x if model.pool_include_prefix else x[:, model.num_prefix_tokens :]).mean(dim=1)
+        elif model.global_pool == "token":
+            x = x[:, :2] if model.distilled else x[:, 0]
+        x = self._norm(model.fc_norm, x)
+        if model.distilled:
+            return (model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2
+        return model.head(x)
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if not isinstance(norm, TALLayerNorm):
+            return norm(x)
+        weight, bias = (parameter[self.length] for parameter in norm.affine())
+        return F.layer_norm(x, weight.shape, weight, bias, norm.eps)
+
+    @staticmethod
+    def _attend(attn: Attention, x: Tensor) -> Tensor:
+        qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class AssignerProgram(nn.Module):
+    """An assigner's calibrated probabilities of thumbnails.
+
+    Args:
+        tla: in evaluation mode.
+    """
+
+    def __init__(self, tla: TokenLengthAssigner) -> None:
+        super().__init__()
+        self.tla = tla
+        self.temperature = tla.calibration.temperature if tla.calibration else 1.0
+
+    def forward(self, thumbnails: Tensor) -> Tensor:
+        """Probabilities `[B, n_lengths]`, the longest length first, of normalised `[B, 3, S, S]`."""
+        return (self.tla(thumbnails) / self.temperature).softmax(dim=1)
