@@ -206,9 +206,8 @@ class FusedForward:
         n_pooled = 0 if model.global_pool != "token" else 2 if model.distilled else 1
         packed, tokens, length_index = self._tokens(images, n_pooled)
         seqlens = [h * w + model.num_prefix_tokens for h, w in images.grids]
-        if model.global_pool == "avg":
-            skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
-            tokens = ops.mean_pool(tokens, cumulative(seqlens), skip)
+        if model.global_pool != "token":
+            tokens = model.pool(tokens, cumulative(seqlens))
         if isinstance(model.fc_norm, TALLayerNorm):
             sequences = cumulative([1] * len(seqlens) if model.global_pool else seqlens)
             tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), sequences, length_index, model.fc_norm.eps)

@@ -8,6 +8,12 @@ from typing import Any
 from torch import nn
 
 
+def require(condition: bool, feature: str) -> None:
+    """Refuses a model that has `feature` where `condition` does not hold."""
+    if not condition:
+        raise ValueError(f"vit: {feature} is not supported by ReViT")
+
+
 def config_from_timm(vit: nn.Module) -> dict[str, Any]:
     """Arguments of `ReViT` that give the architecture of `vit`."""
     try:
@@ -19,26 +25,26 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
         raise TypeError(f"vit: expected a timm VisionTransformer, got {type(vit).__name__}")
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
         raise ValueError(f"vit: subclass {type(vit).__name__} of VisionTransformer is not supported")
-    _require(len(vit.blocks) > 0, "a model without blocks")
-    _require(all(type(block) is Block for block in vit.blocks), f"blocks of type {type(vit.blocks[0]).__name__}")
+    require(len(vit.blocks) > 0, "a model without blocks")
+    require(all(type(block) is Block for block in vit.blocks), f"blocks of type {type(vit.blocks[0]).__name__}")
     block = vit.blocks[0]
     _check_block(block)
-    _require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
-    _require(vit.global_pool in ("token", "avg", ""), f"global_pool={vit.global_pool!r}")
-    _require(vit.attn_pool is None, "attention pooling")
-    _require(isinstance(vit.patch_drop, nn.Identity), "patch dropout (patch_drop_rate)")
+    require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
+    require(vit.global_pool in ("token", "avg", ""), f"global_pool={vit.global_pool!r}")
+    require(vit.attn_pool is None, "attention pooling")
+    require(isinstance(vit.patch_drop, nn.Identity), "patch dropout (patch_drop_rate)")
     embed = vit.patch_embed
-    _require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
-    _require(isinstance(embed.norm, nn.Identity), "a norm in the patch embedding")
-    _require(embed.patch_size[0] == embed.patch_size[1], f"non-square patches {tuple(embed.patch_size)}")
-    _require(embed.proj.stride == embed.proj.kernel_size, "overlapping patches")
+    require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
+    require(isinstance(embed.norm, nn.Identity), "a norm in the patch embedding")
+    require(embed.patch_size[0] == embed.patch_size[1], f"non-square patches {tuple(embed.patch_size)}")
+    require(embed.proj.stride == embed.proj.kernel_size, "overlapping patches")
     norms = [module for name, module in vit.named_modules() if name.rpartition(".")[2] in NORMS]
     norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
-    _require(all(isinstance(norm, nn.LayerNorm) for norm in norms), "a norm other than LayerNorm")
-    _require(
+    require(all(isinstance(norm, nn.LayerNorm) for norm in norms), "a norm other than LayerNorm")
+    require(
         all(norm.weight is not None and norm.bias is not None for norm in norms), "LayerNorm without weight or bias"
     )
-    _require(len({norm.eps for norm in norms}) == 1, "norms of different eps")
+    require(len({norm.eps for norm in norms}) == 1, "norms of different eps")
     return {
         "base_grid": tuple(embed.grid_size),
         "patch_size": embed.patch_size[0],
@@ -77,28 +83,23 @@ NORMS = ("norm_pre", "norm1", "norm2", "norm", "fc_norm")
 
 def _check_block(block: nn.Module) -> None:
     attn, mlp = block.attn, block.mlp
-    _require(
+    require(
         isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity), "query and key norms (qk_norm)"
     )
-    _require(
+    require(
         isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity), "an attention output norm (scale_attn_norm)"
     )
-    _require(getattr(attn, "gate", None) is None, "gated attention")
-    _require(attn.attn_drop.p == 0, f"attention dropout (attn_drop_rate={attn.attn_drop.p}); set it to 0")
+    require(getattr(attn, "gate", None) is None, "gated attention")
+    require(attn.attn_drop.p == 0, f"attention dropout (attn_drop_rate={attn.attn_drop.p}); set it to 0")
     plain = isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(getattr(mlp, "fc2", None), nn.Linear)
-    _require(plain and hasattr(mlp, "act"), f"an MLP of type {type(mlp).__name__}")
-    _require(mlp.fc1.out_features == mlp.fc2.in_features, f"a gated MLP ({type(mlp).__name__})")
-    _require(isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity), "a norm in the MLP (scale_mlp_norm)")
+    require(plain and hasattr(mlp, "act"), f"an MLP of type {type(mlp).__name__}")
+    require(mlp.fc1.out_features == mlp.fc2.in_features, f"a gated MLP ({type(mlp).__name__})")
+    require(isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity), "a norm in the MLP (scale_mlp_norm)")
 
 
 def _activation(act: nn.Module) -> Any:
     """The activation's constructor; timm's own GELU classes are exact GELU."""
     if isinstance(act, nn.GELU):
         return partial(nn.GELU, approximate=act.approximate)
-    _require(not any(True for _ in act.parameters()), f"an activation with parameters ({type(act).__name__})")
+    require(not any(True for _ in act.parameters()), f"an activation with parameters ({type(act).__name__})")
     return type(act)
-
-
-def _require(condition: bool, feature: str) -> None:
-    if not condition:
-        raise ValueError(f"vit: {feature} is not supported by ReViT")
