@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from revit_fast.checkpoint import read_checkpoint
+from revit_fast.hub import Pretrained
 from revit_fast.layers import (
     ACTIVATIONS,
     Block,
@@ -125,7 +126,7 @@ def rows_apart(rows: Tensor, layout: Layout) -> Layout:
     return Layout(sequences, layout.length_index, None)
 
 
-class ReViT(nn.Module):
+class ReViT(Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
@@ -138,8 +139,8 @@ class ReViT(nn.Module):
         patch_size: P in pixels.
         in_chans: image channels.
         num_classes: classes of the head; 0 for none.
-        global_pool: "token" (class token), "avg" (mean of the patch tokens), "token_avg" (both side by side, as DINOv2's
-            linear classifiers read them: the head takes 2C) or "" (none).
+        global_pool: "token" (class token), "avg" (mean of the patch tokens), "token_avg" (both side by side, `[B, 2C]`,
+            as DINOv2's linear classifiers read them) or "" (none).
         embed_dim: channels C.
         depth: number of blocks.
         num_heads: attention heads.
@@ -404,7 +405,10 @@ class ReViT(nn.Module):
         Raises:
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
-        state_dict = self.convert_state_dict(state_dict)
+        self.load_own_weights(self.convert_state_dict(state_dict), source)
+
+    def load_own_weights(self, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+        """`load_weights` for the state dict of a model like this one: nothing is repeated or resampled."""
         own = self.state_dict()
         problems = {
             "missing": sorted(own.keys() - state_dict.keys()),
@@ -620,7 +624,7 @@ class ReViT(nn.Module):
         return self._head(self.pool(tokens, layout.cu_seqlens), layout)
 
     def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Rows that the head reads of all tokens `[T, C]`, but for "token" pooling: there the last block chooses them."""
+        """Rows that the head reads, of all tokens `[T, C]`; with "token" pooling the last block has chosen them."""
         if not self.global_pool:
             return tokens
         mean = mean_pool(tokens, cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)

@@ -86,9 +86,7 @@ def _check_block(block: nn.Module) -> None:
     require(
         isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity), "query and key norms (qk_norm)"
     )
-    require(
-        isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity), "an attention output norm (scale_attn_norm)"
-    )
+    require(isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity), "an attention output norm (scale_attn_norm)")
     require(getattr(attn, "gate", None) is None, "gated attention")
     require(attn.attn_drop.p == 0, f"attention dropout (attn_drop_rate={attn.attn_drop.p}); set it to 0")
     plain = isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(getattr(mlp, "fc2", None), nn.Linear)

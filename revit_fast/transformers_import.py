@@ -1,7 +1,7 @@
 """Reads transformers' ViT, DeiT and DINOv2 models, and refuses by name what ReViT does not have.
 
-A model's configuration says what it computes; its state dict is renamed to timm's names. Both of transformers' layouts of
-a ViT are known, that of version 4 (`encoder.layer.0.attention.attention.query`) and that of 5 (`layers.0.attention.q_proj`).
+A model's configuration says what it computes; its state dict is renamed to timm's names. The modules of a ViT have other
+names in version 4 of transformers (`encoder.layer.0.attention.attention.query`) than in 5 (`layers.0.attention.q_proj`).
 """
 
 from __future__ import annotations
@@ -72,8 +72,6 @@ def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
     _check_config(config)
     patch_size, width = _square_patch(config), config.hidden_size
     is_dino = hasattr(config, "layerscale_value")
-    state = vit.state_dict()
-    head_dim = next((value.shape[0] // config.num_attention_heads for name, value in state.items() if _is_query(name)), 1)
     return {
         "base_grid": _base_grid(config, patch_size),
         "patch_size": patch_size,
@@ -82,7 +80,7 @@ def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
         "embed_dim": width,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "head_dim": head_dim,
+        "head_dim": getattr(config, "head_dim", width // config.num_attention_heads),
         "hidden_dim": int(width * config.mlp_ratio) if is_dino else config.intermediate_size,
         "qkv_bias": config.qkv_bias,
         # Weights of the scales are loaded; what they would start from matters to new ones only.
@@ -126,9 +124,8 @@ def settings_from_processor(processor: Any) -> dict[str, Any]:
     """
     if not isinstance(processor, Mapping):
         if not callable(getattr(processor, "to_dict", None)):
-            raise TypeError(
-                f"processor: expected an image processor of transformers or its settings, got {type(processor).__name__}"
-            )
+            got = type(processor).__name__
+            raise TypeError(f"processor: expected an image processor of transformers or its settings, got {got}")
         processor = processor.to_dict()
     for step in ("do_resize", "do_rescale"):
         _require_setting(processor.get(step, True), f"{step}=False")
@@ -159,7 +156,7 @@ INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
 def class_names(vit: nn.Module) -> list[str] | None:
-    """Names of the classes in the order of the logits; None where there are no others than transformers' LABEL_0, ..."""
+    """Names of the classes in the order of the logits; None where they are transformers' own LABEL_0, LABEL_1, ..."""
     names = [str(vit.config.id2label.get(i, f"LABEL_{i}")) for i in range(vit.config.num_labels)]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
@@ -168,10 +165,6 @@ def _renamed(name: str) -> str:
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _is_query(name: str) -> bool:
-    return _renamed(name).endswith(".attn.q.weight")
 
 
 def _check_config(config: Any) -> None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def add_arguments(p: argparse.ArgumentParser, split: str) -> None:
     """The bundle, the images and how many of them."""
-    p.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder (./model), or the name of a shipped one")
+    p.add_argument(
+        "bundle", metavar="BUNDLE", help="a bundle's folder (./model), hf-hub:user/name, or the name of a shipped one"
+    )
     p.add_argument("data", metavar="DATA", help="labelled images: folders of classes, idx files, shards, ...")
     p.add_argument("--split", default=split, help="of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
