@@ -322,8 +322,8 @@ def _check_own_arguments(folder: Path, config: dict[str, Any], kind: type[ReViT]
     unsaid = sorted(named - set(_parameters(ReViT)) - set(config["revit"]) - set(arguments))
     if unsaid:
         raise ValueError(
-            f"bundle: {folder / CONFIG} does not say {', '.join(unsaid)} of {kind.__name__}; give it as an argument, or "
-            "save the model with a class whose property `config` holds it"
+            f"bundle: {folder / CONFIG} does not say {', '.join(unsaid)} of {kind.__name__}; give it, or save the "
+            "model with a class whose property `config` holds it"
         )
 
 

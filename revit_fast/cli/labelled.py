@@ -63,13 +63,14 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 
 def folder_to_write(args: argparse.Namespace) -> str:
-    """The folder that the bundle is written to; a shipped one is left as it is."""
+    """The folder that the bundle is written to; a shipped one, or one of the Hub, is left as it is."""
     from revit_fast.bundle import SHIPPED, find_bundle
+    from revit_fast.hub import SCHEME
 
     if args.output is not None:
         return args.output
-    if SHIPPED in find_bundle(args.bundle).parents:
-        raise UsageError(f"--output: give a folder; the shipped {args.bundle} is not changed")
+    if args.bundle.startswith(SCHEME) or SHIPPED in find_bundle(args.bundle).parents:
+        raise UsageError(f"--output: give a folder; {args.bundle} is not changed")
     return args.bundle
 
 
