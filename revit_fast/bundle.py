@@ -318,7 +318,8 @@ def _model_of(folder: Path, config: dict[str, Any], kind: type[ReViT], arguments
 
 def _check_own_arguments(folder: Path, config: dict[str, Any], kind: type[ReViT], arguments: Mapping[str, Any]) -> None:
     """Refuses to leave a subclass's own arguments at their defaults: the model that was saved may have had others."""
-    named = {name for name, p in _parameters(kind).items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name for name, parameter in _parameters(kind).items() if parameter.kind not in rest}
     unsaid = sorted(named - set(_parameters(ReViT)) - set(config["revit"]) - set(arguments))
     if unsaid:
         raise ValueError(

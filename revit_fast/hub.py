@@ -1,13 +1,13 @@
 """`save_pretrained`, `from_pretrained` and `push_to_hub` of a `ReViT`, and repositories of the Hugging Face Hub.
 
-A saved model is a bundle (`revit_fast.bundle`), whose files have the names that the Hub knows: what `fit` writes and the
-commands take is a repository as it stands, assigner included. Weights are read from safetensors alone.
+A saved model is a bundle (`revit_fast.bundle`), whose files have the names that the Hub knows: what `fit` writes and
+the commands take is a repository as it stands, assigner included. Weights are read from safetensors alone.
 
 `ReViT` has the methods of huggingface_hub's `PyTorchModelHubMixin` without being one. As a base class it would make the
-package import huggingface_hub, and a subclass that has it would be another model than `from_timm` returns and `optimize`
-takes. Its loading passes over a missing configuration, missing weights and weights of other names, and falls back to
-pickles; its saving removes the old configuration before there is a new one. What it is for, the Hub, it does here too: an
-upload goes through a mixin that is made for it. Folders are written and read without huggingface_hub.
+package import huggingface_hub, and a subclass with it would be another model than `from_timm` returns and `optimize`
+takes. Its loading passes over a missing configuration and tensors of other names, and falls back to pickles; its
+saving removes the old configuration before there is a new one. What it is for, the Hub, it does here too: an upload
+goes through a mixin that is made for it. Folders are written and read without huggingface_hub.
 """
 
 from __future__ import annotations

@@ -328,11 +328,11 @@ class ReViT(Pretrained, nn.Module):
         """
         from revit_fast.timm_import import config_from_timm
 
-        model = cls(grids=grids, **config_from_timm(vit))
+        # In its dtype before the weights come: float32 would round those of a float64 model.
+        model = cls(grids=grids, **config_from_timm(vit)).to(device=vit.pos_embed.device, dtype=vit.pos_embed.dtype)
         model.load_state_dict(model.convert_state_dict(vit.state_dict()))
         model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-        parameter = vit.pos_embed
-        return model.to(device=parameter.device, dtype=parameter.dtype).train(vit.training)
+        return model.train(vit.training)
 
     @classmethod
     def from_transformers(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS, *, processor: Any = None) -> ReViT:
@@ -358,11 +358,10 @@ class ReViT(Pretrained, nn.Module):
 
         config = source.config_from_transformers(vit)
         settings = {} if processor is None else source.settings_from_processor(processor)
-        model = cls(grids=grids, **config)
+        model = cls(grids=grids, **config).to(device=vit.device, dtype=vit.dtype)
         model.load_weights(source.state_dict_from_transformers(vit.state_dict(), config), type(vit).__name__)
         model.pretrained_cfg = settings | {"label_names": source.class_names(vit) if model.num_classes else None}
-        parameter = vit.get_input_embeddings().projection.weight
-        return model.to(device=parameter.device, dtype=parameter.dtype).train(vit.training)
+        return model.train(vit.training)
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of a plain ViT in the shapes of this model; that of a ReViT passes unchanged.

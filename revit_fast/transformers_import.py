@@ -1,7 +1,8 @@
 """Reads transformers' ViT, DeiT and DINOv2 models, and refuses by name what ReViT does not have.
 
-A model's configuration says what it computes; its state dict is renamed to timm's names. The modules of a ViT have other
-names in version 4 of transformers (`encoder.layer.0.attention.attention.query`) than in 5 (`layers.0.attention.q_proj`).
+A model's configuration says what it computes; its state dict is renamed to timm's names. The modules of a ViT have one
+set of names in version 4 of transformers (`encoder.layer.0.attention.attention.query`) and another in version 5
+(`layers.0.attention.q_proj`); both are known.
 """
 
 from __future__ import annotations
