@@ -353,6 +353,13 @@ def test_from_timm_copies_the_weights(tiny):
     assert vit.head.weight.abs().sum() > 0
 
 
+def test_from_timm_keeps_float64():
+    vit = make_vit("deit_tiny", depth=1, num_classes=5).double()
+    with torch.no_grad():
+        vit.head.weight.mul_(1 + 1e-9)  # no values that float32 could hold
+    assert torch.equal(ReViT.from_timm(vit).head.weight, vit.head.weight)
+
+
 @pytest.mark.parametrize(
     ("arguments", "feature"),
     [

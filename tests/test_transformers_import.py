@@ -31,7 +31,7 @@ MODELS = {
     "registers": ("Dinov2WithRegistersForImageClassification", {"num_labels": 7, "num_register_tokens": 3}),
     "registers_features": ("Dinov2WithRegistersModel", {"image_size": 88}),
 }
-"""(class, configuration): odd and non-square grids, one patch, heads of 12 and 20 channels, every class that is known."""
+"""(class, configuration): odd and non-square grids, one patch, heads of 12 and 20 channels, every class there is."""
 
 
 def make(key, **options):
@@ -95,12 +95,11 @@ def test_equals_it_at_its_own_grid(key):
         assert (packed[[0, 2]] - model(x)).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("key", MODELS)
+# transformers resamples tables of square grids only.
+@pytest.mark.parametrize("key", [key for key in MODELS if key not in ("vit_wide", "vit_one_patch")])
 @pytest.mark.parametrize("grid", [(4, 4), (6, 6), (3, 7), (11, 2)])
 def test_equals_it_at_other_grids_but_for_antialiasing(key, grid, monkeypatch):
-    """With antialiasing in transformers' resampling too, which DINOv2 with registers alone has, nothing else differs."""
-    if key in ("vit_wide", "vit_one_patch"):
-        pytest.skip("transformers resamples tables of square grids of more than one patch")
+    """With antialiasing in transformers' resampling too, which only DINOv2 with registers has, nothing else differs."""
     vit = make(key)
     model = rf.ReViT.from_transformers(vit, grids=grids_for(vit))
     x = images_of(vit, sides=[model.patch_size * n for n in grid])
@@ -117,6 +116,9 @@ def test_equals_it_at_other_grids_but_for_antialiasing(key, grid, monkeypatch):
 def test_gradients_in_float64(key):
     """Of every weight and of the image; the parts of a fused weight side by side."""
     vit = make(key).double()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.mul_(1 + 1e-9)  # no value that float32 could hold
     model = rf.ReViT.from_transformers(vit, grids=grids_for(vit))
     assert model.pos_embed.dtype == torch.float64
     x, y = (images_of(vit, dtype=torch.float64).requires_grad_() for _ in range(2))
@@ -205,7 +207,7 @@ class TestProcessor:
             self.settings(settings)
 
     def test_refuses_other_things(self):
-        with pytest.raises(TypeError, match="processor: expected an image processor of transformers.*got int"):
+        with pytest.raises(TypeError, match=r"processor: expected an image processor of .*got int"):
             self.settings(224)
 
 
@@ -232,7 +234,7 @@ class TestRefused:
             rf.ReViT.from_transformers(make(key, **options))
 
     def test_other_classes(self):
-        with pytest.raises(TypeError, match="vit: expected a model of transformers, one of ViTModel, .*got Linear"):
+        with pytest.raises(TypeError, match=r"vit: expected a model of transformers, one of ViTModel, .*got Linear"):
             rf.ReViT.from_transformers(torch.nn.Linear(2, 2))
         config = make("vit").config
         with pytest.raises(ValueError, match=r"vit: the class .*ViTForMaskedImageModeling \(supported: ViTModel, "):
