@@ -20,10 +20,12 @@ from revit_fast.explain.png import MAX_IMAGES
 from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
 from revit_fast.policies import POLICIES
 from revit_fast.tla import MAX_SHARE
+from revit_fast.transformers_import import KINDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
 TRAINING = PAGE.with_name("training.md")
 TIMM = PAGE.with_name("timm.md")
+HUGGING_FACE = PAGE.with_name("hugging-face.md")
 
 
 def blocks(language, page=PAGE):
@@ -111,6 +113,26 @@ def test_timm_page_runs(tmp_path, monkeypatch):
     text = TIMM.read_text(encoding="utf-8")
     listed = re.findall(r"`(revit_(?!fast)[^`]*)`", text.split("```")[0])
     assert {name for pattern in listed for name in expanded(pattern)} == set(timm.list_models("revit*"))
+
+
+def test_hugging_face_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model = make_model(grids=(14, 10, 7), patch_size=2)
+    names = {
+        "model": model,
+        "assigner": rf.TokenLengthAssigner.for_model(model).eval(),
+        "names": [f"class {i}" for i in range(model.num_classes)],
+    }
+    for block in blocks("python", HUGGING_FACE):
+        line = HUGGING_FACE.read_text(encoding="utf-8").split(block)[0].count("\n")
+        exec(compile("\n" * line + block, str(HUGGING_FACE), "exec"), names)
+    for block in blocks("py", HUGGING_FACE):  # needs the Hub
+        ast.parse(block)
+    for line in "".join(blocks("sh", HUGGING_FACE)).splitlines():
+        build_parser().parse_args(shlex.split(line)[1:])
+    text = HUGGING_FACE.read_text(encoding="utf-8")
+    assert all(f"`{kind}`" in text for kind in KINDS)
 
 
 def expanded(pattern):

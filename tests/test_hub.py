@@ -6,10 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from helpers import randn
 from safetensors.torch import load_file, save_file
 from test_bundle import CLASSES, GRIDS, HERE, IMAGES, PATCH, SETTINGS, edit, make_assigner, make_model
 
@@ -22,10 +23,9 @@ hub = pytest.importorskip("huggingface_hub")
 
 
 def logits_of(model):
+    images = [randn(3, PATCH * grid, PATCH * grid, seed=grid) for grid in GRIDS]
     with torch.no_grad():
-        return model(
-            [torch.from_numpy(np.random.default_rng(g).random((3, PATCH * g, PATCH * g), np.float32)) for g in GRIDS]
-        )
+        return model(images)
 
 
 def assert_same(a, b):
@@ -48,7 +48,8 @@ def uploads(monkeypatch, tmp_path):
     sent = []
 
     def create_repo(self, repo_id, **options):
-        return hub.RepoUrl(f"https://huggingface.co/{repo_id}") if not sent.append(("create", options)) else None
+        sent.append(("create", options))
+        return SimpleNamespace(repo_id=repo_id)
 
     def upload_folder(self, *, folder_path, **options):
         copy = tmp_path / f"upload{len(sent)}"
@@ -150,7 +151,7 @@ class TestSubclass:
         assert type(again) is Scaled
         assert again.scale == 3.0
         assert Scaled.from_pretrained(tmp_path / "m", scale=4.0).scale == 4.0
-        with pytest.raises(ValueError, match="describes no model of this version.*scale"):
+        with pytest.raises(ValueError, match=r"describes no model of this version.*scale"):
             rf.ReViT.from_pretrained(tmp_path / "m")
 
     def test_is_not_given_defaults_in_silence(self, tmp_path):
@@ -273,9 +274,12 @@ class TestDownload:
 
     def test_what_is_asked_of_the_hub(self, monkeypatch, folder):
         asked = []
-        monkeypatch.setattr(
-            hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(folder)
-        )
+
+        def snapshot_download(name, **options):
+            asked.append((name, options))
+            return str(folder)
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
         rf.ReViT.from_pretrained("me/model", token="secret", force_download=True, cache_dir="here")
         rf.load(SCHEME + "me/model@v1")
         own = {"allow_patterns": [CONFIG, MODEL, ASSIGNER, CARD]}
@@ -293,13 +297,29 @@ class TestDownload:
         results = []
         for model in (f"{folder}", f"{SCHEME}me/model"):
             assert main(["predict", str(tmp_path / "photo.png"), "--model", model, "--format", "json"]) == 0
-            results.append(json.loads(capsys.readouterr().out)["results"])
+            results.append(json.loads(capsys.readouterr().out))
             del results[-1][0]["ms"]
         assert results[0] == results[1]
-        assert results[0][0]["top"][0]["label"] in CLASSES
-        write = ["calibrate", f"{SCHEME}me/model", str(tmp_path)]
+        assert results[0][0]["top"][0]["class"] in CLASSES
+        write = ["calibrate", f"{SCHEME}me/model", str(tmp_path), "--budget", "8"]
         assert main(write) == 2
         assert "not changed" in capsys.readouterr().err
+
+    def test_a_saved_folder_is_evaluated(self, tmp_path, capsys):
+        """The same accuracies as of the model, with its assigner and without."""
+        from PIL import Image
+
+        for i, image in enumerate(IMAGES):
+            (tmp_path / "images" / "test" / CLASSES[i % 5]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "images" / "test" / CLASSES[i % 5] / f"{i}.png")
+        model = make_model()
+        pipe = rf.pipeline(model, policy=("fixed", GRIDS[0]), **SETTINGS)
+        right = sum(int(r.logits.argmax()) == i % 5 for i, r in enumerate(pipe(IMAGES)))
+        for tla in (make_assigner(), None):
+            model.save_pretrained(tmp_path / "m", tla=tla, classes=CLASSES, settings=SETTINGS)
+            report = tmp_path / "report.json"
+            assert main(["evaluate", str(tmp_path / "m"), str(tmp_path / "images"), "--json", str(report)]) == 0
+            assert f"{right / len(IMAGES):.2%}" in capsys.readouterr().out
 
     def test_what_the_hub_does_not_give(self, cache):
         options = {"cache_dir": cache, "local_files_only": True}
@@ -326,7 +346,7 @@ class TestRefused:
         pickle.dump(Trap(), content)
         (folder / "pytorch_model.bin").write_bytes(content.getvalue())
         (folder / MODEL).unlink()
-        with pytest.raises(FileNotFoundError, match="lacks model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors"):
             rf.ReViT.from_pretrained(folder)
         (folder / MODEL).write_bytes(content.getvalue())
         with pytest.raises(ValueError, match=r"saved/model.safetensors cannot be read.*; copy the whole folder"):
@@ -365,7 +385,7 @@ class TestRefused:
             ):
                 rf.ReViT.from_pretrained(folder)
         save_file({name: value for name, value in good.items() if name != "head.bias"}, folder / MODEL)
-        with pytest.raises(ValueError, match="1 missing: head.bias"):
+        with pytest.raises(ValueError, match=r"1 missing: head.bias"):
             rf.ReViT.from_pretrained(folder)
 
     def test_a_model_without_classes_predicts_nothing(self, tmp_path, capsys):
