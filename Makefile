@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi test-page bench bench-train bench-model bench-pipeline gate docs lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page bench bench-train bench-model bench-pipeline gate docs lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -31,6 +31,11 @@ test-interpreter:
 test-cluster: build
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[ray,serve]"
 	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py
+
+## Models of transformers beside ours, in an environment that has it; `make test` skips them without it.
+test-transformers: build
+	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[transformers]"
+	$(BIN)/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0

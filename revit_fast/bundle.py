@@ -6,10 +6,13 @@
 | `model.safetensors` | the ReViT's weights |
 | `assigner.safetensors` | the assigner with its calibration, where the bundle has one |
 | `README.md` | the model card, made of `config.json` |
+
+The names are those of a repository on the Hugging Face Hub, which can hold a bundle as it stands (`revit_fast.hub`).
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -19,7 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from revit_fast import hub
 from revit_fast.atomic import replaced_folder
+from revit_fast.checkpoint import read_checkpoint
 from revit_fast.costs import forward_macs
 from revit_fast.model import ReViT
 from revit_fast.pipeline import AdaptivePipeline, pipeline
@@ -34,6 +39,9 @@ CONFIG, MODEL, ASSIGNER, CARD = "config.json", "model.safetensors", "assigner.sa
 SHIPPED = Path(__file__).parent / "models"
 """Where the bundles lie that the package brings."""
 
+TAGS = ("revit", "vision-transformer", "adaptive-token-length")
+"""Of the model card's metadata, which the Hub reads."""
+
 SETTINGS = ("mean", "std", "crop_pct", "interpolation")
 """Of the preprocessing, under timm's names."""
 
@@ -42,7 +50,7 @@ class Bundle(NamedTuple):
     """What a bundle holds.
 
     Attributes:
-        model: in evaluation mode; its `pretrained_cfg` are `settings`.
+        model: in evaluation mode; its `pretrained_cfg` holds `settings`, and `classes` as `label_names`.
         tla: the assigner, in evaluation mode; None where there is none yet.
         classes: names of the classes, in the order of the logits.
         settings: mean, std, crop_pct and interpolation that the model was trained with.
@@ -61,9 +69,9 @@ class Bundle(NamedTuple):
 def save_bundle(
     folder: str | os.PathLike,
     model: ReViT,
-    tla: TokenLengthAssigner | None,
+    tla: TokenLengthAssigner | None = None,
     *,
-    classes: Sequence[str],
+    classes: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     policy: PolicySpec | None = None,
     card: str | None = None,
@@ -74,7 +82,8 @@ def save_bundle(
         folder: to be made, or a bundle to be replaced; other files in it are kept.
         model: the ReViT.
         tla: its assigner, calibrated for policies that need it; None for a model that has none yet.
-        classes: a name for every class, in the order of the logits.
+        classes: a name for every class, in the order of the logits; default: the `label_names` of its
+            `pretrained_cfg`, else their numbers.
         settings: mean, std, crop_pct and interpolation that the model was trained with; default: what its
             `pretrained_cfg` says, else DeiT's.
         policy: that the bundle runs with; default "argmax", or the longest grid without an assigner.
@@ -85,7 +94,7 @@ def save_bundle(
     """
     folder = Path(folder)
     _check_replaceable(folder)
-    classes = tuple(map(str, classes))
+    classes = tuple(map(str, _class_names(model) if classes is None else classes))
     if len(classes) != model.num_classes:
         raise ValueError(f"classes: the model has {model.num_classes} classes, got {len(classes)} names")
     policy = policy or default_policy(model, tla)
@@ -117,32 +126,40 @@ def read_bundle(name_or_folder: str | os.PathLike) -> Bundle:
     """The parts of a bundle.
 
     Args:
-        name_or_folder: a folder; or, without a path separator, the name of a model that the package ships.
+        name_or_folder: a folder; without a path separator, the name of a model that the package ships; or a repository
+            of the Hugging Face Hub, `hf-hub:user/name` or `hf-hub:user/name@revision`.
 
     Raises:
         FileNotFoundError: where there is no such bundle or one of its files is missing.
+        OSError, ImportError: see `hub.download`.
         ValueError: where a file of it cannot be read, or files do not fit each other; the message names the file.
     """
     folder = find_bundle(name_or_folder)
     config = _read_config(folder)
-    for name in [MODEL, config["assigner"] and ASSIGNER]:
-        if name and not (folder / name).is_file():
-            raise FileNotFoundError(f"bundle: {folder} lacks {name}; copy the whole folder, or save the bundle again")
-    model = _read_model(folder, config)
+    model = _model_of(folder, config, ReViT, {})
     tla = _read_assigner(folder, model) if config["assigner"] else None
-    bundle = Bundle(
-        model, tla, tuple(config["classes"]), model.pretrained_cfg, _policy_of_json(config["policy"]), config["card"]
-    )
-    if len(bundle.classes) != model.num_classes:
-        raise ValueError(
-            f"bundle: {folder / CONFIG} names {len(bundle.classes)} classes, but its model has {model.num_classes}; "
-            "save the bundle again"
-        )
+    classes, policy = tuple(config["classes"]), _policy_of_json(config["policy"])
+    bundle = Bundle(model, tla, classes, config["settings"], policy, config["card"])
     try:
         _preprocessor(bundle)
     except (TypeError, ValueError) as error:
         raise ValueError(f"bundle: {folder / CONFIG}: {error}; save the bundle again") from error
     return bundle
+
+
+def read_model(folder: Path, kind: type[ReViT] = ReViT, arguments: Mapping[str, Any] | None = None) -> ReViT:
+    """The model of a bundle alone, in evaluation mode.
+
+    Args:
+        folder: of the bundle.
+        kind: `ReViT` or a subclass.
+        arguments: of its constructor, in the place of those that the bundle has.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_bundle`.
+    """
+    folder = find_bundle(Path(folder))
+    return _model_of(folder, _read_config(folder), kind, arguments or {})
 
 
 def load(
@@ -151,14 +168,13 @@ def load(
     """A pipeline over a bundle, ready to be called with images; `.classes` are the names of its classes.
 
     Args:
-        name_or_folder: a folder that `save_bundle` wrote; or, without a path separator, the name of a model that the
-            package ships.
+        name_or_folder: see `read_bundle`.
         optimize: run an `optimize`d copy; otherwise the model itself.
         policy: see `policies.make_policy`; by default the bundle's.
         **options: further arguments of `pipeline`: device, dtype, token_budget, draft, ...
 
     Raises:
-        FileNotFoundError, ValueError: see `read_bundle`.
+        OSError, ImportError, ValueError: see `read_bundle`.
     """
     bundle = read_bundle(name_or_folder)
     own = {"policy": policy or bundle.policy, "labels": bundle.classes, "optimize": optimize}
@@ -167,6 +183,8 @@ def load(
 
 def find_bundle(name_or_folder: str | os.PathLike) -> Path:
     """The folder of a bundle; see `read_bundle`."""
+    if isinstance(name_or_folder, str) and name_or_folder.startswith(hub.SCHEME):
+        name_or_folder = hub.download(name_or_folder)
     if not is_bundle(name_or_folder):
         shipped = ", ".join(shipped_names()) or "none"
         here = "; for the folder here, give ./" + name_or_folder if Path(name_or_folder).is_dir() else ""
@@ -182,8 +200,8 @@ def find_bundle(name_or_folder: str | os.PathLike) -> Path:
 
 
 def is_bundle(name_or_folder: str | os.PathLike) -> bool:
-    """Whether this is a path, or the name of a shipped model, rather than the name of a timm architecture."""
-    return _is_path(name_or_folder) or name_or_folder in shipped_names()
+    """Whether this is a path, a repository or the name of a shipped model, rather than that of a timm architecture."""
+    return _is_path(name_or_folder) or name_or_folder.startswith(hub.SCHEME) or name_or_folder in shipped_names()
 
 
 def shipped_names() -> list[str]:
@@ -203,6 +221,12 @@ def _is_path(name_or_folder: str | os.PathLike) -> bool:
 
 def _preprocessor(bundle: Bundle) -> AdaptivePreprocessor:
     return AdaptivePreprocessor.for_model(bundle.model, bundle.tla, policy=bundle.policy, **bundle.settings)
+
+
+def _class_names(model: ReViT) -> Sequence[str]:
+    """Names of the classes that the model brings, or else their numbers."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return names if len(names) == model.num_classes else range(model.num_classes)
 
 
 def _settings(model: ReViT, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -246,6 +270,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"bundle: {path} cannot be read as JSON: {error}; save the bundle again") from error
     version = config.get("format") if isinstance(config, dict) else None
+    if version is None and isinstance(config, dict) and "model_type" in config:
+        raise ValueError(
+            f"bundle: {path} is that of a {config['model_type']} of transformers; load it there, and give the model to "
+            "ReViT.from_transformers"
+        )
     if version != FORMAT:
         raise ValueError(
             f"bundle: {path} has the format {version!r}, this version reads {FORMAT!r}; install the revit-fast that "
@@ -254,20 +283,53 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("revit", "dtype", "classes", "settings", "policy", "assigner") if name not in config]
     if missing:
         raise ValueError(f"bundle: {path} does not say: {', '.join(missing)}; save the bundle again")
+    for name, kind in (("revit", dict), ("classes", list)):
+        if not isinstance(config[name], kind):
+            raise ValueError(f"bundle: {path}: {name} is no {kind.__name__}; save the bundle again")
     return {"card": None, **config}
 
 
-def _read_model(folder: Path, config: dict[str, Any]) -> ReViT:
+def _model_of(folder: Path, config: dict[str, Any], kind: type[ReViT], arguments: Mapping[str, Any]) -> ReViT:
+    for name in [MODEL, config["assigner"] and ASSIGNER]:
+        if name and not (folder / name).is_file():
+            raise FileNotFoundError(f"bundle: {folder} lacks {name}; copy the whole folder, or save the bundle again")
+    _check_own_arguments(folder, config, kind, arguments)
+    changed = f" with {', '.join(arguments)} as given" if arguments else ""
     try:
-        model = ReViT.from_config(config["revit"]).to(getattr(torch, config["dtype"]))
+        model = kind.from_config(config["revit"] | arguments).to(getattr(torch, config["dtype"]))
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"bundle: {folder / CONFIG} describes no model of this version: {error}") from error
-    model.load_checkpoint(folder / MODEL)
+        raise ValueError(f"bundle: {folder / CONFIG}{changed} describes no model of this version: {error}") from error
+    if len(config["classes"]) != config["revit"].get("num_classes", model.num_classes):
+        raise ValueError(
+            f"bundle: {folder / CONFIG} names {len(config['classes'])} classes, but its model has {model.num_classes}; "
+            "save the bundle again"
+        )
+    try:
+        model.load_own_weights(read_checkpoint(folder / MODEL), folder / MODEL)
+    except ValueError as error:
+        fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
+        raise ValueError(f"bundle: {error}; {fix}") from error
     settings = config["settings"]
     if not isinstance(settings, dict) or sorted(settings) != sorted(SETTINGS):
         raise ValueError(f"bundle: {folder / CONFIG}: expected settings of {', '.join(SETTINGS)}, got {settings!r}")
-    model.pretrained_cfg = settings
+    model.pretrained_cfg = settings | {"label_names": list(config["classes"])}
     return model.eval()
+
+
+def _check_own_arguments(folder: Path, config: dict[str, Any], kind: type[ReViT], arguments: Mapping[str, Any]) -> None:
+    """Refuses to leave a subclass's own arguments at their defaults: the model that was saved may have had others."""
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name for name, parameter in _parameters(kind).items() if parameter.kind not in rest}
+    unsaid = sorted(named - set(_parameters(ReViT)) - set(config["revit"]) - set(arguments))
+    if unsaid:
+        raise ValueError(
+            f"bundle: {folder / CONFIG} does not say {', '.join(unsaid)} of {kind.__name__}; give it, or save the "
+            "model with a class whose property `config` holds it"
+        )
+
+
+def _parameters(kind: type[ReViT]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.__init__).parameters
 
 
 def _read_assigner(folder: Path, model: ReViT) -> TokenLengthAssigner:
@@ -296,8 +358,15 @@ def _card_text(bundle: Bundle) -> str:
         assigner = f"{kind} on thumbnails of {tla.thumbnail_px} px, calibrated on {calibrated}"
     crop = f"crop {settings['crop_pct']:g}, {settings['interpolation']}, mean {settings['mean']}, std {settings['std']}"
     classes = bundle.classes if len(bundle.classes) <= 20 else (*bundle.classes[:20], "...")
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
     return "\n".join(
         [
+            "---",
+            "library_name: revit-fast",
+            f"pipeline_tag: {task}",
+            f"tags: {json.dumps(TAGS)}",
+            "---",
+            "",
             "# Model card",
             "",
             "A Vision Transformer that gives every image the tokens that it needs (ReViT, arXiv 2307.02092), saved by",

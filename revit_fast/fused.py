@@ -220,8 +220,8 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
     if model.aux_head is not None:
         token_labels = 0.5 * sequence_max(packed.heads[1](tokens), layout.cu_seqlens, model.num_prefix_tokens)
         tokens = tokens.index_select(0, layout.cu_seqlens[:-1])
-    if model.global_pool == "avg":
-        tokens = ops.mean_pool(tokens, layout.cu_seqlens, 0 if model.pool_include_prefix else model.num_prefix_tokens)
+    if model.global_pool != "token":
+        tokens = model.pool(tokens, layout.cu_seqlens)
     if isinstance(model.fc_norm, TALLayerNorm):
         own = rows_apart(tokens, layout) if model.global_pool else layout
         tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), own.cu_seqlens, own.length_index, model.fc_norm.eps)

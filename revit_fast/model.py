@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from revit_fast.checkpoint import read_checkpoint
+from revit_fast.hub import Pretrained
 from revit_fast.layers import (
     ACTIVATIONS,
     Block,
@@ -122,7 +123,7 @@ def rows_apart(rows: Tensor, layout: Layout) -> Layout:
     return Layout(sequences, layout.length_index, None)
 
 
-class ReViT(nn.Module):
+class ReViT(Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
@@ -135,7 +136,8 @@ class ReViT(nn.Module):
         patch_size: P in pixels.
         in_chans: image channels.
         num_classes: classes of the head; 0 for none.
-        global_pool: "token" (class token), "avg" (mean of the patch tokens) or "" (none).
+        global_pool: "token" (class token), "avg" (mean of the patch tokens), "token_avg" (both side by side, `[B, 2C]`,
+            as DINOv2's linear classifiers read them) or "" (none).
         embed_dim: channels C.
         depth: number of blocks.
         num_heads: attention heads.
@@ -210,7 +212,7 @@ class ReViT(nn.Module):
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_features = self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_reg_tokens = reg_tokens
         self.has_class_token = class_token
@@ -222,7 +224,7 @@ class ReViT(nn.Module):
         self.pool_include_prefix = pool_include_prefix
         self.grad_checkpointing = False
         self.pretrained_cfg: dict[str, Any] = {}
-        self._check_pool(global_pool)
+        self._check_pool(global_pool, fc_norm)
         self.global_pool = global_pool
         if not residual_scale > 0:
             raise ValueError(f"residual_scale: expected a positive divisor, got {residual_scale!r}")
@@ -316,17 +318,24 @@ class ReViT(nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the head reads, under timm's name."""
+        return self.embed_dim * (2 if self.global_pool == "token_avg" else 1)
+
     def _linear_head(self) -> nn.Module:
-        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        return nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
     def _token_label_head(self) -> nn.Module | None:
         return self._linear_head() if self.has_aux_head and self.num_classes > 0 else None
 
-    def _check_pool(self, global_pool: str) -> None:
-        if global_pool not in ("token", "avg", ""):
-            raise ValueError(f'global_pool: expected "token", "avg" or "", got {global_pool!r}')
-        if global_pool == "token" and not self.has_class_token:
-            raise ValueError('global_pool: "token" needs a class token; use "avg"')
+    def _check_pool(self, global_pool: str, fc_norm: bool | None) -> None:
+        if global_pool not in ("token", "avg", "token_avg", ""):
+            raise ValueError(f'global_pool: expected "token", "avg", "token_avg" or "", got {global_pool!r}')
+        if global_pool.startswith("token") and not self.has_class_token:
+            raise ValueError(f'global_pool: "{global_pool}" needs a class token; use "avg"')
+        if global_pool == "token_avg" and fc_norm:
+            raise ValueError('global_pool: "token_avg" pools tokens after the final norm; set fc_norm=False')
         if self.distilled and global_pool != "token":
             raise ValueError('global_pool: a distilled model reads its class and distillation tokens; use "token"')
         if self.has_aux_head and (global_pool != "token" or self.distilled):
@@ -353,11 +362,41 @@ class ReViT(nn.Module):
         """
         from revit_fast.timm_import import config_from_timm, weights_from_timm
 
-        model = cls(grids=grids, **config_from_timm(vit))
+        parameter = next(vit.parameters())
+        # In its dtype before the weights come: float32 would round those of a float64 model.
+        model = cls(grids=grids, **config_from_timm(vit)).to(device=parameter.device, dtype=parameter.dtype)
         model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
         model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-        parameter = next(vit.parameters())
-        return model.to(device=parameter.device, dtype=parameter.dtype).train(vit.training)
+        return model.train(vit.training)
+
+    @classmethod
+    def from_transformers(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS, *, processor: Any = None) -> ReViT:
+        """A ReViT with the weights of a ViT, DeiT or DINOv2 of transformers, its LayerNorms repeated for every length.
+
+        At the grid that its position embeddings are stored for, the result equals that of `vit`: `forward` its logits
+        (of a model without classifier: its class token), `forward_features` its `last_hidden_state`. At other grids
+        position embeddings are resampled as in timm, with antialiasing, which transformers does for DINOv2 with
+        registers only. A pooler and a mask token are left out.
+
+        Args:
+            vit: a model of one of the classes in `transformers_import.KINDS`.
+            grids: configured token grids, strictly decreasing.
+            processor: the model's image processor, or the content of its `preprocessor_config.json`; what
+                `pretrained_cfg` says of preprocessing is DeiT's without it.
+
+        Raises:
+            ImportError: where transformers is not installed.
+            TypeError: where `vit` is no model of transformers, or `processor` something else.
+            ValueError: where either uses a feature that is not supported; the message names it.
+        """
+        from revit_fast import transformers_import as source
+
+        config = source.config_from_transformers(vit)
+        settings = {} if processor is None else source.settings_from_processor(processor)
+        model = cls(grids=grids, **config).to(device=vit.device, dtype=vit.dtype)
+        model.load_weights(source.state_dict_from_transformers(vit.state_dict(), config), type(vit).__name__)
+        model.pretrained_cfg = settings | {"label_names": source.class_names(vit) if model.num_classes else None}
+        return model.train(vit.training)
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of a plain ViT in the shapes of this model; that of a ReViT passes unchanged.
@@ -403,7 +442,10 @@ class ReViT(nn.Module):
         Raises:
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
-        state_dict = self.convert_state_dict(state_dict)
+        self.load_own_weights(self.convert_state_dict(state_dict), source)
+
+    def load_own_weights(self, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+        """`load_weights` for the state dict of a model like this one: nothing is repeated or resampled."""
         own = self.state_dict()
         problems = {
             "missing": sorted(own.keys() - state_dict.keys()),
@@ -446,7 +488,7 @@ class ReViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for `num_classes` classes (0: none), and another pooling where `global_pool` is given."""
         if global_pool is not None:
-            self._check_pool(global_pool)
+            self._check_pool(global_pool, isinstance(self.fc_norm, TALLayerNorm))
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
@@ -613,8 +655,8 @@ class ReViT(nn.Module):
         if self.global_pool == "token":
             tokens = rows.view(x.shape[0], -1, self.embed_dim)
             pooled = tokens[:, : 2 if self.distilled else 1].flatten(0, 1)
-        elif self.global_pool == "avg":
-            pooled = self._mean(rows, inputs.layout)
+        else:
+            pooled = self.pool(rows, inputs.layout.cu_seqlens)
         logits = self._add_token_labels(self._head(pooled, inputs.layout), rows, inputs.layout)
         return logits if self.global_pool else logits.view(x.shape[0], -1, logits.shape[1])
 
@@ -638,7 +680,7 @@ class ReViT(nn.Module):
         if self.global_pool == "token":
             pooled = tokens.index_select(0, self._pooled_tokens(layout).rows)
         else:
-            pooled = self._mean(tokens, layout) if self.global_pool == "avg" else tokens
+            pooled = self.pool(tokens, layout.cu_seqlens)
         logits = self._head(pooled, layout, pre_logits)
         return logits if pre_logits else self._add_token_labels(logits, tokens, layout)
 
@@ -648,8 +690,14 @@ class ReViT(nn.Module):
             return logits
         return logits + 0.5 * sequence_max(self.aux_head(tokens), layout.cu_seqlens, self.num_prefix_tokens)
 
-    def _mean(self, tokens: Tensor, layout: Layout) -> Tensor:
-        return mean_pool(tokens, layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
+    def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Rows that the head reads, of all tokens `[T, C]`; with "token" pooling the last block has chosen them."""
+        if not self.global_pool:
+            return tokens
+        mean = mean_pool(tokens, cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
+        if self.global_pool == "avg":
+            return mean
+        return torch.cat([tokens.index_select(0, cu_seqlens[:-1]), mean], dim=1)
 
     def _head(self, pooled: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of pooled rows: one a sequence, two for a distilled model, all where there is no pooling."""

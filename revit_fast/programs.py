@@ -134,10 +134,11 @@ class DenseProgram(nn.Module):
             x = x + block.ls1(self._attend(block.attn, self._norm(block.norm1, x)))
             x = x + block.ls2(block.mlp(self._norm(block.norm2, x)))
         x = self._norm(model.norm, x)
-        if model.global_pool == "avg":
-            x = (x if model.pool_include_prefix else x[:, model.num_prefix_tokens :]).mean(dim=1)
-        elif model.global_pool == "token":
+        if model.global_pool == "token":
             x = x[:, :2] if model.distilled else x[:, 0]
+        elif model.global_pool:
+            mean = (x if model.pool_include_prefix else x[:, model.num_prefix_tokens :]).mean(dim=1)
+            x = mean if model.global_pool == "avg" else torch.cat([x[:, 0], mean], dim=1)
         x = self._norm(model.fc_norm, x)
         if model.distilled:
             return (model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2

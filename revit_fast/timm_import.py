@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+def require(condition: bool, feature: str) -> None:
+    """Refuses a model that has `feature` where `condition` does not hold."""
+    if not condition:
+        raise ValueError(f"vit: {feature} is not supported by ReViT")
+
+
 def config_from_timm(vit: nn.Module) -> dict[str, Any]:
     """Arguments of `ReViT` that give the architecture of `vit`."""
     try:
@@ -22,21 +28,21 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled, NaFlexVit):
         base = NaFlexVit if isinstance(vit, NaFlexVit) else VisionTransformer
         raise ValueError(f"vit: subclass {type(vit).__name__} of {base.__name__} is not supported")
-    _require(len(vit.blocks) > 0, "a model without blocks")
-    _require(all(type(block) is Block for block in vit.blocks), f"blocks of type {type(vit.blocks[0]).__name__}")
+    require(len(vit.blocks) > 0, "a model without blocks")
+    require(all(type(block) is Block for block in vit.blocks), f"blocks of type {type(vit.blocks[0]).__name__}")
     block = vit.blocks[0]
     _check_block(block)
-    _require(vit.global_pool in ("token", "avg", ""), f"global_pool={vit.global_pool!r}")
-    _require(vit.attn_pool is None, "attention pooling")
-    _require(isinstance(vit.patch_drop, (nn.Identity, type(None))), "patch dropout (patch_drop_rate)")
+    require(vit.global_pool in ("token", "avg", ""), f"global_pool={vit.global_pool!r}")
+    require(vit.attn_pool is None, "attention pooling")
+    require(isinstance(vit.patch_drop, (nn.Identity, type(None))), "patch dropout (patch_drop_rate)")
     embedding = _naflex_embedding(vit) if isinstance(vit, NaFlexVit) else _embedding(vit)
     norms = [module for name, module in vit.named_modules() if name.rpartition(".")[2] in NORMS]
     norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
-    _require(all(isinstance(norm, nn.LayerNorm) for norm in norms), "a norm other than LayerNorm")
-    _require(
+    require(all(isinstance(norm, nn.LayerNorm) for norm in norms), "a norm other than LayerNorm")
+    require(
         all(norm.weight is not None and norm.bias is not None for norm in norms), "LayerNorm without weight or bias"
     )
-    _require(len({norm.eps for norm in norms}) == 1, "norms of different eps")
+    require(len({norm.eps for norm in norms}) == 1, "norms of different eps")
     return embedding | {
         "num_classes": vit.num_classes,
         "global_pool": vit.global_pool,
@@ -91,10 +97,10 @@ NORMS = ("norm_pre", "norm1", "norm2", "norm", "fc_norm")
 
 def _embedding(vit: nn.Module) -> dict[str, Any]:
     """What a `VisionTransformer` does before its blocks."""
-    _require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
+    require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
     embed = vit.patch_embed
-    _require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
-    _require(embed.proj.stride == embed.proj.kernel_size, "overlapping patches")
+    require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
+    require(embed.proj.stride == embed.proj.kernel_size, "overlapping patches")
     return {
         "base_grid": tuple(embed.grid_size),
         "in_chans": embed.proj.in_channels,
@@ -107,16 +113,16 @@ def _embedding(vit: nn.Module) -> dict[str, Any]:
 def _naflex_embedding(vit: nn.Module) -> dict[str, Any]:
     """What a `NaFlexVit` does before its blocks."""
     embeds = vit.embeds
-    _require(vit.rope is None, "rotary position embedding (rope_type)")
-    _require(embeds.pos_embed_type != "none", "a model without position embedding (pos_embed='none')")
-    _require(not embeds.pos_embed_use_grid_sample, "sampling of position embeddings (pos_embed_use_grid_sample)")
-    _require(embeds.norm_input is None, "a norm of the patches (input_norm_layer)")
+    require(vit.rope is None, "rotary position embedding (rope_type)")
+    require(embeds.pos_embed_type != "none", "a model without position embedding (pos_embed='none')")
+    require(not embeds.pos_embed_use_grid_sample, "sampling of position embeddings (pos_embed_use_grid_sample)")
+    require(embeds.norm_input is None, "a norm of the patches (input_norm_layer)")
     factorized = embeds.pos_embed_type == "factorized"
     if not factorized:  # the other is always resampled linearly
         mode = embeds.pos_embed_interp_mode
-        _require(mode == "bicubic", f"pos_embed_interp_mode={mode!r}")
-        _require(getattr(embeds, "pos_embed_antialias", True), "pos_embed_antialias=False")
-        _require(not getattr(embeds, "pos_embed_align_corners", False), "pos_embed_align_corners=True")
+        require(mode == "bicubic", f"pos_embed_interp_mode={mode!r}")
+        require(getattr(embeds, "pos_embed_antialias", True), "pos_embed_antialias=False")
+        require(not getattr(embeds, "pos_embed_align_corners", False), "pos_embed_align_corners=True")
     return {
         "base_grid": tuple(embeds.pos_embed_grid_size),
         "in_chans": embeds.in_chans,
@@ -129,35 +135,28 @@ def _naflex_embedding(vit: nn.Module) -> dict[str, Any]:
 
 
 def _patches(embed: nn.Module) -> dict[str, Any]:
-    _require(isinstance(embed.norm, nn.Identity), "a norm in the patch embedding")
-    _require(embed.patch_size[0] == embed.patch_size[1], f"non-square patches {tuple(embed.patch_size)}")
+    require(isinstance(embed.norm, nn.Identity), "a norm in the patch embedding")
+    require(embed.patch_size[0] == embed.patch_size[1], f"non-square patches {tuple(embed.patch_size)}")
     return {"patch_size": embed.patch_size[0], "patch_bias": embed.proj.bias is not None}
 
 
 def _check_block(block: nn.Module) -> None:
     attn, mlp = block.attn, block.mlp
-    _require(
+    require(
         isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity), "query and key norms (qk_norm)"
     )
-    _require(
-        isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity), "an attention output norm (scale_attn_norm)"
-    )
-    _require(getattr(attn, "gate", None) is None, "gated attention")
-    _require(attn.attn_drop.p == 0, f"attention dropout (attn_drop_rate={attn.attn_drop.p}); set it to 0")
+    require(isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity), "an attention output norm (scale_attn_norm)")
+    require(getattr(attn, "gate", None) is None, "gated attention")
+    require(attn.attn_drop.p == 0, f"attention dropout (attn_drop_rate={attn.attn_drop.p}); set it to 0")
     plain = isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(getattr(mlp, "fc2", None), nn.Linear)
-    _require(plain and hasattr(mlp, "act"), f"an MLP of type {type(mlp).__name__}")
-    _require(mlp.fc1.out_features == mlp.fc2.in_features, f"a gated MLP ({type(mlp).__name__})")
-    _require(isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity), "a norm in the MLP (scale_mlp_norm)")
+    require(plain and hasattr(mlp, "act"), f"an MLP of type {type(mlp).__name__}")
+    require(mlp.fc1.out_features == mlp.fc2.in_features, f"a gated MLP ({type(mlp).__name__})")
+    require(isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity), "a norm in the MLP (scale_mlp_norm)")
 
 
 def _activation(act: nn.Module) -> Any:
     """The activation's constructor; timm's own GELU classes are exact GELU."""
     if isinstance(act, nn.GELU):
         return partial(nn.GELU, approximate=act.approximate)
-    _require(not any(True for _ in act.parameters()), f"an activation with parameters ({type(act).__name__})")
+    require(not any(True for _ in act.parameters()), f"an activation with parameters ({type(act).__name__})")
     return type(act)
-
-
-def _require(condition: bool, feature: str) -> None:
-    if not condition:
-        raise ValueError(f"vit: {feature} is not supported by ReViT")

@@ -28,6 +28,7 @@ from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
 from revit_fast.policies import POLICIES, Evidence, make_policy
 from revit_fast.positions import MAX_EXTRA_GRIDS
 from revit_fast.tla import MAX_SHARE
+from revit_fast.transformers_import import KINDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
 TRAINING = PAGE.with_name("training.md")
@@ -37,6 +38,7 @@ DOCS = PAGE.parent
 ROOT = DOCS.parent
 PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "reports").rglob("*.md")]
 EXPORT = PAGE.with_name("export.md")
+HUGGING_FACE = PAGE.with_name("hugging-face.md")
 
 
 def blocks(language, page=PAGE):
@@ -137,6 +139,26 @@ def test_family_page_runs(photos, capsys):
     assert capsys.readouterr().out.splitlines() == ["14 188", "14 188", "14 193"]  # class token counted
     assert names["logits"].shape == (2, 1000)
     assert f"of {MAX_EXTRA_GRIDS} more" in FAMILY.read_text(encoding="utf-8")
+
+
+def test_hugging_face_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model = make_model(grids=(14, 10, 7), patch_size=2)
+    names = {
+        "model": model,
+        "assigner": rf.TokenLengthAssigner.for_model(model).eval(),
+        "names": [f"class {i}" for i in range(model.num_classes)],
+    }
+    for block in blocks("python", HUGGING_FACE):
+        line = HUGGING_FACE.read_text(encoding="utf-8").split(block)[0].count("\n")
+        exec(compile("\n" * line + block, str(HUGGING_FACE), "exec"), names)
+    for block in blocks("py", HUGGING_FACE):  # needs the Hub
+        ast.parse(block)
+    for line in "".join(blocks("sh", HUGGING_FACE)).splitlines():
+        build_parser().parse_args(shlex.split(line)[1:])
+    text = HUGGING_FACE.read_text(encoding="utf-8")
+    assert all(f"`{kind}`" in text for kind in KINDS)
 
 
 def expanded(pattern):

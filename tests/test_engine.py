@@ -34,6 +34,7 @@ def ran_fused(fast) -> bool:
         {"global_pool": "avg"},
         {"global_pool": "avg", "class_token": False, "pool_include_prefix": True, "fc_norm": False},
         {"global_pool": ""},
+        {"global_pool": "token_avg", "reg_tokens": 2},
         {"distilled": True},
         {"distilled": True, "reg_tokens": 2},
         {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},

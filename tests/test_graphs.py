@@ -117,6 +117,7 @@ def test_a_thousand_random_mixes_settle_into_few_graphs(monkeypatch):
         {"global_pool": "avg"},
         {"global_pool": "avg", "class_token": False},
         {"global_pool": ""},
+        {"global_pool": "token_avg", "reg_tokens": 2},
         {"distilled": True},
         {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},
         {"pre_norm": True, "fc_norm": True},

@@ -302,6 +302,38 @@ def test_reset_classifier(tiny):
         model.reset_classifier(5, "max")
 
 
+def test_class_token_and_mean_side_by_side():
+    """What the head reads is `[class token, mean of the patch tokens]`, in every way through the model."""
+    torch.manual_seed(0)
+    arguments = {"grids": (4, 3), "patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 3, "reg_tokens": 2}
+    model = lively(ReViT(num_classes=5, global_pool="token_avg", **arguments)).double()
+    assert model.head_hidden_size == model.head.in_features == 48
+    images = [x.double() for x in images_of([4, (3, 5), 3, 4], patch_size=2)]
+    expected = []
+    for tokens in model.forward_features(images).split():
+        expected.append(model.head(torch.cat([tokens[0], tokens[3:].mean(0)])))
+    expected = torch.stack(expected)
+    assert relative(model(images), expected) <= 1e-12
+    assert relative(model.forward_head(model.forward_features(images)), expected) <= 1e-12
+    x = torch.stack([images[0], images[3]])
+    assert relative(model(x), expected[[0, 3]]) <= 1e-12
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 48)
+    given, own = (
+        torch.autograd.grad(logits.square().sum(), list(model.parameters()), retain_graph=True)
+        for logits in (model(images), expected)
+    )
+    assert max(relative(a, b) for a, b in zip(given, own, strict=True) if b.any()) <= 1e-10
+    model.reset_classifier(7, "avg")
+    assert model.head.in_features == 24
+    model.reset_classifier(7, "token_avg")
+    assert model(x).shape == (2, 7)
+    for options, message in (({"class_token": False}, "needs a class token"), ({"fc_norm": True}, "set fc_norm=False")):
+        with pytest.raises(ValueError, match=f'global_pool: "token_avg" .*{message}'):
+            ReViT(global_pool="token_avg", **arguments | options)
+    with pytest.raises(ValueError, match="fc_norm"):
+        ReViT(global_pool="avg", **arguments).reset_classifier(7, "token_avg")
+
+
 @torch.inference_mode()
 def test_position_table_follows_writes(tiny):
     vit, model = (copy.deepcopy(m) for m in tiny)
@@ -352,6 +384,13 @@ def test_from_timm_copies_the_weights(tiny):
     with torch.no_grad():
         model.head.weight.zero_()
     assert vit.head.weight.abs().sum() > 0
+
+
+def test_from_timm_keeps_float64():
+    vit = make_vit("deit_tiny", depth=1, num_classes=5).double()
+    with torch.no_grad():
+        vit.head.weight.mul_(1 + 1e-9)  # no values that float32 could hold
+    assert torch.equal(ReViT.from_timm(vit).head.weight, vit.head.weight)
 
 
 @pytest.mark.parametrize(

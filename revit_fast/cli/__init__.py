@@ -83,8 +83,9 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
         "--model",
         default="deit_small_patch16_224",
         metavar="DIR|NAME",
-        help="a bundle's folder (./model), whose assigner, policy and class names are then the defaults; a shipped "
-        "bundle's name; or a timm name (default %(default)s)",
+        help="a bundle's folder (./model), as fit and save_pretrained write it, or a repository that holds one "
+        "(hf-hub:user/name), whose assigner, policy and class names are then the defaults; a shipped bundle's name; or "
+        "a timm name (default %(default)s)",
     )
     _add_assigner(p)
     p.add_argument(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def add_arguments(p: argparse.ArgumentParser, split: str) -> None:
     """The bundle, the images and how many of them."""
-    p.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder (./model), or the name of a shipped one")
+    p.add_argument(
+        "bundle", metavar="BUNDLE", help="a bundle's folder (./model), hf-hub:user/name, or the name of a shipped one"
+    )
     p.add_argument("data", metavar="DATA", help="labelled images: folders of classes, idx files, shards, ...")
     p.add_argument("--split", default=split, help="of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
@@ -61,13 +63,14 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 
 def folder_to_write(args: argparse.Namespace) -> str:
-    """The folder that the bundle is written to; a shipped one is left as it is."""
+    """The folder that the bundle is written to; a shipped one, or one of the Hub, is left as it is."""
     from revit_fast.bundle import SHIPPED, find_bundle
+    from revit_fast.hub import SCHEME
 
     if args.output is not None:
         return args.output
-    if SHIPPED in find_bundle(args.bundle).parents:
-        raise UsageError(f"--output: give a folder; the shipped {args.bundle} is not changed")
+    if args.bundle.startswith(SCHEME) or SHIPPED in find_bundle(args.bundle).parents:
+        raise UsageError(f"--output: give a folder; {args.bundle} is not changed")
     return args.bundle
 
 

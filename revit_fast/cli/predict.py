@@ -93,6 +93,8 @@ def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> 
         torch.set_num_threads(args.threads)
     bundle = load_bundle(args) if is_bundle(args.model) else None
     model = bundle.model if bundle else load_model(args)
+    if model.num_classes < 1:
+        raise UsageError(f"--model: {args.model} has no classifier to predict with")
     labels = read_labels(args.labels, model.num_classes) if args.labels else bundle and bundle.classes
     prep = build_preprocessor(args, model, bundle)
     try:
@@ -142,7 +144,7 @@ def load_bundle(args: argparse.Namespace) -> Bundle:
         bundle = read_bundle(args.model)
         if args.weights:
             bundle.model.load_checkpoint(args.weights)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"--model: {error}") from error
     return bundle
 
@@ -152,12 +154,9 @@ def load_model(args: argparse.Namespace) -> revit_fast.ReViT:
     for package in ("PIL", "timm"):  # where one is missing, main says what to install
         import_module(package)
     try:
-        model = revit_fast.create_model(args.model, weights=args.weights).eval()
+        return revit_fast.create_model(args.model, weights=args.weights).eval()
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
-    if model.num_classes < 1:
-        raise UsageError(f"--model: {args.model} has no classifier to predict with")
-    return model
 
 
 def read_labels(path: str, n_classes: int) -> list[str]:
