@@ -1,17 +1,18 @@
 """TimeSformer on packed clips: Hugging Face's results and gradients, clips of any shapes in one pack, errors."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from helpers import only_on, randn
+from helpers import assert_as_accurate, only_on, randn
 from small_models import drawn
 
 from revit_fast import ops
 from revit_fast.layers import TALLayerNorm
 from revit_fast.packing import PackedBatch
-from revit_fast.video import PackedClips, TimeSformer
+from revit_fast.video import PackedClips, TimeSformer, optimize
 
 pytestmark = only_on("cpu", reason="the model's ops have tests of their own on every device")
 
@@ -225,6 +226,72 @@ def test_a_model_begins_as_one_without_time():
     assert {"time_embed", "blocks.0.temporal_norm1.weight", "norm.bias"} <= model.no_weight_decay()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_optimised_copy_is_as_accurate(name):
+    hf = hf_model(name)
+    x = hf_clips(hf)
+    model = TimeSformer.from_transformers(hf)
+    fast = optimize(model)
+    with torch.no_grad():
+        assert (fast(x) - hf(x).logits).abs().max() <= 2e-5
+        features = hf.timesformer(x).last_hidden_state
+        assert (fast.forward_features(x) - features).abs().max() <= 2e-5
+        truth = copy.deepcopy(model).double().forward_features(x.double())
+        assert_as_accurate(fast.forward_features(x), model.forward_features(x), truth, "tokens")
+
+
+@pytest.mark.parametrize("attention_type", ["divided_space_time", "joint_space_time"])
+def test_an_optimised_copy_gives_a_clip_the_same_bits_in_every_pack(isa, attention_type):
+    fast = optimize(make_model(attention_type=attention_type))
+    clips = clips_of(MIX)
+    together, features = fast(clips), fast.forward_features(clips)
+    for i, clip in enumerate(clips):
+        assert torch.equal(together[i], fast([clip])[0]), MIX[i]
+        assert torch.equal(features[i], fast.forward_features([clip])[0]), MIX[i]
+    assert torch.equal(fast(clips[::-1]), together.flip(0))
+
+
+def test_an_optimised_copy_takes_uint8_frames():
+    model = make_model()
+    fast = optimize(model)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 30, 40, 3), dtype=np.uint8)
+    for mean in ((0.4, 0.5, 0.6), (0.5, 0.5, 0.5)):
+        clips = PackedClips.from_frames([frames], [20], 4, mean=mean, std=(0.2, 0.3, 0.25), dtype=torch.uint8)
+        with torch.no_grad():
+            assert (fast(clips) - model(clips)).abs().max() <= 1e-5
+
+
+def test_an_optimised_copy_notices_changed_parameters_and_is_copied():
+    model = make_model()
+    fast, clips = optimize(model), clips_of(MIX[:2])
+    before = fast(clips)
+    with torch.no_grad():
+        fast.blocks[0].temporal_fc.weight.mul_(2)
+        model.blocks[0].temporal_fc.weight.mul_(2)
+    assert not torch.equal(before, fast(clips))
+    assert (fast(clips) - model(clips)).abs().max() <= 1e-5
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(clips), fast(clips))
+    assert torch.equal(optimize(fast)(clips), fast(clips))
+    assert not fast(clips).requires_grad
+    double = optimize(model).double()
+    assert double([clip.double() for clip in clips]).dtype == torch.float64
+
+
+def test_what_packed_code_would_not_run_is_refused():
+    with pytest.raises(TypeError, match="TimeSformer, got Linear"):
+        optimize(torch.nn.Linear(2, 2))
+    model = make_model()
+    with pytest.raises(ValueError, match="train the model that it was made of"):
+        optimize(model).train()
+    model.blocks[1].norm1 = torch.nn.LayerNorm(24)
+    with pytest.raises(ValueError, match=r"blocks\.1\.norm1 is LayerNorm"):
+        optimize(model)
+    model = make_model()
+    model.blocks[0].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn has a forward hook"):
+        optimize(model)
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -242,7 +309,7 @@ def test_features_that_there_are_none_of_are_refused_by_name(options, names):
 
 def test_other_models_are_refused():
     pytest.importorskip("transformers")
-    with pytest.raises(TypeError, match="TimesformerModel.*Linear"):
+    with pytest.raises(TypeError, match=r"TimesformerModel.*Linear"):
         TimeSformer.from_transformers(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model_type='vit'"):
         TimeSformer.from_state_dict({}, {"model_type": "vit"})
@@ -250,7 +317,7 @@ def test_other_models_are_refused():
         TimeSformer.from_state_dict({}, {"patch_size": [16, 8]})
     state = hf_model().state_dict()
     del state["timesformer.layernorm.bias"]
-    with pytest.raises(ValueError, match="1 missing: norm.bias"):
+    with pytest.raises(ValueError, match=r"1 missing: norm\.bias"):
         TimeSformer.from_state_dict(state, hf_model().config.to_dict())
 
 

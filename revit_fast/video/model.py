@@ -279,7 +279,7 @@ class TimeSformer(nn.Module):
         """
         clips = self.pack(x)
         layout = self._layout(clips)
-        return self.head(self._class_tokens(self._embed(clips, layout), layout))
+        return self._logits(self._class_tokens(self._embed(clips, layout), layout))
 
     def forward_features(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor | list[Tensor]:
         """All tokens after the norm: the class token, then patch after patch, each its frames (Hugging Face's order).
@@ -335,6 +335,9 @@ class TimeSformer(nn.Module):
         rows_of_clip = layout.stream.cu_seqlens[: len(n_frames) + 1].diff()
         rows = layout.time + starts.repeat_interleave(rows_of_clip, output_size=layout.n_patch_rows)
         return torch.cat(tables, dim=2)[0].t().index_select(0, rows)
+
+    def _logits(self, classes: Tensor) -> Tensor:
+        return self.head(classes)
 
     def _class_tokens(self, x: Tensor, layout: ClipLayout) -> Tensor:
         """Class tokens `[B, C]` after blocks and norm."""
