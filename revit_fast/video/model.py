@@ -26,6 +26,9 @@ from revit_fast.video.transformers_import import config_from_transformers, names
 
 ATTENTION_TYPES = ("divided_space_time", "joint_space_time")
 
+SETTINGS = {"mean": (0.45,) * 3, "std": (0.225,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
+"""How the authors' frames are prepared, under timm's names."""
+
 NORM_PARAMETER = re.compile(r"(^|\.)(temporal_norm1|norm1|norm2|norm)\.(weight|bias)$")
 
 
@@ -150,7 +153,7 @@ class TimeSformer(nn.Module):
         self.num_prefix_tokens = 1
         self.attention_type = attention_type
         self.joint = attention_type == "joint_space_time"
-        self.pretrained_cfg: dict[str, Any] = {}
+        self.pretrained_cfg: dict[str, Any] = dict(SETTINGS)
 
         norm = partial(TALLayerNorm, len(self.grids), embed_dim, eps)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.base_grid)

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from revit_fast.layers import activation_name
 
 DEFAULTS = {
     "image_size": 224,
@@ -96,6 +98,33 @@ def config_from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_type": config["attention_type"],
         "act_layer": ACTIVATIONS[act],
         "eps": config["layer_norm_eps"],
+    }
+
+
+def config_to_transformers(model: nn.Module) -> dict[str, Any]:
+    """The `TimesformerConfig`, as a mapping, of a `TimeSformer`.
+
+    Raises:
+        ValueError: for a grid of the position embeddings that is no square.
+    """
+    rows, columns = model.base_grid
+    _require(rows == columns, f"base_grid={model.base_grid} that is no square")
+    block = model.blocks[0] if len(model.blocks) else None
+    ours = activation_name(block.mlp.act) if block is not None else "gelu"
+    return DEFAULTS | {
+        "model_type": "timesformer",
+        "image_size": rows * model.patch_size,
+        "patch_size": model.patch_size,
+        "num_channels": model.in_chans,
+        "num_frames": model.num_frames,
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features if block is not None else 4 * model.embed_dim,
+        "hidden_act": next(name for name, known in ACTIVATIONS.items() if known == ours),
+        "layer_norm_eps": model.norm.eps,
+        "qkv_bias": block is None or block.attn.qkv.bias is not None,
+        "attention_type": model.attention_type,
     }
 
 
