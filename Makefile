@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-abi bench bench-train bench-model bench-pipeline gate lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-video test-abi bench bench-train bench-model bench-pipeline bench-video gate lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -32,6 +32,11 @@ test-cluster: build
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[ray,serve]"
 	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py
 
+## Clips: TimeSformer beside Hugging Face's, decoding; `make test` skips what needs PyAV or transformers without them.
+test-video: build
+	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[video]" "transformers>=5"
+	$(BIN)/python -m pytest tests/test_video.py tests/test_video_clips.py
+
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0
 test-abi: build
@@ -57,6 +62,10 @@ bench-pipeline: build
 ## An update of multi-length training: all lengths in one pack beside a dense pass for each; ARGS=--case small for one.
 bench-train: build
 	$(BIN)/python -m bench.train_step $(ARGS)
+
+## TimeSformer on mixed clips beside Hugging Face's, grouped by shape; ARGS="--depth 12" for the whole model.
+bench-video: build
+	$(BIN)/python -m bench.video $(ARGS)
 
 ## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:

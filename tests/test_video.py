@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -275,6 +276,25 @@ def test_an_optimised_copy_notices_changed_parameters_and_is_copied():
     assert not fast(clips).requires_grad
     double = optimize(model).double()
     assert double([clip.double() for clip in clips]).dtype == torch.float64
+
+
+def test_threads_share_an_optimised_copy():
+    fast = optimize(make_model())
+    packs = [clips_of([(g, n), ((g, 2), 2)], seed=g) for g in range(1, 7) for n in (1, 3)]
+    expected = [optimize(make_model())(clips) for clips in packs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, alone in zip(pool.map(fast, packs), expected, strict=True):
+            assert torch.equal(got, alone)
+
+
+def test_bfloat16():
+    model = make_model()
+    clips = clips_of(MIX)
+    with torch.no_grad():
+        expected = model(clips)
+        got = model.bfloat16()([clip.bfloat16() for clip in clips])
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_what_packed_code_would_not_run_is_refused():

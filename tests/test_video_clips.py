@@ -3,6 +3,11 @@
 import csv
 import io
 import json
+import re
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from small_models import drawn
 
 import revit_fast as rf
 from revit_fast import ops
-from revit_fast.cli import main
+from revit_fast.cli import build_parser, main
 from revit_fast.policies import grey_entropy
 from revit_fast.preprocess import eval_box
 from revit_fast.video import (
@@ -173,7 +178,7 @@ class TestReader:
         assert len(read_clip(path, 4)) == 4
 
     def test_the_extra_is_named_where_it_is_missing(self, clip, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "av", None)
+        monkeypatch.setitem(sys.modules, "av", None)
         with pytest.raises(ClipError, match=r'needs PyAV: pip install "revit-fast\[video\]"'):
             read_clip(clip, 2)
 
@@ -419,7 +424,34 @@ class TestPredict:
         assert "--frames" in err
 
     def test_the_extra_is_named_where_it_is_missing(self, capsys, folder, clip, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "av", None)
+        monkeypatch.setitem(sys.modules, "av", None)
         code, _, err = self.run(capsys, clip, "--model", folder[0])
         assert code == 2
         assert 'pip install "revit-fast[video]"' in err
+
+
+class TestPage:
+    TEXT = (Path(__file__).parent.parent / "docs" / "video.md").read_text(encoding="utf-8")
+
+    def blocks(self, language):
+        return re.findall(rf"^```{language}\n(.*?)^```", self.TEXT, re.DOTALL | re.MULTILINE)
+
+    def test_python_blocks_run_in_turn(self, clip, tmp_path, monkeypatch):
+        transformers = pytest.importorskip("transformers")
+        narrow = dict(hidden_size=24, num_attention_heads=3, intermediate_size=32)
+        monkeypatch.setattr(transformers, "TimesformerConfig", partial(transformers.TimesformerConfig, **narrow))
+        monkeypatch.chdir(tmp_path)
+        names = {"clip": clip, "assigner": drawn(rf.TokenLengthAssigner(thumbnail_px=16, widths=(8, 16)))}
+        for block in self.blocks("python"):
+            exec(compile(block, "docs/video.md", "exec"), names)
+        assert names["tokens"].shape == (1, 1 + 14 * 14 * 8, 24)
+        assert names["result"].error is None
+        assert is_checkpoint(tmp_path / "runs" / "clips")
+
+    def test_commands_are_understood(self):
+        lines = [line for block in self.blocks("sh") for line in block.splitlines()]
+        assert len(lines) == 3
+        for line in lines:
+            program, *args = shlex.split(line)
+            assert program == "revit-fast"
+            build_parser().parse_args(args)

@@ -164,6 +164,10 @@ class OptimizedTimeSformer(TimeSformer):
                 self._packed = packed
             return packed
 
+    def _position_table(self, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+        with self._lock:  # learning grids moves rows
+            return super()._position_table(grids)
+
     def _embed_rows(self, rows: Tensor, normalization: Tensor | None) -> Tensor:
         if not self._runs_packed():
             return super()._embed_rows(rows, normalization)
