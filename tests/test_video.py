@@ -32,8 +32,14 @@ CONFIGS = {
         num_attention_heads=3,
         attention_type="joint_space_time",
     ),
-    "tanh": dict(
-        image_size=12, patch_size=4, num_frames=3, hidden_size=16, num_attention_heads=2, hidden_act="gelu_new"
+    "tanh, wide": dict(
+        image_size=12,
+        patch_size=4,
+        num_frames=3,
+        hidden_size=16,
+        num_attention_heads=2,
+        hidden_act="gelu_new",
+        intermediate_size=1024,
     ),
 }
 MIX = [(5, 3), (3, 5), ((2, 4), 1), (5, 4), (3, 3)]
@@ -42,7 +48,7 @@ MIX = [(5, 3), (3, 5), ((2, 4), 1), (5, 4), (3, 3)]
 
 def hf_model(name="divided", kind="TimesformerForVideoClassification", **options):
     transformers = pytest.importorskip("transformers")
-    config = CONFIGS[name] | dict(num_hidden_layers=2, intermediate_size=40, num_labels=7) | options
+    config = dict(num_hidden_layers=2, intermediate_size=40, num_labels=7) | CONFIGS[name] | options
     model = getattr(transformers, kind)(transformers.TimesformerConfig(**config))
     return drawn(model, scale=0.2)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast.layers import Attention, Mlp, PatchEmbed, TALLayerNorm, activation_name
@@ -26,6 +27,11 @@ PLAIN = (
     *(nn.Conv2d, nn.Dropout, nn.Identity, nn.Linear, nn.ModuleList),
 )
 """Modules that packed code stands in for; besides them activations that have a name."""
+
+
+PAGE, PADDING = 1024, 32
+"""float32 values of 4 KiB: rows that lie a multiple of it apart share sets of the first cache. The MLP's hidden rows,
+which often do, are so many zeros longer."""
 
 
 class PackedBlock(NamedTuple):
@@ -82,13 +88,15 @@ def _packed_block(block: SpaceTimeBlock) -> PackedBlock:
         weight = fc.weight.double()
         temporal_qkv = packed(block.temporal_attn.qkv)
         temporal_out = pack_weight(weight @ proj.weight.double(), weight @ proj.bias.double() + fc.bias.double())
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    padding = PADDING if fc1.out_features % PAGE == 0 else 0  # every activation leaves zeros as they are
     return PackedBlock(
         temporal_qkv,
         temporal_out,
         packed(block.attn.qkv),
         packed(block.attn.proj),
-        packed(block.mlp.fc1),
-        packed(block.mlp.fc2),
+        pack_weight(F.pad(fc1.weight, (0, 0, 0, padding)), F.pad(fc1.bias, (0, padding))),
+        pack_weight(F.pad(fc2.weight, (0, padding)), fc2.bias),
         activation_name(block.mlp.act),
     )
 
