@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page bench bench-train bench-model bench-pipeline gate docs lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page bench bench-train bench-model bench-pipeline bench-video gate docs lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -32,10 +32,12 @@ test-cluster: build
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[ray,serve]"
 	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py
 
-## Models of transformers beside ours, in an environment that has it; `make test` skips them without it.
+## Models of transformers beside ours, and clips, in an environment that has transformers and PyAV: `make test` skips them
+## without.
 test-transformers: build
-	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[transformers]"
-	$(BIN)/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py
+	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[transformers,video]"
+	$(BIN)/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py tests/test_video.py \
+	    tests/test_video_clips.py
 
 ## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
 OTHER_TORCH ?= torch==2.13.0
@@ -70,6 +72,10 @@ bench-pipeline: build
 ## An update of multi-length training: all lengths in one pack beside a dense pass for each; ARGS=--case small for one.
 bench-train: build
 	$(BIN)/python -m bench.train_step $(ARGS)
+
+## TimeSformer on mixed clips beside Hugging Face's, grouped by shape; ARGS="--depth 12" for the whole model.
+bench-video: build
+	$(BIN)/python -m bench.video $(ARGS)
 
 ## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:

@@ -24,7 +24,7 @@ import torch
 
 from revit_fast import hub
 from revit_fast.atomic import replaced_folder
-from revit_fast.checkpoint import read_checkpoint
+from revit_fast.checkpoint import load_fitting, read_checkpoint
 from revit_fast.costs import forward_macs
 from revit_fast.model import ReViT
 from revit_fast.pipeline import AdaptivePipeline, pipeline
@@ -305,7 +305,7 @@ def _model_of(folder: Path, config: dict[str, Any], kind: type[ReViT], arguments
             "save the bundle again"
         )
     try:
-        model.load_own_weights(read_checkpoint(folder / MODEL), folder / MODEL)
+        load_fitting(model, read_checkpoint(folder / MODEL), folder / MODEL)
     except ValueError as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
         raise ValueError(f"bundle: {error}; {fix}") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -28,6 +28,33 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"weights: {path} holds no state dict of tensors")
     return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+    """Loads a state dict whose names and shapes are those of the module.
+
+    Args:
+        module: to load into.
+        state_dict: its parameters and buffers.
+        source: what to call it in an error.
+
+    Raises:
+        ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
+    """
+    own = module.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state_dict.keys()),
+        "unexpected": sorted(state_dict.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & state_dict.keys()
+            if own[name].shape != state_dict[name].shape
+        ],
+    }
+    found = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
+    if found:
+        raise ValueError(f"weights: {source} does not fit this model: {found}")
+    module.load_state_dict(state_dict)
 
 
 def _read(path: Path) -> object:

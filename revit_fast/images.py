@@ -29,6 +29,27 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION_TAG = 0x0112
 
 
+class Kind(NamedTuple):
+    """What is looked for in folders.
+
+    Attributes:
+        one: what to call one in a message, with its article.
+        many: what to call several.
+        suffixes: of names that are taken for one inside a folder, in lower case.
+    """
+
+    one: str
+    many: str
+    suffixes: tuple[str, ...]
+
+    def has_name(self, path: str) -> bool:
+        """Whether a file or folder is called like one."""
+        return path.lower().endswith(self.suffixes)
+
+
+IMAGES = Kind("an image", "images", SUFFIXES)
+
+
 class ImageError(Exception):
     """A source that is no image that can be read; the text is the reason, without the source's name."""
 
@@ -44,13 +65,15 @@ ImageSource = "str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor | S
 """What stands for an image: a path, the bytes of a file, a PIL image, or uint8 pixels `[H, W, 3]` or `[H, W]`."""
 
 
-def find_images(paths: Iterable[str]) -> Iterator[Source]:
+def find_images(paths: Iterable[str], kind: Kind = IMAGES) -> Iterator[Source]:
     """The image files that the given paths name, found while they are consumed.
 
     Args:
-        paths: a file is taken whatever its suffix. A folder stands for the files below it that end in one of
-            `SUFFIXES`, sorted by name, without those whose name starts with a dot and without following links to other
-            folders. A glob pattern (`**` descends) stands for its sorted matches, as if the shell had expanded it.
+        paths: a file is taken whatever its suffix. A folder stands for the files below it that end in one of the
+            kind's suffixes, sorted by name, without those whose name starts with a dot and without following links to
+            other folders. A glob pattern (`**` descends) stands for its sorted matches, as if the shell had expanded
+            it.
+        kind: of files, images or others.
 
     Yields:
         One `Source` per file in the order of the paths. A path that leads to no image gives one with an error, and so
@@ -60,51 +83,48 @@ def find_images(paths: Iterable[str]) -> Iterator[Source]:
         if not os.path.lexists(path) and glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))
             # A pattern that descends by itself matches folders beside the files in them.
-            matches = [m for m in matches if "**" not in path or _is_image_name(m) or not os.path.isdir(m)]
+            matches = [m for m in matches if "**" not in path or kind.has_name(m) or not os.path.isdir(m)]
             if not matches:
                 yield Source(path, "no file matches this pattern")
             for match in matches:
-                yield from _find_in_path(match)
+                yield from _find_in_path(match, kind)
         else:
-            yield from _find_in_path(path)
+            yield from _find_in_path(path, kind)
 
 
-def _is_image_name(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
-
-
-def _find_in_path(path: str) -> Iterator[Source]:
+def _find_in_path(path: str, kind: Kind) -> Iterator[Source]:
     if not os.path.isdir(path):
         yield Source(path)
-    elif _is_image_name(path):
-        yield _folder_like_image(path)
+    elif kind.has_name(path):
+        yield _folder_like(path, kind)
     else:
         found = False
-        for source in _find_in_folder(path):
+        for source in _find_in_folder(path, kind):
             found = True
             yield source
         if not found:
-            yield Source(path, f"no images in this folder (looked for {', '.join(SUFFIXES)})")
+            yield Source(path, f"no {kind.many} in this folder (looked for {', '.join(kind.suffixes)})")
 
 
-def _find_in_folder(folder: str) -> Iterator[Source]:
+def _find_in_folder(folder: str, kind: Kind) -> Iterator[Source]:
     try:
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        yield Source(folder, _os_reason(error))
+        yield Source(folder, os_reason(error))
         return
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from [_folder_like_image(entry.path)] if _is_image_name(entry.name) else _find_in_folder(entry.path)
-        elif _is_image_name(entry.name):
+            like = kind.has_name(entry.name)
+            yield from [_folder_like(entry.path, kind)] if like else _find_in_folder(entry.path, kind)
+        elif kind.has_name(entry.name):
             yield Source(entry.path)
 
 
-def _folder_like_image(path: str) -> Source:
-    return Source(path, f"is a folder, not an image; to read the images in it, give {path}{os.sep}")
+def _folder_like(path: str, kind: Kind) -> Source:
+    return Source(path, f"is a folder, not {kind.one}; to read the {kind.many} in it, give {path}{os.sep}")
 
 
 def name_of(source: ImageSource) -> str:
@@ -186,7 +206,7 @@ def _reasons() -> Iterator[None]:
     except OSError as error:
         if type(error).__name__ == "UnidentifiedImageError":
             raise ImageError("not a JPEG, PNG or WebP image") from None
-        raise ImageError(_os_reason(error)) from error
+        raise ImageError(os_reason(error)) from error
     except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, SyntaxError, ...
         raise ImageError(str(error) or type(error).__name__) from error
 
@@ -202,14 +222,19 @@ def _opened(data: bytes) -> io.BytesIO:
     return io.BytesIO(data)
 
 
-def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
+def check_file(path: str | os.PathLike, kind: Kind = IMAGES) -> None:
+    """Raises an `ImageError` for what is no file with contents, an OSError where there is nothing at the path."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError("is a folder, not an image")
+        raise ImageError(f"is a folder, not {kind.one}")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("not a regular file")
     if status.st_size == 0:
         raise ImageError("empty file")
+
+
+def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
+    check_file(path)
     with open(path, "rb") as file:
         return _decode(file, draft_px)
 
@@ -242,7 +267,8 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _os_reason(error: OSError) -> str:
+def os_reason(error: OSError) -> str:
+    """What an OSError says, in lower case and without the path."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from revit_fast.checkpoint import read_checkpoint
+from revit_fast.checkpoint import load_fitting, read_checkpoint
 from revit_fast.hub import Pretrained
 from revit_fast.layers import (
     ACTIVATIONS,
@@ -442,24 +442,7 @@ class ReViT(Pretrained, nn.Module):
         Raises:
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
-        self.load_own_weights(self.convert_state_dict(state_dict), source)
-
-    def load_own_weights(self, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-        """`load_weights` for the state dict of a model like this one: nothing is repeated or resampled."""
-        own = self.state_dict()
-        problems = {
-            "missing": sorted(own.keys() - state_dict.keys()),
-            "unexpected": sorted(state_dict.keys() - own.keys()),
-            "of another shape": [
-                f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
-                for name in own.keys() & state_dict.keys()
-                if own[name].shape != state_dict[name].shape
-            ],
-        }
-        found = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
-        if found:
-            raise ValueError(f"weights: {source} does not fit this model: {found}")
-        self.load_state_dict(state_dict)
+        load_fitting(self, self.convert_state_dict(state_dict), source)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: tokens, position embeddings and every TAL-LN parameter."""

@@ -106,6 +106,15 @@ def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
     return grids
 
 
+def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:
+    """Square grids in the proportions of `grids`, the longest with about as many tokens as `base_grid`.
+
+    Grids that come out equal are one, so that small images have fewer lengths.
+    """
+    factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
+    return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
+
+
 def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
     """Patch grid (rows, columns) of an image `[..., H, W]` whose sides are multiples of `patch_size`."""
     if not isinstance(image, Tensor):

@@ -18,7 +18,7 @@ from os import PathLike
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revit_fast.batching import TokenBudgetBatcher
 from revit_fast.decoding import Decoders, Fed, default_decoders
@@ -136,6 +136,9 @@ class AdaptivePipeline:
         TypeError, ValueError: for arguments that are not as above or do not fit each other.
     """
 
+    MODEL: type[nn.Module] = ReViT
+    """What the model is to be."""
+
     def __init__(
         self,
         model: ReViT,
@@ -146,8 +149,8 @@ class AdaptivePipeline:
         max_wait_s: float = 0.1,
         n_decoders: int | None = None,
     ) -> None:
-        if not isinstance(model, ReViT):
-            raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}")
+        if not isinstance(model, self.MODEL):
+            raise TypeError(f"model: expected a {self.MODEL.__name__}, got {type(model).__name__}")
         if model.training:
             raise ValueError("model: expected evaluation mode; call model.eval()")
         for name in ("grids", "patch_size"):
@@ -160,8 +163,7 @@ class AdaptivePipeline:
             raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
         self.model, self.prep, self.labels = model, prep, labels
         self.n_decoders, self.token_budget = n_decoders or default_decoders(), token_budget
-        n_tokens = [n + model.num_prefix_tokens for n in model.lengths]
-        options = {"min_tokens": n_tokens[-1], "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
+        options = {"min_tokens": self._n_tokens(model.grids[-1]), "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
         self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
         self._make_batcher()  # checks its arguments
 

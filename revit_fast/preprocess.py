@@ -250,15 +250,18 @@ class AdaptivePreprocessor:
             index: place of each in its stream; by default 0, 1, ...
         """
         index = np.arange(len(images)) if index is None else np.asarray(index)
-        probabilities = entropy = None
-        if self.policy.needs is not None:
-            boxes = self.seen(images)
-            if self.policy.needs == "probabilities":
-                probabilities = self.tla.predict_proba(images, boxes).numpy()
-            else:
-                entropy = self._entropy(images, boxes)
+        probabilities, entropy = self._evidence(images)
         chosen = self.policy.choose(Evidence(index, probabilities, entropy))
         return Assignment([self.grids[i] for i in chosen], probabilities, entropy)
+
+    def _evidence(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Probabilities and entropy of every image, what the policy does not need being None."""
+        if self.policy.needs is None:
+            return None, None
+        boxes = self.seen(images)
+        if self.policy.needs == "probabilities":
+            return self.tla.predict_proba(images, boxes).numpy(), None
+        return None, self._entropy(images, boxes)
 
     def seen(self, images: Sequence[np.ndarray]) -> list[tuple[float, float, float, float]]:
         """What the assigner looks at: the region, in pixels, that the model sees of each image at the longest grid."""

@@ -17,7 +17,6 @@ Where timm itself has been loaded anew, `importlib.reload` of this module regist
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from revit_fast.layers import Block, PatchEmbed, TALLayerNorm
 from revit_fast.lvvit import ARCHITECTURES, CROP_PCT, MLP_RATIO
 from revit_fast.model import NORM_PARAMETER, ReViT
+from revit_fast.packing import scaled_grids
 from revit_fast.stem import ConvStem
 
 try:
@@ -70,15 +70,6 @@ NEUTRAL: dict[str, tuple] = {
     "use_naflex": (False,),
 }
 """Arguments of timm's `VisionTransformer` that ReViT does not have, and the values that ask nothing of it."""
-
-
-def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:
-    """Square grids in the proportions of `grids`, the longest with about as many tokens as `base_grid`.
-
-    Grids that come out equal are one, so that small images have fewer lengths.
-    """
-    factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
-    return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
 
 
 def make_revit(

@@ -233,8 +233,8 @@ class TestErrors:
     def test_a_file_that_vanishes_is_one_error(self, capsys, photos, monkeypatch):
         real = predict.find_images
 
-        def vanishing(paths):
-            for source in real(paths):
+        def vanishing(paths, kind):
+            for source in real(paths, kind):
                 if source.path.endswith("2.webp"):
                     os.unlink(source.path)
                 yield source

@@ -19,6 +19,7 @@ EXTRA_MODULES = {
     **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
     **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    "av": "video",
 }
 """Packages that commands need, and the extra that brings each."""
 
@@ -174,8 +175,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser("predict", help="classify image files", description="Classify JPEG, PNG and WebP files.")
+    p = commands.add_parser(
+        "predict",
+        help="classify image files or clips",
+        description="Classify JPEG, PNG and WebP files; or clips, where --model is a folder of a TimeSformer.",
+    )
     _add_images(p)
+    p.add_argument(
+        "--frames", type=positive, metavar="N", help="of a clip, spread evenly over it (default: the model's)"
+    )
     _add_results(p)
     _add_classes(p)
     _add_batches(p)

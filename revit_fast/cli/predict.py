@@ -23,13 +23,15 @@ from revit_fast.cli.report import (
     prediction_of,
     write,
 )
-from revit_fast.images import find_images, on_one_line
+from revit_fast.images import IMAGES, Kind, find_images, on_one_line
 from revit_fast.packing import DEFAULT_GRIDS
 from revit_fast.pipeline import AdaptivePipeline, Result
 from revit_fast.policies import PolicySpec
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.trace import StageTimes, Trace
+from revit_fast.video.checkpoints import is_checkpoint
+from revit_fast.video.reader import CLIPS
 
 MAX_WAIT_S = 1.0
 """Files are not waited for: whoever reads results as they come sees them within about this time."""
@@ -37,12 +39,30 @@ MAX_WAIT_S = 1.0
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast predict`; 0, or 1 if any image failed."""
+    if is_checkpoint(args.model):
+        return import_module("revit_fast.cli.predict_clips").run(args)
+    refuse_files_of(CLIPS, args, "a folder of a TimeSformer")
+    if args.frames:
+        raise UsageError(
+            f"--frames: --model {args.model} takes images; leave it out, or give a folder of a TimeSformer"
+        )
     warn_of_random_weights(args)
     if args.engine == "ray":
         return import_module("revit_fast.cli.predict_ray").run_on_cluster(args)
     with open_output(args.output) as stream:
         pipe = build_pipeline(args)
         return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes))
+
+
+def refuse_files_of(kind: Kind, args: argparse.Namespace, wanted_model: str) -> None:
+    """Raises a usage error for a path that is called like a file of a kind that the model does not take."""
+    taken = CLIPS if kind is IMAGES else IMAGES
+    for path in args.paths:
+        if kind.has_name(path):
+            raise UsageError(
+                f"PATH: {path} is {kind.one}, and --model {args.model} takes {taken.many}; a run takes one kind, for "
+                f"{kind.many} give --model {wanted_model}"
+            )
 
 
 def has_weights(args: argparse.Namespace) -> bool:
@@ -57,17 +77,23 @@ def warn_of_random_weights(args: argparse.Namespace) -> None:
 
 
 def report(
-    args: argparse.Namespace, stream: TextIO, pipe: AdaptivePipeline, stage: Callable[..., Iterator[Result]], top_k: int
+    args: argparse.Namespace,
+    stream: TextIO,
+    pipe: AdaptivePipeline,
+    stage: Callable[..., Iterator[Result]],
+    top_k: int,
+    kind: Kind = IMAGES,
 ) -> int:
-    """Writes the results of a pipeline's method over the images of the arguments; 0, or 1 if any image failed."""
+    """Writes the results of a pipeline's method over the files of the arguments; 0, or 1 if any of them failed."""
     # Pillow warns of large images and odd metadata; what it cannot read becomes an error of that image.
     warnings.filterwarnings("ignore", module="PIL")
     asks_assigner = pipe.prep.policy.needs == "probabilities"
     text = FORMATS[args.format](top_k, pipe.prep.grids if asks_assigner else ())
     times = Trace() if args.trace else StageTimes()
     is_shown = stream.isatty()
-    progress = BarProgress(sum(1 for _ in find_images(args.paths))) if sys.stderr.isatty() else Progress()
-    results = stage(find_images(args.paths), times=times)
+    n_files = sum(1 for _ in find_images(args.paths, kind)) if sys.stderr.isatty() else 0
+    progress = BarProgress(n_files, kind.many) if sys.stderr.isatty() else Progress(kind.many)
+    results = stage(find_images(args.paths, kind), times=times)
     try:
         write(stream, text.header())
         for result in results:
@@ -119,7 +145,7 @@ def build_preprocessor(
         raise UsageError(f"--assigner, --policy: {error}") from error
 
 
-def policy_of(args: argparse.Namespace, bundle: Bundle | None = None) -> PolicySpec:
+def policy_of(args: argparse.Namespace, bundle: Bundle | None = None, longest: int = DEFAULT_GRIDS[0]) -> PolicySpec:
     """The policy that --policy, --budget or --grid stand for; by default the assigner's or the bundle's.
 
     Without an assigner it is the longest grid. A bundle's policy goes with its own assigner.
@@ -135,7 +161,7 @@ def policy_of(args: argparse.Namespace, bundle: Bundle | None = None) -> PolicyS
         return args.policy
     if args.assigner:
         return "argmax"
-    return bundle.policy if bundle else ("fixed", DEFAULT_GRIDS[0])
+    return bundle.policy if bundle else ("fixed", longest)
 
 
 def load_bundle(args: argparse.Namespace) -> Bundle:

@@ -151,11 +151,16 @@ def write(stream: TextIO, text: str) -> None:
 
 
 class Progress:
-    """Counts images and tokens, and reports them as plain lines every 100 images or 5 seconds."""
+    """Counts images and tokens, and reports them as plain lines every 100 images or 5 seconds.
+
+    Args:
+        noun: what to call images.
+    """
 
     EVERY_IMAGES, EVERY_S = 100, 5.0
 
-    def __init__(self):
+    def __init__(self, noun: str = "images"):
+        self.noun = noun
         self.n_images = self.n_errors = self.n_tokens = 0
         self.begin = time.perf_counter()
         self._reported = (0, self.begin)
@@ -171,17 +176,17 @@ class Progress:
         count, now = self.n_images, time.perf_counter()
         if count - self._reported[0] >= self.EVERY_IMAGES or now - self._reported[1] >= self.EVERY_S:
             self._reported = (count, now)
-            self.say(f"{count} images, {self.rates()}")
+            self.say(f"{count} {self.noun}, {self.rates()}")
 
     def rates(self) -> str:
         """Throughput so far, errors not counted."""
         seconds = max(time.perf_counter() - self.begin, 1e-9)
         images_per_s = (self.n_images - self.n_errors) / seconds
-        return f"{images_per_s:.1f} images/s, {self.n_tokens / seconds:.0f} tokens/s"
+        return f"{images_per_s:.1f} {self.noun}/s, {self.n_tokens / seconds:.0f} tokens/s"
 
     def summary(self) -> str:
         seconds = time.perf_counter() - self.begin
-        return f"{self.n_images} images ({self.n_errors} failed) in {seconds:.1f} s: {self.rates()}"
+        return f"{self.n_images} {self.noun} ({self.n_errors} failed) in {seconds:.1f} s: {self.rates()}"
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -198,8 +203,8 @@ class Progress:
 class BarProgress(Progress):
     """The same as a bar on a terminal."""
 
-    def __init__(self, n_total: int):
-        super().__init__()
+    def __init__(self, n_total: int, noun: str = "images"):
+        super().__init__(noun)
         from rich import progress
         from rich.console import Console
 

@@ -1,0 +1,374 @@
+"""TimeSformer on clips of several lengths: every grid and frame count of a batch in one packed forward pass.
+
+The model is "Is Space-Time Attention All You Need for Video Understanding?" (arXiv 2102.05095); parameters have the
+names of its authors' code, norms a leading length axis (TAL-LN, arXiv 2307.02092), and results are those of Hugging
+Face's `TimesformerModel`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revit_fast.checkpoint import load_fitting
+from revit_fast.layers import Attention, Mlp, PatchEmbed, Queries, TALLayerNorm, make_activation
+from revit_fast.ops import assemble_tokens, mean_pool
+from revit_fast.packing import Layout, check_grids
+from revit_fast.positions import PositionTables
+from revit_fast.video.clips import ClipLayout, PackedClips
+from revit_fast.video.transformers_import import config_from_transformers, names_from_transformers
+
+ATTENTION_TYPES = ("divided_space_time", "joint_space_time")
+
+SETTINGS = {"mean": (0.45,) * 3, "std": (0.225,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
+"""How the authors' frames are prepared, under timm's names."""
+
+NORM_PARAMETER = re.compile(r"(^|\.)(temporal_norm1|norm1|norm2|norm)\.(weight|bias)$")
+
+
+class SpaceTimeBlock(nn.Module):
+    """Temporal attention, spatial attention and MLP, each behind a norm; without the first in joint attention.
+
+    The residual stream travels as the pair (x, delta) whose sum it is, as in `layers.Block`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        n_lengths: int,
+        act: nn.Module,
+        *,
+        divided: bool = True,
+        eps: float = 1e-6,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.divided = divided
+        if divided:
+            self.temporal_norm1 = TALLayerNorm(n_lengths, dim, eps)
+            self.temporal_attn = Attention(dim, num_heads, dim // num_heads, qkv_bias)
+            self.temporal_fc = nn.Linear(dim, dim)
+        self.norm1 = TALLayerNorm(n_lengths, dim, eps)
+        self.attn = Attention(dim, num_heads, dim // num_heads, qkv_bias)
+        self.norm2 = TALLayerNorm(n_lengths, dim, eps)
+        self.mlp = Mlp(dim, hidden, act)
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None, layout: ClipLayout, pooled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Maps the stream x + delta (delta None: x alone) `[T, C]` to the next such pair.
+
+        With `pooled` that of the class tokens alone, `[B, C]`, and nothing is computed that only others need.
+        """
+        if self.divided:
+            h, x = add_and_norm(self.temporal_norm1, x, delta, layout.stream)
+            delta = self.temporal_fc(self.temporal_attn(h, layout.temporal))
+            delta[layout.n_patch_rows :] = 0  # time leaves class tokens as they are
+        h, x = add_and_norm(self.norm1, x, delta, layout.stream)
+        h = h.index_select(0, layout.to_space)
+        rows = layout.stream
+        if pooled:
+            copies = self.attn(h, layout.spatial, Queries(layout.class_rows, layout.class_queries))
+            x, delta, rows = x[layout.n_patch_rows :], mean_pool(copies, layout.copies), layout.classes
+        else:
+            attended = self.attn(h, layout.spatial)
+            delta = attended.index_select(0, layout.to_stream)
+            copies = attended.index_select(0, layout.class_rows)
+            delta[layout.n_patch_rows :] = mean_pool(copies, layout.copies)
+        h, x = self.norm2(delta, rows, residual=x)
+        return x, self.mlp(h)
+
+
+def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """norm(x + delta) and x + delta, delta None standing for zero."""
+    return (norm(x, layout), x) if delta is None else norm(delta, layout, residual=x)
+
+
+class TimeSformer(nn.Module):
+    """A Vision Transformer for clips with attention over time and space, at several lengths.
+
+    Takes `Tensor [B, F, 3, H, W]`, a list of tensors `[F_i, 3, h_i, w_i]` of mixed sizes and frame counts, or
+    `PackedClips`; every side a multiple of the patch size. Each clip uses the LayerNorm parameters of the configured
+    length nearest to the patches of a frame, ties to the longer. Position embeddings of another grid are resampled as
+    in timm (bicubic, antialiased; Hugging Face takes the nearest), time embeddings of another frame count by the
+    nearest, as Hugging Face does.
+
+    Args:
+        grids: configured square token grids of a frame, strictly decreasing; index 0 is the longest. Default: the
+            square of `base_grid`.
+        base_grid: (rows, columns) of the grid that `pos_embed` is stored for.
+        num_frames: frames that `time_embed` is stored for.
+        patch_size: P in pixels.
+        in_chans: channels of a frame.
+        num_classes: classes of the head; 0 for none.
+        embed_dim: channels C.
+        depth: number of blocks.
+        num_heads: attention heads.
+        hidden_dim: width of the MLP; default 4 * embed_dim.
+        qkv_bias: whether query, key and value have a bias.
+        attention_type: "divided_space_time" (over a patch's frames, then over a frame's patches) or
+            "joint_space_time" (over all patches of a clip).
+        act_layer: activation of the MLP, see `layers.make_activation`.
+        eps: of every norm.
+
+    Raises:
+        ValueError: for grids that do not decrease, heads that do not divide the channels, or another attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        grids: Sequence[int] | None = None,
+        base_grid: tuple[int, int] = (14, 14),
+        num_frames: int = 8,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 400,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        hidden_dim: int | None = None,
+        qkv_bias: bool = True,
+        attention_type: str = "divided_space_time",
+        act_layer: str = "gelu",
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        check_attention_type(attention_type)
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
+        self.base_grid = tuple(base_grid)
+        self.grids = check_grids((max(self.base_grid),) if grids is None else grids)
+        self.lengths = tuple(g * g for g in self.grids)
+        self.num_frames, self.patch_size, self.in_chans = num_frames, patch_size, in_chans
+        self.num_classes, self.embed_dim, self.num_heads = num_classes, embed_dim, num_heads
+        self.num_prefix_tokens = 1
+        self.attention_type = attention_type
+        self.joint = attention_type == "joint_space_time"
+        self.pretrained_cfg: dict[str, Any] = dict(SETTINGS)
+
+        norm = partial(TALLayerNorm, len(self.grids), embed_dim, eps)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.base_grid)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.base_grid[0] * self.base_grid[1], embed_dim))
+        self.time_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
+        self.blocks = nn.ModuleList(
+            SpaceTimeBlock(
+                embed_dim,
+                num_heads,
+                hidden_dim or 4 * embed_dim,
+                len(self.grids),
+                make_activation(act_layer),
+                divided=not self.joint,
+                eps=eps,
+                qkv_bias=qkv_bias,
+            )
+            for _ in range(depth)
+        )
+        self.norm = norm()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self._positions = PositionTables(self.base_grid, [(g, g) for g in self.grids])
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The authors' initialisation: truncated normal weights; zero biases, time embeddings and, behind the first
+        block, temporal projections, so that a model begins as one without time."""
+        for name, parameter in self.named_parameters():
+            if name in ("cls_token", "pos_embed") or (name.endswith(".weight") and not NORM_PARAMETER.search(name)):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        for block in self.blocks[1:] if not self.joint else ():
+            nn.init.zeros_(block.temporal_fc.weight)
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, grids: Sequence[int] | None = None) -> TimeSformer:
+        """A TimeSformer with the weights of a Hugging Face model, its LayerNorms repeated for every length.
+
+        At the model's own grid and frame count the result equals the Hugging Face model's.
+
+        Args:
+            model: a `TimesformerModel` (then without a head) or `TimesformerForVideoClassification`.
+            grids: configured token grids, strictly decreasing; default: the model's own grid alone.
+
+        Raises:
+            TypeError: where `model` is none of these.
+            ValueError: where it uses a feature that is not supported; the message names it.
+        """
+        try:
+            from transformers import TimesformerForVideoClassification, TimesformerModel
+        except ImportError:
+            raise ImportError("model: from_transformers needs transformers: pip install transformers") from None
+        if type(model) not in (TimesformerModel, TimesformerForVideoClassification):
+            raise TypeError(
+                f"model: expected a TimesformerModel or TimesformerForVideoClassification, got {type(model).__name__}"
+            )
+        ours = cls.from_state_dict(model.state_dict(), model.config.to_dict(), grids)
+        parameter = next(model.parameters())
+        return ours.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any], grids: Sequence[int] | None = None
+    ) -> TimeSformer:
+        """A TimeSformer with weights under Hugging Face's or our own names, in evaluation mode.
+
+        Args:
+            state_dict: of a `TimesformerModel`, a `TimesformerForVideoClassification` or a `TimeSformer`.
+            config: of the Hugging Face model as a mapping (`config.to_dict()`, or what `config.json` holds); what it
+                leaves out has Hugging Face's default.
+            grids: configured token grids, strictly decreasing; default: the model's own grid alone.
+
+        Raises:
+            ValueError: for a feature that is not supported, or weights that do not fit the configuration.
+        """
+        state_dict = names_from_transformers(state_dict)
+        head = state_dict.get("head.weight")
+        model = cls(grids=grids, num_classes=0 if head is None else head.shape[0], **config_from_transformers(config))
+        model.load_weights(state_dict, "state_dict")
+        return model.eval()
+
+    def load_weights(self, state_dict: Mapping[str, Tensor], source: str) -> None:
+        """Loads weights under Hugging Face's or our own names; norms of one length are repeated for every length.
+
+        Args:
+            state_dict: the weights.
+            source: what to call them in an error.
+
+        Raises:
+            ValueError: where names or shapes do not fit; the message lists them.
+        """
+        converted = names_from_transformers(state_dict)
+        for name, value in converted.items():
+            if NORM_PARAMETER.search(name) and value.dim() == 1:
+                converted[name] = value.expand(len(self.grids), -1)
+        load_fitting(self, converted, source)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: the class token, embeddings and every TAL-LN parameter."""
+        names = {"pos_embed", "cls_token", "time_embed"}
+        return names | {name for name, _ in self.named_parameters() if NORM_PARAMETER.search(name)}
+
+    def pack(self, x: Tensor | Sequence[Tensor] | PackedClips) -> PackedClips:
+        """Any input of the model as `PackedClips`.
+
+        Raises:
+            TypeError, ValueError: naming the clip and what is wrong with it.
+        """
+        if isinstance(x, PackedClips):
+            return x
+        if isinstance(x, Tensor) and x.dim() != 5:
+            raise ValueError(
+                f"x: expected shape [B, F, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one clip"
+            )
+        if not isinstance(x, (Tensor, Sequence)):
+            raise TypeError(
+                f"x: expected a tensor [B, F, 3, H, W], a list of tensors or PackedClips, got {type(x).__name__}"
+            )
+        return PackedClips.from_list(list(x), self.patch_size, lengths=self.lengths)
+
+    def forward(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor:
+        """Logits `[B, num_classes]` in the given order; without a head the class tokens after the norm, `[B, C]`.
+
+        The last block computes only what the class tokens need.
+        """
+        clips = self.pack(x)
+        layout = self._layout(clips)
+        return self._logits(self._class_tokens(self._embed(clips, layout), layout))
+
+    def forward_features(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor | list[Tensor]:
+        """All tokens after the norm: the class token, then patch after patch, each its frames (Hugging Face's order).
+
+        Returns:
+            `[B, 1 + n * F, C]` for a tensor, else a list with `[1 + n_i * F_i, C]` for every clip.
+        """
+        clips = self.pack(x)
+        layout = self._layout(clips)
+        rows = self._tokens(self._embed(clips, layout), layout)
+        n_rows = [h * w * n for (h, w), n in zip(clips.grids, clips.n_frames, strict=True)]
+        patches, classes = rows[: layout.n_patch_rows].split(n_rows), rows[layout.n_patch_rows :].split(1)
+        tokens = [torch.cat(pair) for pair in zip(classes, patches, strict=True)]
+        return torch.stack(tokens) if isinstance(x, Tensor) else tokens
+
+    def _layout(self, clips: PackedClips) -> ClipLayout:
+        frames, width = clips.frames, self.patch_size**2 * self.in_chans
+        if frames.data.dim() != 2 or frames.data.shape[1] != width:
+            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(frames.data.shape)}")
+        if frames.data.dtype == torch.uint8 and frames.normalization is None:
+            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
+        if clips.device != self.pos_embed.device:
+            raise ValueError(
+                f"x: clips are on {clips.device}, model on {self.pos_embed.device}; move one with .to(device)"
+            )
+        return clips.layout(self.lengths, self.joint)
+
+    def _embed(self, clips: PackedClips, layout: ClipLayout) -> Tensor:
+        """The stream `[T, C]` that enters the blocks."""
+        frames = clips.frames.without_padding()
+        table, first_rows = self._position_table(frames.grids)
+        offset = torch.tensor(first_rows, dtype=torch.int32).to(frames.device)
+        patches = self._embed_rows(frames.data, frames.normalization)
+        placed = assemble_tokens(patches, self.pos_embed.new_empty(0, self.embed_dim), table, offset, frames.cu_seqlens)
+        time = self._time_embedding(clips.n_frames, layout)
+        classes = self.cls_token[0] + self.pos_embed[0, :1]
+        return torch.cat([placed.index_select(0, layout.from_frames) + time, classes.expand(len(clips), -1)])
+
+    def _position_table(self, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+        """Position embeddings of several grids `[R, C]`, and the row where each of `grids` begins."""
+        self._positions.learn(grids)
+        return self._positions.table(self.pos_embed, 1), self._positions.first_rows(grids)
+
+    def _embed_rows(self, rows: Tensor, normalization: Tensor | None) -> Tensor:
+        return self.patch_embed(rows, normalization).to(self.pos_embed.dtype)
+
+    def _time_embedding(self, n_frames: Sequence[int], layout: ClipLayout) -> Tensor:
+        """The time embedding of every patch row of the stream, `[Tp, C]`; those of another frame count the nearest."""
+        counts = sorted(set(n_frames))
+        tables = [self.time_embed.transpose(1, 2)] * len(counts)
+        tables = [
+            t if n == self.num_frames else F.interpolate(t, size=n, mode="nearest")
+            for t, n in zip(tables, counts, strict=True)
+        ]
+        first = {n: sum(counts[:i]) for i, n in enumerate(counts)}
+        starts = torch.tensor([first[n] for n in n_frames], device=layout.time.device)
+        rows_of_clip = layout.stream.cu_seqlens[: len(n_frames) + 1].diff()
+        rows = layout.time + starts.repeat_interleave(rows_of_clip, output_size=layout.n_patch_rows)
+        return torch.cat(tables, dim=2)[0].t().index_select(0, rows)
+
+    def _logits(self, classes: Tensor) -> Tensor:
+        return self.head(classes)
+
+    def _class_tokens(self, x: Tensor, layout: ClipLayout) -> Tensor:
+        """Class tokens `[B, C]` after blocks and norm."""
+        delta = None
+        for block in self.blocks[:-1]:
+            x, delta = block(x, delta, layout)
+        for block in self.blocks[-1:]:
+            x, delta = block(x, delta, layout, pooled=True)
+        return add_and_norm(self.norm, x if len(self.blocks) else x[layout.n_patch_rows :], delta, layout.classes)[0]
+
+    def _tokens(self, x: Tensor, layout: ClipLayout) -> Tensor:
+        """The stream `[T, C]` after blocks and norm."""
+        delta = None
+        for block in self.blocks:
+            x, delta = block(x, delta, layout)
+        return add_and_norm(self.norm, x, delta, layout.stream)[0]
+
+
+def check_attention_type(attention_type: str) -> None:
+    """Raises a ValueError for an attention that there is none of, and says what to do instead."""
+    if attention_type == "space_only":
+        raise ValueError(
+            "attention_type: 'space_only' has no time: it is a ViT on every frame by itself; give its frames as images "
+            "to a ReViT and average the logits"
+        )
+    if attention_type not in ATTENTION_TYPES:
+        raise ValueError(f"attention_type: expected one of {', '.join(ATTENTION_TYPES)}, got {attention_type!r}")

@@ -1,0 +1,147 @@
+"""From a stream of clips to logits, each at the grid that a policy gives it: the image pipeline over `PackedClips`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.policies import PolicySpec
+from revit_fast.preprocess import AdaptivePreprocessor, eval_box, input_settings
+from revit_fast.tla import TokenLengthAssigner
+from revit_fast.video.clips import PackedClips
+from revit_fast.video.engine import optimize as optimized_copy
+from revit_fast.video.model import TimeSformer
+from revit_fast.video.reader import ClipSource, read_clip
+
+
+def clip_macs(model: TimeSformer, n_patches: int, n_frames: int) -> int:
+    """Multiply-adds of a forward pass over one clip: linear layers and the products of attention.
+
+    Every block counts in full, though the last computes for the class token alone.
+
+    Args:
+        model: the model.
+        n_patches: of a frame.
+        n_frames: of the clip.
+    """
+    n_rows, c = n_patches * n_frames, model.embed_dim
+    linear = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2 and "norm" not in name)
+    sequence = n_rows + 1 if model.joint else n_patches + 1
+    spatial = 2 * sequence**2 * c * (1 if model.joint else n_frames)
+    temporal = 0 if model.joint else 2 * n_patches * n_frames**2 * c
+    embed = n_rows * model.patch_embed.proj.weight.numel()
+    return embed + (n_rows + 1) * linear + len(model.blocks) * (spatial + temporal) + c * model.num_classes
+
+
+class ClipPreprocessor(AdaptivePreprocessor):
+    """Clips to one `PackedClips`, each frame resized straight into its place at the grid that its clip is assigned.
+
+    A clip has one grid. The assigner, which knows images, is asked about every frame that the model will see, and the
+    mean of its probabilities (for the policy "entropy", of the frames' entropies) decides. That is ours, not a paper's.
+
+    Args:
+        tla: see `AdaptivePreprocessor`.
+        n_frames: frames of every clip, spread evenly over it.
+        **options: further arguments of `AdaptivePreprocessor`.
+
+    Raises:
+        TypeError, ValueError: as `AdaptivePreprocessor`, and for fewer frames than one.
+    """
+
+    def __init__(self, tla: TokenLengthAssigner | None = None, *, n_frames: int = 8, **options) -> None:
+        super().__init__(tla, **options)
+        if not isinstance(n_frames, int) or n_frames < 1:
+            raise ValueError(f"n_frames: expected an int of at least 1, got {n_frames!r}")
+        if self.draft:
+            raise ValueError("draft: JPEGs are decoded at a fraction of their size, clips are not; leave it out")
+        self.n_frames = n_frames
+
+    @classmethod
+    def for_model(cls, model: TimeSformer, tla: TokenLengthAssigner | None = None, **options) -> ClipPreprocessor:
+        """A preprocessor with the grids, frames, patch size and settings (mean, std, crop, interpolation) of a model.
+
+        Args:
+            model: the model that clips are for.
+            tla: the assigner.
+            **options: arguments of the constructor that take the place of the model's.
+        """
+        n_frames = options.get("n_frames", model.num_frames)
+        own = input_settings(model) | {
+            "grids": model.grids,
+            "patch_size": model.patch_size,
+            "n_frames": n_frames,
+            "dtype": torch.float32 if model.pos_embed.device.type == "cpu" else torch.uint8,
+            "macs": [clip_macs(model, n, n_frames) for n in model.lengths],
+        }
+        return cls(tla, **own | options)
+
+    def decode(self, source: ClipSource) -> np.ndarray:
+        """The frames `[F, H, W, 3]` of a source; raises `reader.ClipError`."""
+        return read_clip(source, self.n_frames)
+
+    def calibrate(self, images: Sequence, labels: Sequence[int] | Tensor | None = None) -> None:
+        """Refuses: an assigner is calibrated on images."""
+        raise ValueError("images: an assigner is calibrated on images; use AdaptivePreprocessor.calibrate on frames")
+
+    def _evidence(self, clips: Sequence[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The means over the frames of every clip."""
+        ends = np.cumsum([len(clip) for clip in clips])[:-1]
+        found = super()._evidence([frame for clip in clips for frame in clip])
+        return tuple(
+            None if values is None else np.stack([part.mean(axis=0) for part in np.split(values, ends)])
+            for values in found
+        )
+
+    def pack(self, clips: Sequence[np.ndarray], grids: Sequence[int]) -> PackedClips:
+        """Decoded clips, each at its grid, as one pack of patch rows."""
+        sizes = [grid * self.patch_size for grid in grids]
+        boxes = [eval_box(*clip.shape[1:3], size, self.crop_pct) for clip, size in zip(clips, sizes, strict=True)]
+        lengths = [grid * grid for grid in self.grids]
+        return PackedClips.from_frames(clips, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
+
+
+class ClipPipeline(AdaptivePipeline):
+    """Clips to logits, each at the number of tokens that its preprocessor's policy gives it.
+
+    The same as `AdaptivePipeline`, over a `TimeSformer` and a `ClipPreprocessor`; sources are paths, bytes or uint8
+    frames `[F, H, W, 3]`.
+    """
+
+    MODEL = TimeSformer
+
+    def _n_tokens(self, grid: int) -> int:
+        return grid * grid * self.prep.n_frames + self.model.num_prefix_tokens
+
+
+def pipeline(
+    model: TimeSformer,
+    assigner: TokenLengthAssigner | str | PathLike | None = None,
+    *,
+    policy: PolicySpec | None = None,
+    labels: Sequence[str] | None = None,
+    token_budget: int = 4096,
+    **options,
+) -> ClipPipeline:
+    """A pipeline over an optimised copy of a model, ready to be called with clips.
+
+    Args:
+        model: the model.
+        assigner: a `TokenLengthAssigner`, or a file that one was saved to.
+        policy: see `revit_fast.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
+        labels: names of the classes.
+        token_budget: tokens of a pack at most.
+        **options: further arguments of `ClipPreprocessor` (n_frames, mean, ...).
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: for what cannot be loaded or does not fit together.
+    """
+    if isinstance(assigner, (str, PathLike)):
+        assigner = TokenLengthAssigner.load(assigner)
+    policy = policy or ("argmax" if assigner is not None else ("fixed", model.grids[0]))
+    prep = ClipPreprocessor.for_model(model, assigner, policy=policy, **options)
+    return ClipPipeline(optimized_copy(model), prep, token_budget=token_budget, labels=labels)

@@ -1,0 +1,161 @@
+"""Decoding clips to uint8 frames spread evenly over them. Files need PyAV: `pip install "revit-fast[video]"`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from revit_fast.images import ImageError, Kind, Source, check_file, os_reason
+
+if TYPE_CHECKING:  # arrays need no PyAV, and it is imported where it is first needed
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+
+CLIPS = Kind("a clip", "clips", (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"))
+
+CONTAINERS = "avi,matroska,mov,mp4,m4a,3gp,3g2,mj2,webm"
+"""Formats that may be read, whatever a file is called: never FFmpeg's playlists, which open other files."""
+
+ClipSource = "str | os.PathLike | bytes | np.ndarray | Source"
+"""What stands for a clip: a path, the bytes of a file, or uint8 frames `[F, H, W, 3]`."""
+
+
+class ClipError(ImageError):
+    """A source that is no clip that can be read; the text is the reason, without the source's name."""
+
+
+def spread(n_total: int, n_frames: int) -> list[int]:
+    """Indices of `n_frames` frames over all of a clip of `n_total`.
+
+    Source: `sample_frame_indices` of Hugging Face's examples for TimeSformer, over the whole clip instead of a window
+    of it.
+
+    Raises:
+        ClipError: where the clip has fewer frames.
+    """
+    if n_total < n_frames:
+        raise ClipError(f"has {n_total} frames, and the model takes {n_frames}; give a longer clip, or fewer frames")
+    return np.linspace(0, n_total, num=n_frames).clip(0, n_total - 1).astype(int).tolist()
+
+
+def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
+    """RGB frames spread evenly over a clip, turned upright (by PyAV 14 or later).
+
+    Args:
+        source: a path or the bytes of an AVI, Matroska, WebM, MP4 or QuickTime file, whose first video stream is taken;
+            or uint8 frames `[F, H, W, 3]`.
+        n_frames: frames to take, see `spread`.
+
+    Returns:
+        uint8 array `[n_frames, H, W, 3]`.
+
+    Raises:
+        ClipError: with the reason: missing, empty, no video, damaged, too few frames, frames of several sizes, or an
+            array of another type or shape.
+    """
+    if isinstance(source, np.ndarray):
+        return _checked_array(source)[spread(len(source), n_frames)]
+    with _reasons():
+        if isinstance(source, Source):
+            if source.error is not None:
+                raise ClipError(source.error)
+            source = source.path
+        if isinstance(source, (str, os.PathLike)):
+            check_file(source, CLIPS)
+            return _read(os.fspath(source), n_frames)
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            if len(source) == 0:
+                raise ClipError("empty file")
+            return _read(source, n_frames)
+    raise ClipError(f"expected a path, bytes or uint8 frames [F, H, W, 3], got {type(source).__name__}")
+
+
+def _read(file: str | bytes, n_frames: int) -> np.ndarray:
+    with _opened(file) as container:
+        declared = container.streams.video[0].frames  # 0 where the container does not say
+    if declared >= n_frames:
+        frames = _frames_at(file, spread(declared, n_frames))
+        if len(frames) == n_frames:
+            return _stacked(frames)
+    # The container does not say, or says more than there is.
+    with _opened(file) as container:
+        n_total = sum(1 for _ in container.decode(video=0))
+    return _stacked(_frames_at(file, spread(n_total, n_frames)))
+
+
+def _frames_at(file: str | bytes, indices: Sequence[int]) -> list[np.ndarray]:
+    """The frames at increasing indices; those that the file has."""
+    wanted, frames = set(indices), []
+    with _opened(file) as container:
+        for i, frame in enumerate(container.decode(video=0)):
+            if i in wanted:
+                frames.append(_upright_rgb(frame))
+            if i >= indices[-1]:
+                break
+    return frames
+
+
+def _stacked(frames: list[np.ndarray]) -> np.ndarray:
+    sizes = {frame.shape[:2] for frame in frames}
+    if len(sizes) > 1:
+        raise ClipError(f"has frames of several sizes: {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}")
+    return np.stack(frames)
+
+
+def _upright_rgb(frame: VideoFrame) -> np.ndarray:
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = getattr(frame, "rotation", 0) // 90 % 4  # PyAV 14 and later; counter-clockwise, as numpy's
+    return np.rot90(pixels, turns) if turns else pixels
+
+
+@contextmanager
+def _opened(file: str | bytes) -> Iterator[InputContainer]:
+    import av
+
+    # File names with a colon are none of FFmpeg's protocols.
+    target = f"file:{file}" if isinstance(file, str) else io.BytesIO(file)
+    with av.open(target, options={"format_whitelist": CONTAINERS}) as container:
+        if not container.streams.video:
+            raise ClipError("has no video stream")
+        yield container
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """What decoders raise, as `ClipError`."""
+    try:
+        yield
+    except ClipError:
+        raise
+    except ImageError as error:
+        raise ClipError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise ClipError('decoding needs PyAV: pip install "revit-fast[video]"') from error
+    except FileNotFoundError as error:
+        raise ClipError(os_reason(error)) from error
+    except ValueError as error:  # FFmpeg's of what it cannot take for one of the formats
+        raise ClipError(
+            f"not an AVI, Matroska, WebM, MP4 or QuickTime clip, or damaged: {_first_line(error)}"
+        ) from error
+    except OSError as error:
+        raise ClipError(os_reason(error)) from error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        raise ClipError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return reason.splitlines()[0]
+
+
+def _checked_array(frames: np.ndarray) -> np.ndarray:
+    if frames.dtype != np.uint8:
+        raise ClipError(f"expected uint8 frames, got {frames.dtype}")
+    if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ClipError(f"expected frames [F, H, W, 3], got {list(frames.shape)}")
+    return frames
