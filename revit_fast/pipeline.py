@@ -163,7 +163,7 @@ class AdaptivePipeline:
             raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
         self.model, self.prep, self.labels = model, prep, labels
         self.n_decoders, self.token_budget = n_decoders or default_decoders(), token_budget
-        options = {"min_tokens": self._n_tokens(model.grids[-1]), "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
+        options = {"min_tokens": self._tokens_of(model.lengths[-1]), "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
         self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
         self._make_batcher()  # checks its arguments
 
@@ -288,7 +288,11 @@ class AdaptivePipeline:
 
     def _n_tokens(self, image: np.ndarray, grid: int) -> int:
         rows, columns = self.prep.grid_hw(image, grid)
-        return rows * columns + self.model.num_prefix_tokens
+        return self._tokens_of(rows * columns)
+
+    def _tokens_of(self, n_patches: int) -> int:
+        """Tokens of an input of so many patches."""
+        return n_patches + self.model.num_prefix_tokens
 
     def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)

@@ -254,6 +254,8 @@ class TestPipeline:
             ClipPreprocessor.for_model(model, policy="cycle", n_frames=0)
         with pytest.raises(ValueError, match="draft"):
             ClipPreprocessor.for_model(model, policy="cycle", draft=True)
+        with pytest.raises(ValueError, match="aspect"):
+            ClipPreprocessor.for_model(model, policy="cycle", aspect="keep")
         with pytest.raises(ValueError, match="calibrated on images"):
             ClipPreprocessor.for_model(model, policy="cycle").calibrate([])
 

@@ -59,6 +59,8 @@ class ClipPreprocessor(AdaptivePreprocessor):
             raise ValueError(f"n_frames: expected an int of at least 1, got {n_frames!r}")
         if self.draft:
             raise ValueError("draft: JPEGs are decoded at a fraction of their size, clips are not; leave it out")
+        if self.aspect != "crop":
+            raise ValueError(f"aspect: clips are cropped to squares, got {self.aspect!r}; leave it out")
         self.n_frames = n_frames
 
     @classmethod
@@ -114,8 +116,8 @@ class ClipPipeline(AdaptivePipeline):
 
     MODEL = TimeSformer
 
-    def _n_tokens(self, grid: int) -> int:
-        return grid * grid * self.prep.n_frames + self.model.num_prefix_tokens
+    def _tokens_of(self, n_patches: int) -> int:
+        return n_patches * self.prep.n_frames + self.model.num_prefix_tokens
 
 
 def pipeline(
