@@ -20,7 +20,7 @@ from revit_fast.checkpoint import load_fitting
 from revit_fast.layers import Attention, Mlp, PatchEmbed, Queries, TALLayerNorm, make_activation
 from revit_fast.ops import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, check_grids
-from revit_fast.positions import PositionTables
+from revit_fast.positions import PositionTables, Resampling
 from revit_fast.video.clips import ClipLayout, PackedClips
 from revit_fast.video.transformers_import import config_from_transformers, names_from_transformers
 
@@ -175,7 +175,7 @@ class TimeSformer(nn.Module):
         )
         self.norm = norm()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self._positions = PositionTables(self.base_grid, [(g, g) for g in self.grids])
+        self._positions = PositionTables(Resampling(self.base_grid), [(g, g) for g in self.grids])
         self.init_weights()
 
     def init_weights(self) -> None:
