@@ -29,14 +29,11 @@ from revit_fast.layers import (
 )
 from revit_fast.model import PatchRows, ReViT, rows_apart
 from revit_fast.ops import _library
-from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, huge_pages, pack_weight, packed_linear
+from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 from revit_fast.packing import Layout, cumulative, nearest_lengths
 from revit_fast.snapshot import Snapshot
 from revit_fast.stem import CONVOLUTIONS, ConvStem, FoldedStem
-
-LINE = 64
-"""Bytes that weights are aligned to."""
 
 STEM = {name: kind for pair in CONVOLUTIONS for name, kind in zip(pair, (nn.Conv2d, nn.BatchNorm2d), strict=True)}
 
@@ -98,13 +95,7 @@ def _check_type(name: str, module: nn.Module, expected: type | tuple[type, ...])
 
 def _gathered(weights: ViTWeights) -> ViTWeights:
     """The same weights in one piece of memory, in the order in which they are read."""
-    tensors = [t for block in weights.blocks for part in block for t in part[:2]]
-    sizes = [-(-t.numel() * t.element_size() // LINE) * LINE for t in tensors]
-    memory = huge_pages(sum(sizes))
-    moved = iter(
-        part[: t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
-        for part, t in zip(memory.split(sizes), tensors, strict=True)
-    )
+    moved = iter(gathered([t for block in weights.blocks for part in block for t in part[:2]]))
     blocks = [
         BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in block)) for block in weights.blocks
     ]

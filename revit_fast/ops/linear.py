@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ PACKED_DTYPES = (*FLOAT_PACKED_DTYPES, torch.int8)
 
 MAX_CHAIN, CHAIN_UNIT = 512, 32
 """The longest part of a row that is quantized under one scale, and what its length is a multiple of."""
+
+LINE = 64
+"""Bytes of a cache line."""
 
 LARGEST = 127
 """Integers are symmetric, [-127, 127]."""
@@ -142,6 +146,13 @@ def huge_pages(n_bytes: int) -> Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     return flat.narrow(0, -flat.data_ptr() % page, n_bytes)
+
+
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors in one piece of memory of huge pages, in this order, each at the beginning of a cache line."""
+    sizes = [-(-t.nbytes // LINE) * LINE for t in tensors]
+    places = huge_pages(sum(sizes)).split(sizes)
+    return [place[: t.nbytes].view(t.dtype).view(t.shape).copy_(t) for place, t in zip(places, tensors, strict=True)]
 
 
 def unpack_weight(panels: Tensor, n_out: int, depth: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers import Attention, Mlp, PatchEmbed, TALLayerNorm, activation_name
 from revit_fast.ops import _library, mean_pool, packed_linear, varlen_attention
-from revit_fast.ops.linear import PackedWeight, pack_weight
+from revit_fast.ops.linear import PackedWeight, gathered, pack_weight
 from revit_fast.packing import Layout
 from revit_fast.snapshot import Snapshot
 from revit_fast.video.clips import ClipLayout, PackedClips
@@ -101,6 +101,17 @@ def _packed_block(block: SpaceTimeBlock) -> PackedBlock:
     )
 
 
+def _gathered(blocks: Sequence[PackedBlock]) -> list[PackedBlock]:
+    """The same weights in one piece of memory, in the order in which they are read."""
+    weights = [[part for part in block if isinstance(part, PackedWeight)] for block in blocks]
+    moved = iter(gathered([t for block in weights for part in block for t in part[:2]]))
+
+    def placed(part):
+        return part._replace(panels=next(moved), bias=next(moved)) if isinstance(part, PackedWeight) else part
+
+    return [PackedBlock(*map(placed, block)) for block in blocks]
+
+
 def pack_model(model: TimeSformer) -> Packed:
     """Packs a model's weights for the instruction set in use."""
     last_q = last_kv = None
@@ -113,7 +124,7 @@ def pack_model(model: TimeSformer) -> Packed:
         _library.cpu_isa(),
         Snapshot(model),
         pack_weight(*model.patch_embed.matrix()),
-        [_packed_block(block) for block in model.blocks],
+        _gathered([_packed_block(block) for block in model.blocks]),
         last_q,
         last_kv,
         pack_weight(model.head.weight, model.head.bias) if isinstance(model.head, nn.Linear) else None,
