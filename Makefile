@@ -39,8 +39,10 @@ test-transformers: build
 	$(BIN)/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py tests/test_video.py \
 	    tests/test_video_clips.py
 
-## The same extension binary under another torch: make test-abi OTHER_TORCH=torch==2.13.0
+## The same extension binary under another torch, make test-abi OTHER_TORCH=torch==2.13.0, and the GPU kernels in the oldest
+## Triton that they are for.
 OTHER_TORCH ?= torch==2.13.0
+OLDEST_TRITON ?= triton==3.6.0
 test-abi: build
 	$(PYTHON) -m venv $(VENV)-abi
 	$(VENV)-abi/bin/python -m pip install -q "$(OTHER_TORCH)" numpy "pillow>=13,<14" hypothesis pytest pytest-timeout \
@@ -48,6 +50,8 @@ test-abi: build
 	REVIT_FAST_NO_EXTENSION=1 $(VENV)-abi/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	$(VENV)-abi/bin/python -m pytest tests/test_packing.py tests/test_attention.py tests/test_layer_norm.py \
 	    tests/test_tokens.py tests/test_resize.py -k "not compile"
+	$(VENV)-abi/bin/python -m pip install -q "$(OLDEST_TRITON)"
+	$(VENV)-abi/bin/python -m pytest tests/aot/test_machine_code.py -k sm_90
 
 ## The page of `revit-fast demo` in a real browser (apt-get install chromium chromium-driver), in an environment of its own:
 ## gradio wants another Pillow than the tests of resizing.
