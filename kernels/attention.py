@@ -19,7 +19,6 @@ from torch import Tensor
 from revit_fast.kernels import schedules
 from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.parts import (
-    STRIDES,
     add_outer,
     element,
     inner,
@@ -31,7 +30,6 @@ from revit_fast.kernels.parts import (
     scale_parts,
     sequence_rows,
     store_parts,
-    strides_in_units,
     visible,
     zero_parts,
 )
@@ -61,13 +59,13 @@ def _store_rows(
     tl.store(lse + head.to(tl.int64) * n_rows_all + begin + row, value, mask=row < n_rows)
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences", *STRIDES])
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_short_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     KEY_BLOCKS: tl.constexpr, FULL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
-    SCALE_Q: tl.constexpr, STRIDE_UNIT: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
+    SCALE_Q: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile whose keys are known to be few: all held at once, or in a few blocks laid out in the code.
@@ -82,9 +80,6 @@ def attention_short_forward_kernel(
     head = tl.program_id(1)
     begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
     begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
-    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
-    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
     q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
@@ -148,13 +143,13 @@ def _online_softmax_step(
     return acc, m_new, total
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences", *STRIDES])
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_streaming_forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+    FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile that walks over blocks of keys: whole blocks without masks, then what is left or on the diagonal."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
@@ -165,9 +160,6 @@ def attention_streaming_forward_kernel(
     head = tl.program_id(1)
     begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
     begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
-    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
-    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
     q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
@@ -226,7 +218,6 @@ def varlen_attention(
     out = q.new_empty(q.shape)
     lse = q.new_empty(n_heads, q.shape[0], dtype=torch.float32)
     q_factor, score_scale = _split_scale(scale, q.dtype)
-    unit, strides = strides_in_units(q, k, v)
     work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     target = target_of(q.device)
     for schedule in schedules.forward(target, head_dim, q.dtype):
@@ -239,10 +230,10 @@ def varlen_attention(
         launch(
             kernel, (n_tiles, n_heads),
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
-            work.n_sequences, *strides, q_factor, score_scale,
+            work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor, score_scale,
             N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
             DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m,
-            CAUSAL=causal, SCALE_Q=q_factor != 1, STRIDE_UNIT=unit, TILE=TILE_ROWS,
+            CAUSAL=causal, SCALE_Q=q_factor != 1, TILE=TILE_ROWS,
             **schedule.launch_options(),
         )  # fmt: skip
     zero_padding(out, lse, cu_seqlens_q, work)

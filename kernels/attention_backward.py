@@ -18,7 +18,6 @@ from torch import Tensor
 from revit_fast.kernels import schedules
 from revit_fast.kernels.launch import launch, target_of
 from revit_fast.kernels.parts import (
-    STRIDES,
     add_outer,
     inner,
     load_parts,
@@ -28,7 +27,6 @@ from revit_fast.kernels.parts import (
     scale_parts,
     sequence_rows,
     store_parts,
-    strides_in_units,
     visible,
     zero_parts,
 )
@@ -83,7 +81,7 @@ def _grad_q_step(
     return add_outer(grad_q, rounded(ds, k_block.dtype.element_ty), k_rows)
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences", *STRIDES])
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_grad_q_backward_kernel(
     grad_out, grad_lse, q, k, v, out, lse, delta, normalizer, grad_q, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
     n_rows_q, n_rows_k, n_sequences, stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh,
@@ -91,7 +89,7 @@ def attention_grad_q_backward_kernel(
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr, FULL_KEYS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+    FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, over all keys at once (KEY_PARTS) or block by block; and their delta, the sum
     of grad_out · out less the gradient of lse, which the gradient of the keys needs too."""
@@ -103,11 +101,6 @@ def attention_grad_q_backward_kernel(
     head = tl.program_id(1)
     begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
     begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    stride_gt, stride_gh = stride_gt * STRIDE_UNIT, stride_gh * STRIDE_UNIT
-    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
-    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
-    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
-    stride_ot, stride_oh = stride_ot * STRIDE_UNIT, stride_oh * STRIDE_UNIT
     grad_base = grad_out + begin_q.to(tl.int64) * stride_gt + head * stride_gh
     q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
@@ -196,14 +189,14 @@ def _row_products(a, b):
     return total
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences", *STRIDES])
+@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
 def attention_grad_kv_backward_kernel(
     grad_out, q, k, v, lse, delta, normalizer, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, tiles, first_tile,
     n_rows_q, n_rows_k, n_sequences, stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh,
     stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+    FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one key head, summed over its query heads and their rows in order.
     Scores are kept transposed, keys by queries, so that both products take them as they are."""
@@ -215,10 +208,6 @@ def attention_grad_kv_backward_kernel(
     key_head = tl.program_id(1)
     begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
     begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    stride_gt, stride_gh = stride_gt * STRIDE_UNIT, stride_gh * STRIDE_UNIT
-    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
-    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
-    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
     k_base = k + begin_k.to(tl.int64) * stride_kt + key_head * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + key_head * stride_vh
 
@@ -266,13 +255,13 @@ def attention_grad_kv_backward_kernel(
         store_parts(grad_v + grad_base, keys, n_k, grad_stride, grad_v_rows, DIM_PARTS, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows", "n_sequences", *STRIDES])
+@triton.jit(do_not_specialize=["first_tile", "n_rows", "n_sequences"])
 def attention_fused_backward_kernel(
     grad_out, grad_lse, q, k, v, lse, grad_q, grad_k, grad_v, cu_seqlens, tiles, first_tile, n_rows, n_sequences,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
     N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
+    FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a self-attention whose sequence is a single tile, for one key head and its query heads."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
@@ -282,10 +271,6 @@ def attention_fused_backward_kernel(
     sequence = tl.minimum(tl.maximum(tl.load(tile), 0), n_sequences - 1)
     key_head = tl.program_id(1)
     begin, n = sequence_rows(cu_seqlens, sequence, n_rows)
-    stride_gt, stride_gh = stride_gt * STRIDE_UNIT, stride_gh * STRIDE_UNIT
-    stride_qt, stride_qh = stride_qt * STRIDE_UNIT, stride_qh * STRIDE_UNIT
-    stride_kt, stride_kh = stride_kt * STRIDE_UNIT, stride_kh * STRIDE_UNIT
-    stride_vt, stride_vh = stride_vt * STRIDE_UNIT, stride_vh * STRIDE_UNIT
     first = begin.to(tl.int64)
     rows = tl.arange(0, BLOCK)
     k_rows = load_parts(k + first * stride_kt + key_head * stride_kh, rows, n, stride_kt, DIM_PARTS, HEAD_DIM, True)
@@ -357,8 +342,6 @@ def varlen_attention_backward(
     self_attention = same_tensor(cu_seqlens_q, cu_seqlens_k) and q.shape[0] == k.shape[0]
     key_tiles = query_tiles if self_attention else Tiles(cu_seqlens_k, k.shape[0], cu_seqlens_k, k.shape[0], None, ())
     target = target_of(q.device)
-    unit, strides = strides_in_units(grad_out, q, k, v, out)
-    strides, out_strides = strides[:-2], strides[-2:]
     shared = {
         "N_HEADS": n_heads,
         "N_REP": n_heads // n_key_heads,
@@ -366,8 +349,8 @@ def varlen_attention_backward(
         "DIM_PARTS": schedules.head_dim_parts(target, head_dim, q.dtype),
         "CAUSAL": causal,
         "SCALE_Q": q.dtype == torch.float32,
-        "STRIDE_UNIT": unit,
     }
+    strides = [stride for t in (grad_out, q, k, v) for stride in t.stride()[:2]]
     # As in the forward pass, float32 queries take the scale and spare the scores a rounding.
     factors = (scale, 1.0) if q.dtype == torch.float32 else (1.0, scale)
     rows = (q.shape[0], k.shape[0], query_tiles.n_sequences)
@@ -395,7 +378,7 @@ def varlen_attention_backward(
             attention_grad_q_backward_kernel, (n_tiles, n_heads),
             grad_out, grad_lse, q, k, v, out, lse, delta, normalizer, grad_q, cu_seqlens_q, cu_seqlens_k,
             query_tiles.rows,
-            first_tile, *rows, *strides, *out_strides, *factors,
+            first_tile, *rows, *strides, *out.stride()[:2], *factors,
             **shared, KEY_PARTS=schedule.key_parts if short else None, FULL_KEYS=schedule.full_keys,
             BLOCK_N=schedule.keys,
             BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),

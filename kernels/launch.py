@@ -166,10 +166,12 @@ Not on ROCm, where Triton also looks at how much memory is behind a pointer."""
 
 
 def _specialization(argument: Any) -> Any:
-    """What Triton specializes a kernel's code on for this argument; of integers, by our decorators, the width alone."""
+    """What Triton specializes a kernel's code on for this argument."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument.bit_length() < 32 if isinstance(argument, int) else type(argument)
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() < 32
+    return type(argument)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:

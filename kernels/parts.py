@@ -6,16 +6,11 @@ Extents that are no power of two, head dimensions as 80 and key counts as 208, a
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from revit_fast.kernels.rounding import INTERPRETED, rounded
-
-STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "gqkvo" for axis in "th")
-"""Arguments that no kernel is specialized on: loads rely on STRIDE_UNIT, not on the value of a stride."""
 
 
 @triton.constexpr_function
@@ -157,13 +152,3 @@ def visible(rows, keys, n_keys, diagonal, CAUSAL: tl.constexpr):
 def rows_contiguous(t: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def strides_in_units(*tensors: Tensor) -> tuple[int, list[int]]:
-    """Row and head strides in units of the largest power of two up to 16 that divides them all, and that unit.
-
-    A product with the unit is what tells the compiler that rows begin at its multiples, where wide loads may.
-    """
-    strides = [stride for t in tensors for stride in t.stride()[:2]]
-    unit = math.gcd(16, *strides)
-    return unit, [stride // unit for stride in strides]

@@ -152,7 +152,10 @@ class PositionTables:
     def _build(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
         """The table from `first_row` on."""
         stored = wide_patches(pos_embed, n_prefix)
-        return (self._matrix[first_row:].to(stored) @ stored).to(pos_embed.dtype)
+        n_rows = [h * w for (h, w), first in self._first_row.items() if first >= first_row]
+        # A product for each grid: in one of all, a grid's bits would depend on what other grids there are.
+        parts = self._matrix[first_row:].to(stored).split(n_rows)
+        return torch.cat([part @ stored for part in parts]).to(pos_embed.dtype)
 
 
 def wide_patches(pos_embed: Tensor, n_prefix: int) -> Tensor:

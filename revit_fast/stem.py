@@ -82,7 +82,7 @@ class ConvStem(PatchEmbed):
             normalization: `[2, in_chans]` mean and std that uint8 rows await.
         """
         alone = not self.training and rows.device.type == "cpu"
-        return _packed_features(self.features, rows, grids, normalization, self, alone)
+        return _uncompiled(_packed_features)(self.features, rows, grids, normalization, self, alone)
 
     def folded(self) -> FoldedStem:
         """The convolutions in evaluation, each with the norm behind it folded in."""
@@ -121,10 +121,15 @@ class FoldedStem(NamedTuple):
 
     def feature_rows(self, rows: Tensor, grids: Sequence[tuple[int, int]], normalization: Tensor | None) -> Tensor:
         """As of `ConvStem`, in float32, one image at a time."""
-        return _packed_features(self.features, rows, grids, normalization, self.stem, alone=True)
+        return _uncompiled(_packed_features)(self.features, rows, grids, normalization, self.stem, alone=True)
 
 
-@torch.compiler.disable  # compiled code would be compiled anew for every mix of grids
+def _uncompiled(function: Callable) -> Callable:
+    """The function as compiled code is to call it, which would else be compiled anew for every mix of grids."""
+    # Not a decorator, which would import the compiler with this module.
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
 def _packed_features(
     features: Callable[[Tensor], Tensor],
     rows: Tensor,

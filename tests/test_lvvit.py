@@ -235,7 +235,8 @@ def test_padding_rows_and_empty_images_change_nothing():
         lengths=model.lengths,
     )
     logits = model(padded)
-    assert torch.equal(torch.cat([logits[:2], logits[3:]]), model(batch))
+    # Not bitwise: PyTorch's products of other row counts may add in another order.
+    torch.testing.assert_close(torch.cat([logits[:2], logits[3:]]), model(batch), rtol=1e-6, atol=1e-6)
     assert torch.isfinite(logits).all()
 
 

@@ -43,10 +43,6 @@ def test_launcher_returns_what_the_op_promises(case):
         assert described(launched) == described(promised), name
         assert all(device.type == "cuda" for _, _, device in described(promised))
     assert launches, f"{name} launched nothing"
-    for launch in launches:  # what is kept for a launch is found by its integers' width alone
-        parameters = {p.name: p for p in launch.kernel.params}
-        for argument, value in launch.arguments.items():
-            assert not isinstance(value, int) or parameters[argument].do_not_specialize, argument
 
 
 SEQLENS = (0, 1, 50, 64, 65, 0, 101, 197, 257, 577)
@@ -142,9 +138,9 @@ def test_a_launch_is_looked_for_once(monkeypatch):
 
     assert kind() == "found"
     assert kernel.calls == [("found", (3,), (x, 5), {"B": 2, "A": (1, 2), "num_warps": 4, "num_stages": 1})]
-    assert kind(n=16, grid=(7, 2)) == "kept"
-    assert kernel.calls[-1] == ("kept", (7, 2, 1), (x, 16, (1, 2), 2), None)
-    for change in ({"x": x[1:]}, {"x": x.half()}, {"n": 1 << 40}, {"n": 1.0}, {"n": None}, {"A": (1, 3)},
+    assert kind(n=7, grid=(7, 2)) == "kept"
+    assert kernel.calls[-1] == ("kept", (7, 2, 1), (x, 7, (1, 2), 2), None)
+    for change in ({"x": x[1:]}, {"x": x.half()}, {"n": 1 << 40}, {"n": 1}, {"n": 16}, {"n": 1.0}, {"n": None}, {"A": (1, 3)},
                    {"num_warps": 8}, {"num_stages": 2}):  # fmt: skip
         assert kind(**change) == "found", change
         assert kind(**change) == "kept", change
