@@ -142,20 +142,19 @@ def launch(kernel, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, n
         _recorded.append(Launch(kernel, grid, names, constants, num_warps, num_stages))
         return
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    if device.type != "cuda":
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
-        return
-    with _current(device):
-        if torch.version.hip:
-            kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
-            return
+    keeps = device.type == "cuda" and not torch.version.hip
+    key = None
+    if keeps:
         key = (id(kernel), device.index, num_warps, num_stages, *constants.items(), *map(_specialization, arguments))
+    with _current(device):
         compiled = _compiled.get(key)
-        if compiled is None:
-            _compiled[key] = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
-        else:
+        if compiled is not None:
             rest = map(constants.get, kernel.arg_names[len(arguments) :])
             compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+            return
+        found = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        if keeps:
+            _compiled[key] = found
 
 
 _compiled: dict[tuple, Any] = {}
@@ -175,6 +174,7 @@ def _specialization(argument: Any) -> Any:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes `device` the current one, at no cost where it is."""
-    index = torch.cuda.current_device()
-    return contextlib.nullcontext() if device.index in (None, index) else torch.cuda.device(device)
+    """Makes a GPU the current one, at no cost where it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
