@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revit_fast import fused, graphs
 from revit_fast.fused import FusedForward
 from revit_fast.graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
+from revit_fast.inference_copy import InferenceCopy
 from revit_fast.model import PatchRows, ReViT
 from revit_fast.packing import PackedBatch
 
-DERIVED = ("_cache", "_fused")
-"""Attributes of an optimised copy that it derives from its parameters."""
 
-
-class OptimizedReViT(ReViT):
+class OptimizedReViT(InferenceCopy, ReViT):
     """An inference copy of a `ReViT`; make one with `optimize`."""
+
+    DERIVED = ("_cache", "_fused")
 
     _packed_dtype: torch.dtype | None = None  # of the blocks' packed weights where it is not that of the parameters
 
     def __init__(self, model: ReViT, dtype: torch.dtype | None, max_rows: int, max_graphs: int) -> None:
-        nn.Module.__init__(self)
-        state = {name: value for name, value in model.__dict__.items() if name not in DERIVED}
-        # What refers to the model, as a hook of load_state_dict does, refers to the copy from now on.
-        self.__dict__.update(copy.deepcopy(state, {id(model): self}))
-        super().train(False)
-        self.requires_grad_(False).zero_grad()
+        self._take(model)
         if dtype is not None:
             self._packed_dtype = torch.int8 if dtype == torch.int8 else None
             self.to(dtype=torch.float32 if dtype == torch.int8 else dtype)
         self.max_rows, self.max_graphs = max_rows, max_graphs
         self._cache: GraphCache | None = None
         self._fused = FusedForward(self, self._packed_dtype)
-
-    def train(self, mode: bool = True) -> OptimizedReViT:
-        """Refuses training mode."""
-        if mode:
-            raise ValueError("mode: this is an inference copy; train the model that it was made of")
-        return super().train(False)
-
-    def __getstate__(self) -> dict:
-        """All but graphs and packed weights, which belong to this process and machine: a copy makes its own."""
-        return {name: value for name, value in self.__dict__.items() if name not in DERIVED}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revit_fast.inference_copy import InferenceCopy
 from revit_fast.layers import Attention, Mlp, PatchEmbed, TALLayerNorm, activation_name
 from revit_fast.ops import _library, mean_pool, packed_linear, varlen_attention
 from revit_fast.ops.linear import PackedWeight, gathered, pack_weight
@@ -18,9 +18,6 @@ from revit_fast.packing import Layout
 from revit_fast.snapshot import Snapshot
 from revit_fast.video.clips import ClipLayout, PackedClips
 from revit_fast.video.model import SpaceTimeBlock, TimeSformer, add_and_norm
-
-DERIVED = ("_packed", "_folded", "_lock")
-"""Attributes of an optimised copy that it derives from its parameters."""
 
 PLAIN = (
     *(SpaceTimeBlock, Attention, Mlp, PatchEmbed, TALLayerNorm),
@@ -131,31 +128,19 @@ def pack_model(model: TimeSformer) -> Packed:
     )
 
 
-class OptimizedTimeSformer(TimeSformer):
+class OptimizedTimeSformer(InferenceCopy, TimeSformer):
     """An inference copy of a `TimeSformer`; make one with `optimize`."""
 
+    DERIVED = ("_packed", "_folded", "_lock")
+
     def __init__(self, model: TimeSformer) -> None:
-        nn.Module.__init__(self)
-        state = {name: value for name, value in model.__dict__.items() if name not in DERIVED}
-        self.__dict__.update(copy.deepcopy(state, {id(model): self}))
-        super().train(False)
-        self.requires_grad_(False).zero_grad()
+        self._take(model)
         self._forget()
 
     def _forget(self) -> None:
         self._packed: Packed | None = None
         self._folded: tuple[tuple[float, ...], PackedWeight] | None = None
         self._lock = threading.Lock()
-
-    def train(self, mode: bool = True) -> OptimizedTimeSformer:
-        """Refuses training mode."""
-        if mode:
-            raise ValueError("mode: this is an inference copy; train the model that it was made of")
-        return super().train(False)
-
-    def __getstate__(self) -> dict:
-        """All but packed weights, which belong to this process and machine: a copy packs its own."""
-        return {name: value for name, value in self.__dict__.items() if name not in DERIVED}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
