@@ -17,15 +17,15 @@ from PIL import Image
 
 from revit_fast.atomic import read_json
 from revit_fast.cli import main
-from revit_fast.policies import grey_entropy
+from revit_fast.policies import grey_entropy, make_policy
 from revit_fast.train import experiments
 from revit_fast.train.experiments import attacks, complexity, stats, timing, writing
-from revit_fast.train.experiments.base import GRIDS, SCALES, Lab, report_text, write_report
+from revit_fast.train.experiments.base import BUDGET, GRIDS, SCALES, Lab, report_text, write_report
 from revit_fast.train.experiments.convergence import first_update
-from revit_fast.train.experiments.extremes import fall_off
+from revit_fast.train.experiments.extremes import fall_off, mean_tokens, tokens_by_decile
 from revit_fast.train.experiments.lengths import communication_shares
 from revit_fast.train.experiments.overhead import break_even
-from revit_fast.train.experiments.sources import digits
+from revit_fast.train.experiments.sources import digits, pixels_of
 from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows
 from revit_fast.train.trainer import Trainer
@@ -247,6 +247,8 @@ class TestNumbers:
             np.testing.assert_allclose(by_decile @ weights / weights.sum(), last_accuracies(run), atol=1e-9)
             shares = np.array(values["deciles"]["shares"][i], dtype=float) @ weights / weights.sum()
             np.testing.assert_allclose(shares, values["shares"]["test"][i], atol=1e-9)
+        tokens = np.array(tokens_by_decile(values), dtype=float)
+        np.testing.assert_allclose(weights @ tokens / weights.sum(), mean_tokens(values, "test"), atol=1e-9)
 
     def test_stability(self, reports, lab):
         values = values_of(reports, "stability")
@@ -258,6 +260,23 @@ class TestNumbers:
             assert values["assigners"][i]["labels"] == counts.tolist()
             assert values["assigners"][i]["unsolved"] == np.mean(~correct.any(axis=0))
         assert values["between"]["labels"]["agreement"][0][1] == np.mean(labels[0] == labels[1])
+
+    def test_assigners_spend_their_budget(self, reports, lab):
+        """On the images that they were calibrated on, and no less of it than one step of the threshold."""
+        for run in lab.trained():
+            tla, _ = lab.assigner(run, lab.source)
+            costs, suffices = np.array([g * g for g in GRIDS]), tla.calibration.suffices
+            policy = make_policy(BUDGET, GRIDS, calibration=tla.calibration)
+            assert tla.calibration.shares(policy.threshold) @ costs <= GRIDS[0] ** 2 / 2
+            above = suffices[:, 1:][suffices[:, 1:] > policy.threshold].min()
+            assert tla.calibration.shares(above) @ costs > GRIDS[0] ** 2 / 2
+
+    def test_of_what_assigners_are_taught(self, lab):
+        """Each is an assigner of its own; the labels' is the paper's, whose unsolved images get the longest length."""
+        run = lab.train(0)
+        by_sufficiency, by_labels = (lab.assigner(run, lab.source, taught)[0] for taught in ("suffices", "model"))
+        pixels = pixels_of(lab.source.test)
+        assert not torch.equal(by_sufficiency.predict_proba(pixels), by_labels.predict_proba(pixels))
 
     def test_fairness(self, reports, lab):
         values, stability = values_of(reports, "fairness"), values_of(reports, "stability")
@@ -284,9 +303,14 @@ class TestNumbers:
             source = {"first": lab.source, "second": lab.second_source}[d["classified"]]
             runs = lab.trained(source, epochs=values["epochs"][source.name])
             np.testing.assert_allclose(d["fixed"], [last_accuracies(run) for run in runs], atol=1e-9)
-            for row, random in zip(d["shares"], d["tokens"], strict=True):
-                assert row["random"] == row["other"]
-                assert random["random"] == pytest.approx(np.dot(row["other"], [g * g for g in GRIDS]))
+            for i, run in enumerate(runs):
+                own, _ = lab.assigner(run, source)
+                chosen = [GRIDS.index(g) for g in own.assign(pixels_of(source.test), ("budget", GRIDS[0] ** 2 / 2))]
+                right = predict_lengths(run.model(), source.test).correct(source.test.labels)
+                assert d["accuracy"][i]["own"] == np.mean([right[c, n] for n, c in enumerate(chosen)])
+                for name, shares in d["shares"][i].items():
+                    assert d["tokens"][i][name] == pytest.approx(np.dot(shares, [g * g for g in GRIDS]))
+                    assert d["random"][i][name] == pytest.approx(np.dot(shares, d["fixed"][i]))
 
     def test_overhead(self, reports):
         values = values_of(reports, "overhead")

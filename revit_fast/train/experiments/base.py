@@ -82,6 +82,19 @@ SCALES = {
 GRIDS = (7, 5, 4)
 """Of the models, with patches of 4 pixels: 28, 20 and 16 pixels a side."""
 
+BUDGET = ("budget", {"mean_tokens": GRIDS[0] ** 2 / 2})
+"""Policy of the assigners: half the patch tokens of the longest length, on average over the images that calibrate them.
+
+Argmax, the paper's, gives nearly all images the shortest length where most labels are the shortest.
+"""
+
+DECIDING = (
+    "An assigner learns how nearly each length does as well as the longest, and spends half the longest's patch tokens "
+    "on average over the images that calibrate it: with argmax, the paper's rule, nearly all images get the shortest "
+    "length where most labels are the shortest."
+)
+"""What reports say of it."""
+
 BASE = {
     "model": "vit_tiny_patch16_224",
     "grids": GRIDS,
@@ -188,30 +201,39 @@ class Lab:
         """Token-length labels that a run's model gives to images it was not trained on."""
         return LengthLabels.of(self.predictions(run, source, part), source.part(part))
 
-    def assigner(self, run: Run, source: Source, known: bool = False) -> tuple[TokenLengthAssigner, dict[str, Any]]:
-        """The assigner of a run's model, trained on labels of the part "label", and the course of its training.
+    def assigner(
+        self, run: Run, source: Source, taught: str = "suffices"
+    ) -> tuple[TokenLengthAssigner, dict[str, Any]]:
+        """The assigner of a run's model, trained and calibrated on the part "label", and the course of its training.
 
         Cached in the run's folder.
 
         Args:
             run: of the model.
             source: of the images.
-            known: train on the sufficient lengths that are known by construction instead of labels.
+            taught: "suffices": how nearly the model does as well at each length as at the longest, as `fit` does;
+                "model": the labels that it gives, as the paper does; "known": the sufficient lengths that are
+                known by construction.
         """
         epochs = self.scale.assigner_epochs
-        choices = json.dumps([source.name, len(source.label), known, epochs])
+        choices = json.dumps([source.name, len(source.label), taught, epochs])
         stem = "assigner-" + hashlib.blake2b(choices.encode(), digest_size=4).hexdigest()
         weights, history = run.folder / f"{stem}.safetensors", run.folder / f"{stem}.json"
         if not history.exists():
-            self.say(f"{source.name}, seed {run.config.seed}: assigner" + " on known lengths" * known)
-            model = run.model()
-            labels = source.lengths["label"] if known else self.labels(run, source, "label").labels
+            self.say(f"{source.name}, seed {run.config.seed}: assigner ({taught})")
+            model, lesson = run.model(), {}
+            if taught == "suffices":
+                predictions = self.predictions(run, source, "label")
+                labels = LengthLabels.of(predictions, source.label, unsolved="shortest").labels
+                lesson = {"objective": taught, "sufficiency": predictions.sufficiency(source.label.labels)}
+            elif taught == "model":
+                labels = self.labels(run, source, "label").labels
+            else:
+                labels = source.lengths["label"]
             torch.manual_seed(run.config.seed)
             tla = TokenLengthAssigner.for_model(model)
-            batch_size = min(128, len(labels) // 2)
-            course = train_assigner(
-                tla, source.label, labels, model=model, epochs=epochs, batch_size=batch_size, seed=run.config.seed
-            )
+            options = {"epochs": epochs, "batch_size": min(128, len(labels) // 2), "seed": run.config.seed}
+            course = train_assigner(tla, source.label, labels, model=model, **lesson, **options)
             tla.save(weights)
             write_json(history, course.to_json())
         return TokenLengthAssigner.load(weights), read_json(history)
@@ -220,6 +242,16 @@ class Lab:
         """Prints a line."""
         if self.terminal is not None:
             print(text, file=self.terminal, flush=True)
+
+
+def assigned(tla: TokenLengthAssigner, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Index `[N]` of the length that an assigner gives each image within `BUDGET`."""
+    return np.array([GRIDS.index(grid) for grid in tla.assign(images, BUDGET)])
+
+
+def shares_of(lengths: np.ndarray) -> list[float]:
+    """Share of the images that have each length, the longest first, of indices `[N]`."""
+    return (np.bincount(lengths, minlength=len(GRIDS)) / len(lengths)).tolist()
 
 
 def machine() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import GRIDS, Lab
+from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
 from revit_fast.train.experiments.complexity import complexity, edge_density, entropy, extreme_images, parts_of
 from revit_fast.train.experiments.sources import pixels_of
 from revit_fast.train.experiments.stats import paired
@@ -29,7 +29,7 @@ QUESTION = (
 PAPER = "easy images need fewer tokens."
 OURS = (
     "flat images, gradients, dense texture and noise, which have no class; complexity as the mean rank of the entropy "
-    "of grey values and the density of edges; deciles of it among the test images."
+    f"of grey values and the density of edges; deciles of it among the test images. {DECIDING}"
 )
 
 N_EXTREME = {"full": 500, "quick": 16}
@@ -46,8 +46,8 @@ def measure(lab: Lab) -> dict[str, Any]:
     for run in lab.trained():
         tla, _ = lab.assigner(run, lab.source)
         for kind, images in {**kinds, "test": test}.items():
-            chosen = tla.predict_proba(images).argmax(dim=1).numpy()
-            shares[kind].append((np.bincount(chosen, minlength=len(GRIDS)) / len(chosen)).tolist())
+            chosen = assigned(tla, images)
+            shares[kind].append(shares_of(chosen))
         correct = lab.predictions(run, lab.source, "test").correct(lab.source.test.labels)
         by_decile["accuracy"].append([_means(right, decile) for right in correct])
         by_decile["shares"].append([_means(chosen == i, decile) for i in range(len(GRIDS))])
@@ -68,6 +68,16 @@ def mean_tokens(values: dict[str, Any], kind: str) -> list[float]:
     """Mean patch tokens of a kind of images, for every seed."""
     tokens = np.array(values["grids"]) ** 2
     return [float(np.dot(row, tokens)) for row in values["shares"][kind]]
+
+
+def tokens_by_decile(values: dict[str, Any]) -> list[list[float | None]]:
+    """For every decile the mean patch tokens that the assigners choose, over seeds."""
+    grids, rows = values["grids"], values["deciles"]["shares"]
+
+    def tokens(row: list, d: int) -> float | None:
+        return None if row[0][d] is None else sum(row[i][d] * g * g for i, g in enumerate(grids))
+
+    return [[tokens(row, d) for row in rows] for d in range(DECILES)]
 
 
 def loss_by_decile(values: dict[str, Any]) -> list[tuple[list, list]]:
@@ -108,6 +118,15 @@ def report(values: dict[str, Any]) -> list[str]:
         for pair in (("texture", "noise"), ("flat", "gradient"))
     )
     findings.insert(0, finding("Tokens of complex images against simple ones", paired(complex_, simple), "tokens", 1))
+    by_decile = tokens_by_decile(values)
+    findings.append(
+        finding(
+            "Tokens of the most complex tenth of the test images against the simplest",
+            paired(by_decile[-1], by_decile[0]),
+            "tokens",
+            1,
+        )
+    )
     first = fall_off(values)
     findings.append(
         "- Where accuracy falls off: the most complex decile does not show the shortest length to be worse than the "
@@ -119,17 +138,12 @@ def report(values: dict[str, Any]) -> list[str]:
     deciles = []
     for d, (short, long) in enumerate(loss_by_decile(values)):
         cells = [accuracies([row[i][d] for row in values["deciles"]["accuracy"]]) for i in range(len(grids))]
-        tokens = [
-            None if row[0][d] is None else sum(row[i][d] * g * g for i, g in enumerate(grids))
-            for row in values["deciles"]["shares"]
-        ]
-        deciles.append(
-            [d + 1, values["deciles"]["images"][d], *cells, effect_cell(paired(short, long), 100), mean_spread(tokens)]
-        )
+        gap = effect_cell(paired(short, long), 100)
+        deciles.append([d + 1, values["deciles"]["images"][d], *cells, gap, mean_spread(by_decile[d])])
     names = [f"{g}x{g}, %" for g in grids]
     return [
         "\n".join(findings),
-        "Lengths that the assigner chooses (argmax), shares of images:\n\n"
+        "Lengths that the assigner chooses, shares of images:\n\n"
         + table(["images", "entropy, bits", "edge density", *names, "mean tokens"], rows),
         "Accuracy by complexity, decile 1 the simplest:\n\n"
         + table(["decile", "images", *names, "shortest - longest, points", "tokens chosen"], deciles),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import GRIDS, Lab
+from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned
 from revit_fast.train.experiments.complexity import edge_density, entropy, parts_of
 from revit_fast.train.experiments.sources import pixels_of
 from revit_fast.train.experiments.stats import association
@@ -20,7 +20,7 @@ OURS = (
     "complexity as the entropy of grey values and the density of edges. Images are matched by strata of both; "
     "categories are permuted within strata, and the chi-square of category by length, summed over strata, is "
     "compared. A small p says that the category matters beyond these two measures, not why: they do not capture all of "
-    "what makes an image hard."
+    f"what makes an image hard. {DECIDING}"
 )
 
 PARTS = 5
@@ -47,7 +47,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         lengths = {
             "labels": lab.labels(run, lab.source, "test").labels,
             "solved": LengthLabels.of(predictions, lab.source.test, unsolved="drop").labels,
-            "assigned": tla.predict_proba(pixels).argmax(dim=1).numpy(),
+            "assigned": assigned(tla, pixels),
         }
         options = {"n_permutations": lab.scale.permutations, "seed": run.config.seed}
         for name, given in lengths.items():

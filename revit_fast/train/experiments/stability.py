@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import GRIDS, Lab
+from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
 from revit_fast.train.experiments.sources import pixels_of
 from revit_fast.train.experiments.stats import agreement, cohen_kappa, fleiss_kappa
 from revit_fast.train.experiments.writing import Panel, Series, mean_spread, number, percent, table
@@ -18,7 +18,8 @@ QUESTION = (
 PAPER = "the label of an image is the smallest length that is right."
 OURS = (
     "the measures: agreement and Cohen's kappa of every two seeds, Fleiss' kappa of all, on test images; an assigner "
-    "has collapsed where it gives one length to all images though their labels are of several."
+    "has collapsed where argmax gives one length to all images though their labels are of several. "
+    f"{DECIDING}"
 )
 
 WHAT = {"labels": "labels", "assigned": "assigned lengths"}
@@ -31,27 +32,28 @@ def measure(lab: Lab) -> dict[str, Any]:
     for run in lab.trained():
         tla, history = lab.assigner(run, lab.source)
         labels = lab.labels(run, lab.source, "test")
-        assigned = tla.predict_proba(pixels).argmax(dim=1).numpy()
-        found["labels"].append(labels.labels)
-        found["assigned"].append(assigned)
-        shares = {"labels": labels.labels, "assigned": assigned}
+        most_probable = tla.predict_proba(pixels).argmax(dim=1).numpy()
+        lengths = {"labels": labels.labels, "assigned": assigned(tla, pixels)}
+        for name, given in lengths.items():
+            found[name].append(given)
         assigners.append(
-            {name: (np.bincount(v, minlength=len(GRIDS)) / len(v)).tolist() for name, v in shares.items()}
+            {name: shares_of(given) for name, given in lengths.items()}
             | {
+                "argmax": shares_of(most_probable),
                 "unsolved": labels.unsolved_share,
-                "agreement": agreement(labels.labels, assigned),
-                "kappa": cohen_kappa(labels.labels, assigned, len(GRIDS)),
+                "agreement": agreement(*lengths.values()),
+                "kappa": cohen_kappa(*lengths.values(), len(GRIDS)),
                 "collapsed_in_training": history["collapsed"],
-                "collapsed": collapsed(labels.labels, assigned),
+                "collapsed": collapsed(labels.labels, most_probable),
             }
         )
     between = {name: _between(np.stack(ratings)) for name, ratings in found.items()}
     return {"grids": list(GRIDS), "seeds": list(lab.seeds), "between": between, "assigners": assigners}
 
 
-def collapsed(labels: np.ndarray, assigned: np.ndarray) -> bool:
+def collapsed(labels: np.ndarray, given: np.ndarray) -> bool:
     """Whether all images are given one length though their labels are of several."""
-    return len(np.unique(assigned)) == 1 and len(np.unique(labels)) > 1
+    return len(np.unique(given)) == 1 and len(np.unique(labels)) > 1
 
 
 def _between(ratings: np.ndarray) -> dict[str, Any]:
@@ -90,7 +92,11 @@ def report(values: dict[str, Any]) -> list[str]:
         blocks.append(f"Agreement of {what} (Cohen's kappa):\n\n" + table(["", *(f"seed {s}" for s in seeds)], rows))
     assigners = values["assigners"]
     n = sum(a["collapsed"] for a in assigners)
-    findings.append(f"- {n} of {len(assigners)} assigners collapsed to one length on the test images.")
+    largest = ", ".join(percent(max(a["argmax"])) for a in assigners)
+    findings.append(
+        f"- {n} of {len(assigners)} assigners collapsed: by argmax, the most frequent length gets {largest} of the "
+        "test images."
+    )
     rows = []
     for seed, a in zip(seeds, assigners, strict=True):
         cells = [" / ".join(percent(share) for share in a[name]) for name in WHAT]

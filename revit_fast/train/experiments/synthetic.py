@@ -53,7 +53,7 @@ def measure(lab: Lab) -> dict[str, Any]:
     pixels = pixels_of(source.test)
     for run in runs:
         for kind in KINDS:
-            tla, _ = lab.assigner(run, source, known=kind == "known")
+            tla, _ = lab.assigner(run, source, kind)
             assigned = tla.predict_proba(pixels).argmax(dim=1).numpy()
             values["assigner_accuracy"][kind].append(agreement(assigned, known))
             confusion = np.zeros((len(GRIDS), len(GRIDS)), dtype=int)
