@@ -56,6 +56,17 @@ def isa(request):
     torch.ops.revit_fast.select_cpu_isa(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For batches so small that they gain nothing from threads, which on a busy machine wait for each other instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fills every `torch.empty` with NaN, so that an element no kernel wrote is seen."""

@@ -30,7 +30,7 @@ MODEL = "deit_tiny_patch16_224"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 N_CLASSES = 1000
 
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 create_model_once = functools.cache(rf.create_model)
 
 
@@ -54,16 +54,6 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(weights):
     return create_model_once(MODEL, weights=weights).eval()
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Batches this small gain nothing from threads, which on a busy machine wait for each other instead."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 def photo(seed, height=60, width=80):

@@ -30,7 +30,8 @@ from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows
 from revit_fast.train.trainer import Trainer
 
-pytestmark = pytest.mark.timeout(900)  # all reports are made once, by the first test that looks at one
+# All reports are made once, by the first test that looks at one.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 pytest.importorskip("scipy")
 pytest.importorskip("timm")
@@ -57,15 +58,6 @@ def write_set(folder, seed):
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", images.clip(0, 255).astype(np.uint8))
         write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models are tiny: a second thread would only be waited for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

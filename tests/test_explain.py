@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from contrasting import PATCH, photo, pipe_of
 from PIL import Image
 from safetensors.torch import save_file
-from small_models import make_model
+from small_models import GRIDS, make_model
 
 import revit_fast as rf
 from revit_fast.cli import main
@@ -23,43 +24,9 @@ from revit_fast.preprocess import AdaptivePreprocessor, eval_box
 from revit_fast.tla import TokenLengthAssigner
 
 MODEL = "deit_tiny_patch16_224"
-GRIDS = (6, 4, 2)
-PATCH = 16
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 create_model_once = functools.cache(rf.create_model)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Images this small gain nothing from threads, which on a busy machine wait for each other instead."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def assigner():
-    torch.manual_seed(0)
-    made = TokenLengthAssigner(GRIDS, thumbnail_px=16, widths=(8, 16))
-    with torch.no_grad():
-        made.network.head.weight.mul_(20)  # so that images are told apart
-    made.eval().calibrate([photo(seed) for seed in range(20)])
-    return made
-
-
-@functools.cache
-def pipe_of(policy="argmax"):
-    model = rf.optimize(make_model(patch_size=PATCH, grids=GRIDS))
-    prep = AdaptivePreprocessor.for_model(model, assigner(), policy=policy)
-    return AdaptivePipeline(model, prep, labels=[f"class {i}" for i in range(40)])
-
-
-def photo(seed, height=60, width=80):
-    """A smooth random image with a contrast of its own."""
-    rng = np.random.default_rng(seed)
-    coarse = (rng.integers(0, 256, (5, 5, 3)) * rng.uniform(0.1, 1)).astype(np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def ramps(height, width):

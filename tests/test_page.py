@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from contrasting import PATCH, assigner, photo, pipe_of
 from network import assert_stayed, spied
 from PIL import Image
-from small_models import make_model
+from small_models import GRIDS, make_model
 
 import revit_fast as rf
 from revit_fast.bundle import SHIPPED
@@ -33,39 +34,13 @@ from revit_fast.preprocess import AdaptivePreprocessor, eval_box
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.train.data import open_images
 
-GRIDS = (6, 4, 2)
-PATCH = 16
 BUDGETS = range(4, 37)
-
-
-def photo(seed, height=60, width=80):
-    """A smooth random image with a contrast of its own."""
-    rng = np.random.default_rng(seed)
-    coarse = (rng.integers(0, 256, (5, 5, 3)) * rng.uniform(0.1, 1)).astype(np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def png_of(image):
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
-
-
-@functools.cache
-def assigner():
-    torch.manual_seed(0)
-    made = TokenLengthAssigner(GRIDS, thumbnail_px=16, widths=(8, 16))
-    with torch.no_grad():
-        made.network.head.weight.mul_(20)  # so that images are told apart
-    made.eval().calibrate([photo(seed) for seed in range(100, 140)])
-    return made
-
-
-@functools.cache
-def pipe_of(policy="argmax"):
-    model = rf.optimize(make_model(patch_size=PATCH, grids=GRIDS))
-    prep = AdaptivePreprocessor.for_model(model, assigner(), policy=policy)
-    return AdaptivePipeline(model, prep, labels=[f"class {i}" for i in range(40)])
 
 
 SOURCES = [photo(1), png_of(photo(2, 90, 40)), b"not an image", photo(3), photo(4), photo(5, 30, 200), photo(6)]

@@ -38,19 +38,10 @@ from revit_fast.video.reader import spread
 
 av = pytest.importorskip("av")
 
-pytestmark = only_on("cpu", reason="clips are decoded on the CPU")
+pytestmark = [only_on("cpu", reason="clips are decoded on the CPU"), pytest.mark.usefixtures("one_thread")]
 
 GRIDS = (4, 3, 2)
 PATCH = 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 def moving(n_frames, height=48, width=64, seed=0):

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.labels is None or args.objective == "suffices":
         predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
         code = labelled.say_unreadable(images, predictions.unreadable)
-        sufficiency = predictions.sufficiency(images.labels)
+        sufficiency = predictions.sufficiency(images.labels) if args.objective == "suffices" else None
         kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)
     if args.labels is not None:
         with labelled.usage_errors():

@@ -87,12 +87,12 @@ def report(values: dict[str, Any]) -> list[str]:
     findings, blocks, grids = [], [], values["grids"]
     for direction, d in values["directions"].items():
         for name, what in CHOICES.items():
-            findings.append(finding(f"{direction}: accuracy with {what} against random lengths", _gain(d, name)))
+            findings.append(finding(f"{direction}: accuracy with {what}, against random lengths", _gain(d, name)))
         effect = paired(_column(d, "accuracy", "recalibrated"), _column(d, "accuracy", "own"))
         findings.append(finding(f"{direction}: accuracy with {CHOICES['recalibrated']}, against its own", effect))
         effect = paired(_column(d, "tokens", "other"), _column(d, "tokens", "own"))
         findings.append(
-            finding(f"{direction}: tokens that {CHOICES['other']} gives against its own", effect, "tokens", 1)
+            finding(f"{direction}: tokens that {CHOICES['other']} gives, against its own", effect, "tokens", 1)
         )
         rows = [
             [f"all at {g}x{g}", accuracies([row[i] for row in d["fixed"]]), "", g * g, "", "", ""]

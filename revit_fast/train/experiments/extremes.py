@@ -160,7 +160,10 @@ def panels(values: dict[str, Any]) -> list[Panel]:
         bars.append(over_seeds(name, kinds, by_seed, 100))
         by_decile = [row[i] for row in values["deciles"]["accuracy"]]
         lines.append(over_seeds(name, list(range(1, DECILES + 1)), by_decile, 100))
+    by_seed = list(zip(*tokens_by_decile(values), strict=True))
+    tokens = over_seeds("assigner", list(range(1, DECILES + 1)), by_seed)
     return [
         Panel("Lengths that are chosen", "images", "share, %", bars, "bar"),
         Panel("Accuracy by complexity", "decile, 1 the simplest", "test accuracy, %", lines),
+        Panel("Tokens that are chosen", "decile, 1 the simplest", "mean patch tokens", [tokens]),
     ]
