@@ -23,7 +23,7 @@ from revit_fast.train.experiments import attacks, complexity, stats, timing, wri
 from revit_fast.train.experiments.base import BUDGET, GRIDS, SCALES, Lab, report_text, write_report
 from revit_fast.train.experiments.convergence import first_update
 from revit_fast.train.experiments.extremes import fall_off, mean_tokens, tokens_by_decile
-from revit_fast.train.experiments.lengths import communication_shares
+from revit_fast.train.experiments.lengths import COMMUNICATION_ROUNDS, communication_shares
 from revit_fast.train.experiments.overhead import break_even
 from revit_fast.train.experiments.sources import digits, pixels_of
 from revit_fast.train.labels import length_labels, predict_lengths
@@ -215,7 +215,7 @@ class TestNumbers:
             assert len(found["seconds"]) == QUICK.timed
         c = values["communication"]
         assert len(c["own"]) == len(GRIDS)
-        assert all(len(s) == QUICK.timed and min(s) > 0 for s in c["seconds"].values())
+        assert all(len(s) == COMMUNICATION_ROUNDS["quick"] and min(s) > 0 for s in c["seconds"].values())
         shares = communication_shares(c["seconds"])
         assert shares["gradients"][0] == pytest.approx(1 - c["seconds"]["logits"][0] / c["seconds"]["both"][0])
         assert shares["logits"][1] == pytest.approx(1 - c["seconds"]["gradients"][1] / c["seconds"]["both"][1])
@@ -463,6 +463,15 @@ class TestStatistics:
         assert not same.shown, "three equal numbers are no interval"
         assert "no effect shown" in writing.finding("A", same)
         assert "nothing can be said" in writing.finding("A", stats.paired([None], [1.0]))
+
+    def test_median_interval(self):
+        """Of n = 10 the second and ninth (Conover, Practical Nonparametric Statistics); and it covers as it should."""
+        assert stats.median_interval([10, 9, 8, 7, 6, 5, 4, 3, 2, 1]) == (5.5, 2, 9)
+        assert stats.median_interval([1, 2, 3, 4, 5]) is None
+        assert stats.median_interval([1, 2, 3, 4, 5, 6]) == (3.5, 1, 6)
+        rng = np.random.default_rng(0)
+        found = [stats.median_interval(rng.exponential(size=40))[1:] for _ in range(2000)]
+        assert np.mean([low <= math.log(2) <= high for low, high in found]) == pytest.approx(0.96, abs=0.015)
 
     def test_spread(self):
         assert stats.spread([1.0, None, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt(7.0), 3))

@@ -10,7 +10,7 @@ import numpy as np
 from revit_fast.train.experiments import timing
 from revit_fast.train.experiments.base import GRIDS, Lab, median_seconds
 from revit_fast.train.experiments.runs import accuracy_by_length
-from revit_fast.train.experiments.stats import paired, spread
+from revit_fast.train.experiments.stats import median_interval, paired, spread
 from revit_fast.train.experiments.writing import (
     Panel,
     Series,
@@ -36,6 +36,7 @@ OURS = (
 )
 
 SETS = ((7, 4), GRIDS, (7, 6, 5, 4), (7, 6, 5, 4, 3))
+COMMUNICATION_ROUNDS = {"full": 150, "quick": 2}
 
 
 def name_of(grids: tuple[int, ...] | list[int]) -> str:
@@ -61,7 +62,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         found[name]["seconds"] = seconds
     lab.say("communication of length-parallel training")
     config = lab.config(lab.seeds[0], mode="length-parallel")
-    communication = timing.in_process("communication", config, len(GRIDS), steps=lab.scale.timed)
+    communication = timing.in_process("communication", config, len(GRIDS), steps=COMMUNICATION_ROUNDS[lab.scale_name])
     return {"sets": found, "communication": {"grids": list(GRIDS), "batch_size": config.batch_size, **communication}}
 
 
@@ -128,11 +129,15 @@ def communication_shares(seconds: dict[str, list[float]]) -> dict[str, list[floa
 def _communication_findings(c: dict[str, Any]) -> list[str]:
     lines = []
     for what, shares in communication_shares(c["seconds"]).items():
-        low, median, high = np.quantile(shares, [0.25, 0.5, 0.75])
-        verdict = "" if low > 0 else "; not told apart from the noise of timing"
+        found, text = median_interval(shares), f"- Share of {what} in a forward and backward pass: "
+        if found is None:
+            lines.append(f"{text}{percent(float(np.median(shares)))}, of too few updates to say more.")
+            continue
+        median, low, high = found
+        verdict = "" if low > 0 else "; not told apart from none"
         lines.append(
-            f"- Share of {what} in a forward and backward pass: {percent(median)} (quartiles over updates "
-            f"{percent(low)} to {percent(high)}{verdict})."
+            f"{text}{percent(median)} (95 % interval of the median {percent(low)} to {percent(high)}, {len(shares)} "
+            f"updates{verdict})."
         )
     return lines
 

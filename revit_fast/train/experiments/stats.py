@@ -83,6 +83,18 @@ def paired(values: Sequence[float | None], reference: Sequence[float | None], re
     return Effect(mean, mean - half, mean + half, n)
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Median of independent values and the ends of its 95 % interval, by order statistics, whatever their distribution.
+
+    None for fewer than six values: not even the least and the largest enclose the median with that confidence.
+    """
+    from scipy.stats import binom
+
+    ordered = np.sort(values)
+    k = int(binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5))
+    return (float(np.median(ordered)), float(ordered[k - 1]), float(ordered[-k])) if k > 0 else None
+
+
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
     """Share of the items to which two raters give the same category."""
     return float(np.mean(a == b))

@@ -101,6 +101,7 @@ def communication(config: TrainConfig, steps: int) -> dict[str, Any]:
 
     The processes start every update together; an update takes as long as the slowest process. Without communication a
     process keeps its own gradient, and takes its own logits for the teacher's: the work is the same, the sum is not.
+    The kinds take turns, in changing order.
 
     Returns:
         `seconds`: of every kind, a list over updates of the slowest process's; `own`: seconds of every process
@@ -116,9 +117,10 @@ def communication(config: TrainConfig, steps: int) -> dict[str, Any]:
         kinds = {"both": (True, True), "gradients": (True, False), "logits": (False, True), "none": (False, False)}
         slowest: dict[str, list[float]] = {kind: [] for kind in kinds}
         own: list[list[float]] = []
+        rng = np.random.default_rng(0)  # all processes agree on the order
         for n in range(steps + 1):
-            for kind, (gradients, logits) in kinds.items():
-                seconds = _update_seconds(trainer, next(batches), gradients, logits)
+            for kind in rng.permutation(list(kinds)):
+                seconds = _update_seconds(trainer, next(batches), *kinds[kind])
                 found = [torch.zeros(1, dtype=torch.float64) for _ in range(world.size)]
                 dist.all_gather(found, torch.tensor([seconds], dtype=torch.float64))
                 every = [value.item() for value in found]
