@@ -420,6 +420,39 @@ def test_peak_memory_grows_linearly():
         assert peak <= allowed, f"{n_tokens} tokens: {peak} KiB, allowed {allowed}; all: {run.stdout}"
 
 
+OUT_OF_MEMORY = """
+import resource, torch
+from pathlib import Path
+from revit_fast import ops
+from revit_fast.packing import cumulative
+
+few, many = torch.randn(16, 1, 8), torch.randn(2_000_000, 1, 8)
+few_rows, many_rows = cumulative([8, 8]), cumulative([1_000_000, 1_000_000])
+limits = resource.getrlimit(resource.RLIMIT_AS)
+for n_threads in (1, 2):
+    torch.set_num_threads(n_threads)
+    expected = ops.varlen_attention(few, few, few, few_rows)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limits[1]))
+    try:
+        ops.varlen_attention(few, many, many, few_rows, many_rows)  # a sequence's packed keys alone take 64 MB
+    except (MemoryError, RuntimeError) as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(ops.varlen_attention(few, few, few, few_rows), expected)
+"""
+
+
+@needs_extension
+@cpu_only
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory and reads /proc")
+def test_a_call_that_finds_no_memory_does_not_harm_the_next():
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("bad_alloc") == 2, run.stdout
+
+
 @needs_extension
 @cpu_only
 def test_fallback_without_the_extension_agrees():
