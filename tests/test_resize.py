@@ -257,6 +257,7 @@ def test_raw_op_compiles():
         (4, torch.zeros(3, 255), "table"),
         (4, torch.zeros(3, 256, dtype=torch.float64), "table"),
         (6, 8, "n_rows"),
+        (0, [], "images must not be empty"),
     ],
 )
 def test_raw_op_refuses(position, value, message):
