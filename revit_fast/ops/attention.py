@@ -148,8 +148,20 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.revit_fast.varlen_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, tiles, ctx.tile_counts
+    grads = _library.call_backward(
+        "varlen_attention_backward",
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *ctx.options,
+        tiles,
+        ctx.tile_counts,
     )
     return (*grads, *[None] * 8)
 
