@@ -222,6 +222,20 @@ def test_gradient_through_lse_alone(isa):
     torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-12)
 
 
+def test_a_gradient_of_lse_counts_for_nothing_where_no_key_is_seen(isa):
+    q, k, v, cu_q, cu_k = inputs(*zip(*CROSS_MIX, strict=True))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    results = ops.varlen_attention(*leaves, cu_q, cu_k, causal=True, return_lse=True)
+    blind = torch.isneginf(results[1])
+    assert blind.any()
+    assert not blind.all()
+    grads = []
+    for value in (0.0, float("nan")):  # NaN is what logaddexp gives to two of -inf
+        incoming = (torch.ones_like(results[0]), torch.ones_like(results[1]).masked_fill(blind, value))
+        grads.append(torch.autograd.grad(results, leaves, incoming, retain_graph=True))
+    assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     q, k, v, cu_q, cu_k = inputs((5, 0, 9), (4, 2, 9), heads=(2, 1), dim=8, dtype=dtype)

@@ -148,6 +148,8 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    if grad_lse is not None:  # where no key is seen lse is a constant, though of -inf a gradient is often NaN
+        grad_lse = grad_lse.masked_fill(torch.isneginf(lse), 0.0)
     grads = _library.call_backward(
         "varlen_attention_backward",
         grad_out,
@@ -196,8 +198,6 @@ def _reference_backward(
         outputs = reference.varlen_attention(*inputs, cu_seqlens_q, cu_seqlens_k, scale=scale, causal=causal)
     if grad_lse is None:
         grad_lse = torch.zeros_like(lse)
-    # Where no key is seen, lse is a constant.
-    grad_lse = grad_lse.masked_fill(torch.isneginf(lse), 0.0)
     grads = torch.autograd.grad(outputs, inputs, (grad_out, grad_lse), allow_unused=True, materialize_grads=True)
     return tuple(grad.contiguous() for grad in grads)
 
