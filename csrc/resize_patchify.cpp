@@ -161,6 +161,7 @@ std::vector<Band> divide(const std::vector<cpu::ResizeArgs>& images, const int64
 Tensor resize_patchify(std::vector<Tensor> images, Tensor boxes, Tensor sizes, int64_t patch_size,
                        std::optional<Tensor> table, bool bicubic, int64_t n_rows) {
   const int64_t batch = static_cast<int64_t>(images.size());
+  STD_TORCH_CHECK(batch >= 1, "images must not be empty");
   STD_TORCH_CHECK(patch_size >= 1 && patch_size <= 1 << 15, "patch_size must be in [1, 32768], got ", patch_size);
   STD_TORCH_CHECK(boxes.is_cpu() && boxes.scalar_type() == ScalarType::Double && boxes.dim() == 2 &&
                       boxes.size(0) == batch && boxes.size(1) == 4,

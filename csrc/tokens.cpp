@@ -159,7 +159,7 @@ Tensor mean_pool_backward(const Tensor& grad_in, const Tensor& cu_seqlens, int64
   for_each_task(
       batch,
       [&](int64_t b) {
-        const int64_t begin = begins[b], end = begins[b + 1], kept = std::min(begin + skip, end);
+        const int64_t begin = begins[b], end = begins[b + 1], kept = begin + std::min(skip, end - begin);
         std::memset(at(x_data, begin * row_bytes), 0, (kept - begin) * row_bytes);
         if (kept == end) return;
         char* first = at(x_data, kept * row_bytes);

@@ -12,6 +12,7 @@ namespace revit {
 // vector and one of the columns' scales, [2, N].
 inline cpu::PackedWeight packed_weight(const Tensor& panels, const Tensor& bias, int64_t n_out, int64_t depth,
                                        const char* name) {
+  STD_TORCH_CHECK(depth >= 1, name, ": a weight has at least one column");
   const int64_t panel = cpu::kernels().linear.panel;
   const int64_t n_panels = (n_out + panel - 1) / panel;
   const bool integer = panels.scalar_type() == ScalarType::Char;

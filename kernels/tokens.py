@@ -283,7 +283,7 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
     launch(
         mean_pool_kernel,
         (n_sequences, triton.cdiv(n_channels, columns)),
-        *(x, cu_seqlens, out, n_rows, skip),
+        *(x, cu_seqlens, out, n_rows, min(skip, n_rows)),  # no more: a kernel adds it to an offset
         num_warps=THREADS // target_of(x.device).warp_size,
         X_STRIDE=row_stride(x),
         C=n_channels,
@@ -302,7 +302,7 @@ def mean_pool_backward(grad_out: Tensor, cu_seqlens: Tensor, skip: int, n_rows: 
     launch(
         mean_pool_backward_kernel,
         (triton.cdiv(n_rows, rows), triton.cdiv(n_channels, columns)),
-        *(grad_out, cu_seqlens, grad_x, n_rows, n_sequences, search_bits(n_sequences), skip),
+        *(grad_out, cu_seqlens, grad_x, n_rows, n_sequences, search_bits(n_sequences), min(skip, n_rows)),
         num_warps=THREADS // target_of(grad_out.device).warp_size,
         GRAD_STRIDE=row_stride(grad_out),
         C=n_channels,

@@ -261,8 +261,8 @@ class FusedForward:
             model._positions.learn(images.grids)
             offsets = model._positions.first_rows(images.grids)
             table = self._current_table()
-        length_index = torch.tensor(nearest_lengths(seqlens, model.lengths), dtype=torch.int32)
-        pos_offset = torch.tensor(offsets, dtype=torch.int32)
+        length_index = torch.tensor(nearest_lengths(seqlens, model.lengths), dtype=torch.int32, device="cpu")
+        pos_offset = torch.tensor(offsets, dtype=torch.int32, device="cpu")
         rows = images.rows if packed.stem is None else packed.stem.feature_rows(*images)
         tokens = ops.vit_forward(rows, cumulative(seqlens), length_index, pos_offset, table, weights, n_pooled)
         return packed, tokens, length_index

@@ -71,7 +71,7 @@ def cumulative(seqlens: Sequence[int]) -> Tensor:
     total = [0, *accumulate(map(int, seqlens))]
     if total[-1] > INT32_MAX:
         raise ValueError(f"seqlens: {total[-1]} rows exceed int32; split the batch into several packs")
-    return torch.tensor(total, dtype=torch.int32)
+    return torch.tensor(total, dtype=torch.int32, device="cpu")
 
 
 def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -192,8 +192,10 @@ def _index_tensors(
     """Layout and `grid_hw` of a pack, shared by all packs of the same lengths."""
     index = nearest_lengths(_patch_counts(seqlens, n_prefix), lengths)
     with torch.inference_mode(False):  # a pack made for inference must serve training too
-        grid_hw = None if grids is None else torch.tensor(grids, dtype=torch.int32).reshape(-1, 2).to(device)
-        length_index = torch.tensor(index, dtype=torch.int32).to(device)
+        grid_hw = None
+        if grids is not None:
+            grid_hw = torch.tensor(grids, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device)
+        length_index = torch.tensor(index, dtype=torch.int32, device="cpu").to(device)
         work = work_list(seqlens, n_padding=n_padding)
         return Layout(cumulative(seqlens).to(device), length_index, work.tiles.to(device), work.counts), grid_hw
 
@@ -206,7 +208,7 @@ def _shared(normalization: Tensor, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _shared_values(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype).to(device)
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,7 +137,7 @@ class FusedCNN:
                 side = x.shape[2]
                 rows = x.permute(0, 2, 3, 1).reshape(n_images * side**2, -1)
             rows = ops.packed_linear(rows, layer.linear, "gelu")
-        pooled = ops.mean_pool(rows, torch.arange(0, rows.shape[0] + 1, side**2, dtype=torch.int32), 0)
+        pooled = ops.mean_pool(rows, torch.arange(0, rows.shape[0] + 1, side**2, dtype=torch.int32, device="cpu"), 0)
         return ops.packed_linear(pooled, self.head)
 
 
@@ -343,7 +343,10 @@ class TokenLengthAssigner(nn.Module):
 
     def normalised(self, rows: Tensor) -> Tensor:
         """Raw thumbnails, uint8 patch rows, as `thumbnails` gives them normalised, bit for bit."""
-        mean, std = (torch.tensor(v).repeat(rows.shape[1] // 3) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=rows.device).repeat(rows.shape[1] // 3)
+            for v in (self.mean, self.std)
+        )
         return (rows.float() / 255 - mean) / std
 
     def _calibrate(self, logits: Tensor, entropies: np.ndarray, labels: Sequence[int] | Tensor | None) -> Calibration:

@@ -40,7 +40,7 @@ def thin(values: Sequence[int]) -> tuple[int, ...]:
 
 
 def cu_seqlens_of(seqlens: Sequence[int]) -> Tensor:
-    return cumulative(seqlens)
+    return cumulative(seqlens).to(torch.get_default_device())
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

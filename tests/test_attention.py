@@ -222,6 +222,20 @@ def test_gradient_through_lse_alone(isa):
     torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-12)
 
 
+def test_a_gradient_of_lse_counts_for_nothing_where_no_key_is_seen(isa):
+    q, k, v, cu_q, cu_k = inputs(*zip(*CROSS_MIX, strict=True))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    results = ops.varlen_attention(*leaves, cu_q, cu_k, causal=True, return_lse=True)
+    blind = torch.isneginf(results[1])
+    assert blind.any()
+    assert not blind.all()
+    grads = []
+    for value in (0.0, float("nan")):  # NaN is what logaddexp gives to two of -inf
+        incoming = (torch.ones_like(results[0]), torch.ones_like(results[1]).masked_fill(blind, value))
+        grads.append(torch.autograd.grad(results, leaves, incoming, retain_graph=True))
+    assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     q, k, v, cu_q, cu_k = inputs((5, 0, 9), (4, 2, 9), heads=(2, 1), dim=8, dtype=dtype)
@@ -418,6 +432,39 @@ def test_peak_memory_grows_linearly():
     for n_tokens, peak in zip((1_000, 10_000, 100_000), map(int, run.stdout.split()), strict=True):
         allowed = constant_kib + n_tokens * bytes_per_token // 1024
         assert peak <= allowed, f"{n_tokens} tokens: {peak} KiB, allowed {allowed}; all: {run.stdout}"
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from pathlib import Path
+from revit_fast import ops
+from revit_fast.packing import cumulative
+
+few, many = torch.randn(16, 1, 8), torch.randn(2_000_000, 1, 8)
+few_rows, many_rows = cumulative([8, 8]), cumulative([1_000_000, 1_000_000])
+limits = resource.getrlimit(resource.RLIMIT_AS)
+for n_threads in (1, 2):
+    torch.set_num_threads(n_threads)
+    expected = ops.varlen_attention(few, few, few, few_rows)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limits[1]))
+    try:
+        ops.varlen_attention(few, many, many, few_rows, many_rows)  # a sequence's packed keys alone take 64 MB
+    except (MemoryError, RuntimeError) as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(ops.varlen_attention(few, few, few, few_rows), expected)
+"""
+
+
+@needs_extension
+@cpu_only
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory and reads /proc")
+def test_a_call_that_finds_no_memory_does_not_harm_the_next():
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("bad_alloc") == 2, run.stdout
 
 
 @needs_extension

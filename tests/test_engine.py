@@ -77,6 +77,15 @@ def test_every_form_of_input(isa):
     assert not fast(x).requires_grad
 
 
+def test_the_default_device_has_no_say():
+    model, images = make_model(), images_of([(1, 6), 5, 2])
+    fast = rf.optimize(model)
+    with torch.device("meta"), torch.no_grad():
+        there, eager = fast(images), model(images)
+    assert torch.equal(there, fast(images))
+    torch.testing.assert_close(there, eager, rtol=1e-5, atol=2e-6)
+
+
 def test_features_equal_the_eager_models(isa):
     model = make_model(reg_tokens=2)
     fast = rf.optimize(model)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, randn
 
+from revit_fast import ops
 from revit_fast.ops import _library
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,24 @@ def run(dtype):
 results = {str(dtype): run(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 torch.save({"isa": _library.cpu_isa(), "results": results}, sys.argv[1])
 """
+
+
+@pytest.mark.parametrize("op", ["varlen_attention", "tal_layer_norm", "residual", "assemble_tokens", "mean_pool"])
+def test_gradients_of_gradients_are_refused(op):
+    cu_seqlens, zero = torch.tensor([0, 5], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    x = randn(5, 8).requires_grad_()
+    out = {
+        "varlen_attention": lambda: ops.varlen_attention(*[x.unsqueeze(1)] * 3, cu_seqlens),
+        "tal_layer_norm": lambda: ops.tal_layer_norm(x, x[:1], x[:1], cu_seqlens, zero),
+        "residual": lambda: ops.tal_layer_norm(x, x[:1], x[:1], cu_seqlens, zero, residual=x)[0],
+        "assemble_tokens": lambda: ops.assemble_tokens(x, x[:2], x, zero, cu_seqlens),
+        "mean_pool": lambda: ops.mean_pool(x, cu_seqlens),
+    }[op]()
+    (expected,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert torch.equal(grad, expected)
+    with pytest.raises(NotImplementedError, match="_backward: gradients of gradients are not implemented"):
+        (out.sum() + grad.square().sum()).backward()
 
 
 @needs_extension

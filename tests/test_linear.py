@@ -92,6 +92,8 @@ def test_no_rows(isa, dtype):
     for depth, n_out in ((1, 1), (3, 16), (384, 100)):
         *_, packed = make(n_out, depth, dtype)
         assert ops.packed_linear(torch.empty(0, depth), packed, "gelu").shape == (0, n_out)
+        arguments = (torch.empty(0, depth), *packed, ACTIVATIONS.index("gelu"))
+        assert _library.reference_ops["packed_linear"](*arguments).shape == (0, n_out)
 
 
 def activated(values, activation):
@@ -251,6 +253,8 @@ def test_panels_of_another_instruction_set_are_refused(isa, dtype):
         (lambda: {"weight": torch.zeros(4, 3, dtype=torch.int8)}, TypeError, "weight"),
         (lambda: {"weight": torch.zeros(3)}, ValueError, "weight"),
         (lambda: {"weight": torch.zeros(4, 3, 1, 1)}, ValueError, "weight"),
+        (lambda: {"weight": torch.zeros(4, 0)}, ValueError, "weight"),
+        (lambda: {"weight": torch.zeros(0, 3), "bias": None}, ValueError, "weight"),
         (lambda: {"bias": 0.0}, TypeError, "bias"),
         (lambda: {"bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "bias"),
         (lambda: {"bias": torch.zeros(4, 1)}, ValueError, "bias"),

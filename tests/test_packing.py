@@ -128,6 +128,15 @@ def test_layout_counts_prefix_tokens():
         tokens.layout(2)
 
 
+def test_the_default_device_has_no_say():
+    seqlens, data = (9, 3, 7), torch.zeros(21, 2)  # of no other test: layouts are kept
+    with torch.device("meta"):
+        batch = PackedBatch.from_rows(data, seqlens)
+        layout = batch.layout(1)
+    assert {t.device.type for t in (*layout[:3], batch.cu_seqlens, batch.length_index, batch.tiles)} == {"cpu"}
+    assert layout.cu_seqlens.tolist() == [0, 10, 14, 22]
+
+
 def test_prefix_tokens_do_not_count_for_the_length_index():
     batch = PackedBatch.from_list([randn(148 + 30, 2)], grids=[(37, 4)], n_prefix=30)
     assert batch.length_index.tolist() == [0]

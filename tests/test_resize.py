@@ -144,6 +144,23 @@ def test_uint8_rows_await_their_normalisation(isa):
     assert torch.equal(plain.normalization, torch.tensor([[0.0] * 3, [1.0] * 3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_default_device_and_dtype_have_no_say(dtype):
+    resize = partial(ops.resize_patchify, [noise(9, 11)], 4, 2, mean=(0.5, 0.25, 0.125), std=(1, 2, 4), dtype=dtype)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            there = resize()
+    finally:
+        torch.set_default_dtype(before)
+    here = resize()
+    assert torch.equal(there.data, here.data)
+    if dtype == torch.uint8:
+        assert there.normalization.dtype == torch.float32
+        assert torch.equal(there.normalization, here.normalization)
+
+
 def test_result_does_not_depend_on_pack_or_threads(isa):
     images = [noise(375, 500, seed=1), noise(40, 997, seed=2), noise(997, 5, seed=3)]
     sizes = [(224, 224), (48, 160), (16, 16)]
@@ -257,6 +274,7 @@ def test_raw_op_compiles():
         (4, torch.zeros(3, 255), "table"),
         (4, torch.zeros(3, 256, dtype=torch.float64), "table"),
         (6, 8, "n_rows"),
+        (0, [], "images must not be empty"),
     ],
 )
 def test_raw_op_refuses(position, value, message):

@@ -117,6 +117,15 @@ def test_mean_pool_backward(isa, dtype):
         check_gradients(ops.mean_pool, reference.mean_pool, args, 1, grad, 62)
 
 
+@pytest.mark.parametrize("skip", [2**31 - 1, 2**63 - 1])
+def test_mean_pool_that_skips_more_than_there_can_be(isa, skip):
+    x = randn(9, 5).requires_grad_()
+    out = ops.mean_pool(x, cu_seqlens_of((4, 0, 5)), skip)
+    assert torch.equal(out, torch.zeros(3, 5))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad, torch.zeros(9, 5))
+
+
 def test_mean_pool_gradcheck(isa):
     x = randn(11, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: ops.mean_pool(x, cu_seqlens_of((3, 0, 1, 6)), 1), [x])

@@ -20,9 +20,10 @@ class Scratch {
   char* reserve(size_t bytes) {
     if (bytes > size_) {
       release();
-      size_ = bytes >= kHugeFrom ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
+      const size_t size = bytes >= kHugeFrom ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
       alignment_ = bytes >= kHugeFrom ? kHugePage : 64;
-      data_ = static_cast<char*>(::operator new(size_, std::align_val_t{alignment_}));
+      data_ = static_cast<char*>(::operator new(size, std::align_val_t{alignment_}));
+      size_ = size;  // not before there is memory: the next call may come after one that found none
 #if defined(__linux__)
       // A pass over panels in small pages spends a seventh of its time looking up their addresses.
       if (alignment_ == kHugePage) madvise(data_, size_, MADV_HUGEPAGE);

@@ -80,6 +80,33 @@ def register_fallback(name: str, function: Callable) -> None:
         _fallback.impl(name, function, "CPU")
 
 
+class _DifferentiableOnce(torch.autograd.Function):
+    """Calls an op whose results must not be differentiated."""
+
+    @staticmethod
+    def forward(ctx, name, *args):
+        ctx.name = name
+        return getattr(torch.ops.revit_fast, name).default(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"revit_fast::{ctx.name}: gradients of gradients are not implemented; run what needs them on "
+            "revit_fast.reference, which PyTorch differentiates as often as needed"
+        )
+
+
+def call_backward(name: str, *args):
+    """Calls the backward op `name` for autograd; differentiating what it returns is an error.
+
+    The ops have no second derivatives, and PyTorch would take their results for constants: a gradient penalty would
+    train as though it were not there.
+    """
+    if torch.is_grad_enabled():  # with create_graph only
+        return _DifferentiableOnce.apply(name, *args)
+    return getattr(torch.ops.revit_fast, name).default(*args)
+
+
 def cpu_isa() -> str:
     """Instruction set of the CPU kernels in use: avx512, avx2, baseline, or reference without the extension."""
     return torch.ops.revit_fast.cpu_isa() if HAS_EXTENSION else "reference"

@@ -148,8 +148,22 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.revit_fast.varlen_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options, tiles, ctx.tile_counts
+    if grad_lse is not None:  # where no key is seen lse is a constant, though of -inf a gradient is often NaN
+        grad_lse = grad_lse.masked_fill(torch.isneginf(lse), 0.0)
+    grads = _library.call_backward(
+        "varlen_attention_backward",
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *ctx.options,
+        tiles,
+        ctx.tile_counts,
     )
     return (*grads, *[None] * 8)
 
@@ -184,8 +198,6 @@ def _reference_backward(
         outputs = reference.varlen_attention(*inputs, cu_seqlens_q, cu_seqlens_k, scale=scale, causal=causal)
     if grad_lse is None:
         grad_lse = torch.zeros_like(lse)
-    # Where no key is seen, lse is a constant.
-    grad_lse = grad_lse.masked_fill(torch.isneginf(lse), 0.0)
     grads = torch.autograd.grad(outputs, inputs, (grad_out, grad_lse), allow_unused=True, materialize_grads=True)
     return tuple(grad.contiguous() for grad in grads)
 

@@ -110,7 +110,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_mean, grad_rstd):
-    grads = _OPS.tal_layer_norm_backward(grad_y, None, *ctx.saved_tensors)
+    grads = _library.call_backward("tal_layer_norm_backward", grad_y, None, *ctx.saved_tensors)
     return *grads, None, None, None, None
 
 
@@ -122,7 +122,9 @@ def _setup_context_residual(ctx, inputs, output):
 
 
 def _backward_residual(ctx, grad_y, grad_sum, grad_mean, grad_rstd):
-    grad_x, grad_weight, grad_bias = _OPS.tal_layer_norm_backward(grad_y, grad_sum, *ctx.saved_tensors)
+    grad_x, grad_weight, grad_bias = _library.call_backward(
+        "tal_layer_norm_backward", grad_y, grad_sum, *ctx.saved_tensors
+    )
     return grad_x, grad_x, grad_weight, grad_bias, None, None, None, None
 
 

@@ -66,9 +66,11 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
 
     Raises:
         TypeError: for a dtype that is not one of these, or an argument that is no tensor.
-        ValueError: for shapes that do not belong together.
+        ValueError: for shapes that do not belong together, or a weight without rows or columns.
     """
     _checks.check_rows("weight", weight, "[N, K]")
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected at least one row and one column, got shape {list(weight.shape)}")
     if dtype not in PACKED_DTYPES:
         raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
     n_out, depth = weight.shape
@@ -96,7 +98,7 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Integers of a weight `[N, K]` and the float32 scale `[N]` of every row, NaN where a row is not finite."""
     weight = weight.double()
-    scale = (weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])).float() / LARGEST
+    scale = weight.abs().amax(1).float() / LARGEST
     scale = torch.where(scale.isfinite(), scale, torch.nan)
     integers = (weight / scale.double().unsqueeze(1)).round().nan_to_num(0).clamp(-LARGEST, LARGEST)
     return integers.to(torch.int8), scale
@@ -115,7 +117,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     finite has scale NaN and integers zero.
     """
     chain = chain_length(x.shape[1])
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chain)).view(x.shape[0], -1, chain)
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chain)).unflatten(1, (-1, chain))
     largest = padded.abs().amax(2)
     scaled = (largest >= LEAST_SCALED) & largest.isfinite()
     whole = torch.full_like(largest, LARGEST)  # a number divided by a tensor would be times its reciprocal

@@ -92,7 +92,7 @@ def resize_patchify(
         interpolation == "bicubic",
         sum(seqlens),
     )
-    normalization = torch.tensor([mean, std]) if as_pixels else None
+    normalization = torch.tensor([mean, std], dtype=torch.float32, device="cpu") if as_pixels else None
     return PackedBatch.from_rows(rows, seqlens, grids=grids.tolist(), lengths=lengths, normalization=normalization)
 
 
@@ -269,8 +269,8 @@ def _channels(values: Sequence[float] | None, name: str, default: tuple[float, .
 @lru_cache(maxsize=32)
 def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Normalised value of each channel and 8-bit value, `[3, 256]`: ToTensor and Normalize, then one rounding."""
-    values = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
-    columns = torch.tensor([mean, std], dtype=torch.float32).unsqueeze(-1)
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").to(torch.float32).div(255)
+    columns = torch.tensor([mean, std], dtype=torch.float32, device="cpu").unsqueeze(-1)
     return values.expand(3, 256).sub(columns[0]).div(columns[1]).to(dtype)
 
 

@@ -104,7 +104,7 @@ def _setup_assemble(ctx, inputs, output):
 
 
 def _assemble_backward(ctx, grad):
-    return *_OPS.assemble_tokens_backward(grad, *ctx.saved_tensors, ctx.n_prefix), None, None
+    return *_library.call_backward("assemble_tokens_backward", grad, *ctx.saved_tensors, ctx.n_prefix), None, None
 
 
 def _setup_mean_pool(ctx, inputs, output):
@@ -114,7 +114,7 @@ def _setup_mean_pool(ctx, inputs, output):
 
 
 def _mean_pool_backward(ctx, grad):
-    return _OPS.mean_pool_backward(grad, *ctx.saved_tensors, ctx.skip, ctx.n_rows), None, None
+    return _library.call_backward("mean_pool_backward", grad, *ctx.saved_tensors, ctx.skip, ctx.n_rows), None, None
 
 
 torch.library.register_autograd("revit_fast::assemble_tokens", _assemble_backward, setup_context=_setup_assemble)

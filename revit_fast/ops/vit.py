@@ -23,7 +23,7 @@ class TokenNorm(NamedTuple):
     bias: Tensor
 
 
-NO_NORM = TokenNorm(torch.empty(0), torch.empty(0))
+NO_NORM = TokenNorm(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"))
 
 
 class BlockWeights(NamedTuple):

@@ -314,7 +314,7 @@ class TimeSformer(nn.Module):
         """The stream `[T, C]` that enters the blocks."""
         frames = clips.frames.without_padding()
         table, first_rows = self._position_table(frames.grids)
-        offset = torch.tensor(first_rows, dtype=torch.int32).to(frames.device)
+        offset = torch.tensor(first_rows, dtype=torch.int32, device="cpu").to(frames.device)
         patches = self._embed_rows(frames.data, frames.normalization)
         placed = assemble_tokens(patches, self.pos_embed.new_empty(0, self.embed_dim), table, offset, frames.cu_seqlens)
         time = self._time_embedding(clips.n_frames, layout)
