@@ -16,7 +16,9 @@ from revit_fast.bundle import read_bundle
 from revit_fast.cli import main
 from revit_fast.cli.train import add_config, field_texts
 from revit_fast.train.config import TrainConfig
+from revit_fast.train.data import NoSplitError, open_images
 from revit_fast.train.log import STEPS, read_rows
+from revit_fast.train.run import evaluation_images, open_data
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=32", "depth=2"]
 RECIPE = ["--batch-size", "8", "--lr", "0.003", "--warmup-epochs", "0", "--augment", "preset=light", "pad=1"]
@@ -149,6 +151,25 @@ def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):
 def test_images_without_splits_are_not_evaluated_on_themselves(folder, tmp_path, capsys):
     assert main(["train", str(folder / "train"), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
     assert "has no splits: its images are those of training; set held_out_share" in capsys.readouterr().err
+
+
+def test_training_images_are_no_test_split_whichever_part_of_them_is_held_out(folder):
+    path, first = str(folder / "train"), open_images(str(folder / "train")).name(0)
+    where = set()
+    for seed in range(10):
+        parts = open_data(TrainConfig(data=path, held_out_share=0.4, seed=seed))
+        where.add(parts[0].name(0) == first)
+        with pytest.raises(NoSplitError, match="has no splits: its images are those of training"):
+            evaluation_images(path, *parts)
+    assert where == {True, False}, "the first image was never held out, or always"
+
+
+def test_epochs_are_judged_on_val_and_fit_reports_on_test(folder, tmp_path):
+    for split, target in (("train", "train"), ("test", "test"), ("val", "test")):
+        (tmp_path / split).symlink_to(folder / target)
+    images, held_out = open_data(TrainConfig(data=str(tmp_path)))
+    assert held_out.name(0).startswith(str(tmp_path / "val"))
+    assert evaluation_images(str(tmp_path), images).name(0).startswith(str(tmp_path / "test"))
 
 
 def test_every_choice_has_an_option_and_a_text():

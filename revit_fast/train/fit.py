@@ -86,7 +86,7 @@ def fit(
     policy = ("threshold", threshold_for(model, tla.calibration, right, budget, max_drop))
     own = {"classes": trained.classes, "settings": trained.settings}
     save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
-    report = _evaluated(config, model, tla, policy, images, timed_images, say)
+    report = _evaluated(config, model, tla, policy, (images, held_out), timed_images, say)
     if report is not None:
         _write(report, folder)
         card = f"Trained by revit-fast on {len(images)} images. On the test split:\n\n{report.table()}"
@@ -167,12 +167,12 @@ def _evaluated(
     model: ReViT,
     tla: TokenLengthAssigner,
     policy: PolicySpec,
-    images: ImageSet,
+    training: tuple[ImageSet, ImageSet],
     timed_images: int,
     say: Callable[[str], None],
 ) -> Report | None:
     try:
-        test = evaluation_images(config.data, images)
+        test = evaluation_images(config.data, *training)
     except NoSplitError:
         say("no test split: nothing is evaluated")
         return None

@@ -14,7 +14,9 @@ from revit_fast.train.data import ImageSet, NoSplitError, open_images, split_off
 from revit_fast.train.distributed import World
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
 
-EVALUATION_SPLIT = "test"
+VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
+"""What a training run is evaluated on while it goes on, and what its outcome is; each serves where the other lacks."""
+
 BUNDLE = "bundle"
 
 
@@ -28,19 +30,25 @@ def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     if config.held_out_share > 0:
         return split_off(images, config.held_out_share, config.seed)
     try:
-        return images, evaluation_images(config.data, images)
+        return images, evaluation_images(config.data, images, split=VALIDATION_SPLIT)
     except NoSplitError as error:
         raise NoSplitError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
 
 
-def evaluation_images(path: str, images: ImageSet) -> ImageSet:
-    """The evaluation split of the data whose training images are given.
+def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT) -> ImageSet:
+    """An evaluation split of data.
+
+    Args:
+        path: of the data.
+        *training: their training images: the set, or the parts of it that `split_off` gives.
+        split: see `data.open_images`.
 
     Raises:
         NoSplitError: where there is none, or the data have no splits at all.
     """
-    found = open_images(path, EVALUATION_SPLIT, images.classes)
-    if found.name(0) == images.name(0):
+    found = open_images(path, split, training[0].classes)
+    # The first image of a set is the first of one of its parts.
+    if found.name(0) in [part.name(0) for part in training]:
         raise NoSplitError(f"split: {path} has no splits: its images are those of training")
     return found
 
