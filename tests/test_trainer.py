@@ -303,14 +303,40 @@ class Unreadable(ArrayImages):
         return super().image(i)
 
 
-def test_unreadable_images_are_counted_and_a_share_is_too_much():
+def test_unreadable_images_are_counted_and_a_share_is_too_much(tmp_path):
     rng = np.random.default_rng(0)
     images = Unreadable(rng.integers(0, 255, (48, 8, 8, 3), dtype=np.uint8), np.arange(48) % 3, ("a", "b", "c"))
-    trainer = tiny_trainer(tiny_config(max_unreadable=0.2), images=images)
+    terminal = io.StringIO()
+    trainer = tiny_trainer(tiny_config(max_unreadable=0.2), images=images, folder=tmp_path, terminal=terminal)
     trainer.fit()
     assert len(trainer.unreadable) == 6
+    assert "6 training images could not be read so far, first image " in terminal.getvalue()
+    resumed = tiny_trainer(trainer.config, images=images, folder=tmp_path)
+    resumed.resume()
+    assert resumed.unreadable == resumed.loader.unreadable == trainer.unreadable, "a resumed run counts anew"
     with pytest.raises(UnreadableError, match="cannot be read, more than max_unreadable allows"):
         tiny_trainer(tiny_config(max_unreadable=0.01), images=images).fit()
+
+
+def test_as_many_held_out_images_may_be_unreadable_as_training_images():
+    pixels = noise_images(24, seed=1)
+    held_out = Unreadable([pixels.image(i) for i in range(24)], pixels.labels, pixels.classes)
+    terminal = io.StringIO()
+    trainer = tiny_trainer(tiny_config(max_unreadable=0.2), held_out=held_out, terminal=terminal)
+    assert trainer.fit().n_images == 21
+    assert " of 21 images, 3 more could not be read" in terminal.getvalue()
+    with pytest.raises(UnreadableError, match="3 cannot be read, more than max_unreadable allows"):
+        tiny_trainer(tiny_config(max_unreadable=0.1), held_out=held_out).evaluate()
+
+
+def test_more_processes_than_held_out_images(monkeypatch):
+    trainer = tiny_trainer(held_out=noise_images(3).subset([0, 2]))
+    monkeypatch.setattr(trainer.world, "sum", lambda values: values)
+    trainer.world.size, counted = 3, []
+    for rank in range(3):
+        trainer.world.rank = rank
+        counted.append(trainer.evaluate().n_images)
+    assert counted == [1, 1, 0]
 
 
 def test_a_set_too_small_for_an_update_is_refused():

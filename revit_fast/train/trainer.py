@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.engine import optimize
+from revit_fast.images import on_one_line
 from revit_fast.model import ReViT
 from revit_fast.train import shared_norms
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
@@ -151,7 +152,6 @@ class Trainer:
         self.average = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.step = 0  # updates done
         self.best = -math.inf
-        self.unreadable: dict[str, str] = {}
         self._meter = Meter(len(model.grids))
         on_cpu = self.world.device.type == "cpu"
         self._micro_batch = config.micro_batch or (cached_images(model) if on_cpu else config.batch_size)
@@ -165,7 +165,7 @@ class Trainer:
         Raises:
             NotFiniteError: where the loss is NaN or infinite.
             Interrupted: after SIGINT or SIGTERM (with one process), the run's state written.
-            ValueError: where too many images are unreadable.
+            UnreadableError: where too many images are unreadable.
             OSError: where a file cannot be written.
         """
         folder = self.folder if self.world.is_first else None
@@ -201,6 +201,10 @@ class Trainer:
                 raise Interrupted(f"stopped by {name} after update {self.step} of {self.n_updates}; resume to go on")
             if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                 self.save_checkpoint()
+        if self.unreadable:
+            name, reason = next(iter(self.unreadable.items()))
+            n = len(self.unreadable)
+            self.log.say(f"{n} training images could not be read so far, first {on_one_line(name)}: {reason}")
         accuracy = self._end_epoch(epoch) if self.held_out is not None else None
         self.save_checkpoint()
         return accuracy
@@ -212,8 +216,6 @@ class Trainer:
         if self.schedule is not None:  # "none"
             self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
-        for batch in batches:
-            self.unreadable.update(batch.unreadable)
         parts = [(part, len(batch.target)) for batch in batches for part in batch.parts(self._micro_batch)]
         for i, (part, n_images) in enumerate(parts):
             last = i + 1 == len(parts)
@@ -282,9 +284,11 @@ class Trainer:
             for grid, share, loss in zip(self.config.grids, accuracy.accuracy, accuracy.loss, strict=True):
                 row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
             self.log.add(EPOCHS, row)
+            unreadable = len(self.held_out) - accuracy.n_images
             self.log.say(
                 f"epoch {epoch + 1}/{self.config.epochs}  held out at {'/'.join(map(str, self.config.grids))}: "
                 f"{percentages(accuracy.accuracy)} of {accuracy.n_images} images"
+                + (f", {unreadable} more could not be read" if unreadable else "")
             )
         if accuracy.accuracy[0] > self.best:
             self.best = accuracy.accuracy[0]
@@ -298,10 +302,9 @@ class Trainer:
         model = self.plain()
         if self.world.device.type == "cpu":
             model = optimize(model)
-        share = self.held_out.subset(range(self.world.rank, len(self.held_out), self.world.size))
         n_lengths = len(model.grids)
         totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64)
-        for batch in EvalLoader(share, batch_size=EVAL_BATCH, **self._eval_settings):
+        for batch in self._held_out_batches():
             logits = model(batch.images.to(self.world.device)).view(n_lengths, len(batch.target), -1).double().cpu()
             right = (logits.argmax(dim=2) == batch.target).sum(dim=1)
             losses = [torch.nn.functional.cross_entropy(z, batch.target, reduction="sum") for z in logits]
@@ -309,6 +312,21 @@ class Trainer:
         totals = self.world.sum(totals).cpu()
         n = max(int(totals[-1]), 1)
         return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
+
+    def _held_out_batches(self) -> Iterable[Batch]:
+        """Those of this process' share of the held-out images, which may be fewer than the processes."""
+        places = range(self.world.rank, len(self.held_out), self.world.size)
+        if not places:
+            return ()
+        # As in training, every process puts up with what is allowed of the whole set.
+        allowed = min(self.config.max_unreadable * len(self.held_out) / len(places), 1.0)
+        options = {"batch_size": EVAL_BATCH, "max_unreadable": allowed, **self._eval_settings}
+        return EvalLoader(self.held_out.subset(places), **options)
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Reason of every training image that this process could not read so far, by name."""
+        return self.loader.unreadable
 
     def plain(self) -> ReViT:
         """A copy as it would be deployed: averaged weights where there are, norms of every length's own."""
@@ -357,7 +375,7 @@ class Trainer:
             was = ", ".join(f"{name} = {then.get(name)!r}" for name in changed)
             raise ValueError(f"resume: the run in {self.folder} has {was}; resume it with the same, or start another")
         self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
-        self.unreadable = state["unreadable"]
+        self.unreadable.update(state["unreadable"])
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
