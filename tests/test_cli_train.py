@@ -59,6 +59,9 @@ def test_a_run_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
     assert "from update 12 of 12" in capsys.readouterr().err
     assert main(["train", "--output", str(tmp_path), "--resume", "--lr", "0.1"]) == 2
     assert "has lr = 0.003" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"seed": 7}')
+    assert main(["train", "--output", str(tmp_path), "--resume", "--config", str(tmp_path / "other.json")]) == 2
+    assert "has seed = 0" in capsys.readouterr().err
 
 
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
@@ -139,6 +142,12 @@ def test_usage_errors(folder, tmp_path, capsys, arguments, code, message):
     arguments = [str(folder) if a == "DATA" else a for a in arguments]
     assert main(["train", "--output", str(tmp_path / "run"), *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_configuration_is_an_object(folder, tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    assert main(["train", str(folder), "--output", str(tmp_path), "--config", str(tmp_path / "list.json")]) == 2
+    assert "list.json holds no object of names and values, but [1]" in capsys.readouterr().err
 
 
 def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):

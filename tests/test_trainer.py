@@ -144,8 +144,9 @@ def test_packs_of_a_cpu_are_bounded(monkeypatch):
         {"model_kwargs": MODEL_KWARGS | {"drop_rate": 0.1, "drop_path_rate": 0.2}, "augment": {"mixup": 0.5}},
         {"grad_accum_steps": 2, "micro_batch": 3, "amp": "bfloat16", "grad_checkpointing": True, "clip_grad": 0.5},
         {"norms": "shared", "layer_decay": 0.8, "log_steps": 5},
+        {"opt": "lamb", "lr": 0.01},
     ],
-    ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "shared norms"],
+    ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "shared norms", "steps counted in groups"],
 )
 @pytest.mark.parametrize("cut", [2, 6, 7])
 def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
@@ -173,6 +174,32 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     assert_same_weights(whole.weights(), second.weights())
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
     assert len(losses_of(tmp_path / "whole")) == whole.n_updates // config.log_steps
+    # Also where it was cut off between an epoch's last update and its evaluation.
+    assert read_rows(tmp_path / "whole" / EPOCHS) == read_rows(tmp_path / "cut" / EPOCHS)
+    assert (tmp_path / "whole" / BEST).read_bytes() == (tmp_path / "cut" / BEST).read_bytes()
+
+
+def test_a_run_that_was_killed_while_it_evaluated_evaluates_once(tmp_path):
+    """The checkpoint of an epoch's last update is there, and its row of the log, but not the checkpoint after it."""
+    config = tiny_config(checkpoint_steps=3)
+    whole = tiny_trainer(config, folder=tmp_path / "whole")
+    whole.fit()
+    first = tiny_trainer(config, folder=tmp_path / "cut")
+    end_epoch = first._end_epoch
+
+    def killed_after(epoch):
+        end_epoch(epoch)
+        raise KeyboardInterrupt
+
+    first._end_epoch = killed_after
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = tiny_trainer(config, folder=tmp_path / "cut")
+    second.resume()
+    assert (second.step, second.epoch) == (6, 0)
+    second.fit()
+    assert read_rows(tmp_path / "whole" / EPOCHS) == read_rows(tmp_path / "cut" / EPOCHS)
+    assert_same_weights(whole.weights(), second.weights())
 
 
 RUN = """
@@ -268,6 +295,31 @@ def test_a_run_is_resumed_as_it_was(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         other.resume()
     tiny_trainer(tiny_config(log_steps=4), folder=tmp_path).resume()
+
+
+def test_lists_and_tuples_are_the_same_choice(tmp_path):
+    config = tiny_config(mean=(0.5, 0.5, 0.5), augment={"preset": "none", "scale": (0.5, 1.0)})
+    tiny_trainer(config, folder=tmp_path).fit()
+    tiny_trainer(config, folder=tmp_path).resume()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: noise_images(56), r"then 48 of 3 classes, now 56 of 3 classes; bring them back"),
+        (lambda: relabelled(noise_images()), r"then 48 of 3 classes, now 48 of 3 classes"),
+    ],
+    ids=["more images", "other labels"],
+)
+def test_other_images_are_no_run_to_go_on_with(tmp_path, other, message):
+    tiny_trainer(folder=tmp_path).fit()
+    with pytest.raises(ValueError, match=f"resume: the images are not those that the run in .*: {message}"):
+        tiny_trainer(folder=tmp_path, images=other()).resume()
+
+
+def relabelled(images):
+    images.labels = images.labels[::-1].copy()
+    return images
 
 
 def test_shared_norms_stay_shared_and_tal_norms_part(tmp_path):

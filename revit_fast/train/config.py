@@ -160,7 +160,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The choices as JSON values."""
-        return asdict(self) | {"grids": list(self.grids)}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

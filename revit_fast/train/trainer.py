@@ -151,6 +151,7 @@ class Trainer:
         )
         self.average = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.step = 0  # updates done
+        self.epoch = 0  # epochs done, their evaluation included
         self.best = -math.inf
         self._meter = Meter(len(model.grids))
         on_cpu = self.world.device.type == "cpu"
@@ -172,11 +173,11 @@ class Trainer:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.config.save(folder / CONFIG)
-        self.log = RunLog(folder, self.step, self._terminal)
+        self.log = RunLog(folder, self.step, self.epoch * self.updates_per_epoch, self._terminal)
         accuracy = None
         try:
             with self._stopped_by_signals():
-                while self.step < self.n_updates:
+                while self.epoch < self.config.epochs:
                     accuracy = self._epoch()
             if accuracy is None and self.held_out is not None:
                 accuracy = self.evaluate()
@@ -188,7 +189,7 @@ class Trainer:
 
     def _epoch(self) -> Accuracy | None:
         """The rest of the epoch that the run stands in, then evaluation and a checkpoint."""
-        epoch, done = divmod(self.step, self.updates_per_epoch)
+        epoch, done = self.epoch, self.step - self.epoch * self.updates_per_epoch
         accumulate = self.config.grad_accum_steps
         batches = self.loader.epoch(epoch, done * accumulate)
         for _ in range(done, self.updates_per_epoch):
@@ -206,6 +207,7 @@ class Trainer:
             n = len(self.unreadable)
             self.log.say(f"{n} training images could not be read so far, first {on_one_line(name)}: {reason}")
         accuracy = self._end_epoch(epoch) if self.held_out is not None else None
+        self.epoch += 1
         self.save_checkpoint()
         return accuracy
 
@@ -340,12 +342,19 @@ class Trainer:
         """All that a run is resumed from."""
         return {
             "config": self.config.as_dict(),
+            "data": self._data(),
             "step": self.step,
+            "epoch": self.epoch,
             "best": self.best if math.isfinite(self.best) else None,
             "unreadable": self.unreadable,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict()["state"],
+            # Some optimizers (LAMB, Adan) count their steps in their groups.
+            "groups": [
+                {name: value for name, value in group.items() if isinstance(value, (int, float, Tensor))}
+                for group in self.optimizer.param_groups
+            ],
             "meter": self._meter.state(self.world),
             "world_size": self.world.size,
         }
@@ -361,7 +370,7 @@ class Trainer:
 
         Raises:
             FileNotFoundError: where there is none.
-            ValueError: where it is of a run with other choices.
+            ValueError: where it is of a run with other choices or images.
         """
         state = load_state(self.folder / CHECKPOINT)
         then, now = state["config"], self.config.as_dict()
@@ -374,15 +383,28 @@ class Trainer:
         if changed:
             was = ", ".join(f"{name} = {then.get(name)!r}" for name in changed)
             raise ValueError(f"resume: the run in {self.folder} has {was}; resume it with the same, or start another")
-        self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
+        if state["data"] != self._data():
+            counts = [f"{data['images']} of {data['classes']} classes" for data in (state["data"], self._data())]
+            raise ValueError(
+                f"resume: the images are not those that the run in {self.folder} began with: then {counts[0]}, now "
+                f"{counts[1]}; bring them back, or start another run"
+            )
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.best = -math.inf if state["best"] is None else state["best"]
         self.unreadable.update(state["unreadable"])
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        self._restore_optimizer(state["optimizer"])
+        self._restore_optimizer(state["optimizer"], state["groups"])
         self._meter = Meter.restored(state["meter"], self.world)
 
-    def _restore_optimizer(self, state: dict[int, dict[str, Any]]) -> None:
+    def _data(self) -> dict[str, Any]:
+        """What tells other training images, whose batches would be other ones, from those of the run."""
+        images = self.loader.images
+        digest = hashlib.blake2b(repr(images.classes).encode() + images.labels.tobytes(), digest_size=8).hexdigest()
+        return {"images": len(images), "classes": len(images.classes), "labels": digest}
+
+    def _restore_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         parameters = list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
         for index, values in state.items():
             for name, value in values.items():
@@ -390,6 +412,8 @@ class Trainer:
                     # As the optimizer would have made it: fused updates need the parameter's layout.
                     values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(values)
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
