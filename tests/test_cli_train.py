@@ -150,6 +150,13 @@ def test_a_configuration_is_an_object(folder, tmp_path, capsys):
     assert "list.json holds no object of names and values, but [1]" in capsys.readouterr().err
 
 
+def test_data_that_need_a_package_say_which(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert main(["train", str(tmp_path), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
+    assert "is a Hugging Face data set; to read it: pip install datasets" in capsys.readouterr().err
+
+
 def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     os.symlink(folder / "train", tmp_path / "data" / "train")

@@ -411,6 +411,11 @@ def test_fine_tuning_from_weights_of_other_classes_and_of_a_plain_vit(tmp_path):
     assert not new_head
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(model.eval()(x), vit.eval()(x), rtol=1e-4, atol=1e-5)
+    vit.reset_classifier(0)
+    save_file(vit.state_dict(), tmp_path / "features.safetensors")
+    model, new_head = build_model(tiny_config(weights=str(tmp_path / "features.safetensors")), 3)
+    assert new_head
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     with pytest.raises(ValueError, match=r"weights: .*vit.safetensors does not fit this model"):
         build_model(tiny_config(weights=config.weights, model_kwargs=MODEL_KWARGS | {"embed_dim": 64}), 5)
 
@@ -424,6 +429,19 @@ def test_progress_says_where_the_run_stands(tmp_path):
     assert lines[0].startswith("epoch 1/2  update 1/12  loss ")
     assert "accuracy at 4/3/2: " in lines[0]
     assert any(line.startswith("epoch 2/2  held out at 4/3/2: ") for line in lines)
+
+
+def test_the_learning_rate_that_is_told_is_that_of_the_head(tmp_path):
+    config = tiny_config(layer_decay=0.5, warmup_epochs=0)
+    tiny_trainer(config, folder=tmp_path).fit()
+    assert read_rows(tmp_path / STEPS)[0]["lr"] == config.lr
+
+
+def test_nan_before_the_first_checkpoint_promises_none(tmp_path):
+    trainer = tiny_trainer(folder=tmp_path)
+    trainer.forward = lambda batch: (torch.tensor(math.nan), None)
+    with pytest.raises(NotFiniteError, match=r"at update 1, .*; there is no checkpoint yet\. Lower lr"):
+        trainer.fit()
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
@@ -452,6 +470,9 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
         ({"augment": {"preset": "heavy"}}, "augment: expected preset deit, light, none, got 'heavy'"),
         ({"augment": {"cropp": 1}}, "augment: unknown cropp"),
         ({"grids": (2, 3)}, "grids"),
+        ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\), got 1.0"),
+        ({"sched": "plateau"}, "sched: plateau depends on the course of a run"),
+        ({"sched": "none", "layer_decay": 0.5}, "layer_decay: timm's schedules apply it, and sched is none"),
     ],
 )
 def test_choices_that_cannot_be(changes, message):

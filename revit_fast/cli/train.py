@@ -46,7 +46,9 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     except (NotFiniteError, UnreadableError, OSError) as error:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError) as error:
+    except ModuleNotFoundError:
+        raise  # main says what to install
+    except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
     return 0
 

@@ -255,11 +255,16 @@ class Trainer:
 
     def _not_finite(self, value: Tensor, batch: Batch, what: str = "loss") -> str:
         names = [self.loader.images.name(int(i)) for i in batch.index[:3]]
-        kept = f"the last checkpoint is in {self.folder}" if self.folder is not None else "no checkpoint was kept"
+        there = self.folder is not None and (self.folder / CHECKPOINT).exists()
+        kept = f"the last checkpoint is in {self.folder}" if there else "there is no checkpoint yet"
         return (
             f"{what} is {value.item()} at update {self.step + 1}, in a batch that begins with {', '.join(names)}; "
-            f"{kept}. Lower lr (now {self.optimizer.param_groups[0]['lr']:.2g}), set clip_grad, or look at these images"
+            f"{kept}. Lower lr (now {self._lr():.2g}), set clip_grad, or look at these images"
         )
+
+    def _lr(self) -> float:
+        """The learning rate now; with layer decay that of the head."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _report(self, epoch: int) -> None:
         """A line of the log: means since the last one."""
@@ -267,7 +272,7 @@ class Trainer:
         self._meter = Meter(len(self.config.grids))
         if not self.world.is_first:
             return
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self._lr()
         row = {"step": self.step, "epoch": epoch + 1, "lr": lr, "loss": means.loss.mean().item()}
         for grid, loss, accuracy in zip(self.config.grids, means.loss.tolist(), means.accuracy.tolist(), strict=True):
             row |= {f"loss_{grid}": loss, f"accuracy_{grid}": accuracy}
