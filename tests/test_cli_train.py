@@ -125,6 +125,13 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     assert json.loads((out / "fit.json").read_text()) == {"budget": {"mean_tokens": 9}, "assigner": {"widths": [8, 8]}}
 
 
+def test_fit_refuses_an_assigner_before_it_trains(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", str(folder), "--output", str(out), *OPTIONS, "--assigner", "thumbnail_px=30"]) == 2
+    assert "thumbnail_px: expected a positive multiple of 4, got 30" in capsys.readouterr().err
+    assert not (out / "train").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

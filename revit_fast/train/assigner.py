@@ -16,7 +16,7 @@ from revit_fast.model import ReViT
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import STEM_PATCH, TokenLengthAssigner
 from revit_fast.train.data import ImageSet
-from revit_fast.train.labels import decoded_chunks
+from revit_fast.train.labels import Predictions, decoded_chunks, length_labels
 
 OBJECTIVES = ("label", "suffices")
 
@@ -187,6 +187,31 @@ def make_thumbnails(
         rows.append(tla.thumbnails(pixels, boxes, torch.uint8).view(len(pixels), side**2, -1))
         found.append(places[where])
     return np.concatenate(found), torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+
+
+def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predictions: Predictions) -> np.ndarray:
+    """Calibrates an assigner on what its model makes of held-out images; pixels are held a few images at a time.
+
+    An image that no length gets right counts as one for the shortest: more tokens would not help it.
+
+    Args:
+        tla: the assigner.
+        images: that neither was trained on.
+        model: that the assigner is for.
+        predictions: of the model for these images.
+
+    Returns:
+        Places of the images that could be read, in the order of the calibration.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    places, rows = make_thumbnails(tla, images, model, np.flatnonzero(predictions.readable))
+    if len(places) == 0:
+        raise ValueError(f"images: expected held-out images to calibrate on, but none of {len(images)} can be read")
+    labels = length_labels(predictions.correct(images.labels)[:, places], unsolved="shortest")
+    tla.calibrate_rows(rows.flatten(0, 1), labels)
+    return places
 
 
 @dataclass(frozen=True)

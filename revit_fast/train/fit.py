@@ -16,11 +16,11 @@ from revit_fast.model import ReViT
 from revit_fast.pipeline import pipeline
 from revit_fast.policies import PolicySpec
 from revit_fast.tla import TokenLengthAssigner
-from revit_fast.train.assigner import make_thumbnails, train_assigner
+from revit_fast.train.assigner import calibrate_on, train_assigner
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError
 from revit_fast.train.evaluate import default_policies, evaluate, threshold_for
-from revit_fast.train.labels import LengthLabels, length_labels, predict_lengths
+from revit_fast.train.labels import LengthLabels, predict_lengths
 from revit_fast.train.log import percentages
 from revit_fast.train.report import Report
 from revit_fast.train.run import BUNDLE, evaluation_images, open_data, train
@@ -77,6 +77,8 @@ def fit(
         if terminal is not None:
             print(text, file=terminal, flush=True)
 
+    if assigner:
+        TokenLengthAssigner(config.grids, **assigner)  # refuses before the training what it would refuse after it
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
     images, held_out = open_data(config)
     trained = read_bundle(folder / TRAIN / BUNDLE)
@@ -156,9 +158,7 @@ def fit_assigner(
     right = unseen.probability(held_out.labels)
     if not learns_from_seen:
         return tla, right[:, history.held_out], labels
-    places, rows = make_thumbnails(tla, held_out, model, np.flatnonzero(unseen.readable))
-    targets = length_labels(unseen.correct(held_out.labels)[:, places], "smallest", "shortest")
-    tla.calibrate_rows(rows.flatten(0, 1), torch.from_numpy(targets))
+    places = calibrate_on(tla, held_out, model, unseen)
     return tla, right[:, places], labels
 
 
