@@ -64,6 +64,24 @@ def test_a_run_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
     assert "has seed = 0" in capsys.readouterr().err
 
 
+def test_two_processes_do_not_train_in_one_folder(folder, tmp_path, capsys):
+    """The second is refused while the first runs, and takes its place once it is killed."""
+    command = ["train", str(folder), "--output", str(tmp_path), "--epochs", "30", *OPTIONS]
+    process = subprocess.Popen([sys.executable, "-m", "revit_fast.cli", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not read_rows(tmp_path / STEPS) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert main([*command, "--resume"]) == 1
+    assert f"another process is training in {tmp_path}; wait until" in capsys.readouterr().err
+    process.kill()
+    process.wait(timeout=60)
+    (tmp_path / "checkpoint.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / "bundle.123.tmp").mkdir()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    assert main([*command, "--resume"]) == 0
+    assert not list(tmp_path.glob("*.tmp")), "left by a run that was killed"
+
+
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [sys.executable, "-m", "revit_fast.cli", "train"]
