@@ -150,6 +150,12 @@ def test_fit_refuses_an_assigner_before_it_trains(folder, tmp_path, capsys):
     assert not (out / "train").exists()
 
 
+def test_fit_is_for_one_process(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["fit", str(folder), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
+    assert "fit: runs as one process, got 2; start `revit-fast train` with torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -115,7 +116,7 @@ def train_assigner(
         The course of training. The assigner is in evaluation mode.
 
     Raises:
-        ValueError: for labels or options that are not as above.
+        ValueError: for labels or options that are not as above, and where the loss becomes NaN or infinite.
     """
     labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
     if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
@@ -161,6 +162,11 @@ def train_assigner(
             schedule.step()
             total += loss.item() / per_epoch
         history.append(_judge(tla.eval(), epoch, total, thumbnails, targets, enough, held_out, loss_of))
+        if not math.isfinite(total + history[-1].held_out_loss):
+            raise ValueError(
+                f"lr: the loss of epoch {epoch} is {total}, {history[-1].held_out_loss} on held-out images; expected a "
+                f"smaller lr than {lr}"
+            )
         if best == 0 or history[-1].held_out_loss < history[best - 1].held_out_loss:
             best, best_state = epoch, copy.deepcopy(tla.network.state_dict())
         if progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -69,8 +70,15 @@ def fit(
         The evaluation; None where there is no test split.
 
     Raises:
+        ValueError: under torchrun with several processes: what follows the training is work for one.
         others: see `run.train`, `train_assigner` and `save_bundle`.
     """
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if n_processes > 1:
+        raise ValueError(
+            f"fit: runs as one process, got {n_processes}; start `revit-fast train` with torchrun, then "
+            "`train-assigner`, `calibrate` and `evaluate` without"
+        )
     config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE)
 
     def say(text: str) -> None:
