@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,9 @@ from typing import Any
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux' renameat2."""
+
+LEFTOVER = re.compile(r"\.\d+\.tmp$")
+"""The end of a temporary path's name."""
 
 
 @contextmanager
@@ -63,6 +67,13 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[Path]:
             os.rename(old, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes from a folder what processes that were killed had begun to write; nobody may be writing to it."""
+    for path in Path(folder).iterdir():
+        if LEFTOVER.search(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -81,7 +81,8 @@ class Calibration:
 
 def suffices(probabilities: np.ndarray) -> np.ndarray:
     """P(label <= length) `[B, n_lengths]`: the probability that a length is long enough; 1 for the longest."""
-    cumulative = np.ascontiguousarray(probabilities[:, ::-1].cumsum(axis=1)[:, ::-1])
+    # Rounded sums may exceed 1: as a threshold, such a value would be out of reach of every length.
+    cumulative = np.ascontiguousarray(probabilities[:, ::-1].cumsum(axis=1)[:, ::-1].clip(max=1.0))
     cumulative[:, 0] = 1.0
     return cumulative
 
@@ -245,11 +246,14 @@ def _random(argument, n_lengths: int):
         if not isinstance(argument, Mapping) or not set(argument) <= set(options):
             raise ValueError(f'policy: expected ("random", {{"seed": int, "shares": [...]}}), got {argument!r}')
         options |= argument
+    seed = options["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        raise ValueError(f"policy: expected an int in [0, 2**64) as the seed of random, got {seed!r}")
     shares = np.asarray(options["shares"], dtype=np.float64)
     if shares.shape != (n_lengths,) or not (shares >= 0).all() or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6):
         raise ValueError(f"policy: expected {n_lengths} shares that sum to 1, got {options['shares']!r}")
     bounds = shares.cumsum()[:-1]
-    return lambda evidence: np.searchsorted(bounds, uniform(int(options["seed"]), evidence.index), side="right")
+    return lambda evidence: np.searchsorted(bounds, uniform(int(seed), evidence.index), side="right")
 
 
 def _entropy_bits(argument, n_lengths: int, calibration: Calibration | None) -> np.ndarray:

@@ -193,7 +193,7 @@ class TokenLengthAssigner(nn.Module):
         limit = max(MAX_SHARE * shortest, min(LEAST_MACS, LEAST_SHARE * shortest))
         for thumbnail_px, widths in SIZES:
             assigner = cls(model.grids, thumbnail_px=thumbnail_px, widths=widths, **options)
-            if assigner.network.macs(thumbnail_px) <= limit:
+            if assigner.macs <= limit:
                 break
         return assigner
 

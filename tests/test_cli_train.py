@@ -16,7 +16,9 @@ from revit_fast.bundle import read_bundle
 from revit_fast.cli import main
 from revit_fast.cli.train import add_config, field_texts
 from revit_fast.train.config import TrainConfig
+from revit_fast.train.data import NoSplitError, open_images
 from revit_fast.train.log import STEPS, read_rows
+from revit_fast.train.run import evaluation_images, open_data
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=32", "depth=2"]
 RECIPE = ["--batch-size", "8", "--lr", "0.003", "--warmup-epochs", "0", "--augment", "preset=light", "pad=1"]
@@ -57,6 +59,27 @@ def test_a_run_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
     assert "from update 12 of 12" in capsys.readouterr().err
     assert main(["train", "--output", str(tmp_path), "--resume", "--lr", "0.1"]) == 2
     assert "has lr = 0.003" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"seed": 7}')
+    assert main(["train", "--output", str(tmp_path), "--resume", "--config", str(tmp_path / "other.json")]) == 2
+    assert "has seed = 0" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_in_one_folder(folder, tmp_path, capsys):
+    """The second is refused while the first runs, and takes its place once it is killed."""
+    command = ["train", str(folder), "--output", str(tmp_path), "--epochs", "30", *OPTIONS]
+    process = subprocess.Popen([sys.executable, "-m", "revit_fast.cli", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not read_rows(tmp_path / STEPS) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert main([*command, "--resume"]) == 1
+    assert f"another process is training in {tmp_path}; wait until" in capsys.readouterr().err
+    process.kill()
+    process.wait(timeout=60)
+    (tmp_path / "checkpoint.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / "bundle.123.tmp").mkdir()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    assert main([*command, "--resume"]) == 0
+    assert not list(tmp_path.glob("*.tmp")), "left by a run that was killed"
 
 
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
@@ -120,6 +143,19 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     assert json.loads((out / "fit.json").read_text()) == {"budget": {"mean_tokens": 9}, "assigner": {"widths": [8, 8]}}
 
 
+def test_fit_refuses_an_assigner_before_it_trains(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", str(folder), "--output", str(out), *OPTIONS, "--assigner", "thumbnail_px=30"]) == 2
+    assert "thumbnail_px: expected a positive multiple of 4, got 30" in capsys.readouterr().err
+    assert not (out / "train").exists()
+
+
+def test_fit_is_for_one_process(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["fit", str(folder), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
+    assert "fit: runs as one process, got 2; start `revit-fast train` with torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -139,6 +175,19 @@ def test_usage_errors(folder, tmp_path, capsys, arguments, code, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_configuration_is_an_object(folder, tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    assert main(["train", str(folder), "--output", str(tmp_path), "--config", str(tmp_path / "list.json")]) == 2
+    assert "list.json holds no object of names and values, but [1]" in capsys.readouterr().err
+
+
+def test_data_that_need_a_package_say_which(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert main(["train", str(tmp_path), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
+    assert "is a Hugging Face data set; to read it: pip install datasets" in capsys.readouterr().err
+
+
 def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     os.symlink(folder / "train", tmp_path / "data" / "train")
@@ -149,6 +198,25 @@ def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):
 def test_images_without_splits_are_not_evaluated_on_themselves(folder, tmp_path, capsys):
     assert main(["train", str(folder / "train"), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
     assert "has no splits: its images are those of training; set held_out_share" in capsys.readouterr().err
+
+
+def test_training_images_are_no_test_split_whichever_part_of_them_is_held_out(folder):
+    path, first = str(folder / "train"), open_images(str(folder / "train")).name(0)
+    where = set()
+    for seed in range(10):
+        parts = open_data(TrainConfig(data=path, held_out_share=0.4, seed=seed))
+        where.add(parts[0].name(0) == first)
+        with pytest.raises(NoSplitError, match="has no splits: its images are those of training"):
+            evaluation_images(path, *parts)
+    assert where == {True, False}, "the first image was never held out, or always"
+
+
+def test_epochs_are_judged_on_val_and_fit_reports_on_test(folder, tmp_path):
+    for split, target in (("train", "train"), ("test", "test"), ("val", "test")):
+        (tmp_path / split).symlink_to(folder / target)
+    images, held_out = open_data(TrainConfig(data=str(tmp_path)))
+    assert held_out.name(0).startswith(str(tmp_path / "val"))
+    assert evaluation_images(str(tmp_path), images).name(0).startswith(str(tmp_path / "test"))
 
 
 def test_every_choice_has_an_option_and_a_text():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from revit_fast.bundle import read_bundle, save_bundle
 from revit_fast.cli import main
 from revit_fast.costs import forward_macs
 from revit_fast.policies import Calibration
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.train.assigner import calibrate_on
 from revit_fast.train.data import ArrayImages
 from revit_fast.train.evaluate import evaluate, matched_entropy, threshold_for_drop
 from revit_fast.train.labels import LengthLabels, Predictions, length_labels, predict_lengths
@@ -399,7 +402,8 @@ class TestCommands:
         assert main(["train-assigner", bundle, data, *options]) == 0
         assert read_bundle(bundle).tla is None, "with --output the bundle stays as it was"
         assert main(["calibrate", f"{place}/new", data, "--budget", "30", "--split", "test"]) == 0
-        assert main(["evaluate", f"{place}/new", data, "--time", "--rounds", "1", "--time-images", "20"]) == 0
+        timed = ["--time", "--rounds", "2", "--time-images", "20", "--thresholds", "0.5,0.5"]
+        assert main(["evaluate", f"{place}/new", data, *timed]) == 0
         out = capsys.readouterr().out
         assert "images/s" in out
         bundle = read_bundle(f"{place}/new")
@@ -407,6 +411,32 @@ class TestCommands:
         images = tiny_training.synthetic(300, 8)[0]
         tokens = [r.grid**2 for r in pipe.assign(images.image(i) for i in range(300))]
         assert np.mean(tokens) <= 30
+
+    def test_calibration_holds_pixels_a_few_at_a_time(self, place, monkeypatch):
+        model, images = tiny_training.trained(), tiny_training.synthetic(40, 3)[0]
+        tla, image = rf.TokenLengthAssigner.for_model(model).eval(), images.image
+        alive, most = set(), 0
+
+        def counted(i):
+            nonlocal most
+            pixels = image(i).copy()
+            alive.add(i)
+            weakref.finalize(pixels, alive.discard, i)
+            most = max(most, len(alive))
+            return pixels
+
+        predictions = predict_lengths(model, images)
+        monkeypatch.setattr(images, "image", counted)
+        monkeypatch.setattr("revit_fast.train.labels.CHUNK", 8)
+        places = calibrate_on(tla, images, model, predictions)
+        assert most <= 2 * 8, "of 40"
+        assert places.tolist() == list(range(40))
+        monkeypatch.undo()
+        mine = tla.calibration
+        labels = length_labels(predictions.correct(images.labels), unsolved="shortest")
+        AdaptivePreprocessor.for_model(model, tla).calibrate([images.image(i) for i in range(40)], labels)
+        np.testing.assert_array_equal(tla.calibration.suffices, mine.suffices)
+        assert tla.calibration.temperature == mine.temperature
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -62,6 +62,14 @@ def test_budget_is_spent_and_kept(budget):
     assert CALIBRATION.shares(threshold) @ costs == pytest.approx(mean)
 
 
+def test_a_budget_for_all_images_at_the_longest_where_rounded_sums_exceed_one():
+    half = np.float32(0.5 + 2**-24)
+    sure = np.array([[0, half, half], [1, 0, 0]], np.float32)
+    assert half + half > 1
+    calibration = Calibration(1.0, suffices(sure), (7.0, 5.0))
+    assert make_policy(("budget", 196), GRIDS, calibration=calibration).threshold == 1.0
+
+
 def test_budget_in_gmacs():
     macs = [4.6e9, 2.27e9, 1.1e9]
     got = chosen(("budget", {"mean_gmacs": 2.0}), calibration=CALIBRATION, macs=macs)
@@ -139,6 +147,8 @@ class TestEntropy:
         (("fixed", 8), r"\[8\] are not among"),
         (("fixed", [14, 9]), r"\[9\] are not among"),
         (("random", {"share": [1]}), "shares"),
+        (("random", {"seed": -1}), "seed of random, got -1"),
+        (("random", {"seed": "x"}), "seed of random, got 'x'"),
         (("random", {"shares": [0.5, 0.5]}), "3 shares"),
         (("random", {"shares": [0.5, 0.6, -0.1]}), "3 shares"),
         (("entropy", [5, 7]), "decreasing"),

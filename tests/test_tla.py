@@ -242,6 +242,12 @@ class TestSizes:
         assert (tla.thumbnail_px, tla.widths) in SIZES
         assert tla.network.macs(tla.thumbnail_px) <= MAX_SHARE * forward_macs(model, 49)
 
+    def test_sized_to_the_model_with_a_timm_backbone(self):
+        tla = rf.TokenLengthAssigner.for_model(
+            rf.create_model("deit_tiny_patch16_224"), backbone="test_resnet.r160_in1k"
+        )
+        assert tla.thumbnail_px == SIZES[-1][0], "the smallest, as none is light enough"
+
     def test_model_macs(self):
         """DeiT-S has 4.60 GMACs at 14x14 tokens, 2.27 at 10x10 and 1.10 at 7x7."""
         model = rf.create_model("deit_small_patch16_224")

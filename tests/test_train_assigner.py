@@ -187,6 +187,11 @@ class TestRefused:
             train_assigner(make_assigner(), flat_images(8), **arguments)
 
 
+def test_a_loss_that_is_no_number_gives_no_assigner():
+    with pytest.raises(ValueError, match=r"lr: the loss of epoch 1 is nan, nan on held-out images; .* than 1e\+30"):
+        train(lr=1e30)
+
+
 def test_macs_of_a_timm_backbone():
     """The same number as by the formula, where there is one."""
     tla = make_assigner(widths=(8, 20, 33))

@@ -184,6 +184,11 @@ class TestFolders:
         assert list(ours.classes) == sorted(reader.class_to_idx, key=reader.class_to_idx.get)
         assert {(ours.name(i), int(ours.labels[i])) for i in range(len(ours))} == set(reader.samples)
 
+    def test_digits_that_are_no_numbers(self, root):
+        for name in ("①", "5²", "٣", "10"):
+            write(root / "digits" / name / "a.png", png(0))
+        assert open_images(root / "digits").classes == ("٣", "5²", "10", "①")
+
     def test_without_splits(self, root):
         for split in ("train", "val", "other"):
             assert len(open_images(root / "train", split)) == 9

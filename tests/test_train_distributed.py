@@ -122,3 +122,10 @@ def test_processes_that_make_no_whole_group_are_refused(monkeypatch):
         ValueError, match=r"needs a multiple of 3 processes, one for each length, got 4; start with torc"
     ):
         World("length-parallel", 3)
+
+
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match=r"device: process 0 needs GPU 1, PyTorch sees 1; start as many processes as"):
+        World(device="cuda")

@@ -144,8 +144,9 @@ def test_packs_of_a_cpu_are_bounded(monkeypatch):
         {"model_kwargs": MODEL_KWARGS | {"drop_rate": 0.1, "drop_path_rate": 0.2}, "augment": {"mixup": 0.5}},
         {"grad_accum_steps": 2, "micro_batch": 3, "amp": "bfloat16", "grad_checkpointing": True, "clip_grad": 0.5},
         {"norms": "shared", "layer_decay": 0.8, "log_steps": 5},
+        {"opt": "lamb", "lr": 0.01},
     ],
-    ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "shared norms"],
+    ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "shared norms", "steps counted in groups"],
 )
 @pytest.mark.parametrize("cut", [2, 6, 7])
 def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
@@ -173,6 +174,32 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     assert_same_weights(whole.weights(), second.weights())
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
     assert len(losses_of(tmp_path / "whole")) == whole.n_updates // config.log_steps
+    # Also where it was cut off between an epoch's last update and its evaluation.
+    assert read_rows(tmp_path / "whole" / EPOCHS) == read_rows(tmp_path / "cut" / EPOCHS)
+    assert (tmp_path / "whole" / BEST).read_bytes() == (tmp_path / "cut" / BEST).read_bytes()
+
+
+def test_a_run_that_was_killed_while_it_evaluated_evaluates_once(tmp_path):
+    """The checkpoint of an epoch's last update is there, and its row of the log, but not the checkpoint after it."""
+    config = tiny_config(checkpoint_steps=3)
+    whole = tiny_trainer(config, folder=tmp_path / "whole")
+    whole.fit()
+    first = tiny_trainer(config, folder=tmp_path / "cut")
+    end_epoch = first._end_epoch
+
+    def killed_after(epoch):
+        end_epoch(epoch)
+        raise KeyboardInterrupt
+
+    first._end_epoch = killed_after
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = tiny_trainer(config, folder=tmp_path / "cut")
+    second.resume()
+    assert (second.step, second.epoch) == (6, 0)
+    second.fit()
+    assert read_rows(tmp_path / "whole" / EPOCHS) == read_rows(tmp_path / "cut" / EPOCHS)
+    assert_same_weights(whole.weights(), second.weights())
 
 
 RUN = """
@@ -270,6 +297,31 @@ def test_a_run_is_resumed_as_it_was(tmp_path, changes, message):
     tiny_trainer(tiny_config(log_steps=4), folder=tmp_path).resume()
 
 
+def test_lists_and_tuples_are_the_same_choice(tmp_path):
+    config = tiny_config(mean=(0.5, 0.5, 0.5), augment={"preset": "none", "scale": (0.5, 1.0)})
+    tiny_trainer(config, folder=tmp_path).fit()
+    tiny_trainer(config, folder=tmp_path).resume()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: noise_images(56), r"then 48 of 3 classes, now 56 of 3 classes; bring them back"),
+        (lambda: relabelled(noise_images()), r"then 48 of 3 classes, now 48 of 3 classes"),
+    ],
+    ids=["more images", "other labels"],
+)
+def test_other_images_are_no_run_to_go_on_with(tmp_path, other, message):
+    tiny_trainer(folder=tmp_path).fit()
+    with pytest.raises(ValueError, match=f"resume: the images are not those that the run in .*: {message}"):
+        tiny_trainer(folder=tmp_path, images=other()).resume()
+
+
+def relabelled(images):
+    images.labels = images.labels[::-1].copy()
+    return images
+
+
 def test_shared_norms_stay_shared_and_tal_norms_part(tmp_path):
     for norms in ("shared", "tal"):
         trainer = tiny_trainer(tiny_config(norms=norms, ema_decay=0.5))
@@ -303,14 +355,40 @@ class Unreadable(ArrayImages):
         return super().image(i)
 
 
-def test_unreadable_images_are_counted_and_a_share_is_too_much():
+def test_unreadable_images_are_counted_and_a_share_is_too_much(tmp_path):
     rng = np.random.default_rng(0)
     images = Unreadable(rng.integers(0, 255, (48, 8, 8, 3), dtype=np.uint8), np.arange(48) % 3, ("a", "b", "c"))
-    trainer = tiny_trainer(tiny_config(max_unreadable=0.2), images=images)
+    terminal = io.StringIO()
+    trainer = tiny_trainer(tiny_config(max_unreadable=0.2), images=images, folder=tmp_path, terminal=terminal)
     trainer.fit()
     assert len(trainer.unreadable) == 6
+    assert "6 training images could not be read so far, first image " in terminal.getvalue()
+    resumed = tiny_trainer(trainer.config, images=images, folder=tmp_path)
+    resumed.resume()
+    assert resumed.unreadable == resumed.loader.unreadable == trainer.unreadable, "a resumed run counts anew"
     with pytest.raises(UnreadableError, match="cannot be read, more than max_unreadable allows"):
         tiny_trainer(tiny_config(max_unreadable=0.01), images=images).fit()
+
+
+def test_as_many_held_out_images_may_be_unreadable_as_training_images():
+    pixels = noise_images(24, seed=1)
+    held_out = Unreadable([pixels.image(i) for i in range(24)], pixels.labels, pixels.classes)
+    terminal = io.StringIO()
+    trainer = tiny_trainer(tiny_config(max_unreadable=0.2), held_out=held_out, terminal=terminal)
+    assert trainer.fit().n_images == 21
+    assert " of 21 images, 3 more could not be read" in terminal.getvalue()
+    with pytest.raises(UnreadableError, match="3 cannot be read, more than max_unreadable allows"):
+        tiny_trainer(tiny_config(max_unreadable=0.1), held_out=held_out).evaluate()
+
+
+def test_more_processes_than_held_out_images(monkeypatch):
+    trainer = tiny_trainer(held_out=noise_images(3).subset([0, 2]))
+    monkeypatch.setattr(trainer.world, "sum", lambda values: values)
+    trainer.world.size, counted = 3, []
+    for rank in range(3):
+        trainer.world.rank = rank
+        counted.append(trainer.evaluate().n_images)
+    assert counted == [1, 1, 0]
 
 
 def test_a_set_too_small_for_an_update_is_refused():
@@ -333,6 +411,11 @@ def test_fine_tuning_from_weights_of_other_classes_and_of_a_plain_vit(tmp_path):
     assert not new_head
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(model.eval()(x), vit.eval()(x), rtol=1e-4, atol=1e-5)
+    vit.reset_classifier(0)
+    save_file(vit.state_dict(), tmp_path / "features.safetensors")
+    model, new_head = build_model(tiny_config(weights=str(tmp_path / "features.safetensors")), 3)
+    assert new_head
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     with pytest.raises(ValueError, match=r"weights: .*vit.safetensors does not fit this model"):
         build_model(tiny_config(weights=config.weights, model_kwargs=MODEL_KWARGS | {"embed_dim": 64}), 5)
 
@@ -346,6 +429,19 @@ def test_progress_says_where_the_run_stands(tmp_path):
     assert lines[0].startswith("epoch 1/2  update 1/12  loss ")
     assert "accuracy at 4/3/2: " in lines[0]
     assert any(line.startswith("epoch 2/2  held out at 4/3/2: ") for line in lines)
+
+
+def test_the_learning_rate_that_is_told_is_that_of_the_head(tmp_path):
+    config = tiny_config(layer_decay=0.5, warmup_epochs=0)
+    tiny_trainer(config, folder=tmp_path).fit()
+    assert read_rows(tmp_path / STEPS)[0]["lr"] == config.lr
+
+
+def test_nan_before_the_first_checkpoint_promises_none(tmp_path):
+    trainer = tiny_trainer(folder=tmp_path)
+    trainer.forward = lambda batch: (torch.tensor(math.nan), None)
+    with pytest.raises(NotFiniteError, match=r"at update 1, .*; there is no checkpoint yet\. Lower lr"):
+        trainer.fit()
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
@@ -374,6 +470,9 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
         ({"augment": {"preset": "heavy"}}, "augment: expected preset deit, light, none, got 'heavy'"),
         ({"augment": {"cropp": 1}}, "augment: unknown cropp"),
         ({"grids": (2, 3)}, "grids"),
+        ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\), got 1.0"),
+        ({"sched": "plateau"}, "sched: plateau depends on the course of a run"),
+        ({"sched": "none", "layer_decay": 0.5}, "layer_decay: timm's schedules apply it, and sched is none"),
     ],
 )
 def test_choices_that_cannot_be(changes, message):

@@ -55,5 +55,6 @@ def tiny_trainer(config: TrainConfig | None = None, *, images=None, held_out=Tru
     torch.manual_seed(config.seed)
     images = images or noise_images()
     model, _ = build_model(config, len(images.classes))
-    held_out = noise_images(24, seed=1) if held_out else None
-    return Trainer(model, images, config, held_out=held_out, terminal=None, **options)
+    if isinstance(held_out, bool):
+        held_out = noise_images(24, seed=1) if held_out else None
+    return Trainer(model, images, config, held_out=held_out, **options)

@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     from revit_fast.bundle import save_bundle
     from revit_fast.policies import smallest_sufficient
-    from revit_fast.preprocess import AdaptivePreprocessor
+    from revit_fast.train.assigner import calibrate_on
     from revit_fast.train.evaluate import threshold_for
-    from revit_fast.train.labels import length_labels, predict_lengths
+    from revit_fast.train.labels import predict_lengths
 
     folder = labelled.folder_to_write(args)
     bundle, images = labelled.open_both(args)
@@ -61,11 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if tla is None:
         raise UsageError(f"{args.bundle} has no assigner yet; make one with `revit-fast train-assigner`")
     predictions = predict_lengths(model, images, progress=labelled.counter("predicted"))
-    places = np.flatnonzero(predictions.readable)
-    correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))
-    prep = AdaptivePreprocessor.for_model(model, tla)
     with labelled.usage_errors():
-        prep.calibrate([images.image(int(i)) for i in places], length_labels(correct, unsolved="shortest"))
+        places = calibrate_on(tla, images, model, predictions)
+        correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))
         threshold = threshold_for(model, tla.calibration, right, args.budget, args.max_drop)
         own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
         save_bundle(folder, model, tla, policy=("threshold", threshold), **own)

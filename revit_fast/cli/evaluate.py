@@ -15,7 +15,7 @@ def _numbers(text: str) -> list[float]:
         values = [-1.0]
     if not all(0.0 <= value <= 1.0 for value in values):
         raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1, such as 0.5,0.9, got {text!r}")
-    return values
+    return list(dict.fromkeys(values))  # a policy has one row
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

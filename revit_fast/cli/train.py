@@ -46,23 +46,26 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     except (NotFiniteError, UnreadableError, OSError) as error:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError) as error:
+    except ModuleNotFoundError:
+        raise  # main says what to install
+    except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
     return 0
 
 
 def configuration(args: argparse.Namespace, folder: Path) -> TrainConfig:
-    """The run's configuration: of the folder that is resumed, or of a file, with the options' changes."""
+    """The run's configuration: of the folder that is resumed, with the changes of a file and of the options."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
-    if args.resume and (folder / CONFIG).is_file():
-        return read_config(folder).with_changes(**given)
+    kept = read_config(folder).as_dict() if args.resume and (folder / CONFIG).is_file() else {}
     base = {}
     if args.config is not None:
         try:
             base = json.loads(Path(args.config).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UsageError(f"--config: cannot read {args.config}: {error}") from error
-    config = TrainConfig.from_dict(base | given)
+        if not isinstance(base, dict):
+            raise UsageError(f"--config: {args.config} holds no object of names and values, but {base!r:.40}")
+    config = TrainConfig.from_dict(kept | base | given)
     if not config.data:
         raise UsageError("DATA: expected images to train on, or --resume with the --output of a run")
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from revit_fast.model import ReViT
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import STEM_PATCH, TokenLengthAssigner
 from revit_fast.train.data import ImageSet
-from revit_fast.train.labels import decoded_chunks
+from revit_fast.train.labels import Predictions, decoded_chunks, length_labels
 
 OBJECTIVES = ("label", "suffices")
 
@@ -115,7 +116,7 @@ def train_assigner(
         The course of training. The assigner is in evaluation mode.
 
     Raises:
-        ValueError: for labels or options that are not as above.
+        ValueError: for labels or options that are not as above, and where the loss becomes NaN or infinite.
     """
     labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
     if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
@@ -161,6 +162,11 @@ def train_assigner(
             schedule.step()
             total += loss.item() / per_epoch
         history.append(_judge(tla.eval(), epoch, total, thumbnails, targets, enough, held_out, loss_of))
+        if not math.isfinite(total + history[-1].held_out_loss):
+            raise ValueError(
+                f"lr: the loss of epoch {epoch} is {total}, {history[-1].held_out_loss} on held-out images; expected a "
+                f"smaller lr than {lr}"
+            )
         if best == 0 or history[-1].held_out_loss < history[best - 1].held_out_loss:
             best, best_state = epoch, copy.deepcopy(tla.network.state_dict())
         if progress is not None:
@@ -187,6 +193,31 @@ def make_thumbnails(
         rows.append(tla.thumbnails(pixels, boxes, torch.uint8).view(len(pixels), side**2, -1))
         found.append(places[where])
     return np.concatenate(found), torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+
+
+def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predictions: Predictions) -> np.ndarray:
+    """Calibrates an assigner on what its model makes of held-out images; pixels are held a few images at a time.
+
+    An image that no length gets right counts as one for the shortest: more tokens would not help it.
+
+    Args:
+        tla: the assigner.
+        images: that neither was trained on.
+        model: that the assigner is for.
+        predictions: of the model for these images.
+
+    Returns:
+        Places of the images that could be read, in the order of the calibration.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    places, rows = make_thumbnails(tla, images, model, np.flatnonzero(predictions.readable))
+    if len(places) == 0:
+        raise ValueError(f"images: expected held-out images to calibrate on, but none of {len(images)} can be read")
+    labels = length_labels(predictions.correct(images.labels)[:, places], unsolved="shortest")
+    tla.calibrate_rows(rows.flatten(0, 1), labels)
+    return places
 
 
 @dataclass(frozen=True)

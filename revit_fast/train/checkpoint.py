@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revit_fast.atomic import replaced
 
-FORMAT = "revit-fast training state 1"
+FORMAT = "revit-fast training state 2"
 TENSOR = "\0tensor"
 """Key of the JSON objects that stand in a tensor's place; no name of a parameter or option is it."""
 
@@ -50,7 +50,7 @@ def load_state(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no state of a training run")
+                raise ValueError(f"{path} is no state of a training run of this version")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _put_together(json.loads(metadata["state"]), tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ PRESETS = {"deit": Augment, "light": Augment.light, "none": Augment.none}
 
 BASE_LR, BASE_BATCH = 5e-4, 512
 """DeiT's learning rate, and the images of a step that it is meant for (arXiv 2012.12877)."""
+
+HEAD_PARAMETER = re.compile(r"head(_dist)?\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class TrainConfig:
         lr: learning rate; None: DeiT's, in proportion to the images of an update.
         weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
         layer_decay: factor of the learning rate from a block to the one below it; None: no decay.
-        sched: timm's name of the schedule, stepped at every update.
+        sched: timm's name of the schedule, stepped at every update; "plateau", which follows no plan, is not supported.
         warmup_epochs: of linear warm-up.
         warmup_lr: learning rate that it begins with.
         min_lr: learning rate at the end.
@@ -126,6 +129,12 @@ class TrainConfig:
             _check_number(name, getattr(self, name), 0)
         if not 0 <= self.held_out_share < 1:
             raise ValueError(f"held_out_share: expected a share in [0, 1), got {self.held_out_share!r}")
+        if not self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay!r}")
+        if self.sched == "plateau":
+            raise ValueError("sched: plateau depends on the course of a run; give a planned one such as cosine")
+        if self.sched == "none" and self.layer_decay is not None:
+            raise ValueError("layer_decay: timm's schedules apply it, and sched is none; give one such as cosine")
         self.augmentation()
         check_distillation(self.distill_weight, self.temperature)
 
@@ -145,7 +154,7 @@ class TrainConfig:
             raise ValueError(f"augment: expected preset {', '.join(PRESETS)}, got {preset!r}")
         unknown = sorted(changes.keys() - {f.name for f in fields(Augment)})
         if unknown:
-            raise ValueError(f"augment: unknown {', '.join(unknown)}; expected fields of loader.Augment")
+            raise ValueError(f"augment: unknown {', '.join(unknown)}; expected fields of augment.Augment")
         return PRESETS[preset](**changes)
 
     def input_settings(self, model: ReViT) -> dict[str, Any]:
@@ -160,7 +169,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The choices as JSON values."""
-        return asdict(self) | {"grids": list(self.grids)}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -188,7 +197,7 @@ def _check_number(name: str, value: Any, least: float, whole: bool = False) -> N
 def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
     """The model of a run, with its first weights, and whether its head is new.
 
-    The head of a checkpoint that has other classes is left out.
+    The head of a checkpoint that has other classes is left out; one of features alone has none.
 
     Raises:
         ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
@@ -197,11 +206,11 @@ def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
     if config.weights is None:
         return model, False
     state_dict = read_checkpoint(Path(config.weights))
-    heads = [name for name in ("head", "head_dist") if f"{name}.weight" in state_dict]
-    new_head = any(state_dict[f"{name}.weight"].shape[0] != n_classes for name in heads)
+    own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
+    new_head = any(
+        name not in state_dict or state_dict[name].shape[:1] != value.shape[:1] for name, value in own.items()
+    )
     if new_head:
-        own = model.state_dict()
-        for name in (f"{head}.{part}" for head in heads for part in ("weight", "bias")):
-            state_dict[name] = own[name]
+        state_dict |= own
     model.load_weights(state_dict, config.weights)
     return model, new_head

@@ -43,6 +43,11 @@ class World:
             torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
         )
         if self.device.type == "cuda":
+            if (self.device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(
+                    f"device: process {self.rank} needs GPU {self.device.index}, PyTorch sees "
+                    f"{torch.cuda.device_count()}; start as many processes as there are GPUs, or train on the CPU"
+                )
             torch.cuda.set_device(self.device)
         self._started = self.size > 1 and not dist.is_initialized()
         if self._started:

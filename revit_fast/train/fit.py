@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +17,11 @@ from revit_fast.model import ReViT
 from revit_fast.pipeline import pipeline
 from revit_fast.policies import PolicySpec
 from revit_fast.tla import TokenLengthAssigner
-from revit_fast.train.assigner import make_thumbnails, train_assigner
+from revit_fast.train.assigner import calibrate_on, train_assigner
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError
 from revit_fast.train.evaluate import default_policies, evaluate, threshold_for
-from revit_fast.train.labels import LengthLabels, length_labels, predict_lengths
+from revit_fast.train.labels import LengthLabels, predict_lengths
 from revit_fast.train.log import percentages
 from revit_fast.train.report import Report
 from revit_fast.train.run import BUNDLE, evaluation_images, open_data, train
@@ -69,14 +70,23 @@ def fit(
         The evaluation; None where there is no test split.
 
     Raises:
+        ValueError: under torchrun with several processes: what follows the training is work for one.
         others: see `run.train`, `train_assigner` and `save_bundle`.
     """
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if n_processes > 1:
+        raise ValueError(
+            f"fit: runs as one process, got {n_processes}; start `revit-fast train` with torchrun, then "
+            "`train-assigner`, `calibrate` and `evaluate` without"
+        )
     config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE)
 
     def say(text: str) -> None:
         if terminal is not None:
             print(text, file=terminal, flush=True)
 
+    if assigner:
+        TokenLengthAssigner(config.grids, **assigner)  # refuses before the training what it would refuse after it
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
     images, held_out = open_data(config)
     trained = read_bundle(folder / TRAIN / BUNDLE)
@@ -86,7 +96,7 @@ def fit(
     policy = ("threshold", threshold_for(model, tla.calibration, right, budget, max_drop))
     own = {"classes": trained.classes, "settings": trained.settings}
     save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
-    report = _evaluated(config, model, tla, policy, images, timed_images, say)
+    report = _evaluated(config, model, tla, policy, (images, held_out), timed_images, say)
     if report is not None:
         _write(report, folder)
         card = f"Trained by revit-fast on {len(images)} images. On the test split:\n\n{report.table()}"
@@ -156,9 +166,7 @@ def fit_assigner(
     right = unseen.probability(held_out.labels)
     if not learns_from_seen:
         return tla, right[:, history.held_out], labels
-    places, rows = make_thumbnails(tla, held_out, model, np.flatnonzero(unseen.readable))
-    targets = length_labels(unseen.correct(held_out.labels)[:, places], "smallest", "shortest")
-    tla.calibrate_rows(rows.flatten(0, 1), torch.from_numpy(targets))
+    places = calibrate_on(tla, held_out, model, unseen)
     return tla, right[:, places], labels
 
 
@@ -167,12 +175,12 @@ def _evaluated(
     model: ReViT,
     tla: TokenLengthAssigner,
     policy: PolicySpec,
-    images: ImageSet,
+    training: tuple[ImageSet, ImageSet],
     timed_images: int,
     say: Callable[[str], None],
 ) -> Report | None:
     try:
-        test = evaluation_images(config.data, images)
+        test = evaluation_images(config.data, *training)
     except NoSplitError:
         say("no test split: nothing is evaluated")
         return None

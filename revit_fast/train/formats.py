@@ -60,7 +60,7 @@ class FileImages(ImageSet):
 
 def _natural_key(name: str) -> list:
     """timm's order of classes: by name in lower case, numbers in it by value."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:

@@ -18,15 +18,16 @@ class RunLog:
     Args:
         folder: where the files go; None: nothing is written.
         step: update that the run starts from; rows of later ones, left by a run that was cut off, are dropped.
+        evaluated: update after which the model was last evaluated; so are rows of later evaluations.
         terminal: where progress is printed; None: nowhere.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0, terminal: TextIO | None = None) -> None:
+    def __init__(self, folder: Path | None, step: int = 0, evaluated: int = 0, terminal: TextIO | None = None) -> None:
         self._folder, self._terminal, self._board = folder, terminal, None
         if folder is None:
             return
-        for name in (STEPS, EPOCHS):
-            _drop_rows_after(folder / name, step)
+        _drop_rows_after(folder / STEPS, step)
+        _drop_rows_after(folder / EPOCHS, evaluated)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # an extra

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
+from revit_fast.atomic import remove_leftovers
 from revit_fast.bundle import save_bundle
 from revit_fast.train.config import TrainConfig, build_model
 from revit_fast.train.data import ImageSet, NoSplitError, open_images, split_off
 from revit_fast.train.distributed import World
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
 
-EVALUATION_SPLIT = "test"
-BUNDLE = "bundle"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
+"""What a training run is evaluated on while it goes on, and what its outcome is; each serves where the other lacks."""
+
+BUNDLE, LOCK = "bundle", "train.lock"
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
@@ -28,19 +39,25 @@ def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     if config.held_out_share > 0:
         return split_off(images, config.held_out_share, config.seed)
     try:
-        return images, evaluation_images(config.data, images)
+        return images, evaluation_images(config.data, images, split=VALIDATION_SPLIT)
     except NoSplitError as error:
         raise NoSplitError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
 
 
-def evaluation_images(path: str, images: ImageSet) -> ImageSet:
-    """The evaluation split of the data whose training images are given.
+def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT) -> ImageSet:
+    """An evaluation split of data.
+
+    Args:
+        path: of the data.
+        *training: their training images: the set, or the parts of it that `split_off` gives.
+        split: see `data.open_images`.
 
     Raises:
         NoSplitError: where there is none, or the data have no splits at all.
     """
-    found = open_images(path, EVALUATION_SPLIT, images.classes)
-    if found.name(0) == images.name(0):
+    found = open_images(path, split, training[0].classes)
+    # The first image of a set is the first of one of its parts.
+    if found.name(0) in [part.name(0) for part in training]:
         raise NoSplitError(f"split: {path} has no splits: its images are those of training")
     return found
 
@@ -59,6 +76,36 @@ def read_config(folder: Path) -> TrainConfig:
         return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, and clears away what a run that was killed had begun to write there.
+
+    Raises:
+        FileExistsError: where another process is in.
+        OSError: where the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        if _lock(file, folder):
+            remove_leftovers(folder)
+        yield
+
+
+def _lock(file: TextIO, folder: Path) -> bool:
+    """Whether the system knows locks; it gives this one back however the process ends, and no child inherits it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+            return False
+        raise FileExistsError(
+            f"another process is training in {folder}; wait until it has ended, or give another folder"
+        ) from None
+    return True
 
 
 def train(
@@ -82,17 +129,19 @@ def train(
         Accuracy on the held-out images at the end.
 
     Raises:
-        FileExistsError: where the folder holds a run already and `resume` is not set.
+        FileExistsError: where the folder holds a run already and `resume` is not set, or another process trains in it.
         others: see `Trainer.fit`, `open_data` and `config.build_model`.
     """
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")
     world = World(config.mode, len(config.grids), device)
-    try:
+    with closing(world), ExitStack() as stack:
         images, held_out = open_data(config)
         torch.manual_seed(config.seed)
         model, new_head = build_model(config, len(images.classes))
         settings = config.input_settings(model)
+        if world.is_first:
+            stack.enter_context(_alone_in(folder))
         trainer = Trainer(model, images, config, held_out=held_out, folder=folder, world=world, terminal=terminal)
         if resume and (folder / CHECKPOINT).exists():
             trainer.resume()
@@ -109,5 +158,3 @@ def train(
         if world.is_first:
             save_bundle(folder / BUNDLE, trainer.plain(), None, classes=images.classes, settings=settings)
         return accuracy
-    finally:
-        world.close()

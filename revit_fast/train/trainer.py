@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.engine import optimize
+from revit_fast.images import on_one_line
 from revit_fast.model import ReViT
 from revit_fast.train import shared_norms
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
@@ -150,8 +151,8 @@ class Trainer:
         )
         self.average = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.step = 0  # updates done
+        self.epoch = 0  # epochs done, their evaluation included
         self.best = -math.inf
-        self.unreadable: dict[str, str] = {}
         self._meter = Meter(len(model.grids))
         on_cpu = self.world.device.type == "cpu"
         self._micro_batch = config.micro_batch or (cached_images(model) if on_cpu else config.batch_size)
@@ -165,18 +166,18 @@ class Trainer:
         Raises:
             NotFiniteError: where the loss is NaN or infinite.
             Interrupted: after SIGINT or SIGTERM (with one process), the run's state written.
-            ValueError: where too many images are unreadable.
+            UnreadableError: where too many images are unreadable.
             OSError: where a file cannot be written.
         """
         folder = self.folder if self.world.is_first else None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.config.save(folder / CONFIG)
-        self.log = RunLog(folder, self.step, self._terminal)
+        self.log = RunLog(folder, self.step, self.epoch * self.updates_per_epoch, self._terminal)
         accuracy = None
         try:
             with self._stopped_by_signals():
-                while self.step < self.n_updates:
+                while self.epoch < self.config.epochs:
                     accuracy = self._epoch()
             if accuracy is None and self.held_out is not None:
                 accuracy = self.evaluate()
@@ -188,7 +189,7 @@ class Trainer:
 
     def _epoch(self) -> Accuracy | None:
         """The rest of the epoch that the run stands in, then evaluation and a checkpoint."""
-        epoch, done = divmod(self.step, self.updates_per_epoch)
+        epoch, done = self.epoch, self.step - self.epoch * self.updates_per_epoch
         accumulate = self.config.grad_accum_steps
         batches = self.loader.epoch(epoch, done * accumulate)
         for _ in range(done, self.updates_per_epoch):
@@ -201,7 +202,12 @@ class Trainer:
                 raise Interrupted(f"stopped by {name} after update {self.step} of {self.n_updates}; resume to go on")
             if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                 self.save_checkpoint()
+        if self.unreadable:
+            name, reason = next(iter(self.unreadable.items()))
+            n = len(self.unreadable)
+            self.log.say(f"{n} training images could not be read so far, first {on_one_line(name)}: {reason}")
         accuracy = self._end_epoch(epoch) if self.held_out is not None else None
+        self.epoch += 1
         self.save_checkpoint()
         return accuracy
 
@@ -212,8 +218,6 @@ class Trainer:
         if self.schedule is not None:  # "none"
             self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
-        for batch in batches:
-            self.unreadable.update(batch.unreadable)
         parts = [(part, len(batch.target)) for batch in batches for part in batch.parts(self._micro_batch)]
         for i, (part, n_images) in enumerate(parts):
             last = i + 1 == len(parts)
@@ -251,11 +255,16 @@ class Trainer:
 
     def _not_finite(self, value: Tensor, batch: Batch, what: str = "loss") -> str:
         names = [self.loader.images.name(int(i)) for i in batch.index[:3]]
-        kept = f"the last checkpoint is in {self.folder}" if self.folder is not None else "no checkpoint was kept"
+        there = self.folder is not None and (self.folder / CHECKPOINT).exists()
+        kept = f"the last checkpoint is in {self.folder}" if there else "there is no checkpoint yet"
         return (
             f"{what} is {value.item()} at update {self.step + 1}, in a batch that begins with {', '.join(names)}; "
-            f"{kept}. Lower lr (now {self.optimizer.param_groups[0]['lr']:.2g}), set clip_grad, or look at these images"
+            f"{kept}. Lower lr (now {self._lr():.2g}), set clip_grad, or look at these images"
         )
+
+    def _lr(self) -> float:
+        """The learning rate now; with layer decay that of the head."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _report(self, epoch: int) -> None:
         """A line of the log: means since the last one."""
@@ -263,7 +272,7 @@ class Trainer:
         self._meter = Meter(len(self.config.grids))
         if not self.world.is_first:
             return
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self._lr()
         row = {"step": self.step, "epoch": epoch + 1, "lr": lr, "loss": means.loss.mean().item()}
         for grid, loss, accuracy in zip(self.config.grids, means.loss.tolist(), means.accuracy.tolist(), strict=True):
             row |= {f"loss_{grid}": loss, f"accuracy_{grid}": accuracy}
@@ -282,9 +291,11 @@ class Trainer:
             for grid, share, loss in zip(self.config.grids, accuracy.accuracy, accuracy.loss, strict=True):
                 row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
             self.log.add(EPOCHS, row)
+            unreadable = len(self.held_out) - accuracy.n_images
             self.log.say(
                 f"epoch {epoch + 1}/{self.config.epochs}  held out at {'/'.join(map(str, self.config.grids))}: "
                 f"{percentages(accuracy.accuracy)} of {accuracy.n_images} images"
+                + (f", {unreadable} more could not be read" if unreadable else "")
             )
         if accuracy.accuracy[0] > self.best:
             self.best = accuracy.accuracy[0]
@@ -298,10 +309,9 @@ class Trainer:
         model = self.plain()
         if self.world.device.type == "cpu":
             model = optimize(model)
-        share = self.held_out.subset(range(self.world.rank, len(self.held_out), self.world.size))
         n_lengths = len(model.grids)
         totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64)
-        for batch in EvalLoader(share, batch_size=EVAL_BATCH, **self._eval_settings):
+        for batch in self._held_out_batches():
             logits = model(batch.images.to(self.world.device)).view(n_lengths, len(batch.target), -1).double().cpu()
             right = (logits.argmax(dim=2) == batch.target).sum(dim=1)
             losses = [torch.nn.functional.cross_entropy(z, batch.target, reduction="sum") for z in logits]
@@ -309,6 +319,21 @@ class Trainer:
         totals = self.world.sum(totals).cpu()
         n = max(int(totals[-1]), 1)
         return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
+
+    def _held_out_batches(self) -> Iterable[Batch]:
+        """Those of this process' share of the held-out images, which may be fewer than the processes."""
+        places = range(self.world.rank, len(self.held_out), self.world.size)
+        if not places:
+            return ()
+        # As in training, every process puts up with what is allowed of the whole set.
+        allowed = min(self.config.max_unreadable * len(self.held_out) / len(places), 1.0)
+        options = {"batch_size": EVAL_BATCH, "max_unreadable": allowed, **self._eval_settings}
+        return EvalLoader(self.held_out.subset(places), **options)
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Reason of every training image that this process could not read so far, by name."""
+        return self.loader.unreadable
 
     def plain(self) -> ReViT:
         """A copy as it would be deployed: averaged weights where there are, norms of every length's own."""
@@ -322,12 +347,19 @@ class Trainer:
         """All that a run is resumed from."""
         return {
             "config": self.config.as_dict(),
+            "data": self._data(),
             "step": self.step,
+            "epoch": self.epoch,
             "best": self.best if math.isfinite(self.best) else None,
             "unreadable": self.unreadable,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict()["state"],
+            # Some optimizers (LAMB, Adan) count their steps in their groups.
+            "groups": [
+                {name: value for name, value in group.items() if isinstance(value, (int, float, Tensor))}
+                for group in self.optimizer.param_groups
+            ],
             "meter": self._meter.state(self.world),
             "world_size": self.world.size,
         }
@@ -343,7 +375,7 @@ class Trainer:
 
         Raises:
             FileNotFoundError: where there is none.
-            ValueError: where it is of a run with other choices.
+            ValueError: where it is of a run with other choices or images.
         """
         state = load_state(self.folder / CHECKPOINT)
         then, now = state["config"], self.config.as_dict()
@@ -356,15 +388,28 @@ class Trainer:
         if changed:
             was = ", ".join(f"{name} = {then.get(name)!r}" for name in changed)
             raise ValueError(f"resume: the run in {self.folder} has {was}; resume it with the same, or start another")
-        self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
-        self.unreadable = state["unreadable"]
+        if state["data"] != self._data():
+            counts = [f"{data['images']} of {data['classes']} classes" for data in (state["data"], self._data())]
+            raise ValueError(
+                f"resume: the images are not those that the run in {self.folder} began with: then {counts[0]}, now "
+                f"{counts[1]}; bring them back, or start another run"
+            )
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.unreadable.update(state["unreadable"])
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        self._restore_optimizer(state["optimizer"])
+        self._restore_optimizer(state["optimizer"], state["groups"])
         self._meter = Meter.restored(state["meter"], self.world)
 
-    def _restore_optimizer(self, state: dict[int, dict[str, Any]]) -> None:
+    def _data(self) -> dict[str, Any]:
+        """What tells other training images, whose batches would be other ones, from those of the run."""
+        images = self.loader.images
+        digest = hashlib.blake2b(repr(images.classes).encode() + images.labels.tobytes(), digest_size=8).hexdigest()
+        return {"images": len(images), "classes": len(images.classes), "labels": digest}
+
+    def _restore_optimizer(self, state: dict[int, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         parameters = list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
         for index, values in state.items():
             for name, value in values.items():
@@ -372,6 +417,8 @@ class Trainer:
                     # As the optimizer would have made it: fused updates need the parameter's layout.
                     values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(values)
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
