@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import pickle
 import sys
 import threading
 import time
@@ -427,6 +428,12 @@ class TestArguments:
         for call in (pipe, pipe.assign):
             with pytest.raises(TypeError, match="wrap it"):
                 call(source)
+
+    def test_pickled_it_gives_the_same(self, pipe):
+        images = [image(i) for i in range(20)]
+        for before, after in zip(pipe(images), pickle.loads(pickle.dumps(pipe))(images), strict=True):
+            assert before.grid == after.grid
+            assert torch.equal(before.logits, after.logits)
 
     def test_by_name(self):
         pipe = rf.pipeline("deit_tiny_patch16_224", policy=("fixed", 7))
