@@ -96,3 +96,10 @@ def test_broken_files_are_named(tmp_path, name):
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match=r"name: timm knows no model 'deit_huge'; similar: .*deit"):
         rf.create_model("deit_huge")
+    with pytest.raises(ValueError, match="similar: deit_small_patch16_224, "):
+        rf.create_model("deit_smal_patch16_224")
+
+
+def test_weights_of_timm_are_not_fetched():
+    with pytest.raises(TypeError, match=r"pretrained: not taken.*ReViT\.from_timm\(timm\.create_model\('vit_tiny"):
+        rf.create_model("vit_tiny_patch16_224", pretrained=True)
