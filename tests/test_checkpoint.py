@@ -93,6 +93,13 @@ def test_broken_files_are_named(tmp_path, name):
         rf.create_model(NAME, weights=tmp_path / "list.pth", **SMALL)
 
 
+def test_a_whole_model_is_refused_with_what_to_save(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"holds other objects.*save the state dict alone") as refused:
+        rf.create_model(NAME, weights=tmp_path / "model.pth", **SMALL)
+    assert "weights_only" not in str(refused.value), "nobody is told to unpickle it"
+
+
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match=r"name: timm knows no model 'deit_huge'; similar: .*deit"):
         rf.create_model("deit_huge")
