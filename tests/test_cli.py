@@ -263,6 +263,7 @@ class TestErrors:
             (["--policy", "fixed:13"], "--policy: fixed: expected one of the model's [14, 10, 7], got 13"),
             (["--policy", "random:-1"], "--policy: expected a seed from 0"),
             (["--policy", "argmax"], "--policy: 'argmax' needs an assigner"),
+            (["--budget", "nan"], "--budget: expected tokens such as 90, or 2.5gmacs, got 'nan'"),
             (["--budget", "90"], "--budget: a budget needs an assigner"),
             (["--assigner", "absent.safetensors"], "--assigner: there is no file absent.safetensors"),
             (["--trace", "absent/t.json"], "--trace: cannot write absent/t.json"),

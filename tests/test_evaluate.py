@@ -402,6 +402,8 @@ class TestCommands:
         assert main(["evaluate", f"{place}/new", data, "--time", "--rounds", "1", "--time-images", "20"]) == 0
         out = capsys.readouterr().out
         assert "images/s" in out
+        assert main(["calibrate", f"{place}/new", data, "--budget", "3", "--split", "test"]) == 2
+        assert "error: --budget: mean_tokens 3 is below the cost of the shortest length" in capsys.readouterr().err
         bundle = read_bundle(f"{place}/new")
         pipe = rf.load(f"{place}/new")
         images = tiny_training.synthetic(300, 8)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -116,9 +117,12 @@ def budget(text: str) -> dict[str, float]:
     """A number of tokens, or of multiply-adds as in `2.5gmacs`."""
     number, unit = (text[:-5], "mean_gmacs") if text.lower().endswith("gmacs") else (text, "mean_tokens")
     try:
-        return {unit: float(number)}
+        value = float(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}") from None
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}")
+    return {unit: value}
 
 
 def _add_images(p: argparse.ArgumentParser) -> None:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     places = np.flatnonzero(predictions.readable)
     correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))
     prep = AdaptivePreprocessor.for_model(model, tla)
-    with labelled.usage_errors():
+    with labelled.usage_errors(policy="--budget"):
         prep.calibrate([images.image(int(i)) for i in places], length_labels(correct, unsolved="shortest"))
         threshold = threshold_for(model, tla.calibration, right, args.budget, args.max_drop)
         own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
