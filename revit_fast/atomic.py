@@ -21,8 +21,14 @@ LEFTOVER = re.compile(r"\.\d+\.tmp$")
 
 @contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the context ends without an error."""
+    """A temporary path beside `path` that takes its place when the context ends without an error.
+
+    What is there and is no file, such as /dev/null, is not replaced: the path itself is written to.
+    """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -93,7 +93,7 @@ def save_bundle(
         ValueError: for parts that do not fit each other, or a folder that holds something else.
     """
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     classes = tuple(map(str, _class_names(model) if classes is None else classes))
     if len(classes) != model.num_classes:
         raise ValueError(f"classes: the model has {model.num_classes} classes, got {len(classes)} names")
@@ -250,7 +250,7 @@ def _policy_of_json(policy: Any) -> PolicySpec:
     return tuple(policy) if isinstance(policy, list) else policy
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Refuses what is there and is no bundle."""
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"folder: {folder} exists and is no bundle; give a new or empty folder, or a bundle")

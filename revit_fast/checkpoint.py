@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,11 @@ def _read(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ImportError('weights: reading .safetensors needs safetensors: pip install "revit-fast[timm]"') from None
+    except UnpicklingError as error:  # PyTorch's text would have the reader unpickle whatever is in the file
+        raise ValueError(
+            f"weights: {path} cannot be read as a checkpoint of tensors: it holds other objects, or torch.save did not "
+            "write it; save the state dict alone: torch.save(model.state_dict(), path)"
+        ) from error
     except Exception as error:  # the readers raise whatever their parsers do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights: {path} cannot be read as a checkpoint of tensors: {reason}") from error

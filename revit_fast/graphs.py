@@ -198,7 +198,7 @@ class Graph(NamedTuple):
 class CudaGraphs:
     """Captures functions as CUDA graphs; they share one memory pool, as no two run at a time.
 
-    Never yet executed: `docs/gpu.md` lists these lines.
+    No test executes this: `docs/gpu.md` says what has run on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

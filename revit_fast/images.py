@@ -140,6 +140,14 @@ def name_of(source: ImageSource) -> str:
     return f"<{type(source).__name__}>"
 
 
+def check_sources(sources: object) -> None:
+    """Raises a TypeError for one image in the place of several, of which some could be iterated: letters, rows."""
+    single = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Tensor, Source)
+    if isinstance(sources, single) or _is_pil_image(sources):
+        got = type(sources).__name__
+        raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
+
+
 def on_one_line(text: str) -> str:
     """Control characters and undecodable bytes escaped: a file name must not break a line or drive the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]
@@ -211,7 +219,7 @@ def _reasons() -> Iterator[None]:
         raise ImageError(str(error) or type(error).__name__) from error
 
 
-def _is_pil_image(source: ImageSource) -> bool:
+def _is_pil_image(source: object) -> bool:
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(source, pillow.Image)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -362,9 +363,10 @@ class ReViT(Pretrained, nn.Module):
         """
         from revit_fast.timm_import import config_from_timm, weights_from_timm
 
+        model = cls(grids=grids, **config_from_timm(vit))
         parameter = next(vit.parameters())
         # In its dtype before the weights come: float32 would round those of a float64 model.
-        model = cls(grids=grids, **config_from_timm(vit)).to(device=parameter.device, dtype=parameter.dtype)
+        model = model.to(device=parameter.device, dtype=parameter.dtype)
         model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
         model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
         return model.train(vit.training)
@@ -516,13 +518,20 @@ class ReViT(Pretrained, nn.Module):
                 raise ValueError(
                     f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
                 )
+            self._check_channels(x.shape[1], "x")
             grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
             return PatchRows(patchify(x, self.patch_size), (grid,) * x.shape[0])
         if isinstance(x, Sequence):
-            return PatchRows(*patch_rows(x, self.patch_size))
+            images = PatchRows(*patch_rows(x, self.patch_size))
+            self._check_channels(x[0].shape[0], "images[0]")
+            return images
         raise TypeError(
             f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
         )
+
+    def _check_channels(self, n: int, name: str) -> None:
+        if n != self.in_chans:
+            raise ValueError(f"{name}: expected {self.in_chans} channels first, got {n}; convert the images")
 
     def _inputs(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Inputs:
         if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
@@ -834,6 +843,7 @@ def create_model(
 
     Raises:
         ImportError: where timm is not installed.
+        TypeError: for `pretrained`: weights come from a file.
         ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
     """
     try:
@@ -841,8 +851,14 @@ def create_model(
     except ImportError:
         raise ImportError('name: architectures by name need timm: pip install "revit-fast[timm]"') from None
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(f"name: timm knows no model {name!r}; similar: {near or 'none'}")
+        family = timm.list_models(f"{name.split('_')[0]}*") if name else []
+        near = get_close_matches(name, family or timm.list_models(), n=5, cutoff=0.3 if family else 0.6)
+        raise ValueError(f"name: timm knows no model {name!r}; similar: {', '.join(near) or 'none'}")
+    if "pretrained" in kwargs:
+        raise TypeError(
+            "pretrained: not taken, as weights come from a file here; for timm's own give "
+            f"ReViT.from_timm(timm.create_model({name!r}, pretrained=True))"
+        )
     model = ReViT.from_timm(timm.create_model(name, pretrained=False, **kwargs), grids=grids)
     if weights is not None:
         model.load_checkpoint(weights)

@@ -24,7 +24,7 @@ from revit_fast.batching import TokenBudgetBatcher
 from revit_fast.decoding import Decoders, Fed, default_decoders
 from revit_fast.engine import OptimizedReViT
 from revit_fast.engine import optimize as optimized_copy
-from revit_fast.images import ImageSource, name_of
+from revit_fast.images import ImageSource, check_sources, name_of
 from revit_fast.memory import release_freed_pages
 from revit_fast.model import ReViT, create_model
 from revit_fast.packing import PackedBatch
@@ -153,12 +153,19 @@ class AdaptivePipeline:
             raise TypeError(f"model: expected a {self.MODEL.__name__}, got {type(model).__name__}")
         if model.training:
             raise ValueError("model: expected evaluation mode; call model.eval()")
+        if model.in_chans != 3:
+            raise ValueError(
+                f"model: images are read as RGB, but it takes {model.in_chans} channels; make it with in_chans=3 (timm "
+                "adapts weights to that)"
+            )
         for name in ("grids", "patch_size"):
             if getattr(prep, name) != getattr(model, name):
                 raise ValueError(
                     f"prep: its {name} {getattr(prep, name)} differ from the model's {getattr(model, name)}; make it "
                     "with AdaptivePreprocessor.for_model(model, ...)"
                 )
+        if n_decoders is not None and n_decoders < 1:
+            raise ValueError(f"n_decoders: expected at least 1, got {n_decoders}")
         if labels is not None and len(labels) != model.num_classes:
             raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
         self.model, self.prep, self.labels = model, prep, labels
@@ -190,7 +197,7 @@ class AdaptivePipeline:
             first_index: place of the first source in its stream, for policies that go by it and for `Result.index`: a
                 part of a stream then gives what it gives in the whole.
         """
-        _check_sources(sources)
+        check_sources(sources)
         return self._run(sources, times or StageTimes(), first_index)
 
     def assign(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
@@ -199,7 +206,7 @@ class AdaptivePipeline:
         Raises:
             ValueError: for a cascade, which decides by the logits.
         """
-        _check_sources(sources)
+        check_sources(sources)
         self.prep.policy.decides_before("assign")
         return self._assign(sources, times or StageTimes())
 
@@ -219,6 +226,7 @@ class AdaptivePipeline:
 
     async def stream(self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource]) -> AsyncIterator[Result]:
         """The results of a stream without blocking the event loop, in order; waits for its consumer."""
+        check_sources(sources)
         waiting: asyncio.Queue[asyncio.Future | None] = asyncio.Queue(maxsize=MAX_BEHIND)
 
         async def submit_all(session: Session) -> None:
@@ -394,12 +402,6 @@ class AdaptivePipeline:
             return [None] * len(grids)
         content = (confidence(logits.numpy()) >= bound).tolist()
         return [None if sure else longer.get(grid) for grid, sure in zip(grids, content, strict=True)]
-
-
-def _check_sources(sources: Iterable[ImageSource]) -> None:
-    if isinstance(sources, (str, bytes, PathLike, np.ndarray, Tensor)):
-        got = type(sources).__name__
-        raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
 
 
 class Session:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,7 +128,7 @@ def uniform(seed: int, index: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Policy:
-    """How grids are chosen; an image's grid never depends on the images beside it.
+    """How grids are chosen; an image's grid never depends on the images beside it. It can be pickled.
 
     Attributes:
         spec: as it was given.
@@ -193,32 +195,55 @@ def make_policy(
         raise ValueError(f"policy: {name} takes no argument, got {argument!r}")
     n_lengths = len(grids)
     if name == "argmax":
-        return Policy(spec, "probabilities", lambda evidence: evidence.probabilities.argmax(axis=1))
+        return Policy(spec, "probabilities", _most_probable)
     if name == "cycle":
-        return Policy(spec, None, lambda evidence: evidence.index % n_lengths)
+        return Policy(spec, None, partial(_in_turn, n_lengths=n_lengths))
     if name == "fixed":
         return Policy(spec, None, _fixed(argument, grids))
     if name == "cascade":
-        if not isinstance(argument, (int, float)) or not 0.0 <= argument <= 1.0:
+        if not isinstance(argument, Real) or not 0.0 <= argument <= 1.0:
             raise ValueError(f'policy: expected ("cascade", p) with a probability p in [0, 1], got {spec!r}')
-        return Policy(spec, None, lambda evidence: np.full(evidence.index.shape, n_lengths - 1), bound=float(argument))
+        return Policy(spec, None, partial(_the_same, chosen=n_lengths - 1), bound=float(argument))
     if name == "random":
         return Policy(spec, None, _random(argument, n_lengths))
     if name == "entropy":
         bits = _entropy_bits(argument, n_lengths, calibration)
-
-        def by_entropy(evidence: Evidence) -> np.ndarray:
-            return (evidence.entropy[:, None] < bits).sum(axis=1)
-
-        return Policy(spec, "entropy", by_entropy, bits=tuple(bits.tolist()))
+        return Policy(spec, "entropy", partial(_by_entropy, bits=bits), bits=tuple(bits.tolist()))
     threshold = argument if name == "threshold" else _budget_threshold(argument, grids, calibration, macs)
-    if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
+    if not isinstance(threshold, Real) or not 0.0 <= threshold <= 1.0:
         raise ValueError(f'policy: expected ("threshold", θ) with θ in [0, 1], got {spec!r}')
+    threshold = float(threshold)
+    return Policy(spec, "probabilities", partial(_by_threshold, threshold=threshold), threshold=threshold)
 
-    def by_threshold(evidence: Evidence) -> np.ndarray:
-        return smallest_sufficient(suffices(evidence.probabilities), threshold)
 
-    return Policy(spec, "probabilities", by_threshold, threshold=float(threshold))
+def _most_probable(evidence: Evidence) -> np.ndarray:
+    return evidence.probabilities.argmax(axis=1)
+
+
+def _by_threshold(evidence: Evidence, threshold: float) -> np.ndarray:
+    return smallest_sufficient(suffices(evidence.probabilities), threshold)
+
+
+def _by_entropy(evidence: Evidence, bits: np.ndarray) -> np.ndarray:
+    return (evidence.entropy[:, None] < bits).sum(axis=1)
+
+
+def _in_turn(evidence: Evidence, n_lengths: int) -> np.ndarray:
+    return evidence.index % n_lengths
+
+
+def _the_same(evidence: Evidence, chosen: int) -> np.ndarray:
+    return np.full(evidence.index.shape, chosen)
+
+
+def _one_each(evidence: Evidence, chosen: np.ndarray) -> np.ndarray:
+    if evidence.index.size and evidence.index.max() >= len(chosen):
+        raise ValueError(f"policy: {len(chosen)} fixed grids, but image {evidence.index.max()} came")
+    return chosen[evidence.index]
+
+
+def _at_random(evidence: Evidence, seed: int, bounds: np.ndarray) -> np.ndarray:
+    return np.searchsorted(bounds, uniform(seed, evidence.index), side="right")
 
 
 def _fixed(argument, grids: tuple[int, ...]):
@@ -229,15 +254,7 @@ def _fixed(argument, grids: tuple[int, ...]):
     if unknown:
         raise ValueError(f"policy: fixed grids {unknown} are not among the configured {list(grids)}")
     index = np.array([grids.index(int(g)) for g in given])
-    if given is not argument:
-        return lambda evidence: np.broadcast_to(index, evidence.index.shape)
-
-    def per_image(evidence: Evidence) -> np.ndarray:
-        if evidence.index.size and evidence.index.max() >= len(index):
-            raise ValueError(f"policy: {len(index)} fixed grids, but image {evidence.index.max()} came")
-        return index[evidence.index]
-
-    return per_image
+    return partial(_one_each, chosen=index) if given is argument else partial(_the_same, chosen=index[0])
 
 
 def _random(argument, n_lengths: int):
@@ -252,8 +269,7 @@ def _random(argument, n_lengths: int):
     shares = np.asarray(options["shares"], dtype=np.float64)
     if shares.shape != (n_lengths,) or not (shares >= 0).all() or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6):
         raise ValueError(f"policy: expected {n_lengths} shares that sum to 1, got {options['shares']!r}")
-    bounds = shares.cumsum()[:-1]
-    return lambda evidence: np.searchsorted(bounds, uniform(int(seed), evidence.index), side="right")
+    return partial(_at_random, seed=int(seed), bounds=shares.cumsum()[:-1])
 
 
 def _entropy_bits(argument, n_lengths: int, calibration: Calibration | None) -> np.ndarray:
@@ -271,7 +287,7 @@ def _budget_threshold(argument, grids, calibration: Calibration | None, macs: Se
     kind, budget = "mean_tokens", argument
     if isinstance(argument, Mapping) and len(argument) == 1:
         ((kind, budget),) = argument.items()
-    if kind not in BUDGETS or not isinstance(budget, (int, float)) or not math.isfinite(budget):
+    if kind not in BUDGETS or not isinstance(budget, Real) or not math.isfinite(budget):
         raise ValueError(f'policy: expected ("budget", {{"mean_tokens" or "mean_gmacs": number}}), got {argument!r}')
     if calibration is None:
         raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 import revit_fast as rf
 from revit_fast import bundle as bundles
+from revit_fast.atomic import write_json
 from revit_fast.bundle import ASSIGNER, CARD, CONFIG, MODEL, read_bundle, save_bundle
 from revit_fast.cli import main
 
@@ -232,6 +234,15 @@ def test_without_an_exchange_of_folders(monkeypatch, folder):
     save_bundle(folder, make_model(depth=1), None, classes=CLASSES)
     assert len(read_bundle(folder).model.blocks) == 1
     assert [p.name for p in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_json(tmp_path / "pipe", [1])
+        assert json.loads(read.result(timeout=30)) == [1]
+    assert [(p.name, p.is_fifo()) for p in tmp_path.iterdir()] == [("pipe", True)]
 
 
 class TestRefused:

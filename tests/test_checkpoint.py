@@ -93,6 +93,20 @@ def test_broken_files_are_named(tmp_path, name):
         rf.create_model(NAME, weights=tmp_path / "list.pth", **SMALL)
 
 
+def test_a_whole_model_is_refused_with_what_to_save(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"holds other objects.*save the state dict alone") as refused:
+        rf.create_model(NAME, weights=tmp_path / "model.pth", **SMALL)
+    assert "weights_only" not in str(refused.value), "nobody is told to unpickle it"
+
+
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match=r"name: timm knows no model 'deit_huge'; similar: .*deit"):
         rf.create_model("deit_huge")
+    with pytest.raises(ValueError, match="similar: deit_small_patch16_224, "):
+        rf.create_model("deit_smal_patch16_224")
+
+
+def test_weights_of_timm_are_not_fetched():
+    with pytest.raises(TypeError, match=r"pretrained: not taken.*ReViT\.from_timm\(timm\.create_model\('vit_tiny"):
+        rf.create_model("vit_tiny_patch16_224", pretrained=True)

@@ -252,12 +252,27 @@ class TestErrors:
             (["--top-k", "0"], "--top-k"),
             (["--batch-tokens", "-5"], "--batch-tokens"),
             (["--threads", "0"], "--threads"),
+            (["--threads", "100000"], "--threads: expected 1 to 1024, got 100000"),
+            (["--workers", "2"], "--workers: everything runs in this process; give --engine ray"),
+            (["--address", "head:6379"], "--address: everything runs in this process; give --engine ray"),
+            (["--policy", "best"], "--policy: expected argmax, threshold:THETA"),
+            (["--policy", "threshold"], "--policy: expected argmax, threshold:THETA"),
+            (["--policy", "threshold:1.5"], "from 0 to 1"),
+            (["--policy", "cascade:nan"], "from 0 to 1"),
+            (["--policy", "fixed"], "--policy: expected argmax, threshold:THETA"),
+            (["--policy", "fixed:13"], "--policy: fixed: expected one of the model's [14, 10, 7], got 13"),
+            (["--policy", "random:-1"], "--policy: expected a seed from 0"),
+            (["--policy", "argmax"], "--policy: 'argmax' needs an assigner"),
+            (["--budget", "nan"], "--budget: expected tokens such as 90, or 2.5gmacs, got 'nan'"),
+            (["--budget", "90"], "--budget: a budget needs an assigner"),
+            (["--assigner", "absent.safetensors"], "--assigner: there is no file absent.safetensors"),
+            (["--trace", "absent/t.json"], "--trace: cannot write absent/t.json"),
             (["--format", "xml"], "--format"),
-            (["--weights", "absent.safetensors"], "absent.safetensors"),
+            (["--weights", "absent.safetensors"], "--weights: there is no file absent.safetensors"),
             (["--labels", "absent.txt"], "--labels"),
             (["--output", "absent/x.json"], "--output"),
-            (["--model", "no_such_model"], "no_such_model"),
-            (["--model", "resnet18"], "ResNet"),
+            (["--model", "no_such_model"], "--model: timm knows no model 'no_such_model'"),
+            (["--model", "resnet18"], "--model: expected a timm VisionTransformer or NaFlexVit, got ResNet"),
             (["--colour"], "--colour"),
         ],
     )
@@ -271,6 +286,27 @@ class TestErrors:
     def test_usage_of_the_command(self, capsys, args):
         assert main(args) == 2
         assert "usage: revit-fast" in capsys.readouterr().err
+
+    def test_a_folder_here_is_given_with_a_separator(self, capsys, photos, monkeypatch):
+        monkeypatch.chdir(photos.parent)
+        assert main(["predict", "photos", "--model", "photos"]) == 2
+        assert "--model: timm knows no model 'photos'; for the folder here, give ./photos" in capsys.readouterr().err
+
+    def test_a_trace_that_cannot_be_written_is_said_first(self, capsys, photos, tmp_path):
+        code, out, err = run(capsys, photos, "--grid", 7, "--trace", tmp_path)
+        assert (code, out) == (2, "")
+        assert f"--trace: cannot write {tmp_path}; give a file in a folder that can be written to" in err
+
+    def test_a_cascade_decides_nothing_before_the_model_runs(self, capsys, photos):
+        assert main(["assign", str(photos), "--model", MODEL, "--policy", "cascade:0.9"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "error: --policy: ('cascade', 0.9) decides by the model's own logits" in err
+
+    @pytest.mark.parametrize("command", ["demo", "serve"])
+    def test_ports_that_there_are_not(self, capsys, command):
+        assert main([command, "--port", "99999"]) == 2
+        assert "argument --port: expected 1 to 65535, got 99999" in capsys.readouterr().err
 
     def test_weights_that_do_not_fit(self, capsys, photos, weights, tmp_path):
         code = main(["predict", str(photos), "--model", "deit_small_patch16_224", "--weights", weights])

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from train_helpers import noise_images, write_folders
 
 import revit_fast as rf
@@ -167,6 +168,8 @@ def test_fit_is_for_one_process(folder, tmp_path, capsys, monkeypatch):
         (["DATA", "--model", "vit_nano"], 2, "timm knows no model 'vit_nano'"),
         (["DATA", "--weights", "/nonexistent.safetensors"], 1, "there is no file /nonexistent.safetensors"),
         (["DATA", "--config", "/nonexistent.json"], 2, "--config: cannot read /nonexistent.json"),
+        (["DATA", "--output", __file__], 2, "test_cli_train.py is a file; give a folder"),
+        (["DATA", "--threads", "100000"], 2, "--threads: expected 1 to 1024, got 100000"),
     ],
 )
 def test_usage_errors(folder, tmp_path, capsys, arguments, code, message):
@@ -186,6 +189,14 @@ def test_data_that_need_a_package_say_which(tmp_path, capsys, monkeypatch):
     (tmp_path / "dataset_dict.json").write_text("{}")
     assert main(["train", str(tmp_path), "--output", str(tmp_path / "run"), *OPTIONS]) == 2
     assert "is a Hugging Face data set; to read it: pip install datasets" in capsys.readouterr().err
+
+
+def test_a_device_that_there_is_not(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("train", "fit"):
+        assert main([command, str(folder), "--output", str(tmp_path / "run"), "--device", "cuda"]) == 2
+        assert "--device: PyTorch finds no CUDA device here; give --device cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_test_split_says_what_to_do(folder, tmp_path, capsys):

@@ -406,6 +406,8 @@ class TestCommands:
         assert main(["evaluate", f"{place}/new", data, *timed]) == 0
         out = capsys.readouterr().out
         assert "images/s" in out
+        assert main(["calibrate", f"{place}/new", data, "--budget", "3", "--split", "test"]) == 2
+        assert "error: --budget: mean_tokens 3 is below the cost of the shortest length" in capsys.readouterr().err
         bundle = read_bundle(f"{place}/new")
         pipe = rf.load(f"{place}/new")
         images = tiny_training.synthetic(300, 8)[0]
@@ -452,5 +454,27 @@ class TestCommands:
         ],
     )
     def test_usage_errors(self, place, capsys, arguments, message):
+        assert main([a.format(place) for a in arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["label", "{}/m", "{}", "--output", "{}/absent/l.csv"], "--output: cannot write"),
+            (["label", "{}/m", "{}", "--output", "{}/m"], "--output: cannot write"),
+            (["evaluate", "{}/m", "{}", "--json", "{}/absent/r.json"], "--json: cannot write"),
+            (["evaluate", "{}/m", "{}", "--plot", "{}/absent/r.png"], "--plot: cannot write"),
+            (
+                ["evaluate", "{}/m", "{}", "--plot", "r.gif"],
+                "--plot: expected a name that ends in .png or",
+            ),
+            (["train-assigner", "{}/m", "{}", "--output", "{}"], "exists and is no bundle"),
+            (["calibrate", "{}/m", "{}", "--budget", "30", "--output", "{}"], "exists and is no bundle"),
+            (["train-assigner", "{}/absent", "{}"], "BUNDLE: the folder"),
+            (["calibrate", "absent", "{}", "--budget", "30"], "BUNDLE: the package ships no model 'absent'"),
+        ],
+    )
+    def test_what_cannot_be_written_is_said_before_the_work(self, place, capsys, monkeypatch, arguments, message):
+        monkeypatch.setattr("revit_fast.train.labels.predict_lengths", None)
         assert main([a.format(place) for a in arguments]) == 2
         assert message in capsys.readouterr().err

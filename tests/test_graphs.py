@@ -318,6 +318,8 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="batch is on meta"):
         fast(PackedBatch.from_list([randn(4, 12)]).to("meta"))
     with pytest.raises(ValueError, match=r"patch rows \[T, 12\]"):
+        fast(PackedBatch.from_list([randn(4, 16)]))
+    with pytest.raises(ValueError, match="x: expected 3 channels first, got 4"):
         fast(torch.zeros(1, 4, 4, 4))
 
 

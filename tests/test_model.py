@@ -417,6 +417,8 @@ def test_from_timm_refuses_by_name(arguments, feature):
 def test_from_timm_refuses_other_models():
     with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer or NaFlexVit, got Linear"):
         ReViT.from_timm(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer or NaFlexVit, got str"):
+        ReViT.from_timm("deit_tiny_patch16_224")
     with pytest.raises(ValueError, match="grids: expected strictly decreasing"):
         ReViT.from_timm(make_vit("deit_tiny", depth=1), grids=(7, 14))
 
@@ -426,7 +428,9 @@ def test_bad_inputs_are_named(tiny):
     cases = [
         (randn(3, 224, 224), ValueError, "x: expected shape"),
         (randn(1, 3, 224, 225), ValueError, "multiples of the patch size 16, got 224x225"),
-        (randn(1, 4, 224, 224), ValueError, r"x: expected patch rows \[T, 768\]"),
+        (randn(1, 4, 224, 224), ValueError, "x: expected 3 channels first, got 4"),
+        ([randn(1, 224, 224)], ValueError, r"images\[0\]: expected 3 channels first, got 1"),
+        (PackedBatch.from_list([randn(4, 192)]), ValueError, r"x: expected patch rows \[T, 768\]"),
         ([], ValueError, "images: expected at least one"),
         ([randn(3, 16, 16), "x"], TypeError, r"images\[1\]: expected a tensor"),
         ("photo.jpg", TypeError, r"images\[0\]"),

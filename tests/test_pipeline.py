@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import pickle
 import sys
 import threading
 import time
@@ -413,6 +414,10 @@ class TestArguments:
             rf.AdaptivePipeline(model, rf.AdaptivePreprocessor(policy="cycle", grids=GRIDS))
         with pytest.raises(ValueError, match="labels: the model has 11 classes, got 2"):
             rf.AdaptivePipeline(model, pipe.prep, labels=["a", "b"])
+        with pytest.raises(ValueError, match="n_decoders: expected at least 1, got -1"):
+            rf.AdaptivePipeline(model, pipe.prep, n_decoders=-1)
+        with pytest.raises(ValueError, match="model: images are read as RGB, but it takes 1 channel"):
+            rf.pipeline(rf.ReViT(grids=GRIDS, patch_size=PATCH, in_chans=1, embed_dim=24, depth=1, num_heads=3))
         with pytest.raises(ValueError, match="token_budget"):
             rf.AdaptivePipeline(model, pipe.prep, token_budget=0)
         with pytest.raises(ValueError, match="weights"):
@@ -422,11 +427,21 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"\(14, 10, 7\).*\(4, 3, 2\)"):
             rf.pipeline(model, rf.TokenLengthAssigner().eval())
 
-    @pytest.mark.parametrize("source", ["x.png", b"x", np.zeros((2, 2, 3), np.uint8)])
+    @pytest.mark.parametrize(
+        "source", ["x.png", b"x", bytearray(b"x"), np.zeros((2, 2, 3), np.uint8), Image.new("RGB", (2, 2))], ids=type
+    )
     def test_one_image_is_not_a_stream(self, pipe, source):
-        for call in (pipe, pipe.assign):
+        for call in (pipe, pipe.assign, pipe.classify):
             with pytest.raises(TypeError, match="wrap it"):
                 call(source)
+        with pytest.raises(TypeError, match="wrap it"):
+            asyncio.run(anext(pipe.stream(source)))
+
+    def test_pickled_it_gives_the_same(self, pipe):
+        images = [image(i) for i in range(20)]
+        for before, after in zip(pipe(images), pickle.loads(pickle.dumps(pipe))(images), strict=True):
+            assert before.grid == after.grid
+            assert torch.equal(before.logits, after.logits)
 
     def test_by_name(self):
         pipe = rf.pipeline("deit_tiny_patch16_224", policy=("fixed", 7))

@@ -1,6 +1,7 @@
 """Policies against what they promise, written out per image."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -111,6 +112,40 @@ def test_cascade_begins_with_the_shortest():
     assert policy.choose(Evidence(INDEX)).tolist() == [2] * 500
     assert (policy.needs, policy.bound) == (None, 0.9)
     make_policy(("threshold", 0.9), GRIDS).decides_before("anything")
+
+
+EVERY = [
+    "argmax",
+    ("threshold", 0.8),
+    ("budget", 90),
+    ("cascade", 0.9),
+    ("fixed", 10),
+    ("fixed", [14, 7] * 250),
+    "cycle",
+    ("random", {"seed": 3}),
+    "entropy",
+]
+
+
+@pytest.mark.parametrize("spec", EVERY, ids=str)
+def test_pickled_it_chooses_the_same(spec):
+    policy = make_policy(spec, GRIDS, calibration=CALIBRATION)
+    evidence = Evidence(INDEX, PROBABILITIES, np.linspace(0, 8, 500))
+    assert pickle.loads(pickle.dumps(policy)).choose(evidence).tolist() == policy.choose(evidence).tolist()
+
+
+@pytest.mark.parametrize(
+    ("spec", "plain"),
+    [
+        (("threshold", np.float32(0.5)), ("threshold", 0.5)),
+        (("budget", np.int64(90)), ("budget", 90)),
+        (("budget", {"mean_tokens": np.float32(90)}), ("budget", 90)),
+        (("cascade", np.float32(0.5)), ("cascade", 0.5)),
+    ],
+)
+def test_numbers_of_numpy(spec, plain):
+    got, expected = (make_policy(s, GRIDS, calibration=CALIBRATION) for s in (spec, plain))
+    assert (got.threshold, got.bound) == (expected.threshold, expected.bound)
 
 
 def test_confidence():

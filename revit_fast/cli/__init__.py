@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,26 @@ EXTRA_MODULES = {
 """Packages that commands need, and the extra that brings each."""
 
 
+MAX_THREADS = 1024
+"""Of a process: at some ten thousand OpenMP fails to start them, and ends it."""
+
+
 class UsageError(Exception):
     """Arguments that cannot work together with the model or the files; exit code 2."""
+
+    @classmethod
+    def of(cls, error: Exception, option: str | None = None, /, **options: str) -> UsageError:
+        """What a function of the package refused, its argument called by the option that it came from.
+
+        Args:
+            error: its message begins with the name of the argument.
+            option: that other messages are of; None: they stay as they are.
+            **options: the option of each argument.
+        """
+        name, _, said = str(error).partition(": ")
+        if name in options:
+            return cls(f"{options[name]}: {said}")
+        return cls(str(error) if option is None else f"{option}: {error}")
 
 
 def positive(text: str) -> int:
@@ -38,6 +57,30 @@ def positive(text: str) -> int:
     return value
 
 
+def threads(text: str) -> int:
+    """A number of threads that a process can have."""
+    return _at_most(MAX_THREADS, positive(text))
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    return _at_most(65535, positive(text))
+
+
+def _at_most(limit: int, value: int) -> int:
+    if value > limit:
+        raise argparse.ArgumentTypeError(f"expected 1 to {limit}, got {value}")
+    return value
+
+
+def check_file(option: str, path: str) -> None:
+    """Refuses, before anything is computed, a file that could not be written."""
+    is_device = os.path.exists(path) and not os.path.isfile(path)  # /dev/null is written to in its place
+    written = path if is_device else os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or not os.access(written, os.W_OK):
+        raise UsageError(f"{option}: cannot write {path}; give a file in a folder that can be written to")
+
+
 def _grid(text: str) -> int | str:
     return text if text == "mixed" else positive(text)
 
@@ -45,11 +88,11 @@ def _grid(text: str) -> int | str:
 def _policy(text: str) -> str | tuple[str, object]:
     """`name` or `name:argument` as `policies.make_policy` takes it."""
     name, colon, argument = text.partition(":")
-    if not colon:
+    if not colon and name in ("argmax", "cycle", "random", "entropy"):
         return name
     parsers = {
-        "threshold": float,
-        "cascade": float,
+        "threshold": _probability,
+        "cascade": _probability,
         "fixed": int,
         "random": lambda seed: {"seed": int(seed)},
         "entropy": lambda bits: [float(b) for b in bits.split(",")],
@@ -58,18 +101,28 @@ def _policy(text: str) -> str | tuple[str, object]:
         return name, parsers[name](argument)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
-            "expected argmax, threshold:THETA, cascade:P, fixed:GRID, cycle, random, random:SEED, entropy or "
-            f"entropy:BITS,BITS, got {text!r}"
+            "expected argmax, threshold:THETA or cascade:P (from 0 to 1), fixed:GRID, cycle, random, random:SEED, "
+            f"entropy or entropy:BITS,BITS, got {text!r}"
         ) from None
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError
+    return value
 
 
 def budget(text: str) -> dict[str, float]:
     """A number of tokens, or of multiply-adds as in `2.5gmacs`."""
     number, unit = (text[:-5], "mean_gmacs") if text.lower().endswith("gmacs") else (text, "mean_tokens")
     try:
-        return {unit: float(number)}
+        value = float(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}") from None
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}")
+    return {unit: value}
 
 
 def _add_images(p: argparse.ArgumentParser) -> None:
@@ -116,15 +169,16 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
     )
-    _add_threads(p)
+    add_threads(p)
 
 
 def _add_assigner(p: argparse.ArgumentParser) -> None:
     p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
 
 
-def _add_threads(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+def add_threads(p: argparse.ArgumentParser) -> None:
+    """The option of the commands that compute on a CPU."""
+    p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's)")
 
 
 def _add_results(p: argparse.ArgumentParser) -> None:
@@ -223,8 +277,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_assigner(p)
     _add_classes(p)
-    _add_threads(p)
-    p.add_argument("--port", type=positive, default=7860, help="(default %(default)s)")
+    add_threads(p)
+    p.add_argument("--port", type=port, default=7860, help="(default %(default)s)")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
     p.set_defaults(command="demo", policy=None, budget=None, grid=None, exact=True, draft=False, batch_tokens=4096)
 
@@ -233,7 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classes(p)
     _add_batches(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    p.add_argument("--port", type=positive, default=8000, help="(default %(default)s)")
+    p.add_argument("--port", type=port, default=8000, help="(default %(default)s)")
     p.add_argument(
         "--max-wait-ms",
         type=positive,

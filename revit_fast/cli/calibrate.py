@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if tla is None:
         raise UsageError(f"{args.bundle} has no assigner yet; make one with `revit-fast train-assigner`")
     predictions = predict_lengths(model, images, progress=labelled.counter("predicted"))
-    with labelled.usage_errors():
+    with labelled.usage_errors(policy="--budget"):
         places = calibrate_on(tla, images, model, predictions)
         correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))
         threshold = threshold_for(model, tla.calibration, right, args.budget, args.max_drop)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 
-from revit_fast.cli import labelled, positive
+from revit_fast.cli import UsageError, check_file, labelled, positive
 
 
 def _numbers(text: str) -> list[float]:
@@ -36,10 +37,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(command="evaluate")
 
 
+def check_plot(path: str) -> None:
+    """Refuses, before anything is computed, what could not be drawn."""
+    from revit_fast.train.report import PLOTS
+
+    if Path(path).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
+    check_file("--plot", path)
+    import_module("matplotlib")  # where it is missing, main says what to install
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast evaluate`; 0, or 1 if any image could not be read."""
+    if args.json:
+        check_file("--json", args.json)
     if args.plot:
-        import_module("matplotlib")  # before anything is computed; where it is missing, main says what to install
+        check_plot(args.plot)
     from revit_fast.pipeline import pipeline
     from revit_fast.train.evaluate import THRESHOLDS, default_policies, evaluate
     from revit_fast.train.labels import predict_lengths

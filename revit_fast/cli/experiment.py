@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from revit_fast.cli import UsageError, positive
+from revit_fast.cli import UsageError, add_threads
 from revit_fast.train import experiments
 
 
@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
     p.add_argument(
         "--scale", choices=("full", "quick"), default="full", help="quick: a check in seconds, numbers mean nothing"
     )
-    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    add_threads(p)
     p.add_argument("--no-plots", action="store_true", help="go without matplotlib; --redraw draws them later")
     p.add_argument(
         "--redraw", action="store_true", help="write README.md and plots anew from results.json; measure nothing"

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from revit_fast.cli import UsageError
+from revit_fast.cli import UsageError, check_file
 from revit_fast.cli.predict import build_pipeline, has_weights
 from revit_fast.explain import WRITERS, explain, write
 from revit_fast.images import Source, find_images
@@ -42,8 +42,6 @@ def check_output(path: str, sources: Sequence[Source]) -> None:
     """Refuses, before anything is computed, what could not be written or would overwrite an image."""
     if Path(path).suffix.lower() not in WRITERS:
         raise UsageError(f"--output: expected a name that ends in {' or '.join(WRITERS)}, got {path!r}")
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise UsageError(f"--output: cannot write {path}; give a file in a folder that can be written to")
+    check_file("--output", path)
     if os.path.exists(path) and any(os.path.realpath(path) == os.path.realpath(source.path) for source in sources):
         raise UsageError(f"--output: {path} is one of the images; give another name or folder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from revit_fast.cli import labelled
+from revit_fast.cli import check_file, labelled
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast label`; 0, or 1 if any image could not be read."""
     from revit_fast.train.labels import LengthLabels, predict_lengths
 
+    check_file("--output", args.output)
     bundle, images = labelled.open_both(args)
     predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
     labels = LengthLabels.of(predictions, images, args.rule, args.unsolved)

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli import UsageError, positive
+from revit_fast.cli import UsageError, add_threads, positive
 
 if TYPE_CHECKING:
     from revit_fast.bundle import Bundle
@@ -24,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("--split", default=split, help="of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn (default %(default)s)")
-    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    add_threads(p)
 
 
 def add_output(p: argparse.ArgumentParser) -> None:
@@ -33,14 +34,14 @@ def add_output(p: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Errors that the arguments or files have caused are usage errors."""
+def usage_errors(**options: str) -> Iterator[None]:
+    """Errors that the arguments or files have caused are usage errors; `options` as of `UsageError.of`."""
     try:
         yield
     except ModuleNotFoundError:
         raise  # main says what to install
     except (OSError, TypeError, ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError.of(error, bundle="BUNDLE", path="DATA", split="--split", **options) from error
 
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
@@ -64,13 +65,15 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 def folder_to_write(args: argparse.Namespace) -> str:
     """The folder that the bundle is written to; a shipped one, or one of the Hub, is left as it is."""
-    from revit_fast.bundle import SHIPPED, find_bundle
+    from revit_fast.bundle import SHIPPED, check_replaceable, find_bundle
     from revit_fast.hub import SCHEME
 
-    if args.output is not None:
-        return args.output
-    if args.bundle.startswith(SCHEME) or SHIPPED in find_bundle(args.bundle).parents:
-        raise UsageError(f"--output: give a folder; {args.bundle} is not changed")
+    with usage_errors(folder="--output"):
+        if args.output is not None:
+            check_replaceable(Path(args.output))
+            return args.output
+        if args.bundle.startswith(SCHEME) or SHIPPED in find_bundle(args.bundle).parents:
+            raise UsageError(f"--output: give a folder; {args.bundle} is not changed")
     return args.bundle
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import TextIO
 
@@ -14,7 +15,7 @@ import torch
 
 import revit_fast
 from revit_fast.bundle import Bundle, is_bundle, read_bundle
-from revit_fast.cli import UsageError
+from revit_fast.cli import UsageError, check_file
 from revit_fast.cli.report import (
     FORMATS,
     BarProgress,
@@ -49,9 +50,24 @@ def run(args: argparse.Namespace) -> int:
     warn_of_random_weights(args)
     if args.engine == "ray":
         return import_module("revit_fast.cli.predict_ray").run_on_cluster(args)
-    with open_output(args.output) as stream:
+    refuse_cluster_options(args)
+    with open_results(args) as stream:
         pipe = build_pipeline(args)
         return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes))
+
+
+def refuse_cluster_options(args: argparse.Namespace) -> None:
+    """Raises a usage error for options that mean nothing where everything runs in this process."""
+    for name in ("workers", "address"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name}: everything runs in this process; give --engine ray for a cluster")
+
+
+def open_results(args: argparse.Namespace) -> AbstractContextManager[TextIO]:
+    """Where results go; what could be written neither there nor to --trace is a usage error."""
+    if args.trace:
+        check_file("--trace", args.trace)
+    return open_output(args.output)
 
 
 def refuse_files_of(kind: Kind, args: argparse.Namespace, wanted_model: str) -> None:
@@ -127,7 +143,7 @@ def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> 
         fast = revit_fast.optimize(model)
         return AdaptivePipeline(fast, prep, token_budget=args.batch_tokens, labels=labels, max_wait_s=max_wait_s)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError.of(error, model="--model") from error
 
 
 def build_preprocessor(
@@ -135,14 +151,29 @@ def build_preprocessor(
 ) -> AdaptivePreprocessor:
     """The preprocessor for `model` with the assigner and policy of the arguments, or else those of the bundle."""
     policy = policy_of(args, bundle)
-    if isinstance(policy, tuple) and policy[0] == "fixed" and policy[1] not in model.grids:
-        raise UsageError(f"--grid: expected mixed or one of the model's {list(model.grids)}, got {policy[1]}")
+    check_fixed(args, policy, model.grids)
     try:
         assigner = TokenLengthAssigner.load(args.assigner) if args.assigner else bundle and bundle.tla
         options = {"policy": policy, "draft": args.draft, "exact": args.exact}
         return AdaptivePreprocessor.for_model(model, assigner, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:
-        raise UsageError(f"--assigner, --policy: {error}") from error
+        raise UsageError.of(error, **choice_options(args)) from error
+
+
+def choice_options(args: argparse.Namespace) -> dict[str, str]:
+    """The options that the arguments of a preprocessor come from."""
+    return {
+        "assigner": "--assigner",
+        "tla": "--assigner",
+        "policy": "--policy" if args.budget is None else "--budget",
+    }
+
+
+def check_fixed(args: argparse.Namespace, policy: PolicySpec, grids: Sequence[int]) -> None:
+    """Raises a usage error for one grid of all images that the model does not have."""
+    if isinstance(policy, tuple) and policy[0] == "fixed" and policy[1] not in grids:
+        option, other = ("--grid", "mixed or ") if args.policy is None else ("--policy: fixed", "")
+        raise UsageError(f"{option}: expected {other}one of the model's {list(grids)}, got {policy[1]}")
 
 
 def policy_of(args: argparse.Namespace, bundle: Bundle | None = None, longest: int = DEFAULT_GRIDS[0]) -> PolicySpec:
@@ -171,18 +202,19 @@ def load_bundle(args: argparse.Namespace) -> Bundle:
         if args.weights:
             bundle.model.load_checkpoint(args.weights)
     except (ImportError, OSError, ValueError) as error:
-        raise UsageError(f"--model: {error}") from error
+        raise UsageError.of(error, "--model", bundle="--model", weights="--weights") from error
     return bundle
 
 
 def load_model(args: argparse.Namespace) -> revit_fast.ReViT:
     """The model in evaluation mode; what is wrong with its name or weights is a usage error."""
-    for package in ("PIL", "timm"):  # where one is missing, main says what to install
-        import_module(package)
+    _, timm = (import_module(package) for package in ("PIL", "timm"))  # where one is missing, main says what to install
+    if not timm.is_model(args.model) and os.path.isdir(args.model):
+        raise UsageError(f"--model: timm knows no model {args.model!r}; for the folder here, give ./{args.model}")
     try:
         return revit_fast.create_model(args.model, weights=args.weights).eval()
     except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError.of(error, "--model", name="--model", vit="--model", weights="--weights") from error
 
 
 def read_labels(path: str, n_classes: int) -> list[str]:

@@ -10,8 +10,16 @@ import torch
 
 from revit_fast.checkpoint import read_checkpoint
 from revit_fast.cli import UsageError
-from revit_fast.cli.predict import policy_of, read_labels, refuse_files_of, report
-from revit_fast.cli.report import open_output
+from revit_fast.cli.predict import (
+    check_fixed,
+    choice_options,
+    open_results,
+    policy_of,
+    read_labels,
+    refuse_cluster_options,
+    refuse_files_of,
+    report,
+)
 from revit_fast.images import IMAGES
 from revit_fast.video.checkpoints import read_folder
 from revit_fast.video.pipeline import ClipPipeline, pipeline
@@ -24,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--engine {args.engine}: clips are classified in one process; leave it out")
     refuse_files_of(IMAGES, args, "a ViT's name or a bundle")
     import_module("av")  # where it is missing, main says what to install
-    with open_output(args.output) as stream:
+    refuse_cluster_options(args)
+    with open_results(args) as stream:
         pipe = build_pipeline(args)
         return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes), CLIPS)
 
@@ -35,18 +44,20 @@ def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
         torch.set_num_threads(args.threads)
     try:
         model, classes = read_folder(args.model)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: {error}") from error
+    try:
         if args.weights:
             model.load_weights(read_checkpoint(Path(args.weights)), args.weights)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model: {error}") from error
+        raise UsageError.of(error, "--weights", weights="--weights") from error
     if model.num_classes < 1:
         raise UsageError(f"--model: {args.model} has no classifier to predict with")
     policy = policy_of(args, longest=model.grids[0])
-    if isinstance(policy, tuple) and policy[0] == "fixed" and policy[1] not in model.grids:
-        raise UsageError(f"--grid: expected mixed or one of the model's {list(model.grids)}, got {policy[1]}")
+    check_fixed(args, policy, model.grids)
     labels = read_labels(args.labels, model.num_classes) if args.labels else classes
     options = {"policy": policy, "draft": args.draft, "exact": args.exact, "n_frames": args.frames or model.num_frames}
     try:
         return pipeline(model, args.assigner, labels=labels, token_budget=args.batch_tokens, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:
-        raise UsageError(f"--assigner, --policy: {error}") from error
+        raise UsageError.of(error, **choice_options(args)) from error

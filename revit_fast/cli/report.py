@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -133,8 +132,7 @@ def open_output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    is_device = os.path.exists(path) and not os.path.isfile(path)  # /dev/null must not be replaced
-    with nullcontext(path) if is_device else replaced(path) as written:
+    with replaced(path) as written:
         try:
             file = open(written, "w", encoding="utf-8", newline="")  # noqa: SIM115
         except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from revit_fast.cli import UsageError, positive
+from revit_fast.cli import UsageError, add_threads
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.loader import UnreadableError
 from revit_fast.train.run import BUNDLE, read_config, train
@@ -37,6 +37,10 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     """Does the work of a run, on the threads that are asked for; the exit code, what went wrong said on stderr."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise UsageError(f"--output: {args.output} is a file; give a folder")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: PyTorch finds no CUDA device here; give --device cpu")
     try:
         work()
     except Interrupted as stop:
@@ -90,7 +94,7 @@ def add_run(p: argparse.ArgumentParser, output: str) -> None:
     p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
     add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
-    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    add_threads(p)
 
 
 def add_config(group: argparse._ArgumentGroup) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from revit_fast.costs import forward_macs
 from revit_fast.explain.picture import draw_grid
-from revit_fast.images import ImageError, ImageSource, name_of, on_one_line
+from revit_fast.images import ImageError, ImageSource, check_sources, name_of, on_one_line
 from revit_fast.pipeline import AdaptivePipeline, Result
 from revit_fast.policies import Policy, confidence, suffices
 from revit_fast.preprocess import eval_box
@@ -206,9 +205,7 @@ def explain(pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: in
         sources: paths, bytes of encoded files, PIL images, uint8 arrays. A picture of each is kept, about 1 MB.
         top_k: classes to list; 0 for none, where the weights mean nothing.
     """
-    if isinstance(sources, (str, bytes, PathLike, np.ndarray, Tensor)):
-        got = type(sources).__name__
-        raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
+    check_sources(sources)
     if pipe.prep.aspect != "crop":
         raise ValueError('pipe: explanations show square grids; give a pipeline whose preprocessor has aspect="crop"')
     n_prefix = pipe.model.num_prefix_tokens

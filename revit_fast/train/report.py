@@ -13,6 +13,9 @@ from revit_fast.policies import PolicySpec
 
 FORMAT = "revit-fast evaluation 1"
 
+PLOTS = (".png", ".svg", ".pdf")
+"""What accuracy over cost can be drawn as."""
+
 
 @dataclass(frozen=True)
 class Time:
@@ -143,8 +146,8 @@ class Report:
             path: .png, .svg or .pdf.
             cost: "gmacs" or "tokens".
         """
-        suffix = Path(path).suffix.lstrip(".").lower()
-        if suffix not in ("png", "svg", "pdf") or cost not in ("gmacs", "tokens"):
+        suffix = Path(path).suffix.lower()
+        if suffix not in PLOTS or cost not in ("gmacs", "tokens"):
             raise ValueError(f"path, cost: expected .png, .svg or .pdf, and gmacs or tokens, got {path} and {cost!r}")
         try:
             from matplotlib import rc_context
@@ -157,9 +160,9 @@ class Report:
             FigureCanvasAgg(figure)  # no window system, whatever is configured
             axes = figure.add_subplot()
             self._draw(axes, cost)
-            metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
+            metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(suffix)
             with replaced(path) as temporary:
-                figure.savefig(temporary, format=suffix, metadata=metadata)
+                figure.savefig(temporary, format=suffix[1:], metadata=metadata)
 
     def _draw(self, axes, cost: str) -> None:
         styles = {"fixed": "s-", "assigner": "o-", "cascade": "^-", "random": "x", "entropy": "+", "oracle": "*"}
