@@ -336,13 +336,18 @@ class TestAsync:
         assert asyncio.run(run(source())) == expected
         assert asyncio.run(run(images)) == expected
 
-    def test_the_loop_is_not_blocked_and_breaking_off_cleans_up(self, pipe):
-        ticks = 0
+    def test_the_loop_is_not_blocked_and_breaking_off_cleans_up(self, pipe, monkeypatch):
+        """Every pass waits until the loop has had a turn: one that waited for the pass would never have it."""
+        turn, logits, turns = threading.Event(), pipe.logits, []
+
+        def after_a_turn(batch):
+            turn.clear()
+            turns.append(turn.wait(60))
+            return logits(batch)
 
         async def tick():
-            nonlocal ticks
             while True:
-                ticks += 1
+                turn.set()
                 await asyncio.sleep(0.001)
 
         async def run():
@@ -354,8 +359,10 @@ class TestAsync:
             await results.aclose()
             ticking.cancel()
 
+        monkeypatch.setattr(pipe, "logits", after_a_turn)
         asyncio.run(run())
-        assert ticks > 5
+        assert len(turns) > 5
+        assert all(turns)
 
     def test_an_error_of_the_source(self, pipe):
         async def source():
