@@ -265,7 +265,7 @@ def _random(argument, n_lengths: int):
         options |= argument
     seed = options["seed"]
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise ValueError(f"policy: expected an int in [0, 2**64) as the seed of random, got {seed!r}")
+        raise ValueError(f"policy: expected a seed from 0 to 2**64 - 1, got {seed!r}")
     shares = np.asarray(options["shares"], dtype=np.float64)
     if shares.shape != (n_lengths,) or not (shares >= 0).all() or not math.isclose(shares.sum(), 1.0, abs_tol=1e-6):
         raise ValueError(f"policy: expected {n_lengths} shares that sum to 1, got {options['shares']!r}")
