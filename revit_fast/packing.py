@@ -7,11 +7,11 @@ are known on the host when a pack is made, so its index tensors are built here o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,26 @@ from revit_fast.kernels.schedules import KEY_CLASSES, N_CLASSES, PADDING, TILE_R
 DEFAULT_GRIDS = (14, 10, 7)
 
 INT32_MAX = 2**31 - 1
+
+T = TypeVar("T")
+
+
+def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """`lru_cache` of functions that make tensors.
+
+    Within a `FakeTensorMode` nothing is kept or taken: its tensors have no values, and belong to it alone.
+    """
+
+    def cached(make: Callable[..., T]) -> Callable[..., T]:
+        kept = lru_cache(maxsize)(make)
+
+        @wraps(make)
+        def get(*key) -> T:
+            return kept(*key) if type(torch.empty(0)) is Tensor else make(*key)
+
+        return get
+
+    return cached
 
 
 class WorkList(NamedTuple):
@@ -180,7 +200,7 @@ def _patch_counts(seqlens: Sequence[int], n_prefix: int) -> list[int]:
     return [max(n - n_prefix, 0) for n in seqlens]
 
 
-@lru_cache(maxsize=256)
+@cached_tensors(maxsize=256)
 def _index_tensors(
     seqlens: tuple[int, ...],
     n_prefix: int,
@@ -205,7 +225,7 @@ def _shared(normalization: Tensor, device: torch.device) -> Tensor:
     return _shared_values(tuple(map(tuple, normalization.tolist())), normalization.dtype, device)
 
 
-@lru_cache(maxsize=16)
+@cached_tensors(maxsize=16)
 def _shared_values(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device="cpu").to(device)

@@ -1,10 +1,13 @@
 """The pack contract: offsets, work list, length rule, prefix convention, and its errors."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import randn
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revit_fast import PackedBatch
 from revit_fast.kernels.schedules import KEY_CLASSES, N_CLASSES, PADDING, STREAMING, TILE_ROWS
@@ -126,6 +129,19 @@ def test_layout_counts_prefix_tokens():
     assert torch.equal(tokens.layout(1).tiles, layout.tiles)
     with pytest.raises(ValueError, match="n_prefix"):
         tokens.layout(2)
+
+
+def test_a_fake_pack_leaves_nothing_to_real_ones():
+    """Index tensors are shared by packs of the same lengths, but not with those of a FakeTensorMode."""
+    for mode in (FakeTensorMode(), contextlib.nullcontext(), FakeTensorMode()):
+        with mode:
+            data = torch.ones(7, 3)
+            batch = PackedBatch.from_rows(data, [3, 4], lengths=(4,))
+            assert type(batch.cu_seqlens) is type(batch.length_index) is type(data)
+            shared = PackedBatch.from_rows(data, [3, 4], lengths=(4,))
+        if type(data) is torch.Tensor:
+            assert batch.cu_seqlens.tolist() == [0, 3, 7]
+            assert shared.cu_seqlens is batch.cu_seqlens
 
 
 def test_the_default_device_has_no_say():

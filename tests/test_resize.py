@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revit_fast import PackedBatch, ops, reference
 from revit_fast.ops import _library
@@ -159,6 +160,17 @@ def test_default_device_and_dtype_have_no_say(dtype):
     if dtype == torch.uint8:
         assert there.normalization.dtype == torch.float32
         assert torch.equal(there.normalization, here.normalization)
+
+
+def test_a_fake_call_leaves_nothing_to_real_ones():
+    image, options = np.full((5, 5, 3), 51, np.uint8), {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = ops.resize_patchify([image], 4, 4, **options)
+    real = ops.resize_patchify([image], 4, 4, **options)
+    assert type(fake.data) is not torch.Tensor
+    assert fake.data.shape == real.data.shape
+    expected = (torch.tensor(0.2) - torch.tensor(options["mean"])) / torch.tensor(options["std"])
+    torch.testing.assert_close(real.data.view(16, 3), expected.expand(16, 3))
 
 
 def test_result_does_not_depend_on_pack_or_threads(isa):

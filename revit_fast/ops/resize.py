@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from revit_fast import reference
 from revit_fast.ops import _library
-from revit_fast.packing import PackedBatch
+from revit_fast.packing import PackedBatch, cached_tensors
 
 Box = tuple[float, float, float, float]
 
@@ -266,7 +265,7 @@ def _channels(values: Sequence[float] | None, name: str, default: tuple[float, .
     return values
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(maxsize=32)
 def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Normalised value of each channel and 8-bit value, `[3, 256]`: ToTensor and Normalize, then one rounding."""
     values = torch.arange(256, dtype=torch.uint8, device="cpu").to(torch.float32).div(255)

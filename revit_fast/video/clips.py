@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.ops import resize_patchify
-from revit_fast.packing import Layout, PackedBatch, cumulative, nearest_lengths, work_list
+from revit_fast.packing import Layout, PackedBatch, cached_tensors, cumulative, nearest_lengths, work_list
 
 Grid = tuple[int, int]
 
@@ -61,7 +60,7 @@ class ClipLayout(NamedTuple):
     n_patch_rows: int
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def clip_layout(
     grids: tuple[Grid, ...], n_frames: tuple[int, ...], lengths: tuple[int, ...], joint: bool, device: torch.device
 ) -> ClipLayout:
