@@ -42,16 +42,17 @@ def load_state(path: Path) -> dict[str, Any]:
         FileNotFoundError: where there is no such file.
         ValueError: where it holds something else.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    data = path.read_bytes()  # at once: `safe_open` opens the path twice, and a run may replace the file in between
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no state of a training run of this version")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no state of a training run of this version")
         return _put_together(json.loads(metadata["state"]), tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a state of a training run: {error}") from error
