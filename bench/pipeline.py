@@ -37,7 +37,8 @@ from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.policies import Policy, make_policy
-from revit_fast.preprocess import IMAGENET_MEAN, IMAGENET_STD, eval_box
+from revit_fast.preprocess import eval_box
+from revit_fast.settings import IMAGENET_MEAN, IMAGENET_STD
 from revit_fast.trace import StageTimes
 
 BATCH = 16

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revit_fast.kernels import schedules
-from revit_fast.kernels.launch import launch, target_of
-from revit_fast.kernels.parts import (
+from . import schedules
+from .constants import TILE_ROWS
+from .launch import launch, target_of
+from .parts import (
     add_outer,
     inner,
     load_parts,
@@ -30,9 +31,8 @@ from revit_fast.kernels.parts import (
     visible,
     zero_parts,
 )
-from revit_fast.kernels.rounding import rounded
-from revit_fast.kernels.schedules import TILE_ROWS
-from revit_fast.kernels.tiles import Tiles, zero_padding
+from .rounding import rounded
+from .tiles import Tiles, zero_padding
 
 
 @triton.jit

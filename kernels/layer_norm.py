@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revit_fast.kernels.launch import Target, launch, target_of
-from revit_fast.kernels.pack import readable, row_stride, search_bits, sequence_of
-from revit_fast.kernels.rounding import rounded
+from .launch import Target, launch, target_of
+from .pack import readable, row_stride, search_bits, sequence_of
+from .rounding import rounded
 
 MAX_CHANNELS = 16384
 """Longest row that 32 warps hold in registers, twice, without spilling."""

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revit_fast.kernels.rounding import INTERPRETED, rounded
+from .rounding import INTERPRETED, rounded
 
 
 @triton.constexpr_function

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revit_fast.kernels.launch import launch
-from revit_fast.kernels.schedules import KEY_CLASSES, PADDING, TILE_ROWS
+from .constants import KEY_CLASSES, PADDING, TILE_ROWS
+from .launch import launch
 
 
 @triton.jit(do_not_specialize=["n_rows_q", "n_rows_k", "n_sequences", "n_slots"])

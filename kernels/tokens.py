@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revit_fast.kernels.launch import launch, target_of
-from revit_fast.kernels.pack import readable, row_stride, search_bits, sequence_of
-from revit_fast.kernels.rounding import rounded
+from .launch import launch, target_of
+from .pack import readable, row_stride, search_bits, sequence_of
+from .rounding import rounded
 
 THREADS = 128
 """Threads of one program, whatever the size of a warp."""

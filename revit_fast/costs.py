@@ -1,17 +1,17 @@
-"""What a model's forward pass costs for an image of a given number of tokens."""
+"""Multiply-adds of a model's forward pass for an image of a given number of tokens."""
 
 from __future__ import annotations
 
-from revit_fast.model import ReViT
+from torch import nn
+
 from revit_fast.stem import ConvStem
 
 
-def forward_macs(model: ReViT, n_patches: int) -> int:
-    """Multiply-adds of a forward pass over one image: linear layers, convolutions and the products of
-    attention.
+def forward_macs(model: nn.Module, n_patches: int) -> int:
+    """Multiply-adds of a forward pass over one image: linear layers, convolutions and the products of attention.
 
     Args:
-        model: the model.
+        model: a `ReViT`.
         n_patches: patch tokens of the image; prefix tokens are added here.
     """
     n_tokens = n_patches + model.num_prefix_tokens

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from revit_fast.ops import _checks, varlen_attention
+from revit_fast.ops import _checks
+from revit_fast.ops.attention import varlen_attention
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
 

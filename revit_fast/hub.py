@@ -1,30 +1,35 @@
-"""`save_pretrained`, `from_pretrained` and `push_to_hub` of a `ReViT`, and repositories of the Hugging Face Hub.
+"""Where saved models are found: folders, models that the package ships, repositories of the Hugging Face Hub.
 
-A saved model is a bundle (`revit_fast.bundle`), whose files have the names that the Hub knows: what `fit` writes and
-the commands take is a repository as it stands, assigner included. Weights are read from safetensors alone.
+The files of a saved model (`folder`) have the names that the Hub knows: what `fit` writes and the commands take can be
+uploaded as it is, assigner included. Weights are read from safetensors only.
 
-`ReViT` has the methods of huggingface_hub's `PyTorchModelHubMixin` without being one. As a base class it would make the
-package import huggingface_hub, and a subclass with it would be another model than `from_timm` returns and `optimize`
-takes. Its loading passes over a missing configuration and tensors of other names, and falls back to pickles; its
-saving removes the old configuration before there is a new one. What it is for, the Hub, it does here too: an upload
-goes through a mixin that is made for it. Folders are written and read without huggingface_hub.
+`ReViT` has the methods of huggingface_hub's `PyTorchModelHubMixin` but does not inherit from it. That base class would
+make the package import huggingface_hub, and a subclass with it would be another model than `from_timm` returns and
+`optimize` takes. Its loading ignores a missing configuration and tensors of other names, and falls back to pickles; its
+saving removes the old configuration before it writes the new one. Only uploads go through a mixin, made for each.
+Folders are written and read without huggingface_hub.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from revit_fast.model import ReViT
+from revit_fast.costs import forward_macs
+from revit_fast.folder import ASSIGNER, CARD, CONFIG, MODEL, check_assigner, read_model, write_folder
+
+SHIPPED = Path(__file__).parent / "models"
+"""The folder of the models that the package ships."""
 
 SCHEME = "hf-hub:"
 """Marks a repository where a folder may be meant, as in timm: `hf-hub:user/name` or `hf-hub:user/name@revision`."""
 
 PARTS = ("tla", "classes", "settings", "policy", "card")
-"""Of a bundle, beside the model; arguments of `save_bundle`."""
+"""What a folder holds beside the model; arguments of `save_bundle`."""
+
+M = TypeVar("M", bound="Pretrained")
 
 
 class Pretrained:
@@ -38,14 +43,14 @@ class Pretrained:
         repo_id: str | None = None,
         **options: Any,
     ) -> str | None:
-        """Writes the model as a bundle, all or nothing: `config.json`, `model.safetensors`, `README.md`, its assigner.
+        """Writes `config.json`, `model.safetensors`, `README.md` and the assigner's file, all or nothing.
 
         Args:
-            save_directory: a new or empty folder, or a bundle to be replaced; other files in it are kept.
+            save_directory: a new or empty folder, or a saved model to replace; other files in it are kept.
             push_to_hub: also upload it.
-            repo_id: where to; by default the folder's name.
-            **options: arguments of `save_bundle`: tla (the assigner), classes, settings, policy, card; with
-                `push_to_hub` also those of an upload.
+            repo_id: "user/name" of the repository; by default the folder's name.
+            **options: tla (the assigner), classes, settings, policy (with an assigner) and card, as of `save_bundle`;
+                with `push_to_hub` also those of an upload.
 
         Returns:
             The address of the upload, where there was one.
@@ -53,22 +58,20 @@ class Pretrained:
         Raises:
             TypeError, ValueError: for an unknown option; see `save_bundle`.
         """
-        from revit_fast.bundle import save_bundle
-
         parts = {name: value for name, value in options.items() if name in PARTS}
         if len(parts) < len(options) and not push_to_hub:
             unknown = ", ".join(name for name in options if name not in PARTS)
             raise TypeError(f"options: expected {', '.join(PARTS)}, got {unknown}; an upload needs push_to_hub=True")
-        save_bundle(save_directory, self, **parts)
+        self._write(save_directory, parts)
         return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the model to the Hub as a bundle, in one commit.
+        """Uploads what `save_pretrained` writes to the Hub, in one commit.
 
         Args:
             repo_id: "user/name" of the repository, which is made where there is none.
-            **options: arguments of `save_bundle`: tla (the assigner), classes, settings, policy, card; and of
-                `huggingface_hub.ModelHubMixin.push_to_hub`: commit_message, private, token, branch, create_pr,
+            **options: tla (the assigner), classes, settings, policy (with an assigner) and card, as of `save_bundle`;
+                and of `huggingface_hub.ModelHubMixin.push_to_hub`: commit_message, private, token, branch, create_pr,
                 allow_patterns, ignore_patterns, delete_patterns.
 
         Returns:
@@ -78,17 +81,29 @@ class Pretrained:
             ImportError: where huggingface_hub is not installed.
             TypeError, ValueError: for an unknown option; see `save_bundle`.
         """
-        from revit_fast.bundle import save_bundle
-
         parts = {name: options.pop(name) for name in PARTS if name in options}
         foreign = [name for name in ("config", "model_card_kwargs") if name in options]
         if foreign:
             raise TypeError(f"{foreign[0]}: a bundle has its own; expected {', '.join(PARTS)} and those of an upload")
-        return _uploader(lambda folder: save_bundle(folder, self, **parts)).push_to_hub(repo_id, **options)
+        return _uploader(lambda folder: self._write(folder, parts)).push_to_hub(repo_id, **options)
+
+    def _write(self, folder: str | os.PathLike, parts: Mapping[str, Any]) -> None:
+        rest = dict(parts)
+        assigner, policy = rest.pop("tla", None), rest.get("policy")
+        if assigner is not None:
+            check_assigner(assigner, self.grids)
+            if policy is not None:
+                assigner.check_policy(policy, [forward_macs(self, n) for n in self.lengths])
+        elif policy is not None:
+            raise ValueError(
+                f"policy: {policy!r} is not of the model; give the assigner too (tla=...), or save both with "
+                "revit_fast.save_bundle(folder, model, policy=...)"
+            )
+        write_folder(folder, self, assigner, **rest)
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[M],
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         revision: str | None = None,
@@ -97,8 +112,8 @@ class Pretrained:
         force_download: bool = False,
         local_files_only: bool = False,
         **arguments: Any,
-    ) -> ReViT:
-        """The model of a bundle, in evaluation mode; `revit_fast.load` also brings its assigner and policy.
+    ) -> M:
+        """A saved model, in evaluation mode; `revit_fast.load` also brings its assigner and policy.
 
         Args:
             pretrained_model_name_or_path: a folder; the name of a model that the package ships; or a repository of the
@@ -108,15 +123,13 @@ class Pretrained:
             token: of the Hub; by default that of the login.
             force_download: download again what is there.
             local_files_only: take what is there.
-            **arguments: of the constructor, in the place of those that were saved: drop_path_rate, ...
+            **arguments: arguments of the constructor that replace the saved ones: drop_path_rate, ...
 
         Raises:
             FileNotFoundError: where a file is missing.
             ImportError, OSError: see `download`.
             ValueError: where a file cannot be read, or files or arguments do not fit each other; the message names it.
         """
-        from revit_fast.bundle import SHIPPED, read_model, shipped_names
-
         name = pretrained_model_name_or_path
         if not isinstance(name, str) or Path(name).is_dir():
             folder = Path(name)
@@ -125,11 +138,52 @@ class Pretrained:
         else:
             options = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
             folder = download(name, revision=revision, local_files_only=local_files_only, **options)
-        return read_model(folder, cls, arguments)
+        return read_model(find_bundle(folder), cls, arguments)
+
+
+def find_bundle(name_or_folder: str | os.PathLike) -> Path:
+    """The folder of a saved model.
+
+    Args:
+        name_or_folder: see `revit_fast.bundle.read_bundle`.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ImportError, OSError: see `download`.
+    """
+    if isinstance(name_or_folder, str) and name_or_folder.startswith(SCHEME):
+        name_or_folder = download(name_or_folder)
+    if not is_bundle(name_or_folder):
+        shipped = ", ".join(shipped_names()) or "none"
+        here = "; for the folder here, give ./" + name_or_folder if Path(name_or_folder).is_dir() else ""
+        raise FileNotFoundError(
+            f"bundle: the package ships no model {name_or_folder!r}; shipped: {shipped}; a folder is given with a "
+            f"path separator{here}"
+        )
+    folder = Path(name_or_folder) if _is_path(name_or_folder) else SHIPPED / name_or_folder
+    if not (folder / CONFIG).is_file():
+        what = f"lacks {CONFIG}" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"bundle: the folder {folder} {what}; save_bundle and `revit-fast fit` write bundles")
+    return folder
+
+
+def is_bundle(name_or_folder: str | os.PathLike) -> bool:
+    """Whether this is a path, a repository or the name of a shipped model, rather than that of a timm architecture."""
+    return _is_path(name_or_folder) or name_or_folder.startswith(SCHEME) or name_or_folder in shipped_names()
+
+
+def shipped_names() -> list[str]:
+    """Names of the models that the package ships."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def _is_path(name_or_folder: str | os.PathLike) -> bool:
+    separators = [os.sep, os.altsep or os.sep]
+    return not isinstance(name_or_folder, str) or any(s in name_or_folder for s in separators)
 
 
 def download(repo_id: str, *, revision: str | None = None, **options: Any) -> Path:
-    """The folder that holds a repository's bundle: downloaded, or as it is kept from an earlier time.
+    """The folder that holds a repository's files, downloaded now or earlier.
 
     Args:
         repo_id: "user/name", with or without "hf-hub:" before it and "@revision" behind it.
@@ -140,8 +194,6 @@ def download(repo_id: str, *, revision: str | None = None, **options: Any) -> Pa
         ImportError: where huggingface_hub is not installed.
         OSError: where the Hub does not give it; the message says why.
     """
-    from revit_fast.bundle import ASSIGNER, CARD, CONFIG, MODEL
-
     name, _, tail = repo_id.removeprefix(SCHEME).partition("@")
     hub = _huggingface_hub(f"{repo_id!r} is no folder here, and repositories of the Hub need")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -6,6 +6,7 @@ The method is "Make A Long Image Short" (arXiv 2307.02092); names, meanings and 
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from revit_fast.layers import (
     make_activation,
     sequence_max,
 )
-from revit_fast.ops import assemble_tokens, mean_pool
+from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import (
     DEFAULT_GRIDS,
     Layout,
@@ -306,6 +307,13 @@ class ReViT(Pretrained, nn.Module):
             TypeError, ValueError: for arguments that the constructor does not know or refuses.
         """
         return cls(**config)
+
+    @classmethod
+    def unsaid_arguments(cls, config: Mapping[str, Any]) -> list[str]:
+        """Arguments of a subclass's own that `config` leaves out: the model that was saved may have had others."""
+        rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = {n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind not in rest}
+        return sorted(named - set(inspect.signature(ReViT.__init__).parameters) - set(config))
 
     def init_weights(self) -> None:
         """timm's initialisation: truncated normal weights, zero biases. A convolutional stem keeps PyTorch's."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_fast.kernels.schedules import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
+from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
 
 DEFAULT_GRIDS = (14, 10, 7)
 

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from revit_fast.explain import Explanation, Length, explain
-from revit_fast.explain.facts import total, with_evidence
+from revit_fast.explain.facts import Explanation, Length, explain, total, with_evidence
 from revit_fast.explain.html import DARK, LEGEND, LIGHT, STYLE, entries, meter
 from revit_fast.images import ImageError, ImageSource, on_one_line
 from revit_fast.pipeline import AdaptivePipeline

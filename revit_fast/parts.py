@@ -23,7 +23,8 @@ from torch import nn
 
 from revit_fast.atomic import replaced
 from revit_fast.images import Source
-from revit_fast.pipeline import AdaptivePipeline, Result
+from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.results import Result
 from revit_fast.version import __version__
 
 FORMAT = "revit-fast results 1"

@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 
@@ -30,6 +26,8 @@ from revit_fast.model import ReViT, create_model
 from revit_fast.packing import PackedBatch
 from revit_fast.policies import PolicySpec, confidence
 from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.results import InOrder, Ready, Result
+from revit_fast.session import Session
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.trace import StageTimes
 
@@ -41,80 +39,6 @@ RELEASE_BYTES = 64 << 20
 
 MAX_BEHIND = 1024
 """Results that may wait for an earlier one."""
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What became of a source.
-
-    Attributes:
-        index: its place in the stream.
-        source: as it was given.
-        grid: patches a side that it was given, of a cascade the last; None where there is an error. Where proportions
-            are kept (see `AdaptivePreprocessor`), the side of a square of as many tokens as it may take.
-        n_tokens: tokens that the model processed, prefix tokens counted, of a cascade at all grids.
-        logits: float32 `[n_classes]` on the CPU.
-        error: None, or a text that names the source and what is wrong with it.
-        probabilities: the assigner's, `[n_lengths]`, the longest length first; None where it was not asked.
-        ms: time of decoding plus its share, by tokens, of what was done for its pack.
-        labels: names of the classes, where the pipeline has any.
-    """
-
-    index: int
-    source: ImageSource
-    grid: int | None = None
-    n_tokens: int | None = None
-    logits: Tensor | None = None
-    error: str | None = None
-    probabilities: np.ndarray | None = None
-    ms: float = 0.0
-    labels: Sequence[str] | None = field(default=None, repr=False)
-
-    @property
-    def reason(self) -> str | None:
-        """The error without the name of the source."""
-        return None if self.error is None else self.error.removeprefix(f"{name_of(self.source)}: ")
-
-    def top(self, k: int = 5) -> list[dict]:
-        """The k best classes, `{"label": name or index, "score": probability}`; none where there is an error."""
-        if self.logits is None:
-            return []
-        scores, classes = self.logits.softmax(dim=0).topk(min(k, len(self.logits)))
-        names = self.labels if self.labels is not None else range(len(self.logits))
-        return [{"label": names[c], "score": s} for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
-
-
-@dataclass(slots=True, eq=False)
-class _Ready:
-    """A decoded image that waits for a pass at a grid, and what its `Result` will say."""
-
-    image: np.ndarray
-    index: int
-    source: ImageSource
-    grid: int
-    n_tokens: int
-    probabilities: np.ndarray | None
-    ms: float
-
-
-class _InOrder:
-    """Puts results back into the order of their sources."""
-
-    def __init__(self, first_index: int) -> None:
-        self._waiting: dict[int, Result] = {}
-        self._next = first_index
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, result: Result) -> None:
-        self._waiting[result.index] = result
-
-    def ready(self) -> Iterator[Result]:
-        """The results that no earlier one is missing for."""
-        while self._next in self._waiting:
-            self._next += 1
-            yield self._waiting.pop(self._next - 1)
 
 
 class AdaptivePipeline:
@@ -251,14 +175,14 @@ class AdaptivePipeline:
             await asyncio.to_thread(session.close)
 
     def _run(self, sources: Iterable[ImageSource], times: StageTimes, first_index: int) -> Iterator[Result]:
-        batcher: TokenBudgetBatcher[_Ready] = self._make_batcher()
-        done = _InOrder(first_index)
+        batcher: TokenBudgetBatcher[Ready] = self._make_batcher()
+        done = InOrder(first_index)
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times, first_index)
         try:
             end, n_unreleased = None, 0
             while end is None:
                 chunk, end = decoders.chunk(batcher.deadline)
-                packs: deque[list[_Ready]] = deque()
+                packs: deque[list[Ready]] = deque()
                 self._sort_in(self._assigned(chunk, times), done, batcher, packs)
                 packs += batcher.expired(time.perf_counter())
                 yield from done.ready()
@@ -281,10 +205,10 @@ class AdaptivePipeline:
 
     def _sort_in(
         self,
-        items: Iterable[_Ready | Result],
-        done: _InOrder,
-        batcher: TokenBudgetBatcher[_Ready],
-        packs: deque[list[_Ready]],
+        items: Iterable[Ready | Result],
+        done: InOrder,
+        batcher: TokenBudgetBatcher[Ready],
+        packs: deque[list[Ready]],
     ) -> None:
         """Results to those that are done, images to the batcher, and what that closes to the packs."""
         now = time.perf_counter()
@@ -310,16 +234,16 @@ class AdaptivePipeline:
                 chunk, end = decoders.chunk(math.inf)
                 items = self._assigned(chunk, times)
                 yield from sorted(
-                    (self._result(i) if isinstance(i, _Ready) else i for i in items), key=lambda r: r.index
+                    (self._result(i) if isinstance(i, Ready) else i for i in items), key=lambda r: r.index
                 )
             if end.error is not None:
                 raise end.error
         finally:
             decoders.close()
 
-    def _assigned(self, chunk: list[Fed], times: StageTimes) -> list[_Ready | Result]:
+    def _assigned(self, chunk: list[Fed], times: StageTimes) -> list[Ready | Result]:
         """Images with their grids; results for what could not be read."""
-        items: list[_Ready | Result] = []
+        items: list[Ready | Result] = []
         readable: list[tuple[Fed, np.ndarray, float]] = []
         for fed in chunk:
             image, error, ms = fed.decoded.result()
@@ -338,10 +262,10 @@ class AdaptivePipeline:
             probabilities = [None] * len(readable)
         for (fed, image, ms), grid, p in zip(readable, assignment.grids, probabilities, strict=True):
             n_tokens = self._n_tokens(image, grid)
-            items.append(_Ready(image, fed.index, fed.source, grid, n_tokens, p, ms + assign_ms))
+            items.append(Ready(image, fed.index, fed.source, grid, n_tokens, p, ms + assign_ms))
         return items
 
-    def _result(self, ready: _Ready, logits: Tensor | None = None) -> Result:
+    def _result(self, ready: Ready, logits: Tensor | None = None) -> Result:
         return Result(
             ready.index,
             ready.source,
@@ -363,7 +287,7 @@ class AdaptivePipeline:
             moved = batch if isinstance(self.model, OptimizedReViT) else batch.to(self.model.pos_embed.device)
             return self.model(moved).float().cpu()
 
-    def _forward(self, pack: list[_Ready], times: StageTimes) -> Iterator[_Ready | Result]:
+    def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
         """One packed forward pass, its time shared out by tokens; images that a cascade wants to see longer."""
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]
@@ -402,80 +326,6 @@ class AdaptivePipeline:
             return [None] * len(grids)
         content = (confidence(logits.numpy()) >= bound).tolist()
         return [None if sure else longer.get(grid) for grid, sure in zip(grids, content, strict=True)]
-
-
-class Session:
-    """A pipeline that runs in a thread of its own on images submitted from any thread.
-
-    Args:
-        pipe: the pipeline; its `max_wait_s` is how long an image waits for others.
-        times: collects the time of every stage.
-    """
-
-    def __init__(self, pipe: AdaptivePipeline, times: StageTimes | None = None) -> None:
-        self._pipe, self._times = pipe, times
-        self._sources: queue.SimpleQueue = queue.SimpleQueue()
-        self._waiting: deque[Future[Result]] = deque()
-        self._lock = threading.Lock()
-        self._end = object()
-        self._closed: str | None = None
-        self._thread = threading.Thread(target=self._serve, name="revit-fast-session", daemon=True)
-        self._thread.start()
-
-    def submit(self, source: ImageSource) -> Future[Result]:
-        """The future result of an image; never an exception for an image that cannot be read.
-
-        Raises:
-            RuntimeError: where the session is closed or its pipeline has failed.
-        """
-        future: Future[Result] = Future()
-        with self._lock:  # results come in the order of the queue
-            if self._closed is not None:
-                raise RuntimeError(f"submit: {self._closed}")
-            self._waiting.append(future)
-            self._sources.put(source)
-        return future
-
-    def close(self) -> None:
-        """Finishes what was submitted and ends the thread."""
-        with self._lock:
-            if self._closed is None:
-                self._closed = "the session is closed"
-                self._sources.put(self._end)
-        self._thread.join()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @property
-    def closed(self) -> str | None:
-        """Why nothing can be submitted any more; None while it runs."""
-        return self._closed
-
-    def __len__(self) -> int:
-        """Images that wait for their results."""
-        return len(self._waiting)
-
-    def _submitted(self) -> Iterator[ImageSource]:
-        while (source := self._sources.get()) is not self._end:
-            yield source
-
-    def _serve(self) -> None:
-        try:
-            for result in self._pipe(self._submitted(), times=self._times):
-                future = self._waiting.popleft()
-                if future.set_running_or_notify_cancel():
-                    future.set_result(result)
-        except BaseException as error:
-            with self._lock:
-                self._closed = f"its pipeline failed: {error}"
-            for future in self._waiting:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(error)
-            self._waiting.clear()
 
 
 def pipeline(

@@ -39,7 +39,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from revit_fast.images import ImageError, encoded_size
-from revit_fast.pipeline import AdaptivePipeline, Result
+from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.results import Result
 from revit_fast.trace import StageTimes
 
 DELIVERY_S = 0.5

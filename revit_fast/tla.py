@@ -198,6 +198,22 @@ class TokenLengthAssigner(nn.Module):
         return assigner
 
     @property
+    def description(self) -> str:
+        """The network, its input and its calibration, for people."""
+        kind = self.backbone or f"convolutions of {', '.join(map(str, self.widths))} channels"
+        calibrated = f"{len(self.calibration.suffices)} held-out images" if self.calibration else "nothing yet"
+        return f"{kind} on thumbnails of {self.thumbnail_px} px, calibrated on {calibrated}"
+
+    def check_policy(self, policy: PolicySpec, macs: Sequence[float]) -> None:
+        """Raises the error of `make_policy` for a policy that cannot be with this assigner.
+
+        Args:
+            policy: see `revit_fast.policies.make_policy`.
+            macs: multiply-adds of the model for an image of each grid.
+        """
+        make_policy(policy, self.grids, calibration=self.calibration, macs=macs)
+
+    @property
     def macs(self) -> int:
         """Multiply-adds for one image: linear layers and convolutions of the network."""
         if isinstance(self.network, SeparableCNN):

@@ -12,7 +12,7 @@ from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, o
 
 from revit_fast import ops, reference
 from revit_fast.kernels import launch
-from revit_fast.kernels.schedules import KEY_CLASSES, PADDING, STREAMING
+from revit_fast.kernels.constants import KEY_CLASSES, PADDING, STREAMING
 from revit_fast.ops import _library
 from revit_fast.packing import work_list
 

@@ -17,10 +17,11 @@ from small_models import drawn
 from torch import nn
 
 import revit_fast as rf
-from revit_fast import bundle as bundles
+from revit_fast import hub
 from revit_fast.atomic import write_json
-from revit_fast.bundle import ASSIGNER, CARD, CONFIG, MODEL, read_bundle, save_bundle
+from revit_fast.bundle import read_bundle, save_bundle
 from revit_fast.cli import main
+from revit_fast.folder import ASSIGNER, CARD, CONFIG, MODEL
 
 GRIDS, PATCH = (4, 3, 2), 4
 CLASSES = [f"class {i}" for i in range(5)]
@@ -253,11 +254,11 @@ class TestRefused:
             rf.load(folder)
 
     def test_unknown_names(self, folder, monkeypatch, tmp_path):
-        monkeypatch.setattr(bundles, "SHIPPED", tmp_path)
+        monkeypatch.setattr(hub, "SHIPPED", tmp_path)
         with pytest.raises(FileNotFoundError, match="no model 'mnist'; shipped: bundle; a folder is given with a path"):
             rf.load("mnist")
         assert rf.load("bundle").classes == tuple(CLASSES)
-        monkeypatch.setattr(bundles, "SHIPPED", tmp_path / "none")
+        monkeypatch.setattr(hub, "SHIPPED", tmp_path / "none")
         monkeypatch.chdir(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"shipped: none;.*for the folder here, give \./bundle"):
             rf.load("bundle")

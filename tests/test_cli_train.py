@@ -17,7 +17,8 @@ from revit_fast.bundle import read_bundle
 from revit_fast.cli import main
 from revit_fast.cli.train import add_config, field_texts
 from revit_fast.train.config import TrainConfig
-from revit_fast.train.data import NoSplitError, open_images
+from revit_fast.train.data import NoSplitError
+from revit_fast.train.datasets import open_images
 from revit_fast.train.log import STEPS, read_rows
 from revit_fast.train.run import evaluation_images, open_data
 

@@ -16,11 +16,12 @@ from small_models import GRIDS, images_of, make_model
 
 import revit_fast as rf
 from revit_fast import export
-from revit_fast.bundle import SHIPPED, read_bundle
+from revit_fast.bundle import read_bundle
 from revit_fast.cli import main
+from revit_fast.hub import SHIPPED
 from revit_fast.ops import _library
 from revit_fast.policies import smallest_sufficient, suffices
-from revit_fast.train.data import open_images
+from revit_fast.train.datasets import open_images
 
 ROOT = Path(__file__).parent.parent
 EXTENSION = next((ROOT / "revit_fast").glob("_C*.so"), None)

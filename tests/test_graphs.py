@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import revit_fast as rf
 from revit_fast import graphs, ops
 from revit_fast.graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
+from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
 from revit_fast.model import Inputs
-from revit_fast.packing import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS, Layout, PackedBatch, work_list
+from revit_fast.packing import Layout, PackedBatch, work_list
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_bundle import CLASSES, GRIDS, HERE, IMAGES, PATCH, SETTINGS, edit, make_assigner, make_model
 
 import revit_fast as rf
-from revit_fast.bundle import ASSIGNER, CARD, CONFIG, MODEL
 from revit_fast.cli import main
+from revit_fast.folder import ASSIGNER, CARD, CONFIG, MODEL
 from revit_fast.hub import SCHEME, download
 
 hub = pytest.importorskip("huggingface_hub")

@@ -18,7 +18,7 @@ from PIL import Image
 from small_models import drawn
 
 import revit_fast as rf
-from revit_fast.pipeline import Result
+from revit_fast.results import Result
 from revit_fast.trace import StageTimes, Trace
 
 GRIDS = (4, 3, 2)

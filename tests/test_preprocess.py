@@ -11,7 +11,8 @@ from timm.data import create_transform
 
 import revit_fast as rf
 from revit_fast.images import ImageError
-from revit_fast.preprocess import IMAGENET_MEAN, IMAGENET_STD, eval_box
+from revit_fast.preprocess import eval_box
+from revit_fast.settings import IMAGENET_MEAN, IMAGENET_STD
 
 RNG = np.random.default_rng(0)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import revit_fast as rf
-from revit_fast.bundle import SHIPPED, read_bundle, shipped_names
+from revit_fast.bundle import read_bundle
+from revit_fast.hub import SHIPPED, shipped_names
 from revit_fast.train.config import TrainConfig
-from revit_fast.train.data import open_images
+from revit_fast.train.datasets import open_images
 
 NAME = "fashion-mnist"
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from revit_fast.images import ImageError
 from revit_fast.train import formats, shards
-from revit_fast.train.data import ArrayImages, ImageSet, Sample, k_folds, open_images, split_off
+from revit_fast.train.data import ArrayImages, ImageSet, Sample, k_folds, split_off
+from revit_fast.train.datasets import open_images
 
 FASHION = "/usr/share/datasets/fashion-mnist"
 

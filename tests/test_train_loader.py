@@ -13,9 +13,9 @@ import revit_fast as rf
 from revit_fast.images import ImageError
 from revit_fast.ops import resize_patchify
 from revit_fast.train import augment as augmentation
-from revit_fast.train.augment import Augmenter, Draws
+from revit_fast.train.augment import Augment, Augmenter, Draws
 from revit_fast.train.data import ArrayImages, ImageSet
-from revit_fast.train.loader import Augment, EvalLoader, TrainLoader, UnreadableError
+from revit_fast.train.loader import EvalLoader, TrainLoader, UnreadableError
 
 GRIDS, PATCH, PX = (4, 3, 2), 4, 16
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)

@@ -12,12 +12,12 @@ from threading import Event
 import numpy as np
 
 from revit_fast import page
-from revit_fast.bundle import SHIPPED, shipped_names
 from revit_fast.cli import UsageError
 from revit_fast.cli.predict import build_pipeline, has_weights
 from revit_fast.cli.serve import check_free
+from revit_fast.hub import SHIPPED, shipped_names
 from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.train.data import open_images
+from revit_fast.train.datasets import open_images
 
 N_SAMPLES = 12
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from revit_fast.cli import UsageError, check_file
 from revit_fast.cli.predict import build_pipeline, has_weights
-from revit_fast.explain import WRITERS, explain, write
+from revit_fast.explain import WRITERS, write
+from revit_fast.explain.facts import explain
 from revit_fast.images import Source, find_images
 
 

@@ -85,9 +85,11 @@ def check_output(args: argparse.Namespace) -> None:
 
 def open_model(args: argparse.Namespace) -> Bundle:
     """The model with what belongs to it: that of a bundle, or one of timm's without an assigner."""
-    from revit_fast.bundle import Bundle, default_policy, is_bundle
+    from revit_fast.bundle import Bundle
     from revit_fast.cli.predict import load_bundle, load_model, read_labels
-    from revit_fast.preprocess import input_settings
+    from revit_fast.folder import default_policy
+    from revit_fast.hub import is_bundle
+    from revit_fast.settings import input_settings
 
     if is_bundle(args.model):
         bundle = load_bundle(args)

@@ -17,7 +17,8 @@ GOAL = "fit.json"
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast fit`; exit codes as of `revit-fast train`."""
-    from revit_fast.train.fit import BUNDLE, TRAIN, fit
+    from revit_fast.train.fit import TRAIN, fit
+    from revit_fast.train.run import BUNDLE
 
     folder = Path(args.output)
 

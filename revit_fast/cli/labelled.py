@@ -50,7 +50,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     import torch
 
     from revit_fast.bundle import read_bundle
-    from revit_fast.train.data import open_images
+    from revit_fast.train.datasets import open_images
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -65,8 +65,8 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 def folder_to_write(args: argparse.Namespace) -> str:
     """The folder that the bundle is written to; a shipped one, or one of the Hub, is left as it is."""
-    from revit_fast.bundle import SHIPPED, check_replaceable, find_bundle
-    from revit_fast.hub import SCHEME
+    from revit_fast.folder import check_replaceable
+    from revit_fast.hub import SCHEME, SHIPPED, find_bundle
 
     with usage_errors(folder="--output"):
         if args.output is not None:

@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 import revit_fast
-from revit_fast.bundle import Bundle, is_bundle, read_bundle
+from revit_fast.bundle import Bundle, read_bundle
 from revit_fast.cli import UsageError, check_file
 from revit_fast.cli.report import (
     FORMATS,
@@ -24,11 +24,13 @@ from revit_fast.cli.report import (
     prediction_of,
     write,
 )
+from revit_fast.hub import is_bundle
 from revit_fast.images import IMAGES, Kind, find_images, on_one_line
 from revit_fast.packing import DEFAULT_GRIDS
-from revit_fast.pipeline import AdaptivePipeline, Result
+from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.policies import PolicySpec
 from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.results import Result
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.trace import StageTimes, Trace
 from revit_fast.video.checkpoints import is_checkpoint

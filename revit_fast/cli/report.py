@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from revit_fast.atomic import replaced
 from revit_fast.cli import UsageError
 from revit_fast.images import name_of, on_one_line
-from revit_fast.pipeline import Result
+from revit_fast.results import Result
 
 
 @dataclass

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from revit_fast.kernels.schedules import KEY_CLASSES, PADDING, STREAMING
+from revit_fast.kernels.constants import KEY_CLASSES, PADDING, STREAMING
 
 OLDEST_TRITON = (3, 6)
 

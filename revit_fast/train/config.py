@@ -14,7 +14,7 @@ from revit_fast.atomic import replaced
 from revit_fast.checkpoint import read_checkpoint
 from revit_fast.model import ReViT, create_model
 from revit_fast.packing import DEFAULT_GRIDS, check_grids
-from revit_fast.preprocess import input_settings
+from revit_fast.settings import input_settings
 from revit_fast.train.augment import Augment
 from revit_fast.train.losses import DISTILL_WEIGHT, TEMPERATURE, check_distillation
 

@@ -14,7 +14,8 @@ import torch
 from revit_fast.atomic import remove_leftovers
 from revit_fast.bundle import save_bundle
 from revit_fast.train.config import TrainConfig, build_model
-from revit_fast.train.data import ImageSet, NoSplitError, open_images, split_off
+from revit_fast.train.data import ImageSet, NoSplitError, split_off
+from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
 

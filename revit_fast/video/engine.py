@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from revit_fast.inference_copy import InferenceCopy
 from revit_fast.layers import Attention, Mlp, PatchEmbed, TALLayerNorm, activation_name
-from revit_fast.ops import _library, mean_pool, packed_linear, varlen_attention
-from revit_fast.ops.linear import PackedWeight, gathered, pack_weight
+from revit_fast.ops import _library
+from revit_fast.ops.attention import varlen_attention
+from revit_fast.ops.linear import PackedWeight, gathered, pack_weight, packed_linear
+from revit_fast.ops.tokens import mean_pool
 from revit_fast.packing import Layout
 from revit_fast.snapshot import Snapshot
 from revit_fast.video.clips import ClipLayout, PackedClips

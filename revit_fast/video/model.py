@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from revit_fast.checkpoint import load_fitting
 from revit_fast.layers import Attention, Mlp, PatchEmbed, Queries, TALLayerNorm, make_activation
-from revit_fast.ops import assemble_tokens, mean_pool
+from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, check_grids
 from revit_fast.positions import PositionTables, Resampling
 from revit_fast.video.clips import ClipLayout, PackedClips

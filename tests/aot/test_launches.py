@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.gpu_launches import Case
 from revit_fast.kernels import launch as launch_module
+from revit_fast.kernels.constants import PADDING, TILE_ROWS
 from revit_fast.kernels.launch import TARGETS, record
-from revit_fast.kernels.schedules import PADDING, TILE_ROWS
 from revit_fast.ops import _triton
 from revit_fast.packing import work_list
 

