@@ -19,7 +19,7 @@ from transformers import TimesformerConfig, TimesformerForVideoClassification
 
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import CpuClock, WallClock, take_turns
-from revit_fast.positions import resample
+from revit_fast.layers.positions import resample
 from revit_fast.video import PackedClips, TimeSformer, optimize
 
 PATCH = 16

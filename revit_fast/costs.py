@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from revit_fast.stem import ConvStem
+from revit_fast.layers.conv_stem import ConvStem
 
 
 def forward_macs(model: nn.Module, n_patches: int) -> int:

@@ -1,6 +1,6 @@
 """LV-ViT ("All Tokens Matter", arXiv 2104.10858) as a ReViT: its architectures, and models of the official weights.
 
-LV-ViT differs from DeiT in a convolutional stem (`stem.ConvStem`), in branches that are divided by a constant before
+LV-ViT differs from DeiT in a convolutional stem (`ConvStem`), in branches that are divided by a constant before
 they are added to the residual stream, in an MLP of three times the width, and in projections of queries, keys and
 values without bias. State dicts have the official names, norm parameters a leading length axis.
 

@@ -21,17 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from revit_fast.checkpoint import load_fitting, read_checkpoint
 from revit_fast.hub import Pretrained
-from revit_fast.layers import (
-    ACTIVATIONS,
-    Block,
-    FoldedEmbedding,
-    PatchEmbed,
-    Queries,
-    TALLayerNorm,
-    activation_name,
-    make_activation,
-    sequence_max,
-)
+from revit_fast.layers.attention import Queries
+from revit_fast.layers.block import Block
+from revit_fast.layers.conv_stem import ConvStem
+from revit_fast.layers.mlp import ACTIVATIONS, activation_name, make_activation
+from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
+from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
+from revit_fast.layers.segments import sequence_max
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import (
     DEFAULT_GRIDS,
@@ -43,8 +40,6 @@ from revit_fast.packing import (
     patch_rows,
     patchify,
 )
-from revit_fast.positions import PositionTables, Resampling, resample, wide_patches
-from revit_fast.stem import ConvStem
 
 # torch.fx cannot trace what checks its arguments or makes tensors of a size that it does not know.
 fx.wrap("assemble_tokens")
@@ -148,15 +143,15 @@ class ReViT(Pretrained, nn.Module):
         qkv_bias, proj_bias, mlp_bias, patch_bias: which linear layers have a bias.
         init_values: initial LayerScale; None for no LayerScale.
         residual_scale: what the blocks' branches are divided by before they are added (LV-ViT's `skip_lam`).
-        stem_chans: channels of LV-ViT's convolutional stem, see `stem.ConvStem`; None: patches are embedded directly.
+        stem_chans: channels of LV-ViT's convolutional stem, see `ConvStem`; None: patches are embedded directly.
         aux_head: LV-ViT's token-label head: half the largest of its logits over the patch tokens is added to those of
             the class token.
         class_token: whether there is a class token.
         reg_tokens: number of register tokens.
         distilled: DeiT's distillation token and second head.
         no_embed_class: prefix tokens carry no position embedding.
-        pos_factorized: position embeddings are stored for rows and columns apart, see `positions.Resampling`.
-        pos_keep_aspect: position embeddings of both sides are resampled alike, see `positions.Resampling`.
+        pos_factorized: position embeddings are stored for rows and columns apart, see `Resampling`.
+        pos_keep_aspect: position embeddings of both sides are resampled alike, see `Resampling`.
         pre_norm: a norm between embedding and blocks.
         final_norm: a norm after the blocks.
         fc_norm: apply the final norm after pooling; default: where global_pool is "avg".

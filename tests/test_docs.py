@@ -24,9 +24,9 @@ from revit_fast.cli.export import check_output
 from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
 from revit_fast.explain.png import MAX_IMAGES
 from revit_fast.export import ONNX_BYTES, OPSET, SETTINGS
+from revit_fast.layers.positions import MAX_EXTRA_GRIDS
 from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
 from revit_fast.policies import POLICIES, Evidence, make_policy
-from revit_fast.positions import MAX_EXTRA_GRIDS
 from revit_fast.tla import MAX_SHARE
 from revit_fast.transformers_import import KINDS
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import revit_fast as rf
 from revit_fast import PackedBatch, ReViT
-from revit_fast.positions import MAX_EXTRA_GRIDS
+from revit_fast.layers.positions import MAX_EXTRA_GRIDS
 
 # (timm name, arguments): plain ViT and DeiT in three sizes, two prefix tokens and two heads, LayerScale with registers
 # and another patch size, mean pooling with and without a class token, a model without qkv bias.

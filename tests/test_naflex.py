@@ -14,9 +14,9 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
 import revit_fast as rf
 from revit_fast.explain import explain
+from revit_fast.layers.positions import MAX_EXTRA_GRIDS, PositionTables, Resampling
 from revit_fast.ops import _library
 from revit_fast.packing import PackedBatch
-from revit_fast.positions import MAX_EXTRA_GRIDS, PositionTables, Resampling
 
 PATCH = 4
 TOLERANCE = 2e-5  # of the largest logit

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from revit_fast.layers import TALLayerNorm
+from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.model import ReViT
 
 

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast.inference_copy import InferenceCopy
-from revit_fast.layers import Attention, Mlp, PatchEmbed, TALLayerNorm, activation_name
+from revit_fast.layers.attention import Attention
+from revit_fast.layers.mlp import Mlp, activation_name
+from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.ops import _library
 from revit_fast.ops.attention import varlen_attention
 from revit_fast.ops.linear import PackedWeight, gathered, pack_weight, packed_linear

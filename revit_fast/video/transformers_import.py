@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revit_fast.layers import activation_name
+from revit_fast.layers.mlp import activation_name
 
 DEFAULTS = {
     "image_size": 224,

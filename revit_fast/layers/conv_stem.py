@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast.layers import PatchEmbed
+from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.packing import patchify, unpatchify
 
 CONVOLUTIONS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))

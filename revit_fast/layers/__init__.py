@@ -1,0 +1,31 @@
+"""Layers of a packed ViT. They work on rows `[T, C]` and the `Layout` that says whose rows they are."""
+
+from revit_fast.layers.attention import Attention, Queries
+from revit_fast.layers.block import Block, DropPath, LayerScale, ResidualScale
+from revit_fast.layers.conv_stem import ConvStem
+from revit_fast.layers.mlp import ACTIVATIONS, Mlp, activation_name, make_activation
+from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
+from revit_fast.layers.positions import PositionTables, Resampling
+from revit_fast.layers.segments import sequence_max, sequences_of_rows
+
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "Block",
+    "ConvStem",
+    "DropPath",
+    "FoldedEmbedding",
+    "LayerScale",
+    "Mlp",
+    "PatchEmbed",
+    "PositionTables",
+    "Queries",
+    "Resampling",
+    "ResidualScale",
+    "TALLayerNorm",
+    "activation_name",
+    "make_activation",
+    "sequence_max",
+    "sequences_of_rows",
+]

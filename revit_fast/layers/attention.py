@@ -1,0 +1,75 @@
+"""Self-attention within every sequence of a pack."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revit_fast import ops
+from revit_fast.packing import Layout
+
+
+class Queries(NamedTuple):
+    """The rows that a layer's result is wanted for, where that is not all of them.
+
+    Attributes:
+        rows: int `[Tq]`, indices of the rows, sequence after sequence.
+        layout: their own layout.
+    """
+
+    rows: Tensor
+    layout: Layout
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within every sequence of a pack; parameters as in timm.
+
+    Args:
+        dim: channels C.
+        num_heads: heads.
+        head_dim: channels of a head.
+        qkv_bias: whether query, key and value have a bias.
+        proj_bias: whether the output projection has one.
+        proj_drop: dropout after the projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, layout: Layout, queries: Queries | None = None) -> Tensor:
+        """`[T, C]`, or `[Tq, C]` for the rows of `queries` only, which still attend to all rows of their sequence."""
+        if queries is None:
+            q, k, v = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+            out = ops.varlen_attention(q, k, v, layout.cu_seqlens, tiles=layout.tiles, tile_counts=layout.tile_counts)
+        else:
+            width = self.num_heads * self.head_dim
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x.index_select(0, queries.rows), weight[:width], None if bias is None else bias[:width])
+            kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+            k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+            q = q.view(-1, self.num_heads, self.head_dim)
+            out = ops.varlen_attention(
+                q,
+                k,
+                v,
+                queries.layout.cu_seqlens,
+                layout.cu_seqlens,
+                tiles=queries.layout.tiles,
+                tile_counts=queries.layout.tile_counts,
+            )
+        return self.proj_drop(self.proj(out.flatten(1)))

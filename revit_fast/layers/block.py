@@ -1,0 +1,123 @@
+"""The transformer block, and what scales or drops its branches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from revit_fast.layers.attention import Attention, Queries
+from revit_fast.layers.mlp import Mlp
+from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.segments import sequences_of_rows
+from revit_fast.packing import Layout
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init_value: float = 1e-5) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class ResidualScale(nn.Module):
+    """Divides what a branch adds to the residual stream (LV-ViT, arXiv 2104.10858: `skip_lam`)."""
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.divisor
+
+    def extra_repr(self) -> str:
+        return f"divisor={self.divisor}"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sequence (arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.drop_prob
+        factor = x.new_empty(layout.length_index.shape[0] + 1).bernoulli_(keep).div_(keep)  # the last: padding rows
+        return x * factor[sequences_of_rows(x, layout.cu_seqlens)].unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
+def _branch_scale(dim: int, init_values: float | None, divisor: float) -> nn.Module:
+    if init_values:
+        return LayerScale(dim, init_values)
+    return nn.Identity() if divisor == 1 else ResidualScale(divisor)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed rows.
+
+    The residual stream travels as the pair (x, delta) whose sum it is, so that every addition is fused into the norm
+    that follows it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        hidden: int,
+        n_lengths: int,
+        act: nn.Module,
+        *,
+        eps: float = 1e-6,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        init_values: float | None = None,
+        residual_scale: float = 1.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = TALLayerNorm(n_lengths, dim, eps)
+        self.attn = Attention(dim, num_heads, head_dim, qkv_bias, proj_bias, proj_drop)
+        self.ls1 = _branch_scale(dim, init_values, residual_scale)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = TALLayerNorm(n_lengths, dim, eps)
+        self.mlp = Mlp(dim, hidden, act, mlp_bias, proj_drop)
+        self.ls2 = _branch_scale(dim, init_values, residual_scale)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Maps the stream x + delta (delta None: x alone) to the next such pair.
+
+        Args:
+            x: `[T, C]`; or `[B, N, C]` alone, for sequences of one length, and then the next stream is returned so
+                (for code that wants a block's features, as torch.fx does).
+            delta: `[T, C]` not yet added to x.
+            layout: of x.
+            queries: rows that the result is wanted for; the pair returned then has these rows only.
+        """
+        if x.dim() == 3:
+            rows, delta = self.forward(x.flatten(0, 1), None, layout)
+            return (rows + delta).view_as(x)
+        if delta is None:
+            h = self.norm1(x, layout)
+        else:
+            h, x = self.norm1(delta, layout, residual=x)
+        h = self.attn(h, layout, queries)
+        if queries is not None:
+            x, layout = x.index_select(0, queries.rows), queries.layout
+        delta = self.drop_path1(self.ls1(h), layout)
+        h, x = self.norm2(delta, layout, residual=x)
+        return x, self.drop_path2(self.ls2(self.mlp(h)), layout)

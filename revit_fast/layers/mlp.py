@@ -1,0 +1,41 @@
+"""The MLP of a block, and its activations by name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "relu": nn.ReLU}
+"""Activations by the names that files and kernels have for them."""
+
+
+def make_activation(activation: str | type[nn.Module] | partial) -> nn.Module:
+    """The module that a constructor, or a name in `ACTIVATIONS`, stands for."""
+    if not isinstance(activation, str):
+        return activation()
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"act_layer: expected a module or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation]()
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name of an activation in `ACTIVATIONS`; None for another."""
+    if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
+        return "gelu_tanh"
+    names = {nn.GELU: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
+    return next((name for kind, name in names.items() if isinstance(act, kind)), None)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between; parameters as in timm."""
+
+    def __init__(self, dim: int, hidden: int, act: nn.Module, bias: bool = True, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.act = act
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -1,0 +1,46 @@
+"""LayerNorm with parameters of its own for every token length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from revit_fast import ops
+from revit_fast.packing import Layout
+
+
+class TALLayerNorm(nn.Module):
+    """Token-length-aware LayerNorm (ReViT, arXiv 2307.02092): affine parameters of its own for every length.
+
+    Args:
+        n_lengths: number of configured lengths.
+        dim: channels C.
+        eps: added to the variance.
+    """
+
+    def __init__(self, n_lengths: int, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n_lengths, dim))
+        self.bias = nn.Parameter(torch.zeros(n_lengths, dim))
+
+    def forward(self, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalised rows `[T, C]`, with `residual` also x + residual, both in its dtype."""
+        if residual is not None:
+            x = x.to(residual.dtype)
+        return ops.tal_layer_norm(
+            x,
+            *self.affine(),
+            layout.cu_seqlens,
+            layout.length_index,
+            self.eps,
+            residual=residual,
+            tiles=layout.tiles,
+        )
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias, `[n_lengths, C]` each."""
+        return self.weight, self.bias
+
+    def extra_repr(self) -> str:
+        return f"n_lengths={self.weight.shape[0]}, dim={self.weight.shape[1]}, eps={self.eps}"

@@ -1,0 +1,64 @@
+"""The linear embedding of patch rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FoldedEmbedding(NamedTuple):
+    """A patch embedding that takes raw pixels, their normalisation folded in.
+
+    Attributes:
+        weight: `[C, P*P*3]`.
+        bias: `[C]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of patch rows `[T, P*P*3]`.
+
+    Parameters have the names and shapes of timm's convolution; `proj.weight` `[C, 3, P, P]` lies in channels-last
+    memory, where it is the matrix `[C, P*P*3]` that the rows need, without a copy.
+
+    Attributes:
+        patch_size: (P, P).
+        grid_size: (rows, columns) of the grid that position embeddings are stored for, under timm's name.
+        num_patches: patches of that grid.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, grid_size: tuple[int, int], bias: bool = True) -> None:
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = grid_size
+        self.num_patches = grid_size[0] * grid_size[1]
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
+        self.proj.weight.data = self.proj.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def fold(self, normalization: Tensor) -> FoldedEmbedding:
+        """The embedding of raw uint8 rows that await this (mean, std) `[2, 3]` of pixels in [0, 1]."""
+        weight, bias = self.proj.weight, self.proj.bias
+        mean, std = normalization.to(weight.dtype).view(2, 1, -1, 1, 1)
+        shift = -(weight * (mean / std)).sum(dim=(1, 2, 3))
+        return FoldedEmbedding(self._matrix(weight / (255 * std)), shift if bias is None else bias + shift)
+
+    def forward(self, rows: Tensor, normalization: Tensor | FoldedEmbedding | None = None) -> Tensor:
+        """Embeds normalised rows, or raw uint8 rows whose normalization is folded into the weights, here or before."""
+        if isinstance(normalization, Tensor):
+            normalization = self.fold(normalization)
+        weight, bias = self.matrix() if normalization is None else normalization
+        return F.linear(rows.to(weight.dtype), weight, bias)
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[C, P*P*3]` in the order of the rows, and bias."""
+        return self._matrix(self.proj.weight), self.proj.bias
+
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)

@@ -1,0 +1,31 @@
+"""Rows of a pack by the sequence that they belong to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sequences_of_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Index of the sequence that each row of `x` belongs to, int64 `[T]`; the number of sequences for padding."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    return torch.bucketize(rows, cu_seqlens[1:], right=True)
+
+
+def sequence_max(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
+    """Largest value of every channel within each sequence, but for its first `skip` rows.
+
+    Args:
+        x: `[T, C]`.
+        cu_seqlens: int32 `[B + 1]`.
+        skip: leading rows of every sequence to leave out.
+
+    Returns:
+        `[B, C]`, zero for a sequence of which no row is left.
+    """
+    n_sequences = cu_seqlens.shape[0] - 1
+    sequence = sequences_of_rows(x, cu_seqlens)
+    rows = torch.arange(x.shape[0], device=x.device)
+    sequence = torch.where(rows < cu_seqlens[sequence] + skip, n_sequences, sequence)  # one more: rows left out
+    out = x.new_zeros(n_sequences + 1, x.shape[1])
+    return out.scatter_reduce(0, sequence.unsqueeze(1).expand_as(x), x, "amax", include_self=False)[:-1]
