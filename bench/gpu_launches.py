@@ -1,7 +1,8 @@
-"""Every launch whose machine code is looked at: the library's own launchers, run on fake tensors for chips not there.
+"""Lists every launch whose machine code is compiled, for chips that need not be present.
 
-A `Case` is one call of an op; recorded for a target it is one launch or more. Calls that differ in lengths often share
-launches, and those are one: what counts is the code that the compiler is asked for.
+The library's own launchers run on fake tensors, and their launches are recorded. A `Case` is one call of an op and has
+one launch or more per target. Calls of different lengths often ask the compiler for the same code; such launches are
+listed once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from revit_fast.packing import work_list
 HEAD_DIMS = (64, 80, 128)
 CHANNELS = (192, 384, 768)
 SEQLENS = (32, 50, 101, 145, 197, 256, 577)
-"""One sequence length for each class of the work list."""
+"""One sequence length for each class of tiles with rows in the work list."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,11 +44,11 @@ class Case:
     Attributes:
         op: "attention", "layer_norm", "patch_embed" or "mean_pool".
         direction: "fwd" or "bwd".
-        dtype: of the rows, a key of `DTYPES`.
+        dtype: dtype of the rows, a key of `DTYPES`.
         size: head dimension, or channels.
         seqlen: length of the one sequence.
-        variant: "" or what is special: "causal", "grouped" (fewer heads of keys), "derived" (no work list), "streaming"
-            (the streaming schedule at a length that has a short one), "residual", "fp32 weights".
+        variant: "", or one of "causal", "grouped" (fewer heads of keys), "derived" (no work list), "residual",
+            "fp32 weights".
     """
 
     op: str
@@ -62,11 +63,14 @@ class Case:
         return f"{self.op}-{self.direction}-{self.dtype}-{self.size}-L{self.seqlen}{variant}"
 
     def call(self) -> tuple[str, tuple[Any, ...]]:
-        """The op's name and arguments, made under the current (fake) tensor mode; one sequence and 64 padding rows."""
+        """Returns the op's name and its arguments, for one sequence and 64 padding rows.
+
+        The caller enters `FakeTensorMode` first.
+        """
         return _CALLS[self.op](self)
 
     def launches(self, target: Target) -> list[Launch]:
-        """What the op's launcher would launch on `target`."""
+        """The launches that the op's launcher makes on `target`."""
         with FakeTensorMode(), record(target) as launches:
             name, arguments = self.call()
             getattr(_triton.load(_triton.KERNELS[name]), name)(*arguments)
@@ -79,20 +83,15 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 def _attention_call(case: Case) -> tuple[str, tuple[Any, ...]]:
     dtype, n_rows = DTYPES[case.dtype], case.seqlen + 64
-    qkv = _empty(n_rows, 3, N_HEADS, case.size, dtype=dtype)  # as the model has them: views of one product
+    qkv = _empty(n_rows, 3, N_HEADS, case.size, dtype=dtype)  # views of one product, as in the model
     q, k, v = qkv.unbind(1)
     if case.variant == "grouped":
         k, v = k[:, :2], v[:, :2]
     work = work_list([case.seqlen], n_padding=64)
-    counts = list(work.counts)
-    if case.variant == "streaming":
-        counts = [sum(counts[: STREAMING + 1]) if i == STREAMING else 0 for i in range(N_CLASSES)]
     tiles = None if case.variant == "derived" else _empty(*work.tiles.shape)
-    counts = [] if tiles is None else counts
+    counts = [] if tiles is None else list(work.counts)
     cu_seqlens = _empty(2)
     sequences = (cu_seqlens, cu_seqlens, case.seqlen, case.seqlen, case.size**-0.5, case.variant == "causal")
-    if case.variant == "streaming":
-        sequences = (cu_seqlens, cu_seqlens, None, None, case.size**-0.5, False)
     if case.direction == "fwd":
         return "varlen_attention", (q, k, v, *sequences, tiles, counts)
     out, grad_out = (_empty(n_rows, N_HEADS, case.size, dtype=dtype) for _ in range(2))
@@ -142,7 +141,7 @@ _CALLS: dict[str, Callable[[Case], tuple[str, tuple[Any, ...]]]] = {
 
 @lru_cache
 def cases() -> tuple[Case, ...]:
-    """The whole matrix."""
+    """All cases, in a fixed order."""
     directions = ("fwd", "bwd")
     found = [Case("attention", *rest) for rest in product(directions, DTYPES, HEAD_DIMS, SEQLENS)]
     variants = [("causal", 50), ("causal", 197), ("causal", 577), ("grouped", 197), ("derived", 197)]
@@ -158,7 +157,7 @@ def cases() -> tuple[Case, ...]:
 
 @dataclass(frozen=True)
 class Compilation:
-    """One launch of a case on a target: picklable, unlike the launch itself."""
+    """One launch of a case on a target. It can be pickled; a `Launch` cannot."""
 
     case: Case
     target: str
@@ -170,11 +169,11 @@ class Compilation:
 
     @property
     def launch(self) -> Launch:
-        """The launch, recorded anew in this process."""
+        """The launch, recorded again in this process."""
         return _launches(self.case, self.target)[self.index]
 
     def compile(self) -> Code:
-        """Machine code of the launch."""
+        """Compiles the launch."""
         return compile_launch(self.launch, TARGETS[self.target])
 
 
@@ -184,7 +183,7 @@ def _launches(case: Case, target: str) -> list[Launch]:
 
 
 def asked_of_compiler(launch: Launch) -> tuple[Any, ...]:
-    """What the compiler sees of a launch: equal keys, equal machine code."""
+    """Everything of a launch that the compiler sees: launches with equal keys have the same machine code."""
     arguments = tuple(
         (name, a.dtype, a.storage_offset() * a.element_size() % 16 == 0)
         if isinstance(a, torch.Tensor)
@@ -200,7 +199,7 @@ def asked_of_compiler(launch: Launch) -> tuple[Any, ...]:
 
 
 def compilations(of: Iterable[Case], targets: Iterable[str] = TARGETS) -> list[Compilation]:
-    """The different launches of some cases."""
+    """The launches of some cases, each once."""
     found: dict[Any, Compilation] = {}
     for target, case in product(targets, of):
         for index, launch in enumerate(_launches(case, target)):
@@ -220,16 +219,16 @@ def schedule_of(launch: Launch) -> str:
 
 
 def pool(jobs: int | None = None) -> ProcessPoolExecutor:
-    """Processes that compile: as many as there are cores."""
+    """A pool of compiler processes, by default one per core."""
     return ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
 
 
 def submit(pool: ProcessPoolExecutor, of: Iterable[Compilation]) -> dict[Compilation, Future[Code]]:
-    """Starts compiling; the results come as futures."""
+    """Starts to compile and returns a future for each result."""
     return {compilation: pool.submit(Compilation.compile, compilation) for compilation in of}
 
 
 def assemblers() -> str:
-    """Versions of the assemblers that Triton calls for NVIDIA's chips."""
+    """Names and versions of the assemblers that Triton calls for NVIDIA's chips."""
     tools = {"ptxas": knobs.nvidia.ptxas, "ptxas for sm_100 and later": knobs.nvidia.ptxas_blackwell}
     return ", ".join(f"{name} {tool.version}" for name, tool in tools.items())

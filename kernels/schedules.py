@@ -1,7 +1,8 @@
 """Which attention kernel computes which tiles, and how: pure functions of the chip, the head dimension and the dtype.
 
-The tables were chosen by what the compiler makes of each candidate (registers, spills, instructions per useful product;
-`python -m bench.gpu_code`), not by a stopwatch.
+The tables were chosen before any kernel had run on a GPU, from the machine code of each candidate: its registers, its
+spills, and an estimate of its instructions per useful product. No candidate was timed against another. `docs/gpu.md`
+lists what has been measured since.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ SHARED_OPERANDS = ("sm_90", "sm_100")
 def head_dim_parts(target: Target, head_dim: int, dtype: torch.dtype) -> Parts:
     """Parts of the head dimension.
 
-    Narrow for float32, where without tensor cores a thread holds whole rows of them. One part, rounded up, where tensor
-    cores read shared memory: on an H200 code of Triton 3.6 for 64 + 16 columns read beyond what it had allocated.
+    For float32 they are narrow: without tensor cores a thread holds whole rows of a part. For chips in
+    `SHARED_OPERANDS` there is one part, rounded up: on an H200, Triton 3.6's code for 64 + 16 columns read beyond the
+    shared memory that it had allocated.
     """
     if dtype == torch.float32:
         return parts_of(head_dim, 64 if target == INTERPRETER else 16)
@@ -54,8 +56,8 @@ class Schedule:
 
     Attributes:
         name: "short" or "streaming".
-        first_class: first class of the work list that it serves.
-        last_class: the last one.
+        first_class: first class of the work list that this schedule covers.
+        last_class: last class that it covers.
         keys: keys held at once: all of a short tile, one block of a streaming one.
         block_m: query rows computed at a time.
         num_warps: warps of a program.
@@ -81,7 +83,7 @@ class Schedule:
 
     @cached_property
     def key_blocks(self) -> tuple[tuple[tuple[int, int, bool], ...], ...]:
-        """The keys of a short tile as blocks of much the same size, each as parts (start, width, needs a mask)."""
+        """The keys of a short tile as blocks of similar size, each as parts (start, width, needs a mask)."""
         n_blocks = -(-self.keys // self.block_keys)
         size = -(-self.keys // n_blocks // 16) * 16
         return tuple(
@@ -94,11 +96,11 @@ class Schedule:
 
     @property
     def full_keys(self) -> int:
-        """Keys that every sequence of a short class has."""
+        """The number of keys that every sequence of a short class has."""
         return KEY_CLASSES[self.first_class - 1] + 1 if self.first_class > 0 else 0
 
     def launch_options(self) -> dict[str, int]:
-        """What every attention kernel is launched with."""
+        """The options with which every attention kernel is launched."""
         return {
             "FIRST_CLASS": self.first_class,
             "LAST_CLASS": self.last_class,
@@ -107,7 +109,7 @@ class Schedule:
         }
 
     def beyond(self, max_seqlen_k: int | None) -> bool:
-        """Whether no sequence of at most that many keys has one of these classes."""
+        """Whether sequences of at most `max_seqlen_k` keys never have one of these classes."""
         return max_seqlen_k is not None and self.first_class > bisect_left(KEY_CLASSES, max_seqlen_k)
 
 
@@ -115,12 +117,14 @@ class Choices(NamedTuple):
     """Tiles of the 16-bit kernels of one chip, at head dimensions up to a bound: (keys, rows, warps, stages).
 
     Attributes:
-        short: (most keys of a class, keys whose scores are held at once, widest part of them, warps); None: no class.
-        streaming: forward, block by block.
-        grad_q_short: (widest part of the keys, rows, warps); None where block by block is what fits.
+        short: (most keys of a class, keys whose scores are held at once, widest part of them, warps), or None if no
+            class is short.
+        streaming: forward pass, block by block.
+        grad_q_short: (widest part of the keys, rows, warps), or None if only block by block fits.
         grad_q: gradient of the queries, block by block.
         grad_kv: gradient of the keys and values.
-        fused_warps: warps of the one pass over sequences of one tile; 0 where it does not fit and they take two.
+        fused_warps: warps of the single backward pass over sequences of one tile, or 0 if it does not fit; such
+            sequences then take two passes.
     """
 
     short: tuple[int, int, int, int] | None
@@ -161,12 +165,18 @@ _FLOAT32 = {
     "gfx942": ((32, 32, 2), (32, 16, 2), (32, 16, 2)),
     "interpreter": ((64, 64, 4), (64, 64, 4), (64, 64, 4)),
 }
-"""(keys, rows, warps) of the forward pass and of the gradients of queries and of keys and values, in float32: products
-without tensor cores hold few rows, and few threads hold them, so that each reads and writes 16 bytes at a time."""
+"""(keys, rows, warps) of the forward pass, of the gradient of queries, and of that of keys and values, in float32.
+
+Tiles have few rows because the products run without tensor cores. Programs have few threads, so that each thread reads
+and writes 16 bytes at a time.
+"""
 
 _TWO_WARPS_KEYS = {"sm_80": 112, "sm_120": 64}
-"""At head dimensions up to 64 classes of at most so many keys take two warps, where products are per warp (mma.sync): a
-key that a warp reads from shared memory then serves 32 rows instead of 16. More keys would not fit the registers."""
+"""Classes of at most this many keys take two warps at head dimensions up to 64.
+
+These chips' products are per warp (mma.sync). A key that a warp reads from shared memory then serves 32 rows instead of
+16. More keys would not fit the registers.
+"""
 
 
 def _choices(target: Target, head_dim: int) -> Choices:
@@ -188,7 +198,7 @@ def _float32(target: Target) -> tuple[Schedule, ...]:
 
 @lru_cache(maxsize=256)
 def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """Schedules of the forward pass, which together serve every class once."""
+    """Schedules of the forward pass. Together they cover every class once."""
     if dtype == torch.float32:
         return (_float32(target)[0],)
     choices = _choices(target, head_dim)
@@ -203,7 +213,7 @@ def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule
 
 
 class Backward(NamedTuple):
-    """Schedules of the backward pass: `fused` serves its classes alone, `grad_q` and `grad_kv` together all others."""
+    """Schedules of the backward pass. `fused` covers its classes alone, `grad_q` and `grad_kv` all others together."""
 
     fused: tuple[Schedule, ...]
     grad_q: tuple[Schedule, ...]

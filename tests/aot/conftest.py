@@ -1,4 +1,4 @@
-"""Machine-code tests compile for GPUs that are not there; they need Triton as a compiler, not as an interpreter."""
+"""Machine-code tests compile for GPUs that need not be present. They need Triton's compiler, not its interpreter."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ if COMPILES:
         return case.dtype == "bf16" and case.size in (64, 384) and case.seqlen in (50, 197, 577)
 
     def pytest_generate_tests(metafunc):
-        """One test per launch and target: the sample, and where they are asked for all others, marked `aot_full`."""
+        """Makes one test per launch and target: of the sample, and on request of all others, marked `aot_full`."""
         if "compilation" not in metafunc.fixturenames:
             return
         sample = gpu_launches.compilations(filter(_is_sample, gpu_launches.cases()))
@@ -37,7 +37,7 @@ if COMPILES:
 
 @pytest.fixture(scope="session")
 def compiling(request):
-    """Every selected launch on its way through the compilers, on all cores; a test takes its own out."""
+    """Starts to compile every selected launch on all cores. A test takes the future of its own launch."""
     wanted = [
         item.callspec.params["compilation"]
         for item in request.session.items
@@ -57,7 +57,7 @@ def code(compilation, compiling):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many cases were compiled, per target."""
+    """Writes how many cases were compiled per target."""
     reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
     ids = [r.nodeid.partition("[")[2] for r in reports if "test_machine_code.py::test_code[" in r.nodeid]
     if ids:

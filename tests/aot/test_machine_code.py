@@ -1,11 +1,13 @@
-"""What the compiler makes of every launch: no spills, wide accesses, tensor cores, full fp32 products.
+"""The machine code of every launch: no spills, wide accesses, tensor cores, full fp32 products.
 
-Plain pytest compiles a sample; `make test-full` the whole matrix of `bench/gpu_launches.py`.
+Plain pytest compiles a sample. `make test-full` compiles all cases of `bench/gpu_launches.py`.
 """
 
 import re
 
 import pytest
+
+from bench.machine_code import access_bytes, kind_of
 
 _FP32_BACKWARD = (
     "float32 products fill the registers with their operands; ptxas parks a few of them, and no other tile tried is "
@@ -17,7 +19,7 @@ SPILL_EXCEPTIONS: dict[str, str] = {
     "sm_120-attention-bwd-fp32-128-L32-0-attention_grad_q_backward": _FP32_BACKWARD,
     "sm_120-attention-bwd-fp32-64-L50-causal-0-attention_grad_q_backward": _FP32_BACKWARD,
 }
-"""Launches that may spill, by their test's id or a prefix of it, each with the reason. One that is not needed fails."""
+"""Reasons why launches may spill, by the test's id or a prefix of it. An exception that is not needed fails."""
 
 NARROW_LOADS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Kernels that read no rows, only a few int32."""
@@ -28,19 +30,22 @@ NARROW_STORES = (
     "tal_layer_norm_backward_reduce_kernel",
     "patch_embed_table_backward_kernel",
 )
-"""Kernels that write no rows of the pack, only a few int32, or sums over many rows of which a thread holds one."""
+"""Kernels that write no rows of the pack: only a few int32, or sums over many rows, one sum per thread."""
 
 NO_PRODUCTS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Attention kernels without matrix products."""
 
 
 def spill_exception(name: str) -> str | None:
-    """Reason why a launch may spill, None where it may not."""
+    """The reason why a launch may spill, or None if it may not."""
     return next((reason for prefix, reason in SPILL_EXCEPTIONS.items() if name.startswith(prefix)), None)
 
 
 def narrow_accesses(kernel: str, code) -> list[str]:
-    """Rows come and go 16 bytes at a time per thread. AMD's matrix products leave 8 bytes of a row in one thread."""
+    """Faults if no access moves 16 bytes per thread.
+
+    8 bytes are enough for AMD's stores: its matrix products leave 8 bytes of a row in a thread.
+    """
     widths = code.global_widths()
     widest_load = max((width for kind, width in widths if kind != "global store"), default=0)
     widest_store = max((width for kind, width in widths if kind == "global store"), default=0)
@@ -52,11 +57,30 @@ def narrow_accesses(kernel: str, code) -> list[str]:
     return faults
 
 
+@pytest.mark.parametrize(
+    ("opcode", "kind", "n_bytes"),
+    [
+        ("LDG.E", "global load", 4),
+        ("LDG.E.64.CONSTANT", "global load", 8),
+        ("LDG.E.128", "global load", 16),
+        ("LDGSTS.E.BYPASS.128", "global to shared", 16),
+        ("STG.E.U16", "global store", 2),
+        ("global_load_dword", "global load", 4),
+        ("global_load_dwordx4", "global load", 16),
+        ("buffer_load_dword_lds", "global to shared", 4),
+        ("buffer_store_short", "global store", 2),
+        ("global_store_dwordx2", "global store", 8),
+    ],
+)
+def test_access_widths(opcode, kind, n_bytes):
+    assert (kind_of(opcode), access_bytes(opcode)) == (kind, n_bytes)
+
+
 def test_code(compilation, code):
-    """One launch on one chip."""
+    """Checks one launch on one chip."""
     faults = []
     spills = f"{code.spilled_registers} registers, {code.stack_bytes} bytes of stack"
-    # Scalars that gfx942 parks in lanes of vector registers stay on the chip; in memory they would count as stack.
+    # Scalars that gfx942 keeps in lanes of vector registers do not count: they take no memory.
     spilled = code.spilled_registers + code.stack_bytes > 0
     reason = spill_exception(str(compilation))
     if spilled and reason is None:
@@ -68,7 +92,7 @@ def test_code(compilation, code):
     if code.programs_per_sm < 1:
         faults.append(f"does not fit a multiprocessor ({code.registers} registers, {code.shared_bytes} bytes)")
     faults += narrow_accesses(compilation.kernel, code)
-    tensor = [i.opcode for i in code.instructions if i.kind == "tensor"]
+    tensor = [opcode for opcode in code.opcodes if kind_of(opcode) == "tensor"]
     has_products = compilation.case.op == "attention" and compilation.kernel not in NO_PRODUCTS
     if has_products and compilation.case.dtype != "fp32" and not tensor:
         faults.append("has no tensor-core instruction")
@@ -80,7 +104,7 @@ def test_code(compilation, code):
 
 
 def test_exceptions_have_a_launch(request):
-    """An exception names a launch that is compiled (in the whole matrix; the sample need not hold it)."""
+    """Every exception names a launch of the whole matrix. The sample may lack it."""
     if request.config.option.markexpr == "not aot_full" or request.config.option.keyword:
         pytest.skip("the whole matrix only")
     names = [i.callspec.id for i in request.session.items if "compilation" in getattr(i, "fixturenames", ())]
