@@ -160,7 +160,6 @@ class AdaptivePreprocessor:
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
         draft: decode JPEGs at a fraction of their size where the largest grid allows it: faster on large photographs,
             approximate (see `images.read_rgb`).
-        exact: see `ops.resize_patchify`.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above; for an assigner of other grids than the model's.
@@ -181,7 +180,6 @@ class AdaptivePreprocessor:
         dtype: torch.dtype = torch.float32,
         macs: Sequence[float] | None = None,
         draft: bool = False,
-        exact: bool = True,
     ) -> None:
         if tla is not None and not isinstance(tla, TokenLengthAssigner):
             raise TypeError(f"tla: expected a TokenLengthAssigner or None, got {type(tla).__name__}")
@@ -197,8 +195,13 @@ class AdaptivePreprocessor:
             raise ValueError(f'aspect: expected "crop" or "keep", got {aspect!r}')
         self.aspect = aspect
         self.tla, self.patch_size, self.crop_pct, self.macs, self.draft = tla, patch_size, crop_pct, macs, draft
-        self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype, "exact": exact}
+        self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype}
         self.policy = self._policy(policy)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Older pickles hold an option that `resize_patchify` no longer takes.
+        options = {name: value for name, value in state["options"].items() if name != "exact"}
+        self.__dict__.update(state | {"options": options})
 
     @classmethod
     def for_model(cls, model: ReViT, tla: TokenLengthAssigner | None = None, **options) -> AdaptivePreprocessor:
