@@ -54,6 +54,36 @@ class Length(NamedTuple):
         return f"{giga:.2f}" if giga >= 1 else f"{giga:.3g}"
 
 
+class Bar(NamedTuple):
+    """A bar of a table and the text beside it.
+
+    Attributes:
+        share: length of the bar, as a share of its track.
+        text: the number that the bar shows.
+        begin: where the bar begins, as a share of its track.
+    """
+
+    share: float
+    text: str
+    begin: float = 0.0
+
+
+class Column(NamedTuple):
+    """A column of the table of lengths.
+
+    Attributes:
+        title: what the bars show.
+        bars: one for every length, the longest length first.
+        mark: the value that decided, as a share of the track; None where there is none.
+        mark_text: that value in words.
+    """
+
+    title: str
+    bars: list[Bar]
+    mark: float | None = None
+    mark_text: str = ""
+
+
 def with_evidence(lengths: Sequence[Length], probabilities: np.ndarray) -> list[Length]:
     """The lengths with what the assigner believes of an image, `[n_lengths]`."""
     evidence = zip(probabilities.tolist(), suffices(probabilities[None])[0].tolist(), strict=True)
@@ -181,6 +211,26 @@ class Explanation:
             text = f"{low:.2f}–{high:.2f}" if 0 < i < len(bits) else text
             ranges.append((*(min(max(b, 0.0), ENTROPY_BITS) for b in (low, high)), text))
         return ranges
+
+    @property
+    def columns(self) -> list[Column]:
+        """The table of lengths: evidence, then cost."""
+        lengths, columns = self.lengths, []
+        if self.chosen.probability is not None:
+            columns.append(Column("P", [Bar(n.probability, f"{n.probability:.3f}") for n in lengths]))
+        if (theta := self.policy.threshold) is not None:
+            bars = [Bar(n.suffices, f"{n.suffices:.3f}") for n in lengths]
+            columns.append(Column("P(label ≤ grid)", bars, theta, f"θ = {theta:.4g}"))
+        if self.entropy is not None:
+            bars = [
+                Bar((high - low) / ENTROPY_BITS, text, low / ENTROPY_BITS) for low, high, text in self.entropy_ranges
+            ]
+            columns.append(Column("entropy, bits", bars, self.entropy / ENTROPY_BITS, f"{self.entropy:.3f}"))
+        columns.append(Column("GMACs", [Bar(n.macs / lengths[0].macs, n.gmacs) for n in lengths]))
+        if self.chosen.ms is not None:
+            most = max(n.ms for n in lengths)
+            columns.append(Column("ms", [Bar(n.ms / most, f"{n.ms:.2f}") for n in lengths]))
+        return columns
 
     @property
     def measures(self) -> str:
