@@ -17,7 +17,8 @@ EXTRA_MODULES = {
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
     **dict.fromkeys(("gradio",), "page"),
-    **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
+    "matplotlib": "plot",
+    "tensorboard": "train",
     **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
     "av": "video",
@@ -254,7 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_images(p)
     _add_classes(p)
-    p.add_argument("--output", metavar="FILE", required=True, help="sheet.html or sheet.png, written all or nothing")
+    p.add_argument(
+        "--output", metavar="FILE", required=True, help="sheet.html or sheet.png (needs matplotlib), all or nothing"
+    )
     p.set_defaults(command="explain", batch_tokens=4096)
 
     p = commands.add_parser(
