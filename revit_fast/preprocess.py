@@ -199,7 +199,7 @@ class AdaptivePreprocessor:
         self.policy = self._policy(policy)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Older pickles hold an option that `resize_patchify` no longer takes.
+        # Older pickles hold the option `exact`, which `resize_patchify` no longer takes.
         options = {name: value for name, value in state["options"].items() if name != "exact"}
         self.__dict__.update(state | {"options": options})
 

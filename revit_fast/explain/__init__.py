@@ -24,7 +24,7 @@ def write(path: str | PathLike, explanations: Sequence[Explanation]) -> None:
 
     Raises:
         ImportError: for .png without matplotlib.
-        ValueError: for another ending than .html or .png, or more entries than a PNG can hold.
+        ValueError: if the path does not end in .html or .png, or there are more entries than a PNG can hold.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in WRITERS:

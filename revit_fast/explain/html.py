@@ -1,4 +1,4 @@
-"""The sheet as one HTML file that needs nothing beside it: no script, no font, no network."""
+"""The sheet as one self-contained HTML file: no script, no font, no network."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ tbody th { color: inherit; width: 1%; }
 @media (max-width: 36rem) { article { padding: .75rem; } th, td { padding: .3rem .2rem; } .meter { gap: .2rem; }
   .track { min-width: .5rem; } }
 @media (forced-colors: active) { .track, .track *, .time *, .times b { forced-color-adjust: none; } }"""
-"""Of entries, in the colours of `LIGHT` or `DARK`, wherever they stand."""
+"""Style of the entries, on any page that defines the colours of `LIGHT` or `DARK`."""
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -118,7 +118,7 @@ def write_html(path: str | PathLike, explanations: Sequence[Explanation]) -> Non
 
 
 def entries(explanations: Sequence[Explanation]) -> str:
-    """An `article` element for each, to be styled by `STYLE`."""
+    """One `article` element for each explanation; `STYLE` is their style."""
     return "\n".join(map(_article, explanations))
 
 

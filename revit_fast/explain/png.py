@@ -43,9 +43,9 @@ def write_png(path: str | PathLike, explanations: Sequence[Explanation]) -> None
         from matplotlib import style
     except ImportError:
         raise ImportError('write_png: it needs matplotlib: pip install "revit-fast[plot]"') from None
-    # The user's style must not change the sheet, and a name may hold dollar signs.
+    # The user's style must not change the sheet, and dollar signs in a name must not start a formula.
     with style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box is drawn for such a character
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font has a box for such characters
         parts = [_drawn(_header, explanations), *(_drawn(_entry, e) for e in explanations)]
     with replaced(path) as temporary:
         Image.fromarray(np.concatenate(parts)).save(temporary, "PNG")
