@@ -197,6 +197,8 @@ def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> 
             temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         return
     kept = read_manifest(directory)
+    # Older manifests hold the option `exact`. It changed no result and no longer exists.
+    kept.get("preprocessing", {}).pop("exact", None)
     differing = [name for name in sorted(kept.keys() | manifest.keys()) if kept.get(name) != manifest.get(name)]
     if differing:
         changes = "; ".join(f"{n}: {_short(kept.get(n))} there, {_short(manifest.get(n))} now" for n in differing)

@@ -147,7 +147,6 @@ class AdaptivePreprocessor:
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
         draft: decode JPEGs at a fraction of their size where the largest grid allows it: faster on large photographs,
             approximate (see `images.read_rgb`).
-        exact: see `ops.resize_patchify`.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above; for an assigner of other grids than the model's.
@@ -168,7 +167,6 @@ class AdaptivePreprocessor:
         dtype: torch.dtype = torch.float32,
         macs: Sequence[float] | None = None,
         draft: bool = False,
-        exact: bool = True,
     ) -> None:
         given = grids if grids is not None else getattr(tla, "grids", DEFAULT_GRIDS)
         self.grids = check_grids(given)
@@ -180,8 +178,13 @@ class AdaptivePreprocessor:
             raise ValueError(f'aspect: expected "crop" or "keep", got {aspect!r}')
         self.aspect = aspect
         self.tla, self.patch_size, self.crop_pct, self.macs, self.draft = tla, patch_size, crop_pct, macs, draft
-        self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype, "exact": exact}
+        self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype}
         self.policy = self._policy(policy)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Older pickles hold the option `exact`, which `resize_patchify` no longer takes.
+        options = {name: value for name, value in state["options"].items() if name != "exact"}
+        self.__dict__.update(state | {"options": options})
 
     @classmethod
     def for_model(cls, model: ReViT, tla: TokenLengthAssigner | None = None, **options) -> AdaptivePreprocessor:

@@ -39,3 +39,21 @@ def pipe_of(policy="argmax"):
     model = rf.optimize(make_model(patch_size=PATCH))
     prep = AdaptivePreprocessor.for_model(model, assigner(), policy=policy)
     return AdaptivePipeline(model, prep, labels=[f"class {i}" for i in range(40)])
+
+
+def spied_texts(monkeypatch):
+    """A list that gets, for every part of a PNG sheet that is drawn (the header first), its lines of text.
+
+    Each is a tuple of the text and its extent, (left, lower, right, upper) in pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn, draw = [], FigureCanvasAgg.draw
+
+    def spy(canvas):
+        draw(canvas)
+        (axes,) = canvas.figure.axes
+        drawn.append([(text.get_text(), text.get_window_extent().extents) for text in axes.texts])
+
+    monkeypatch.setattr(FigureCanvasAgg, "draw", spy)
+    return drawn

@@ -170,21 +170,6 @@ class TestPredictions:
         assert code == 1
         assert [set(record) for record in records] == [{"path", "error"}] * 7
 
-    def test_without_exact_the_result_is_near(self, capsys, photos, weights, monkeypatch):
-        asked = []
-        resize_patchify = rf.ops.resize_patchify
-
-        def spy(*args, **kwargs):
-            asked.append(kwargs["exact"])
-            return resize_patchify(*args, **kwargs)
-
-        monkeypatch.setattr(rf.ops, "resize_patchify", spy)
-        _, exact = run_json(capsys, photos, "--weights", weights, "--grid", 7)
-        _, fast = run_json(capsys, photos, "--weights", weights, "--grid", 7, "--no-exact")
-        assert asked == [True, False]
-        for a, b in zip(exact, fast, strict=True):
-            assert a["top"][0]["probability"] == pytest.approx(b["top"][0]["probability"], rel=0.1)
-
 
 class TestErrors:
     def test_bad_files_in_the_middle(self, capsys, photos, weights, model):

@@ -1,6 +1,7 @@
 """The preprocessor: timm's crop, grids by policy, bad arguments."""
 
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,6 +140,15 @@ class TestCall:
             prep([IMAGES[0], tmp_path / "absent.png"])
         with pytest.raises(TypeError, match="wrap it"):
             prep("x.png")
+
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_a_pickle_with_the_old_option_exact_works(self, exact):
+        prep = rf.AdaptivePreprocessor(policy="cycle")
+        expected = prep(IMAGES).batch.data
+        prep.options["exact"] = exact
+        loaded = pickle.loads(pickle.dumps(prep))
+        assert "exact" not in loaded.options
+        assert torch.equal(loaded(IMAGES).batch.data, expected)
 
 
 class TestCalibration:

@@ -344,6 +344,14 @@ class TestTheDirectory:
             with pytest.raises(ManifestError, match=rf"another run \({name}: [^;]* there, [^;]* now\)"):
                 self.claim(tmp_path, **case)
 
+    def test_an_older_manifest_may_hold_an_option_that_is_gone(self, model, tmp_path):
+        self.claim(tmp_path, pipe_of(model, "cycle"))
+        path = tmp_path / "_manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["preprocessing"]["exact"] = True
+        path.write_text(json.dumps(manifest))
+        self.claim(tmp_path, pipe_of(model, "cycle"))
+
     def test_is_not_taken_from_other_files(self, model, tmp_path):
         (tmp_path / "thesis.tex").write_text("precious")
         with pytest.raises(ManifestError, match="not empty and holds no results of ours"):

@@ -213,7 +213,6 @@ def test_read_only_and_tensor_images_are_taken_as_they_are():
     truth = ops.resize_patchify([image], 16, 4).data
     assert torch.equal(ops.resize_patchify([frozen], 16, 4).data, truth)
     assert torch.equal(ops.resize_patchify([torch.from_numpy(image)], 16, 4).data, truth)
-    assert torch.equal(ops.resize_patchify([image], 16, 4, exact=False).data, truth)
 
 
 def test_lengths_and_one_box_for_all_are_handed_on():

@@ -17,7 +17,8 @@ EXTRA_MODULES = {
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
     **dict.fromkeys(("gradio",), "page"),
-    **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
+    "matplotlib": "plot",
+    "tensorboard": "train",
     **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
     "av": "video",
@@ -161,12 +162,6 @@ def _add_choice(p: argparse.ArgumentParser) -> None:
         help="patches per side of every image (default without an assigner: 14); mixed takes the model's in turn",
     )
     p.add_argument(
-        "--exact",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="resize bit for bit as Pillow does, or faster within 1/255 (default: --exact)",
-    )
-    p.add_argument(
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
     )
     add_threads(p)
@@ -260,7 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_images(p)
     _add_classes(p)
-    p.add_argument("--output", metavar="FILE", required=True, help="sheet.html or sheet.png, written all or nothing")
+    p.add_argument(
+        "--output", metavar="FILE", required=True, help="sheet.html or sheet.png (needs matplotlib), all or nothing"
+    )
     p.set_defaults(command="explain", batch_tokens=4096)
 
     p = commands.add_parser(
@@ -280,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_threads(p)
     p.add_argument("--port", type=port, default=7860, help="(default %(default)s)")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
-    p.set_defaults(command="demo", policy=None, budget=None, grid=None, exact=True, draft=False, batch_tokens=4096)
+    p.set_defaults(command="demo", policy=None, budget=None, grid=None, draft=False, batch_tokens=4096)
 
     p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
     _add_choice(p)

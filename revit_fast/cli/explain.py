@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from revit_fast.cli import UsageError, check_file
@@ -20,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast explain`; 0, or 1 if any image failed."""
     sources = list(find_images(args.paths))
     check_output(args.output, sources)
+    if Path(args.output).suffix.lower() == ".png":
+        import_module("matplotlib")  # where it is missing, main says what to install
     if not has_weights(args):
         print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
     pipe = build_pipeline(args)

@@ -156,7 +156,7 @@ def build_preprocessor(
     check_fixed(args, policy, model.grids)
     try:
         assigner = TokenLengthAssigner.load(args.assigner) if args.assigner else bundle and bundle.tla
-        options = {"policy": policy, "draft": args.draft, "exact": args.exact}
+        options = {"policy": policy, "draft": args.draft}
         return AdaptivePreprocessor.for_model(model, assigner, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError.of(error, **choice_options(args)) from error

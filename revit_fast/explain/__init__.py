@@ -1,6 +1,6 @@
 """Why an image got its tokens: the decision, its evidence and its cost, one entry per image of an HTML or PNG sheet.
 
-Needs Pillow: `pip install "revit-fast[cli]"`.
+Needs Pillow: `pip install "revit-fast[cli]"`; PNG sheets also need matplotlib: `pip install "revit-fast[plot]"`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def write(path: str | PathLike, explanations: Sequence[Explanation]) -> None:
     """Writes a sheet in the format that the path ends in, all or nothing.
 
     Raises:
-        ValueError: for another ending than .html or .png, or more entries than a PNG can hold.
+        ImportError: for .png without matplotlib.
+        ValueError: if the path does not end in .html or .png, or there are more entries than a PNG can hold.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in WRITERS:

@@ -1,4 +1,4 @@
-"""What is explained of an image, and how it is found out."""
+"""The facts of an explanation and how they are measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from revit_fast.trace import StageTimes
 STAGES = ("decode", "assign", "pack", "forward")
 
 ENTROPY_BITS = 8
-"""Of grey values that are all equally frequent: the end of the scale."""
+"""Entropy of 256 grey values that are equally frequent: the end of the scale."""
 
 
 class Length(NamedTuple):
@@ -32,8 +32,9 @@ class Length(NamedTuple):
         grid: patches a side.
         n_tokens: prefix tokens counted.
         macs: multiply-adds of the model's forward pass.
-        probability: the assigner's, that this is the smallest sufficient length; None where it was not asked.
-        suffices: P(label <= length), that this length is long enough; likewise.
+        probability: the assigner's probability that this is the smallest sufficient length; None where the policy does
+            not ask the assigner.
+        suffices: P(label <= length), the probability that this length is long enough; None likewise.
         ms: milliseconds of packing and forward pass, for this image alone; None where it was not run at every length.
     """
 
@@ -55,8 +56,38 @@ class Length(NamedTuple):
         return f"{giga:.2f}" if giga >= 1 else f"{giga:.3g}"
 
 
+class Bar(NamedTuple):
+    """A bar of a table and the text beside it.
+
+    Attributes:
+        share: length of the bar, as a share of its track.
+        text: the number that the bar shows.
+        begin: where the bar begins, as a share of its track.
+    """
+
+    share: float
+    text: str
+    begin: float = 0.0
+
+
+class Column(NamedTuple):
+    """A column of the table of lengths.
+
+    Attributes:
+        title: what the bars show.
+        bars: one for every length, the longest length first.
+        mark: the value that decided, as a share of the track; None where there is none.
+        mark_text: that value in words.
+    """
+
+    title: str
+    bars: list[Bar]
+    mark: float | None = None
+    mark_text: str = ""
+
+
 def with_evidence(lengths: Sequence[Length], probabilities: np.ndarray) -> list[Length]:
-    """The lengths with what the assigner believes of an image, `[n_lengths]`."""
+    """The lengths with the assigner's probabilities for an image, `[n_lengths]`."""
     evidence = zip(probabilities.tolist(), suffices(probabilities[None])[0].tolist(), strict=True)
     return [n._replace(probability=p, suffices=s) for n, (p, s) in zip(lengths, evidence, strict=True)]
 
@@ -71,21 +102,21 @@ class Explanation:
     """What the pipeline decides for one image and why.
 
     Attributes:
-        index: place in the stream, which some policies go by.
-        name: of the source, without characters that cannot be printed.
-        error: None, or why the image has no decision; then the rest is empty.
+        index: place in the stream; some policies decide by it.
+        name: name of the source, with characters that cannot be printed escaped.
+        error: why the image has no decision, and then the attributes below are empty; else None.
         size: width and height of the upright image in pixels, as decoded.
         crop: the region that the model sees, (left, upper, right, lower) in pixels of that image.
         picture: the image with its crop and grid, see `draw_grid`.
         is_cut: whether the picture leaves out the far ends of a very long image.
-        policy: that chose.
-        lengths: all that it could choose among, the longest first.
-        chosen: the one that it chose.
-        entropy: of the grey values, in bits; None where the policy did not ask for it.
-        confidences: probability of the best class at every length that the model ran at, the shortest first: at the
-            chosen one alone but for a cascade.
-        classes: (label, probability) of the best; empty where they were not asked for.
-        stage_ms: milliseconds of every one of `STAGES`, for this image alone.
+        policy: the policy that chose.
+        lengths: all lengths that it could choose, the longest first.
+        chosen: the length that it chose.
+        entropy: entropy of the grey values in bits; None where the policy does not need it.
+        confidences: probability of the best class at every length that the model ran at, the shortest first. Only a
+            cascade runs at more than one length.
+        classes: (label, probability) of the best classes; empty where none were asked for.
+        stage_ms: milliseconds of each stage in `STAGES`, for this image alone.
     """
 
     index: int
@@ -105,7 +136,7 @@ class Explanation:
 
     @property
     def ran(self) -> tuple[Length, ...]:
-        """The lengths that the model ran at: the chosen one, and those that a cascade tried before."""
+        """The lengths that the model ran at: the chosen one, and shorter ones that a cascade tried first."""
         place = self.lengths.index(self.chosen)
         return self.lengths[place : place + len(self.confidences)]
 
@@ -174,7 +205,7 @@ class Explanation:
 
     @property
     def entropy_ranges(self) -> list[tuple[float, float, str]]:
-        """The entropies, from and to, in numbers and in words, that each length is chosen for."""
+        """The range of entropies for which each length is chosen: its lower end, its upper end, and its text."""
         bits, ranges = self.policy.bits, []
         for i in range(len(self.lengths)):
             low, high = bits[i] if i < len(bits) else 0.0, bits[i - 1] if i else float(ENTROPY_BITS)
@@ -182,6 +213,26 @@ class Explanation:
             text = f"{low:.2f}–{high:.2f}" if 0 < i < len(bits) else text
             ranges.append((*(min(max(b, 0.0), ENTROPY_BITS) for b in (low, high)), text))
         return ranges
+
+    @property
+    def columns(self) -> list[Column]:
+        """The table of lengths: evidence, then cost."""
+        lengths, columns = self.lengths, []
+        if self.chosen.probability is not None:
+            columns.append(Column("P", [Bar(n.probability, f"{n.probability:.3f}") for n in lengths]))
+        if (theta := self.policy.threshold) is not None:
+            bars = [Bar(n.suffices, f"{n.suffices:.3f}") for n in lengths]
+            columns.append(Column("P(label ≤ grid)", bars, theta, f"θ = {theta:.4g}"))
+        if self.entropy is not None:
+            bars = [
+                Bar((high - low) / ENTROPY_BITS, text, low / ENTROPY_BITS) for low, high, text in self.entropy_ranges
+            ]
+            columns.append(Column("entropy, bits", bars, self.entropy / ENTROPY_BITS, f"{self.entropy:.3f}"))
+        columns.append(Column("GMACs", [Bar(n.macs / lengths[0].macs, n.gmacs) for n in lengths]))
+        if self.chosen.ms is not None:
+            most = max(n.ms for n in lengths)
+            columns.append(Column("ms", [Bar(n.ms / most, f"{n.ms:.2f}") for n in lengths]))
+        return columns
 
     @property
     def measures(self) -> str:

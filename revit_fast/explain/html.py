@@ -1,4 +1,4 @@
-"""The sheet as one HTML file that needs nothing beside it: no script, no font, no network."""
+"""The sheet as one self-contained HTML file: no script, no font, no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from string import Template
 from PIL import Image
 
 from revit_fast.atomic import replaced
-from revit_fast.explain.facts import ENTROPY_BITS, Explanation, summary
+from revit_fast.explain.facts import Explanation, summary
 
 TITLE = "How many tokens each image gets"
 
@@ -67,7 +67,7 @@ tbody th { color: inherit; width: 1%; }
 @media (max-width: 36rem) { article { padding: .75rem; } th, td { padding: .3rem .2rem; } .meter { gap: .2rem; }
   .track { min-width: .5rem; } }
 @media (forced-colors: active) { .track, .track *, .time *, .times b { forced-color-adjust: none; } }"""
-"""Of entries, in the colours of `LIGHT` or `DARK`, wherever they stand."""
+"""Style of the entries, on any page that defines the colours of `LIGHT` or `DARK`."""
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -118,7 +118,7 @@ def write_html(path: str | PathLike, explanations: Sequence[Explanation]) -> Non
 
 
 def entries(explanations: Sequence[Explanation]) -> str:
-    """An `article` element for each, to be styled by `STYLE`."""
+    """One `article` element for each explanation; `STYLE` is their style."""
     return "\n".join(map(_article, explanations))
 
 
@@ -156,26 +156,11 @@ def meter(share: float, text: str, mark: float | None = None, begin: float = 0.0
 
 
 def _table_of_lengths(e: Explanation) -> str:
-    head, columns = [], []
-    if e.chosen.probability is not None:
-        head.append("P")
-        columns.append([meter(n.probability, f"{n.probability:.3f}") for n in e.lengths])
-    if e.policy.threshold is not None:
-        theta = e.policy.threshold
-        head.append(f'P(label ≤ grid) <span class="mark">| θ = {theta:.4g}</span>')
-        columns.append([meter(n.suffices, f"{n.suffices:.3f}", theta) for n in e.lengths])
-    if e.entropy is not None:
-        head.append(f'entropy, bits <span class="mark">| {e.entropy:.3f}</span>')
-        at = e.entropy / ENTROPY_BITS
-        columns.append([meter((b - a) / ENTROPY_BITS, text, at, a / ENTROPY_BITS) for a, b, text in e.entropy_ranges])
-    head.append("GMACs")
-    columns.append([meter(n.macs / e.lengths[0].macs, n.gmacs) for n in e.lengths])
-    if e.chosen.ms is not None:
-        most = max(n.ms for n in e.lengths)
-        head.append("ms")
-        columns.append([meter(n.ms / most, f"{n.ms:.2f}") for n in e.lengths])
+    columns = e.columns
+    head = [f'{c.title} <span class="mark">| {c.mark_text}</span>' if c.mark_text else c.title for c in columns]
+    meters = [[meter(bar.share, bar.text, c.mark, bar.begin) for bar in c.bars] for c in columns]
     rows = []
-    for length, *cells in zip(e.lengths, *columns, strict=True):
+    for length, *cells in zip(e.lengths, *meters, strict=True):
         is_chosen = length is e.chosen
         tag = '<tr class="chosen">' if is_chosen else "<tr>"
         mark = ' <span aria-label="chosen">✓</span>' if is_chosen else ""

@@ -1,247 +1,148 @@
-"""The sheet as one picture, drawn with Pillow alone."""
+"""The sheet as one PNG, drawn with matplotlib. Positions and sizes are in pixels from the upper left corner."""
 
 from __future__ import annotations
 
+import re
+import textwrap
+import warnings
 from collections.abc import Sequence
-from functools import cache
 from os import PathLike
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
 from revit_fast.atomic import replaced
-from revit_fast.explain.facts import ENTROPY_BITS, Explanation, summary
-from revit_fast.explain.html import LEGEND, TITLE
+from revit_fast.explain.facts import Bar, Column, Explanation, summary
+from revit_fast.explain.html import LEGEND, LIGHT, TITLE
 from revit_fast.explain.picture import PICTURE_PX
 
 MAX_IMAGES = 200
-"""Of a sheet: a larger picture is one that other programs, Pillow among them, take for a decompression bomb."""
+"""Entries of a sheet: Pillow and other programs take a larger picture for a decompression bomb."""
 
-MARGIN, GAP, PAD = 32, 28, 24
-FACTS_PX = 740
-WIDTH = 2 * (MARGIN + PAD) + PICTURE_PX[0] + GAP + FACTS_PX
+COLOURS = dict(re.findall(r"--(\w+): (#\w+)", LIGHT))
+"""The colours of the HTML sheet, by their names there."""
 
-FONTS = {
-    "regular": ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf", "segoeui.ttf", "LiberationSans-Regular.ttf"),
-    "bold": ("DejaVuSans-Bold.ttf", "arialbd.ttf", "Arial Bold.ttf", "segoeuib.ttf", "LiberationSans-Bold.ttf"),
-}
-
-PLAIN = str.maketrans({"×": "x", "≤": "<=", "≥": ">=", "θ": "theta", "–": "-"})
-"""What Pillow's own font lacks."""
-
-PAGE, CARD, TEXT, SOFT, LINE, TRACK = "#f4f5f7", "#ffffff", "#1b1f24", "#59636e", "#d9dee3", "#e6e9ed"
-BAR, CHOSEN, PICK, MARK, BAD = "#8fa3b8", "#0b66c3", "#e7f1fc", "#c2410c", "#b42318"
-STAGE_COLOURS = {"decode": "#7a5cc4", "assign": "#c2410c", "pack": "#0f8a7e", "forward": "#0b66c3"}
-
-ROW_PX = 28
-
-
-@cache
-def _font(weight: str, size: int) -> tuple[ImageFont.FreeTypeFont, bool]:
-    """A font of the system, or else Pillow's own; and whether it is that one."""
-    for name in FONTS[weight]:
-        try:
-            return ImageFont.truetype(name, size), False
-        except OSError:
-            continue
-    return ImageFont.load_default(size), True
-
-
-class _Canvas:
-    """A white page that is written from top to bottom and cut off where the text ends.
-
-    Args:
-        width: in pixels.
-        height: room in pixels, at least what will be written.
-        colour: of the page.
-    """
-
-    def __init__(self, width: int, height: int, colour: str) -> None:
-        self.image = Image.new("RGB", (width, height), colour)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def length(self, text: str, size: int, weight: str = "regular") -> float:
-        font, is_plain = _font(weight, size)
-        return font.getlength(text.translate(PLAIN) if is_plain else text)
-
-    def text(
-        self, x: float, y: float, text: str, size: int = 15, colour: str = TEXT, weight: str = "regular", anchor="lm"
-    ) -> None:
-        """Writes one line, by default to the right of x with its middle at y."""
-        font, is_plain = _font(weight, size)
-        self.draw.text((x, y), text.translate(PLAIN) if is_plain else text, colour, font, anchor)
-
-    def fitted(self, text: str, width: float, size: int, weight: str = "regular") -> str:
-        """The text, its middle left out where it is wider."""
-        kept = len(text)
-        shown = text
-        while kept > 2 and self.length(shown, size, weight) > width:
-            kept -= 1
-            shown = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
-        return shown
-
-    def paragraph(self, x: float, y: float, width: float, text: str, size: int = 15, colour: str = TEXT) -> float:
-        """Writes words on as many lines as they take; returns where the next line begins."""
-        line = ""
-        for word in text.split():
-            longer = f"{line} {word}".lstrip()
-            if line and self.length(longer, size) > width:
-                self.text(x, y + 0.7 * size, line, size, colour)
-                y, longer = y + 1.45 * size, word
-            line = self.fitted(longer, width, size) if longer == word else longer
-        self.text(x, y + 0.7 * size, line, size, colour)
-        return y + 1.45 * size
-
-    def bar(
-        self, x: float, y: float, width: float, share: float, colour: str, begin: float = 0.0, mark: float | None = None
-    ) -> None:
-        """A bar from `begin` over `share` of its track, its middle at y, with a mark at a share of the track."""
-        self.draw.rectangle((x, y - 6, x + width - 1, y + 5), TRACK)
-        left, right = round(x + begin * width), round(x + (begin + share) * width)
-        if right > left:
-            self.draw.rectangle((left, y - 6, right - 1, y + 5), colour)
-        if mark is not None:
-            at = min(round(x + mark * width), round(x + width - 1))
-            self.draw.rectangle((at - 1, y - 10, at, y + 9), MARK)
+MARGIN, PAD, FACTS_PX, NAMES_PX, NUMBER_PX, ROW_PX = 32, 24, 800, 180, 100, 28
+LEFT = MARGIN + PAD
+FACTS = LEFT + PICTURE_PX[0] + PAD
+WIDTH = FACTS + FACTS_PX + LEFT
 
 
 def write_png(path: str | PathLike, explanations: Sequence[Explanation]) -> None:
     """Draws one picture, `WIDTH` pixels wide and as high as its entries take; written all or nothing.
 
     Raises:
+        ImportError: without matplotlib.
         ValueError: for more than `MAX_IMAGES` entries.
     """
     if len(explanations) > MAX_IMAGES:
         raise ValueError(
             f"explanations: a PNG holds at most {MAX_IMAGES} entries, got {len(explanations)}; write .html, or parts"
         )
-    parts = [_header(explanations), *map(_entry, explanations)]
-    sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), PAGE)
-    y = 0
-    for part in parts:
-        sheet.paste(part, (0, y))
-        y += part.height
+    try:
+        from matplotlib import style
+    except ImportError:
+        raise ImportError('write_png: it needs matplotlib: pip install "revit-fast[plot]"') from None
+    # The user's style must not change the sheet, and dollar signs in a name must not start a formula.
+    with style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font has a box for such characters
+        parts = [_drawn(_header, explanations), *(_drawn(_entry, e) for e in explanations)]
     with replaced(path) as temporary:
-        sheet.save(temporary, "PNG")
+        Image.fromarray(np.concatenate(parts)).save(temporary, "PNG")
 
 
-def _header(explanations: Sequence[Explanation]) -> Image.Image:
-    canvas = _Canvas(WIDTH, 400, PAGE)
-    canvas.text(MARGIN, MARGIN + 14, TITLE, 26, weight="bold")
-    y = canvas.paragraph(MARGIN, MARGIN + 44, WIDTH - 2 * MARGIN, f"{summary(explanations)}.", 16)
-    y = canvas.paragraph(MARGIN, y + 2, WIDTH - 2 * MARGIN, LEGEND, 14, SOFT)
-    return canvas.image.crop((0, 0, WIDTH, round(y) + 16))
+def _drawn(draw, content) -> np.ndarray:
+    """What `draw` puts on a page, uint8 `[H, WIDTH, 3]`; `draw` returns H."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(dpi=72, facecolor=COLOURS["page"])  # a font's point is a pixel
+    canvas = FigureCanvasAgg(figure)  # no window system, whatever is configured
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    height = round(draw(axes, content))
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+    figure.set_size_inches(WIDTH / 72, height / 72)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def _entry(e: Explanation) -> Image.Image:
-    """A card, as high as what is on it."""
-    room = 1200 + ROW_PX * (len(e.lengths) + len(e.classes)) + 2 * len(e.error or e.reason)
-    canvas = _Canvas(WIDTH, room, CARD)
-    x = MARGIN + PAD
-    bottom = _draw_error(canvas, x, e) if e.error is not None else _draw_decision(canvas, x, e)
-    card = canvas.image.crop((0, 0, WIDTH, round(bottom) + PAD))
-    framed = Image.new("RGB", (WIDTH, card.height + 20), PAGE)
-    framed.paste(card, (0, 0))
-    draw = ImageDraw.Draw(framed)
-    for left, right in ((0, MARGIN - 1), (WIDTH - MARGIN, WIDTH)):
-        draw.rectangle((left, 0, right, card.height), PAGE)
-    draw.rectangle((MARGIN, 0, WIDTH - MARGIN - 1, card.height - 1), outline=LINE)
+def _header(axes, explanations: Sequence[Explanation]) -> float:
+    y = _write(axes, MARGIN, MARGIN, TITLE, WIDTH - 2 * MARGIN, 26, weight="bold")
+    y = _write(axes, MARGIN, y, f"{summary(explanations)}.", WIDTH - 2 * MARGIN, 16)
+    return _write(axes, MARGIN, y, LEGEND, WIDTH - 2 * MARGIN, 14, "soft") + 16
+
+
+def _entry(axes, e: Explanation) -> float:
+    """A card: the picture to the left and the facts to the right, or the error."""
     if e.error is not None:
-        draw.rectangle((MARGIN, 0, MARGIN + 4, card.height - 1), BAD)
-    return framed
+        y = _write(axes, LEFT, PAD, e.name, WIDTH - 2 * LEFT, 17, weight="bold")
+        bottom = PAD + _write(axes, LEFT, y, f"Error: {e.error}", WIDTH - 2 * LEFT, 15, "bad")
+        _box(axes, MARGIN, 0, 5, bottom, "bad")
+    else:
+        width, height = e.picture.size
+        axes.imshow(e.picture, extent=(LEFT, LEFT + width, PAD + height, PAD), aspect="auto", interpolation="none")
+        below = _write(axes, LEFT, PAD + height + 8, e.measures, PICTURE_PX[0], 14, "soft")
+        bottom = PAD + max(below, _facts(axes, e))
+    _box(axes, MARGIN, 0, WIDTH - 2 * MARGIN, bottom, "card", edgecolor=COLOURS["line"], linewidth=1, zorder=-2)
+    return bottom + 20
 
 
-def _draw_error(canvas: _Canvas, x: int, e: Explanation) -> float:
-    width = WIDTH - 2 * x
-    canvas.text(x, PAD + 10, canvas.fitted(e.name, width, 18, "bold"), 18, weight="bold")
-    return canvas.paragraph(x, PAD + 28, width, f"Error: {e.error}", 15, BAD)
-
-
-def _draw_decision(canvas: _Canvas, x: int, e: Explanation) -> float:
-    canvas.image.paste(e.picture, (x, PAD))
-    left = canvas.paragraph(x, PAD + e.picture.height + 10, PICTURE_PX[0], e.measures, 14, SOFT)
-    x += PICTURE_PX[0] + GAP
-    canvas.text(x, PAD + 10, canvas.fitted(e.name, FACTS_PX, 17, "bold"), 17, weight="bold")
-    canvas.text(x, PAD + 42, canvas.fitted(e.decision, FACTS_PX, 19), 19, CHOSEN)
-    y = canvas.paragraph(x, PAD + 60, FACTS_PX, e.reason, 15)
-    y = _draw_lengths(canvas, x, y + 14, e)
+def _facts(axes, e: Explanation) -> float:
+    y = _write(axes, FACTS, PAD, e.name, FACTS_PX, 17, weight="bold")
+    y = _write(axes, FACTS, y + 4, e.decision, FACTS_PX, 19, "chosen")
+    y = _write(axes, FACTS, y + 2, e.reason, FACTS_PX, 15)
+    names = [f"{n.side}: {n.n_tokens:,} tokens" for n in e.lengths]
+    y = _table(axes, y + 14, "", names, e.columns, NAMES_PX, chosen=e.lengths.index(e.chosen))
     if e.classes:
-        y = _draw_classes(canvas, x, y + 22, e)
-    return max(left, _draw_times(canvas, x, y + 22, e))
+        labels, scores = zip(*e.classes, strict=True)
+        bars = [Bar(score, f"{score:.3f}") for score in scores]
+        y = _table(axes, y + 16, "Best classes", labels, [Column("", bars)], FACTS_PX / 2)
+    stages = list(e.stage_ms.values())
+    ends, total = np.cumsum(stages), sum(stages)
+    bars = [Bar(ms / total, f"{ms:.2f} ms", (end - ms) / total) for ms, end in zip(stages, ends, strict=True)]
+    return _table(axes, y + 16, f"Time: {total:.2f} ms", list(e.stage_ms), [Column("", bars)], NAMES_PX)
 
 
-def _draw_lengths(canvas: _Canvas, x: float, y: float, e: Explanation) -> float:
-    """The table of all grids: evidence and cost as bars, numbers to their right."""
-    columns = []  # (title, its mark's text, [(share, text, begin, mark)])
-    if e.chosen.probability is not None:
-        columns.append(("P", "", [(n.probability, f"{n.probability:.3f}", 0.0, None) for n in e.lengths]))
-    if (theta := e.policy.threshold) is not None:
-        cells = [(n.suffices, f"{n.suffices:.3f}", 0.0, theta) for n in e.lengths]
-        columns.append(("P(label ≤ grid)", f"θ = {theta:.4g}", cells))
-    if e.entropy is not None:
-        at = e.entropy / ENTROPY_BITS
-        cells = [((b - a) / ENTROPY_BITS, text, a / ENTROPY_BITS, at) for a, b, text in e.entropy_ranges]
-        columns.append(("entropy, bits", f"{e.entropy:.3f}", cells))
-    columns.append(("GMACs", "", [(n.macs / e.lengths[0].macs, n.gmacs, 0.0, None) for n in e.lengths]))
-    if e.chosen.ms is not None:
-        most = max(n.ms for n in e.lengths)
-        columns.append(("ms", "", [(n.ms / most, f"{n.ms:.2f}", 0.0, None) for n in e.lengths]))
-    begin = x + 176
-    titles = y + 8
-    # A column is wider where its title is.
-    needs = [130 + canvas.length(f"{title} {mark}", 14) for title, mark, _ in columns]
-    canvas.text(x + 10, titles, "grid", 14, SOFT)
-    canvas.text(begin - 24, titles, "tokens", 14, SOFT, anchor="rm")
-    left = begin
-    for i, (title, mark, cells) in enumerate(columns):
-        width = (FACTS_PX - 176) * needs[i] / sum(needs)
-        canvas.text(left, titles, title, 14, SOFT)
-        if mark:
-            canvas.text(left + canvas.length(title, 14) + 9, titles, mark, 14, MARK)
-        numbers = max(canvas.length(text, 16, "bold") for _, text, *_ in cells) + 8
-        columns[i] = (left, width - numbers - 20, cells)
-        left += width
-    y += 22
-    for i, length in enumerate(e.lengths):
-        middle, is_chosen = y + ROW_PX // 2, length is e.chosen
-        if is_chosen:
-            canvas.draw.rectangle((x, y, x + FACTS_PX - 1, y + ROW_PX - 1), PICK)
-            canvas.draw.rectangle((x, y, x + 3, y + ROW_PX - 1), CHOSEN)
-        canvas.draw.line((x, y, x + FACTS_PX - 1, y), LINE)
-        style = {"size": 16, "weight": "bold"} if is_chosen else {}
-        canvas.text(x + 10, middle, length.side, **style)
-        canvas.text(begin - 24, middle, f"{length.n_tokens:,}", anchor="rm", **style)
-        for left, track, cells in columns:
-            share, text, start, mark = cells[i]
-            canvas.bar(left, middle, track, share, CHOSEN if is_chosen else BAR, start, mark)
-            canvas.text(left + track + 8, middle, text, **style)
-        y += ROW_PX
+def _table(axes, y, title, names: Sequence[str], columns: Sequence[Column], names_px: float, chosen=None) -> float:
+    """A row of bars for every name; returns where it ends, as `_write` does."""
+    width = (FACTS_PX - names_px) / len(columns)
+    places = [(FACTS + names_px + i * width, column) for i, column in enumerate(columns)]
+    ends = [_write(axes, FACTS, y, title, names_px, 14, "soft")]
+    for x, column in places:
+        end = _write(axes, x, y, column.title, width - 8, 14, "soft")
+        ends.append(_write(axes, x, end, column.mark_text, width - 8, 14, "mark"))
+    y = max(ends) + 4
+    for row, name in enumerate(names):
+        weight, colour = ("bold", "chosen") if row == chosen else ("normal", "bar")
+        end = max(y + ROW_PX, _write(axes, FACTS, y + 5, name, names_px - 12, 14, weight=weight) + 3)
+        if row == chosen:
+            _box(axes, FACTS - 8, y, FACTS_PX + 8, end - y, "pick", zorder=-1)
+        for x, column in places:
+            bar, track = column.bars[row], width - NUMBER_PX
+            _box(axes, x, y + 8, track, 12, "track")
+            _box(axes, x + bar.begin * track, y + 8, bar.share * track, 12, colour)
+            if column.mark is not None:
+                _box(axes, x + column.mark * track - 1, y + 4, 2, 20, "mark")
+            _write(axes, x + track + 8, y + 5, bar.text, NUMBER_PX, 14, weight=weight)
+        y = end
     return y
 
 
-def _draw_classes(canvas: _Canvas, x: float, y: float, e: Explanation) -> float:
-    canvas.text(x, y, "Best classes", 14, SOFT)
-    y += 12
-    names, numbers = 0.5 * FACTS_PX, 60
-    for label, score in e.classes:
-        canvas.text(x + 10, y + 12, canvas.fitted(label, names - 30, 15))
-        canvas.bar(x + names, y + 12, FACTS_PX - names - numbers, score, BAR)
-        canvas.text(x + FACTS_PX - numbers + 8, y + 12, f"{score:.3f}")
-        y += 24
-    return y
+def _box(axes, x: float, y: float, width: float, height: float, colour: str, **style) -> None:
+    axes.bar(x, height, width, y, align="edge", **{"color": COLOURS[colour], "linewidth": 0} | style)
 
 
-def _draw_times(canvas: _Canvas, x: float, y: float, e: Explanation) -> float:
-    total = sum(e.stage_ms.values())
-    canvas.text(x, y, f"Time: {total:.2f} ms", 14, SOFT)
-    y += 14
-    begin, at = 0.0, float(x)
-    for stage, ms in e.stage_ms.items():
-        left, right = (round(x + share * FACTS_PX) for share in (begin, begin + ms / total))
-        if right > left:
-            canvas.draw.rectangle((left, y, right - 1, y + 13), STAGE_COLOURS[stage])
-        begin += ms / total
-        canvas.draw.rectangle((at, y + 25, at + 11, y + 36), STAGE_COLOURS[stage])
-        text = f"{stage} {ms:.2f} ms"
-        canvas.text(at + 18, y + 31, text, 14)
-        at += canvas.length(text, 14) + 44
-    return y + 42
+def _write(axes, x: float, y: float, text: str, width: float, size: int, colour="text", weight="normal") -> float:
+    """Writes a text on as many lines as its width takes; returns where the next line would begin."""
+    n = max(len(text), 1)
+    while True:
+        lines = textwrap.wrap(text, n)
+        style = {"size": size, "color": COLOURS[colour], "weight": weight}
+        drawn = [axes.text(x, y + (1 + 1.4 * i) * size, line, **style) for i, line in enumerate(lines)]
+        widest = max((line.get_window_extent().width for line in drawn), default=0)
+        if widest <= width or n == 1:
+            return y + 1.4 * size * len(lines)
+        for line in drawn:
+            line.remove()
+        n = max(1, min(n - 1, int(n * width / widest)))

@@ -33,7 +33,6 @@ def resize_patchify(
     std: Sequence[float] | None = None,
     boxes: Box | Sequence[Box | None] | None = None,
     interpolation: str = "bicubic",
-    exact: bool = True,
     dtype: torch.dtype = torch.float32,
     lengths: Sequence[int] | None = None,
 ) -> PackedBatch:
@@ -53,7 +52,6 @@ def resize_patchify(
         boxes: (left, upper, right, lower) of the region to resize, in source pixels, fractions allowed: one for all
             images or a list, one per image, None in it or for it meaning the whole image.
         interpolation: "bicubic" or "bilinear", both antialiased.
-        exact: whether bit-equality is required. It is always kept: False is accepted and means the same for now.
         dtype: of the rows: float32, bfloat16 or float16 for normalised pixels, or uint8 for pixels that still await
             the normalisation, which is then handed on in `PackedBatch.normalization`.
         lengths: configured lengths in patches, see `PackedBatch.from_rows`.

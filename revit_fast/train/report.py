@@ -154,7 +154,7 @@ class Report:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
-            raise ImportError('plot: it needs matplotlib: pip install "revit-fast[train]"') from None
+            raise ImportError('plot: it needs matplotlib: pip install "revit-fast[plot]"') from None
         with rc_context({"svg.hashsalt": "revit-fast"}):
             figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
             FigureCanvasAgg(figure)  # no window system, whatever is configured
