@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
 from bench.machine_code import Code, compile_launch
-from revit_fast.kernels.constants import N_CLASSES, STREAMING
 from revit_fast.kernels.launch import TARGETS, Launch, Target, record
 from revit_fast.ops import _triton
 from revit_fast.packing import work_list
