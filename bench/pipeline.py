@@ -35,9 +35,9 @@ from bench.model_work import MODELS, grids_of, model_title, random_vit
 from bench.photos import SIZE, jpeg, photo
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
+from revit_fast.crops import eval_box
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.policies import Policy, make_policy
-from revit_fast.preprocess import eval_box
 from revit_fast.settings import IMAGENET_MEAN, IMAGENET_STD
 from revit_fast.trace import StageTimes
 

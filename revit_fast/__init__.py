@@ -2,12 +2,14 @@
 
 from revit_fast import flash_attn_compat, ops
 from revit_fast.bundle import load, save_bundle
+from revit_fast.create import create_model
+from revit_fast.crops import aspect_grid
 from revit_fast.engine import optimize
-from revit_fast.model import ReViT, create_model
+from revit_fast.model import ReViT
 from revit_fast.ops._backends import set_attention_backend
 from revit_fast.packing import PackedBatch
 from revit_fast.pipeline import AdaptivePipeline, pipeline
-from revit_fast.preprocess import AdaptivePreprocessor, aspect_grid
+from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.version import __version__
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast.batching import TokenBudgetBatcher
+from revit_fast.create import create_model
 from revit_fast.decoding import Decoders, Fed, default_decoders
 from revit_fast.engine import OptimizedReViT
 from revit_fast.engine import optimize as optimized_copy
 from revit_fast.images import ImageSource, check_sources, name_of
 from revit_fast.memory import release_freed_pages
-from revit_fast.model import ReViT, create_model
+from revit_fast.model import ReViT
 from revit_fast.packing import PackedBatch
 from revit_fast.policies import PolicySpec, confidence
 from revit_fast.preprocess import AdaptivePreprocessor

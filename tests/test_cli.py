@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 import revit_fast as rf
 from revit_fast import cli
 from revit_fast.cli import main, predict, report
+from revit_fast.crops import eval_box
 from revit_fast.decoding import CHUNK, MORE_SMALL
-from revit_fast.preprocess import AdaptivePreprocessor, eval_box
+from revit_fast.preprocess import AdaptivePreprocessor
 
 MODEL = "deit_tiny_patch16_224"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from revit_fast.costs import forward_macs
+from revit_fast.crops import eval_box
 from revit_fast.explain.picture import draw_grid
 from revit_fast.images import ImageError, ImageSource, check_sources, name_of, on_one_line
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.policies import Policy, confidence, suffices
-from revit_fast.preprocess import eval_box
 from revit_fast.results import Result
 from revit_fast.trace import StageTimes
 

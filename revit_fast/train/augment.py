@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from revit_fast import ops
-from revit_fast.preprocess import eval_box
+from revit_fast.crops import eval_box
 
 if TYPE_CHECKING:  # imported where timm's transforms need it
     from PIL import Image

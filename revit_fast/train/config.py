@@ -12,7 +12,8 @@ from typing import Any
 
 from revit_fast.atomic import replaced
 from revit_fast.checkpoint import read_checkpoint
-from revit_fast.model import ReViT, create_model
+from revit_fast.create import create_model
+from revit_fast.model import ReViT
 from revit_fast.packing import DEFAULT_GRIDS, check_grids
 from revit_fast.settings import input_settings
 from revit_fast.train.augment import Augment
