@@ -29,7 +29,8 @@ from revit_fast.costs import forward_macs
 from revit_fast.model import ReViT
 from revit_fast.pipeline import AdaptivePipeline, pipeline
 from revit_fast.policies import Policy, PolicySpec
-from revit_fast.preprocess import AdaptivePreprocessor, input_settings
+from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.settings import input_settings
 from revit_fast.tla import TokenLengthAssigner
 
 FORMAT = "revit-fast bundle 1"

@@ -33,8 +33,8 @@ from revit_fast.costs import forward_macs
 from revit_fast.kernels.schedules import N_CLASSES
 from revit_fast.model import ReViT
 from revit_fast.policies import PolicySpec, make_policy
-from revit_fast.preprocess import input_settings
 from revit_fast.programs import AssignerProgram, DenseProgram, FixedProgram, make_packed
+from revit_fast.settings import input_settings
 from revit_fast.stem import ConvStem
 from revit_fast.tla import TokenLengthAssigner
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from revit_fast.checkpoint import load_fitting, read_checkpoint
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.hub import Pretrained
 from revit_fast.layers import (
     ACTIVATIONS,
@@ -33,10 +34,8 @@ from revit_fast.layers import (
 )
 from revit_fast.ops import assemble_tokens, mean_pool
 from revit_fast.packing import (
-    DEFAULT_GRIDS,
     Layout,
     PackedBatch,
-    check_grids,
     image_grid,
     nearest_length,
     patch_rows,

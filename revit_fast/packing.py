@@ -10,16 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.kernels.schedules import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
-
-DEFAULT_GRIDS = (14, 10, 7)
 
 INT32_MAX = 2**31 - 1
 
@@ -113,17 +112,6 @@ def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
 def nearest_lengths(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """The rule of `nearest_length` on the host, where a few counts do not pay for tensor operations."""
     return [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
-
-
-def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
-    """The grids as a tuple of ints, after a check that they are positive and strictly decreasing."""
-    try:
-        grids = tuple(int(g) for g in grids)
-    except TypeError:
-        raise TypeError(f"grids: expected a sequence of ints such as (14, 10, 7), got {grids!r}") from None
-    if not grids or grids[-1] < 1 or any(a <= b for a, b in pairwise(grids)):
-        raise ValueError(f"grids: expected strictly decreasing positive ints such as (14, 10, 7), got {grids}")
-    return grids
 
 
 def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from revit_fast import ops
 from revit_fast.costs import forward_macs
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.images import ImageError, ImageSource, name_of, read_rgb
 from revit_fast.model import ReViT
-from revit_fast.packing import DEFAULT_GRIDS, PackedBatch, check_grids
+from revit_fast.packing import PackedBatch
 from revit_fast.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
+from revit_fast.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
 from revit_fast.tla import TokenLengthAssigner
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DEIT_CROP_PCT = 0.9
 
 ENTROPY_PX = 64
 """Side of the thumbnail whose entropy is taken where there is no assigner to take it from."""
@@ -101,18 +100,6 @@ def aspect_grid(
             "resize the image first"
         )
     return grid_at(ratio)
-
-
-def input_settings(model: ReViT) -> dict[str, Any]:
-    """mean, std, crop_pct and interpolation of a model's timm configuration; DeiT's where it has none."""
-    config = model.pretrained_cfg or {}
-    interpolation = config.get("interpolation")
-    return {
-        "mean": config.get("mean") or IMAGENET_MEAN,
-        "std": config.get("std") or IMAGENET_STD,
-        "crop_pct": config.get("crop_pct") or DEIT_CROP_PCT,
-        "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
-    }
 
 
 class Assignment(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.policies import PolicySpec
-from revit_fast.preprocess import AdaptivePreprocessor, eval_box, input_settings
+from revit_fast.preprocess import AdaptivePreprocessor, eval_box
+from revit_fast.settings import input_settings
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.video.clips import PackedClips
 from revit_fast.video.engine import optimize as optimized_copy
