@@ -3,6 +3,7 @@
 import pickle
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ class TestDeterminism:
         images = image_set()
         for augment in ("light", "deit", "jitter"):
             recipe = RECIPES[augment]
-            recipe = recipe if not recipe.mixes else augmentation.replace(recipe, mixup=0.0, cutmix=0.0)
+            recipe = recipe if not recipe.mixes else replace(recipe, mixup=0.0, cutmix=0.0)
             views = [{}, {}]
             for found, size in zip(views, (1, 11), strict=True):
                 for batch in train(images, recipe, batch_size=size, dtype=torch.uint8).epoch(4):

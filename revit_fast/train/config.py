@@ -142,41 +142,43 @@ class TrainConfig:
 
     Attributes:
         data: images to train on, as `data.open_images` takes them.
-        held_out_share: of the training images that is kept for evaluation; 0: the data's own evaluation split is used.
+        held_out_share: share of the training images that is kept for evaluation; 0: the data's own evaluation split is
+            used.
         model: timm's name of a ViT or DeiT.
-        model_kwargs: arguments that change that architecture, as of `timm.create_model`.
+        model_kwargs: arguments of `timm.create_model` that change that architecture.
         grids: token grids, strictly decreasing; every image is seen at all of them.
         weights: `.safetensors` or `.pth` to start from, of a plain ViT or a ReViT; None: random weights.
         epochs: passes over the images.
         batch_size: images that a process draws and mixes at a time (in length-parallel mode: a group of processes).
-        micro_batch: images of one pack: a batch passes through the model in as many as that takes, and its gradient is
-            their sum, so that a pack's activations stay in the cache or fit the memory; None: on a CPU see
+        micro_batch: images of one pack. A batch passes through the model in several packs whose gradients are added, so
+            that the activations of a pack stay in the cache or fit the memory; None: on a CPU see
             `trainer.cached_images`, on a GPU all images of the batch.
         grad_accum_steps: batches of an update.
         mode: "packed": all lengths of an image in one pack; "length-parallel": each process has one length.
-        norms: "tal": LayerNorms of every length's own; "shared": one for all, for comparison.
+        norms: "tal": every length has LayerNorms of its own; "shared": all lengths share them, for comparison.
         distill_weight: λ of TLSD, 0 for none.
         temperature: τ of TLSD.
         opt: timm's name of the optimizer.
         lr: learning rate; None: DeiT's, in proportion to the images of an update.
-        weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
+        weight_decay: decay of matrices; norms, biases, tokens and position embeddings have none.
         layer_decay: factor of the learning rate from a block to the one below it; None: no decay.
         sched: timm's name of the schedule, stepped at every update; "plateau", which follows no plan, is not supported.
-        warmup_epochs: of linear warm-up.
-        warmup_lr: learning rate that it begins with.
+        warmup_epochs: epochs of linear warm-up.
+        warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end.
         clip_grad: largest norm of the gradient; None: not clipped.
-        ema_decay: of the moving average of the weights; 0: none.
+        ema_decay: decay of the moving average of the weights; 0: no average.
         amp: "none" or "bfloat16": linear layers and attention in 16 bits, residual stream and parameters in float32.
         grad_checkpointing: recompute activations in the backward pass.
-        seed: of weights, order, augmentation and dropout.
+        seed: seed of weights, order, augmentation and dropout.
         augment: "preset" ("deit", "light" or "none") and changes to it, fields of `augment.Augment`.
-        mean: of each channel, of pixels in [0, 1]; None: that of the model's timm configuration, and so the others.
-        std: of each channel, likewise.
+        mean: mean of each channel, of pixels in [0, 1]; None: the value of the model's timm configuration, also for
+            `std`, `crop_pct` and `interpolation`.
+        std: standard deviation of each channel, of pixels in [0, 1].
         crop_pct: share of the shorter side that evaluation shows the model.
         interpolation: "bicubic" or "bilinear".
-        workers: processes that decode and augment; 0: none beside the training process.
-        checkpoint_steps: updates between checkpoints beside those at the ends of epochs; 0: none.
+        workers: processes that decode and augment; 0: the training process does it.
+        checkpoint_steps: updates between checkpoints, beside those at the end of every epoch; 0: those alone.
         log_steps: updates between lines of the log.
         max_unreadable: share of the images that may be unreadable.
     """
@@ -250,10 +252,10 @@ class TrainConfig:
         return BASE_LR * images_per_update / BASE_BATCH if self.lr is None else self.lr
 
     def augmentation(self) -> Augment:
-        """What happens to the images.
+        """The augmentation that `augment` describes.
 
         Raises:
-            ValueError: for a preset or a field that there is not.
+            ValueError: for an unknown preset or field, or a value that `Augment` refuses.
         """
         changes = dict(self.augment)
         preset = changes.pop("preset", "deit")
@@ -283,7 +285,7 @@ class TrainConfig:
         """The choices that `as_dict` gave.
 
         Raises:
-            ValueError: for a name that is none of them.
+            ValueError: for an unknown name, or a value that is not legal.
         """
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
