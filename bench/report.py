@@ -13,7 +13,7 @@ import torch
 
 import revit_fast
 from revit_fast.atomic import replaced
-from revit_fast.cli.env import cpu_name
+from revit_fast.environment import cpu_name
 from revit_fast.ops import _library
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.model import ReViT
-from revit_fast.packing import DEFAULT_GRIDS
 
 
 def create_model(

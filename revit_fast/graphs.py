@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revit_fast.grids import nearest_lengths
 from revit_fast.kernels.constants import KEY_CLASSES, PADDING, TILE_ROWS
 from revit_fast.layers.patch_embed import FoldedEmbedding
 from revit_fast.model import Inputs, PatchRows, ReViT
-from revit_fast.packing import Layout, nearest_lengths, work_list
+from revit_fast.packing import Layout, work_list
 from revit_fast.snapshot import Snapshot
 
 MAX_ROWS = 16384

@@ -19,26 +19,18 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from revit_fast.checkpoint import load_fitting, read_checkpoint
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.hub import Pretrained
 from revit_fast.layers.attention import Queries
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.mlp import ACTIVATIONS, activation_name, make_activation
 from revit_fast.layers.norm import TALLayerNorm
-from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
+from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed, patchify
 from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
 from revit_fast.layers.segments import sequence_max
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
-from revit_fast.packing import (
-    DEFAULT_GRIDS,
-    Layout,
-    PackedBatch,
-    check_grids,
-    image_grid,
-    nearest_length,
-    patch_rows,
-    patchify,
-)
+from revit_fast.packing import Layout, PackedBatch, image_grid, nearest_length, patch_rows
 
 # torch.fx cannot trace what checks its arguments or makes tensors of a size that it does not know.
 fx.wrap("assemble_tokens")

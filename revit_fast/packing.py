@@ -10,16 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from revit_fast.grids import DEFAULT_GRIDS, check_grids, nearest_lengths
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
-
-DEFAULT_GRIDS = (14, 10, 7)
 
 INT32_MAX = 2**31 - 1
 
@@ -110,31 +109,6 @@ def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
     return (counts[:, None] - table).abs().argmin(dim=1).to(torch.int32)
 
 
-def nearest_lengths(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """The rule of `nearest_length` on the host, where a few counts do not pay for tensor operations."""
-    return [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
-
-
-def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
-    """The grids as a tuple of ints, after a check that they are positive and strictly decreasing."""
-    try:
-        grids = tuple(int(g) for g in grids)
-    except TypeError:
-        raise TypeError(f"grids: expected a sequence of ints such as (14, 10, 7), got {grids!r}") from None
-    if not grids or grids[-1] < 1 or any(a <= b for a, b in pairwise(grids)):
-        raise ValueError(f"grids: expected strictly decreasing positive ints such as (14, 10, 7), got {grids}")
-    return grids
-
-
-def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:
-    """Square grids in the proportions of `grids`, the longest with about as many tokens as `base_grid`.
-
-    Grids that come out equal are one, so that small images have fewer lengths.
-    """
-    factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
-    return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
-
-
 def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
     """Patch grid (rows, columns) of an image `[..., H, W]` whose sides are multiples of `patch_size`."""
     if not isinstance(image, Tensor):
@@ -170,21 +144,6 @@ def patch_rows(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[
         out.copy_(image.reshape(channels, h, patch_size, w, patch_size).permute(1, 3, 2, 4, 0))
         begin += h * w
     return rows, grids
-
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
-    batch, channels, height, width = x.shape
-    p = patch_size
-    patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
-    return patches.reshape(-1, p * p * channels)
-
-
-def unpatchify(rows: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Rows `[B*gh*gw, P*P*C]` as images `[B, C, gh*P, gw*P]`, which lie in channels-last memory."""
-    (h, w), p = grid, patch_size
-    patches = rows.reshape(-1, h, w, p, p, rows.shape[1] // (p * p)).permute(0, 1, 3, 2, 4, 5)
-    return patches.reshape(-1, h * p, w * p, patches.shape[-1]).permute(0, 3, 1, 2)
 
 
 class Layout(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from revit_fast.packing import check_grids
+from revit_fast.grids import check_grids
 
 POLICIES = ("argmax", "threshold", "budget", "cascade", "fixed", "cycle", "random", "entropy")
 BUDGETS = ("mean_tokens", "mean_gmacs")

@@ -15,9 +15,10 @@ from revit_fast import ops
 from revit_fast.costs import forward_macs
 from revit_fast.crops import aspect_grid, eval_box
 from revit_fast.folder import check_assigner
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.images import ImageError, ImageSource, name_of, read_rgb
 from revit_fast.model import ReViT
-from revit_fast.packing import DEFAULT_GRIDS, PackedBatch, check_grids
+from revit_fast.packing import PackedBatch
 from revit_fast.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
 from revit_fast.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
 from revit_fast.tla import TokenLengthAssigner

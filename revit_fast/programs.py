@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from revit_fast import fused, ops
 from revit_fast.engine import OptimizedReViT
+from revit_fast.grids import nearest_lengths
 from revit_fast.layers.attention import Attention
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
 from revit_fast.model import Inputs, ReViT
-from revit_fast.packing import Layout, nearest_length, nearest_lengths
+from revit_fast.packing import Layout, nearest_length
 from revit_fast.tla import TokenLengthAssigner
 
 

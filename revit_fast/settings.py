@@ -1,10 +1,11 @@
-"""Preprocessing that a model was trained with, under timm's names."""
+"""How a model expects its images: normalisation, crop and interpolation, under timm's names.
+
+Imports neither torch nor NumPy, so that the command line can read its defaults without them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
-
-from torch import nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEIT_CROP_PCT = 0.9
@@ -13,7 +14,7 @@ SETTINGS = ("mean", "std", "crop_pct", "interpolation")
 """Names of the settings."""
 
 
-def input_settings(model: nn.Module) -> dict[str, Any]:
+def input_settings(model: Any) -> dict[str, Any]:
     """mean, std, crop_pct and interpolation of a model's timm configuration; DeiT's where it has none.
 
     Args:

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revit_fast.grids import scaled_grids
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.lvvit import ARCHITECTURES, CROP_PCT, MLP_RATIO
 from revit_fast.model import NORM_PARAMETER, ReViT
-from revit_fast.packing import scaled_grids
 
 try:
     import timm

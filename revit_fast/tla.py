@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from revit_fast import ops
 from revit_fast.atomic import replaced
 from revit_fast.costs import forward_macs
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.model import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import PackedWeight, pack_weight
-from revit_fast.packing import DEFAULT_GRIDS, check_grids
 from revit_fast.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.snapshot import Snapshot
 

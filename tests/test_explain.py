@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from small_models import GRIDS, make_model
 
 import revit_fast as rf
-from revit_fast.cli import main
+from revit_fast.cli import main, pipelines
 from revit_fast.crops import eval_box
 from revit_fast.explain import STAGES, draw_grid, explain, png, write, write_html, write_png
 from revit_fast.explain.picture import OUTLINE, PICTURE_PX
@@ -432,7 +432,7 @@ def files(tmp_path_factory):
 class TestCommand:
     @pytest.fixture(autouse=True)
     def models_are_loaded_once(self, monkeypatch):
-        monkeypatch.setattr(rf, "create_model", create_model_once)
+        monkeypatch.setattr(pipelines, "create_model", create_model_once)
 
     def run(self, capsys, *args):
         code = main(["explain", *map(str, args), "--model", MODEL])

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revit_fast import PackedBatch
+from revit_fast.grids import check_grids
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, STREAMING, TILE_ROWS
-from revit_fast.packing import check_grids, nearest_length, work_list
+from revit_fast.packing import nearest_length, work_list
 
 LENGTHS = (196, 100, 49)
 

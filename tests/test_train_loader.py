@@ -3,6 +3,7 @@
 import pickle
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import revit_fast as rf
 from revit_fast.images import ImageError
 from revit_fast.ops import resize_patchify
 from revit_fast.train import augment as augmentation
-from revit_fast.train.augment import Augment, Augmenter, Draws
+from revit_fast.train.augment import Augmenter, Draws
+from revit_fast.train.config import Augment
 from revit_fast.train.data import ArrayImages, ImageSet
 from revit_fast.train.loader import EvalLoader, TrainLoader, UnreadableError
 
@@ -127,7 +129,7 @@ class TestDeterminism:
         images = image_set()
         for augment in ("light", "deit", "jitter"):
             recipe = RECIPES[augment]
-            recipe = recipe if not recipe.mixes else augmentation.replace(recipe, mixup=0.0, cutmix=0.0)
+            recipe = recipe if not recipe.mixes else replace(recipe, mixup=0.0, cutmix=0.0)
             views = [{}, {}]
             for found, size in zip(views, (1, 11), strict=True):
                 for batch in train(images, recipe, batch_size=size, dtype=torch.uint8).epoch(4):

@@ -20,10 +20,11 @@ from revit_fast.layers import TALLayerNorm
 from revit_fast.model import ReViT
 from revit_fast.train import shared_norms
 from revit_fast.train.checkpoint import load_state
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ArrayImages
 from revit_fast.train.loader import UnreadableError
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
+from revit_fast.train.run import build_model
 from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, Interrupted, NotFiniteError, cached_images
 
 

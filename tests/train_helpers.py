@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ArrayImages
+from revit_fast.train.run import build_model
 from revit_fast.train.trainer import Trainer
 
 GRIDS = (4, 3, 2)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from train_helpers import noise_images, tiny_config
 
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.distributed import World
+from revit_fast.train.run import build_model
 from revit_fast.train.trainer import Trainer
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from revit_fast.cli import UsageError
-from revit_fast.cli.predict import build_pipeline, choice_options, open_results, report
+from revit_fast.cli.arguments import UsageError
+from revit_fast.cli.pipelines import build_pipeline, choice_options
+from revit_fast.cli.report import open_results, write_results
 
 
 def run(args: argparse.Namespace) -> int:
@@ -16,4 +17,4 @@ def run(args: argparse.Namespace) -> int:
             pipe.prep.policy.decides_before("assign")
         except ValueError as error:
             raise UsageError.of(error, **choice_options(args)) from error
-        return report(args, stream, pipe, pipe.assign, 0)
+        return write_results(args, stream, pipe, pipe.assign, 0)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from contextlib import suppress
 from threading import Event
 
 import numpy as np
 
 from revit_fast import page
-from revit_fast.cli import UsageError
-from revit_fast.cli.predict import build_pipeline, has_weights
-from revit_fast.cli.serve import check_free
+from revit_fast.cli.arguments import UsageError, check_free
+from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
 from revit_fast.hub import SHIPPED, shipped_names
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.train.datasets import open_images
@@ -30,8 +28,7 @@ def run(args: argparse.Namespace) -> int:
     check_free(page.HOST, args.port, "--port")
     if not has_weights(args):
         print("warning: random weights: the page shows no classes; give --weights FILE", file=sys.stderr)
-    # Pillow warns of large images and odd metadata; what it cannot read becomes an error of that image.
-    warnings.filterwarnings("ignore", module="PIL")
+    ignore_pillow_warnings()
     pipe = build_pipeline(args)
     try:
         budget = page.first_budget(pipe)

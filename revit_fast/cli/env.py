@@ -4,58 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from collections.abc import Callable
-from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import revit_fast
+from revit_fast.environment import attempt, versions
 from revit_fast.ops import _library
 
 
 def environment() -> dict[str, Any]:
     """Versions, processor and backends; None or empty for whatever is missing or fails."""
 
-    def attempt(probe: Callable[[], Any], default: Any = None) -> Any:
-        try:
-            return probe()
-        except Exception:  # a broken installation is what this command is called for
-            return default
-
     def has_kernel(key: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key("revit_fast::varlen_attention", key)
+
+    def gpu_names() -> list[str]:
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
     cpu_kernel = f"C++ ({_library.cpu_isa()})" if _library.HAS_EXTENSION else "PyTorch reference"
     backends = {"cpu": ("CPU", cpu_kernel), "cuda": ("CUDA", "Triton")}
     return {
-        "revit_fast": revit_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": attempt(lambda: import_module("triton").__version__),
-        **{name: attempt(lambda name=name: metadata.version(name)) for name in ("timm", "pillow", "numpy")},
-        "platform": platform.platform(),
-        "cpu": attempt(cpu_name),
-        "threads": torch.get_num_threads(),
+        **versions(),
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),
         "isas": attempt(_library.cpu_isas, []),
         "attention": {d: name for d, (key, name) in backends.items() if attempt(lambda key=key: has_kernel(key))},
-        "cuda": attempt(
-            lambda: [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            [],
-        ),
+        "cuda": attempt(gpu_names, []),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or platform.processor() or platform.machine()
 
 
 def run(args: argparse.Namespace) -> int:

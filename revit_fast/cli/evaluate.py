@@ -6,7 +6,8 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from revit_fast.cli import UsageError, check_file, labelled, positive
+from revit_fast.cli.arguments import UsageError, check_file, positive
+from revit_fast.cli.labelled import add_data, counter, open_both, say_unreadable, usage_errors
 
 
 def _numbers(text: str) -> list[float]:
@@ -27,18 +28,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Report accuracy and cost of a bundle's policies beside fixed grids, random, entropy, confidence "
         "cascade and oracle, on labelled images.",
     )
-    labelled.add_arguments(p, "test")
-    p.add_argument("--thresholds", type=_numbers, metavar="X,X", help="of the assigner, and bounds of the cascade")
+    add_data(p, "test")
+    p.add_argument(
+        "--thresholds", type=_numbers, metavar="X,X", help="thresholds of the assigner, and bounds of the cascade"
+    )
     p.add_argument("--json", metavar="FILE", help="write the report there, all or nothing")
     p.add_argument("--plot", metavar="FILE", help="draw accuracy over cost: .png, .svg or .pdf (needs matplotlib)")
     p.add_argument("--time", action="store_true", help="measure throughput too")
-    p.add_argument("--time-images", type=positive, default=512, metavar="N", help="(default %(default)s)")
-    p.add_argument("--rounds", type=positive, default=7, metavar="N", help="of the measurement (default %(default)s)")
+    p.add_argument(
+        "--time-images", type=positive, default=512, metavar="N", help="images to measure with (default %(default)s)"
+    )
+    p.add_argument(
+        "--rounds", type=positive, default=7, metavar="N", help="rounds of the measurement (default %(default)s)"
+    )
     p.set_defaults(command="evaluate")
 
 
 def check_plot(path: str) -> None:
-    """Refuses, before anything is computed, what could not be drawn."""
+    """Raises a usage error, before anything is computed, for a plot that cannot be drawn or written."""
     from revit_fast.train.report import PLOTS
 
     if Path(path).suffix.lower() not in PLOTS:
@@ -58,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.labels import predict_lengths
     from revit_fast.train.timing import measure
 
-    bundle, images = labelled.open_both(args)
-    predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
+    bundle, images = open_both(args)
+    predictions = predict_lengths(bundle.model, images, progress=counter("predicted"))
     policies = default_policies()
     if args.thresholds:
         policies = ["argmax", *(("threshold", threshold) for threshold in args.thresholds)]
     if bundle.tla is not None and bundle.policy not in policies:
         policies.append(bundle.policy)
-    with labelled.usage_errors():
+    with usage_errors():
         report = evaluate(
             bundle.model,
             bundle.tla,
@@ -85,4 +92,4 @@ def run(args: argparse.Namespace) -> int:
         if args.plot:
             report.plot(args.plot)
     print(report.table(), end="")
-    return labelled.say_unreadable(images, dict(predictions.unreadable))
+    return say_unreadable(images, dict(predictions.unreadable))

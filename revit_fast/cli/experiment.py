@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from revit_fast.cli import UsageError, add_threads
+from revit_fast.cli.arguments import UsageError, add_threads
 from revit_fast.train import experiments
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from revit_fast.cli import UsageError, check_file
-from revit_fast.cli.predict import build_pipeline, has_weights
+from revit_fast.cli.arguments import UsageError, check_file
+from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
 from revit_fast.explain import WRITERS, write
 from revit_fast.explain.facts import explain
 from revit_fast.images import Source, find_images
@@ -26,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if not has_weights(args):
         print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
     pipe = build_pipeline(args)
-    # Pillow warns of large images and odd metadata; what it cannot read becomes an error of that image.
-    warnings.filterwarnings("ignore", module="PIL")
+    ignore_pillow_warnings()
     explanations = explain(pipe, sources, top_k=args.top_k if has_weights(args) else 0)
     try:
         write(args.output, explanations)
@@ -43,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_output(path: str, sources: Sequence[Source]) -> None:
-    """Refuses, before anything is computed, what could not be written or would overwrite an image."""
+    """Raises a usage error, before anything is computed, for a sheet that cannot be written or replaces an image."""
     if Path(path).suffix.lower() not in WRITERS:
         raise UsageError(f"--output: expected a name that ends in {' or '.join(WRITERS)}, got {path!r}")
     check_file("--output", path)

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli import UsageError, positive
+from revit_fast.cli.arguments import UsageError, positive
 
 if TYPE_CHECKING:
     from revit_fast.bundle import Bundle
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="MODEL",
         help="a bundle's folder (./model), a shipped bundle's name, or a timm name",
     )
-    p.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="of the output")
+    p.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="format of the output")
     p.add_argument(
         "--output",
         metavar="FILE",
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         for package in ("onnx", "onnxscript"):  # where one is missing, main says what to install
             import_module(package)
 
-    from revit_fast.cli.predict import warn_of_random_weights
+    from revit_fast.cli.pipelines import warn_of_random_weights
 
     warn_of_random_weights(args)
     bundle = open_model(args)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Refuses, before anything is computed, what could not be written."""
+    """Raises a usage error, before anything is computed, for an output that cannot be written."""
     is_folder, suffix = args.format == "onnx" and args.grid is None, SUFFIXES[args.format]
     path = Path(os.path.realpath(args.output))
     if not is_folder and path.suffix != suffix:
@@ -86,7 +86,7 @@ def check_output(args: argparse.Namespace) -> None:
 def open_model(args: argparse.Namespace) -> Bundle:
     """The model with what belongs to it: that of a bundle, or one of timm's without an assigner."""
     from revit_fast.bundle import Bundle
-    from revit_fast.cli.predict import load_bundle, load_model, read_labels
+    from revit_fast.cli.pipelines import load_bundle, load_model, read_labels
     from revit_fast.folder import default_policy
     from revit_fast.hub import is_bundle
     from revit_fast.settings import input_settings
@@ -150,7 +150,7 @@ WRITERS = {"torch-export": _torch_export, "aoti": _aoti, "onnx": _onnx}
 
 
 def _reported(path: str, doing: str, write: Callable[[str], None]) -> None:
-    """Writes, and says on stderr what is being done and what came of it."""
+    """Writes an output, and reports on stderr what is being done and which files there are in the end."""
     print(f"{path}: {doing} ...", file=sys.stderr, flush=True)
     begin = time.perf_counter()
     write(path)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from revit_fast.atomic import read_json, write_json
-from revit_fast.cli.calibrate import add_goal
-from revit_fast.cli.train import KeyValues, add_run, configuration, exit_code
+from revit_fast.cli.arguments import add_goal
+from revit_fast.cli.runs import KeyValues, add_run, configuration, exit_code
 
 GOAL = "fit.json"
-"""What `fit` was asked for beside the training: kept in its folder, for `--resume`."""
+"""File in the folder of a run with the arguments of `fit` beside those of the training; `--resume` reads it."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def goal(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The given arguments of `train.fit.fit`, or else those of the run that is resumed; kept in its folder."""
+    """The arguments of `train.fit.fit`: those given, else those of the run that is resumed; its folder keeps them."""
     given = {n: getattr(args, n) for n in ("assigner", "budget", "max_drop") if getattr(args, n) is not None}
     path, kept = folder / GOAL, {}
     if args.resume and path.is_file():
         kept = read_json(path)
-        if {"budget", "max_drop"} & given.keys():  # one takes the place of the other
+        if {"budget", "max_drop"} & given.keys():  # a given one replaces the kept one
             kept = {name: value for name, value in kept.items() if name == "assigner"}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, kept | given)
@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Train a ReViT and its assigner, find how many tokens its images need, evaluate it, and write a "
         "bundle that predict, serve and revit_fast.load take.",
     )
-    add_run(p, "for the bundle, the run and the report")
+    add_run(p, "folder for the bundle, the run and the report")
     p.add_argument(
         "--assigner",
         action=KeyValues,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from revit_fast.cli import check_file, labelled
+from revit_fast.cli.arguments import check_file
+from revit_fast.cli.labelled import add_data, add_rules, counter, open_both, say_unreadable, usage_errors
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -15,26 +16,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Run a model on labelled images at every grid and write the smallest that is right. Images that "
         "the model was trained on get grids that are too small.",
     )
-    labelled.add_arguments(p, "train")
+    add_data(p, "train")
     add_rules(p)
     p.add_argument("--output", metavar="FILE", required=True, help="CSV file, written all or nothing")
     p.set_defaults(command="label")
-
-
-def add_rules(p: argparse.ArgumentParser) -> None:
-    """How labels follow from what is right."""
-    p.add_argument(
-        "--rule",
-        choices=("smallest", "stable"),
-        default="smallest",
-        help="the smallest grid that is right, or that is right together with all longer ones (default %(default)s)",
-    )
-    p.add_argument(
-        "--unsolved",
-        choices=("longest", "shortest", "drop"),
-        default="longest",
-        help="grid of an image that none is right for (default %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.labels import LengthLabels, predict_lengths
 
     check_file("--output", args.output)
-    bundle, images = labelled.open_both(args)
-    predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
+    bundle, images = open_both(args)
+    predictions = predict_lengths(bundle.model, images, progress=counter("predicted"))
     labels = LengthLabels.of(predictions, images, args.rule, args.unsolved)
-    with labelled.usage_errors():
+    with usage_errors():
         labels.save(args.output)
     print(labels.summary())
-    return labelled.say_unreadable(images, predictions.unreadable)
+    return say_unreadable(images, predictions.unreadable)

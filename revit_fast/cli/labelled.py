@@ -1,4 +1,4 @@
-"""What the commands share that take a bundle and labelled images. Imports what is heavy when a command runs."""
+"""What the commands on a bundle and labelled images share. torch and the package are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -9,33 +9,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli import UsageError, add_threads, positive
+from revit_fast.cli.arguments import UsageError, add_threads, positive
 
 if TYPE_CHECKING:
     from revit_fast.bundle import Bundle
     from revit_fast.train.data import ImageSet
 
 
-def add_arguments(p: argparse.ArgumentParser, split: str) -> None:
-    """The bundle, the images and how many of them."""
+def add_data(p: argparse.ArgumentParser, split: str) -> None:
+    """Arguments for the bundle, the images and how many of them are used."""
     p.add_argument(
         "bundle", metavar="BUNDLE", help="a bundle's folder (./model), hf-hub:user/name, or the name of a shipped one"
     )
     p.add_argument("data", metavar="DATA", help="labelled images: folders of classes, idx files, shards, ...")
-    p.add_argument("--split", default=split, help="of DATA (default %(default)s)")
+    p.add_argument("--split", default=split, help="split of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default %(default)s)")
     add_threads(p)
 
 
+def add_rules(p: argparse.ArgumentParser) -> None:
+    """Options that say which grid is the label of an image."""
+    p.add_argument(
+        "--rule",
+        choices=("smallest", "stable"),
+        default="smallest",
+        help="the smallest grid that is right, or that is right together with all longer ones (default %(default)s)",
+    )
+    p.add_argument(
+        "--unsolved",
+        choices=("longest", "shortest", "drop"),
+        default="longest",
+        help="grid of an image that the model gets right at no grid (default %(default)s)",
+    )
+
+
 def add_output(p: argparse.ArgumentParser) -> None:
-    """Where the changed bundle goes."""
+    """The option for the folder of the changed bundle."""
     p.add_argument("--output", metavar="DIR", help="write the bundle there (default: in the place of BUNDLE)")
 
 
 @contextmanager
 def usage_errors(**options: str) -> Iterator[None]:
-    """Errors that the arguments or files have caused are usage errors; `options` as of `UsageError.of`."""
+    """Turns errors that the arguments or files have caused into usage errors; `options` as in `UsageError.of`."""
     try:
         yield
     except ModuleNotFoundError:
@@ -45,7 +61,7 @@ def usage_errors(**options: str) -> Iterator[None]:
 
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
-    """The bundle and the images, in the order of its classes."""
+    """The bundle, and the images with the classes in its order."""
     import numpy as np
     import torch
 
@@ -64,7 +80,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 
 def folder_to_write(args: argparse.Namespace) -> str:
-    """The folder that the bundle is written to; a shipped one, or one of the Hub, is left as it is."""
+    """The folder to write the bundle to; a bundle that is shipped or lies on the Hub is never changed."""
     from revit_fast.folder import check_replaceable
     from revit_fast.hub import SCHEME, SHIPPED, find_bundle
 
@@ -78,7 +94,7 @@ def folder_to_write(args: argparse.Namespace) -> str:
 
 
 def counter(what: str) -> Callable[[int, int], None]:
-    """Reports progress on stderr, at most twenty lines of it."""
+    """A function that reports progress on stderr, in at most twenty lines."""
     reported = 0
 
     def report(done: int, total: int) -> None:
@@ -91,7 +107,7 @@ def counter(what: str) -> Callable[[int, int], None]:
 
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:
-    """Names images that could not be read; the exit code."""
+    """Prints the images that could not be read and why; returns the exit code."""
     from revit_fast.images import on_one_line
 
     for i, reason in unreadable.items():

@@ -9,17 +9,9 @@ from pathlib import Path
 import torch
 
 from revit_fast.checkpoint import read_checkpoint
-from revit_fast.cli import UsageError
-from revit_fast.cli.predict import (
-    check_fixed,
-    choice_options,
-    open_results,
-    policy_of,
-    read_labels,
-    refuse_cluster_options,
-    refuse_files_of,
-    report,
-)
+from revit_fast.cli.arguments import UsageError, refuse_cluster_options
+from revit_fast.cli.pipelines import check_fixed, choice_options, policy_of, read_labels, refuse_files_of
+from revit_fast.cli.report import open_results, write_results
 from revit_fast.images import IMAGES
 from revit_fast.video.checkpoints import read_folder
 from revit_fast.video.pipeline import ClipPipeline, pipeline
@@ -35,11 +27,11 @@ def run(args: argparse.Namespace) -> int:
     refuse_cluster_options(args)
     with open_results(args) as stream:
         pipe = build_pipeline(args)
-        return report(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes), CLIPS)
+        return write_results(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes), CLIPS)
 
 
 def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
-    """The pipeline that the arguments describe; what is wrong with them is a usage error."""
+    """The pipeline that the arguments describe; wrong arguments raise a usage error."""
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -7,8 +7,8 @@ import sys
 import time
 from importlib import import_module
 
-from revit_fast.cli import UsageError
-from revit_fast.cli.predict import build_pipeline
+from revit_fast.cli.arguments import UsageError
+from revit_fast.cli.pipelines import build_pipeline
 from revit_fast.images import find_images
 from revit_fast.parts import ManifestError
 from revit_fast.ray_engine import EngineError, Summary, predict_dataset

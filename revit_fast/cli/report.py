@@ -1,21 +1,25 @@
-"""What `revit-fast predict` prints: results as a table, JSON or CSV, and its progress on stderr."""
+"""What commands print of images: results as a table, JSON or CSV, and progress on stderr."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from revit_fast.atomic import replaced
-from revit_fast.cli import UsageError
-from revit_fast.images import name_of, on_one_line
+from revit_fast.cli.arguments import UsageError, check_file
+from revit_fast.cli.pipelines import ignore_pillow_warnings
+from revit_fast.images import IMAGES, Kind, find_images, name_of, on_one_line
+from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.results import Result
+from revit_fast.trace import StageTimes, Trace
 
 
 @dataclass
@@ -195,7 +199,7 @@ class Progress:
         return nullcontext()
 
     def close(self) -> None:
-        """Nothing to take down."""
+        """Ends the report; plain lines need nothing."""
 
 
 class BarProgress(Progress):
@@ -234,3 +238,46 @@ class BarProgress(Progress):
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def open_results(args: argparse.Namespace) -> AbstractContextManager[TextIO]:
+    """Opens the stream for results; raises a usage error where it, or the file of --trace, cannot be written."""
+    if args.trace:
+        check_file("--trace", args.trace)
+    return open_output(args.output)
+
+
+def write_results(
+    args: argparse.Namespace,
+    stream: TextIO,
+    pipe: AdaptivePipeline,
+    stage: Callable[..., Iterator[Result]],
+    top_k: int,
+    kind: Kind = IMAGES,
+) -> int:
+    """Writes the results of a pipeline's method over the files of the arguments; 0, or 1 if any of them failed."""
+    ignore_pillow_warnings()
+    asks_assigner = pipe.prep.policy.needs == "probabilities"
+    text = FORMATS[args.format](top_k, pipe.prep.grids if asks_assigner else ())
+    times = Trace() if args.trace else StageTimes()
+    is_shown = stream.isatty()
+    n_files = sum(1 for _ in find_images(args.paths, kind)) if sys.stderr.isatty() else 0
+    progress = BarProgress(n_files, kind.many) if sys.stderr.isatty() else Progress(kind.many)
+    results = stage(find_images(args.paths, kind), times=times)
+    try:
+        write(stream, text.header())
+        for result in results:
+            p = prediction_of(result, top_k)
+            with progress.aside() if is_shown else nullcontext():
+                write(stream, text.row(p))
+            progress.update(p)
+            if p.error is not None and not (is_shown and args.format == "table"):
+                progress.say(f"error: {on_one_line(p.path)}: {on_one_line(p.error)}")
+    finally:
+        results.close()
+        progress.close()
+        write(stream, text.footer())
+        progress.say(progress.summary())
+        if args.trace:
+            times.save(args.trace)
+    return 1 if progress.n_errors else 0

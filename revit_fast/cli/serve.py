@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import socket
 import sys
 from functools import partial
 from importlib import import_module
 
-from revit_fast.cli import UsageError
-from revit_fast.cli.predict import build_pipeline, warn_of_random_weights
+from revit_fast.cli.arguments import check_free
+from revit_fast.cli.pipelines import build_pipeline, warn_of_random_weights
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     warn_of_random_weights(args)
     check_free(args.host, args.port)
     make_pipe = partial(build_pipeline, args, args.max_wait_ms / 1e3)
-    make_pipe()  # what is wrong with the arguments is said here, not in the log of another process
+    make_pipe()  # wrong arguments are reported here, not in the log of another process
     limits = serve.Limits(
         body_bytes=args.max_body_mb << 20,
         image_pixels=args.max_megapixels * 1_000_000,
@@ -33,14 +32,3 @@ def run(args: argparse.Namespace) -> int:
 
     serve.run(make_pipe, limits, host=args.host, port=args.port, threads=args.threads, on_ready=say)
     return 0
-
-
-def check_free(host: str, port: int, options: str = "--host, --port") -> None:
-    """A usage error where nothing can listen there: servers would try for a while and say so elsewhere."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"{options}: cannot listen on {host}:{port}: {error}") from error

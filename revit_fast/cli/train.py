@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import MISSING, fields
 from pathlib import Path
 
-import torch
-
-from revit_fast.cli import UsageError, add_threads
-from revit_fast.train.config import TrainConfig
-from revit_fast.train.loader import UnreadableError
-from revit_fast.train.run import BUNDLE, read_config, train
-from revit_fast.train.trainer import CONFIG, Interrupted, NotFiniteError
+from revit_fast.cli.runs import add_run, configuration, exit_code
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast train`; 0, 1 where training failed, 130 where it was stopped and can be resumed."""
+    from revit_fast.train.run import BUNDLE, train
+
     folder = Path(args.output)
 
     def work() -> None:
@@ -33,119 +25,12 @@ def run(args: argparse.Namespace) -> int:
     return exit_code(args, work)
 
 
-def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
-    """Does the work of a run, on the threads that are asked for; the exit code, what went wrong said on stderr."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise UsageError(f"--output: {args.output} is a file; give a folder")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: PyTorch finds no CUDA device here; give --device cpu")
-    try:
-        work()
-    except Interrupted as stop:
-        resume = f"revit-fast {args.command} --output {args.output} --resume"
-        print(f"revit-fast: {stop}: {resume}", file=sys.stderr)
-        return 130
-    except (NotFiniteError, UnreadableError, OSError) as error:
-        print(f"revit-fast: error: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError:
-        raise  # main says what to install
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(str(error)) from error
-    return 0
-
-
-def configuration(args: argparse.Namespace, folder: Path) -> TrainConfig:
-    """The run's configuration: of the folder that is resumed, with the changes of a file and of the options."""
-    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
-    kept = read_config(folder).as_dict() if args.resume and (folder / CONFIG).is_file() else {}
-    base = {}
-    if args.config is not None:
-        try:
-            base = json.loads(Path(args.config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UsageError(f"--config: cannot read {args.config}: {error}") from error
-        if not isinstance(base, dict):
-            raise UsageError(f"--config: {args.config} holds no object of names and values, but {base!r:.40}")
-    config = TrainConfig.from_dict(kept | base | given)
-    if not config.data:
-        raise UsageError("DATA: expected images to train on, or --resume with the --output of a run")
-    return config
-
-
-def add_parser(commands) -> None:
-    """Adds the command `train`."""
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
     p = commands.add_parser(
         "train",
         help="train a model at all its token lengths",
         description="Train a ReViT at all its token lengths; under torchrun with several processes.",
     )
-    add_run(p, "for checkpoints, logs and weights")
+    add_run(p, "folder for checkpoints, logs and weights")
     p.set_defaults(command="train")
-
-
-def add_run(p: argparse.ArgumentParser, output: str) -> None:
-    """Arguments of the commands that train a model: its data, its folder (for `output`), where and how it runs."""
-    p.add_argument("data", nargs="?", metavar="DATA", help="labelled images to train on: see docs/training.md")
-    p.add_argument("--output", required=True, metavar="DIR", help=output)
-    p.add_argument("--resume", action="store_true", help="go on with the run in --output, bit for bit")
-    p.add_argument("--config", metavar="FILE", help="a train.json to start from; options change it")
-    add_config(p.add_argument_group("choices of the run (names and meanings as in timm where it has them)"))
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
-    add_threads(p)
-
-
-def add_config(group: argparse._ArgumentGroup) -> None:
-    """An option for every field of `TrainConfig` but `data`; absent ones are None."""
-    texts = field_texts(TrainConfig)
-    for f in fields(TrainConfig):
-        if f.name == "data":
-            continue
-        default = f.default if f.default is not MISSING else f.default_factory()
-        shown = "" if default in (None, {}) else f" (default {' '.join(map(str, as_list(default)))})"
-        text = texts.get(f.name, "").replace("`", "").replace("%", "%%") + shown
-        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **OPTIONS[f.type])
-
-
-def field_texts(cls: type) -> dict[str, str]:
-    """What the docstring of a dataclass says of each attribute."""
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", cls.__doc__ or "", flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
-class KeyValues(argparse.Action):
-    """`name=value ...` as a dict; values are Python literals, else text."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        pairs = {}
-        for text in values:
-            name, equals, value = text.partition("=")
-            if not equals or not name:
-                parser.error(f"{option_string}: expected name=value, got {text!r}")
-            try:
-                pairs[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pairs[name] = value
-        setattr(namespace, self.dest, pairs)
-
-
-OPTIONS = {
-    "str": {"type": str, "metavar": "NAME"},
-    "str | None": {"type": str, "metavar": "NAME"},
-    "int": {"type": int, "metavar": "N"},
-    "int | None": {"type": int, "metavar": "N"},
-    "float": {"type": float, "metavar": "X"},
-    "float | None": {"type": float, "metavar": "X"},
-    "bool": {"action": argparse.BooleanOptionalAction},
-    "Sequence[int]": {"type": int, "nargs": "+", "metavar": "N"},
-    "Sequence[float] | None": {"type": float, "nargs": 3, "metavar": "X"},
-    "Mapping[str, Any]": {"action": KeyValues, "nargs": "+", "metavar": "NAME=VALUE"},
-}
-"""How a field of each type is given."""
-
-
-def as_list(value: object) -> list:
-    """A sequence's items, or the value alone."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from revit_fast.cli import UsageError, labelled, positive
-from revit_fast.cli.label import add_rules
+from revit_fast.cli.arguments import UsageError, positive
+from revit_fast.cli.labelled import (
+    add_data,
+    add_output,
+    add_rules,
+    counter,
+    folder_to_write,
+    open_both,
+    say_unreadable,
+    usage_errors,
+)
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -20,11 +29,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="train the assigner of a model",
         description="Train the assigner of a bundle's model on labelled images that the model was not trained on.",
     )
-    labelled.add_arguments(p, "val")
-    p.add_argument("--labels", metavar="FILE", help="of `revit-fast label` (default: made now)")
+    add_data(p, "val")
+    p.add_argument("--labels", metavar="FILE", help="labels that `revit-fast label` wrote (default: made now)")
     add_rules(p)
-    p.add_argument("--epochs", type=positive, default=30, metavar="N", help="(default %(default)s)")
-    p.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default %(default)s)")
+    p.add_argument(
+        "--epochs", type=positive, default=30, metavar="N", help="passes over the images (default %(default)s)"
+    )
+    p.add_argument(
+        "--batch-size", type=positive, default=128, metavar="N", help="images of a step (default %(default)s)"
+    )
     p.add_argument("--lr", type=float, default=5e-3, metavar="X", help="learning rate (default %(default)s)")
     p.add_argument("--balanced", action="store_true", help="rare grids count as much as frequent ones")
     p.add_argument("--no-flip", action="store_true", help="do not mirror images")
@@ -37,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--thumbnail-px", type=positive, metavar="N", help="side of the thumbnail (default: by the model)")
     p.add_argument("--widths", type=_widths, metavar="N,N", help="channels of the layers (default: by the model)")
-    labelled.add_output(p)
+    add_output(p)
     p.set_defaults(command="train_assigner")
 
 
@@ -50,16 +63,16 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.assigner import train_assigner
     from revit_fast.train.labels import LengthLabels, predict_lengths
 
-    folder = labelled.folder_to_write(args)
-    bundle, images = labelled.open_both(args)
+    folder = folder_to_write(args)
+    bundle, images = open_both(args)
     code, sufficiency = 0, None
     if args.labels is None or args.objective == "suffices":
-        predictions = predict_lengths(bundle.model, images, progress=labelled.counter("predicted"))
-        code = labelled.say_unreadable(images, predictions.unreadable)
+        predictions = predict_lengths(bundle.model, images, progress=counter("predicted"))
+        code = say_unreadable(images, predictions.unreadable)
         sufficiency = predictions.sufficiency(images.labels) if args.objective == "suffices" else None
         kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)
     if args.labels is not None:
-        with labelled.usage_errors():
+        with usage_errors():
             kept = LengthLabels.load(args.labels)
         if kept.grids != bundle.model.grids:
             raise UsageError(f"--labels: {args.labels} is of grids {kept.grids}, the model has {bundle.model.grids}")
@@ -73,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
 
-    with labelled.usage_errors():
+    with usage_errors():
         labels = kept.of_images(images)
         torch.manual_seed(args.seed)
         tla = TokenLengthAssigner.for_model(bundle.model)

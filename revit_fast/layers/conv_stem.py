@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast.layers.patch_embed import PatchEmbed
-from revit_fast.packing import patchify, unpatchify
+from revit_fast.layers.patch_embed import PatchEmbed, patchify, unpatchify
 
 CONVOLUTIONS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 """Names of the stem's convolutions and of the norms behind them."""

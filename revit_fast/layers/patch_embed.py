@@ -1,4 +1,4 @@
-"""The linear embedding of patch rows."""
+"""Images as patch rows, and the linear embedding of such rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
+    batch, channels, height, width = x.shape
+    p = patch_size
+    patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(-1, p * p * channels)
+
+
+def unpatchify(rows: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Rows `[B*gh*gw, P*P*C]` as images `[B, C, gh*P, gw*P]`, which lie in channels-last memory."""
+    (h, w), p = grid, patch_size
+    patches = rows.reshape(-1, h, w, p, p, rows.shape[1] // (p * p)).permute(0, 1, 3, 2, 4, 5)
+    return patches.reshape(-1, h * p, w * p, patches.shape[-1]).permute(0, 3, 1, 2)
 
 
 class FoldedEmbedding(NamedTuple):

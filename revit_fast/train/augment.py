@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,112 +19,10 @@ from torch import Tensor
 
 from revit_fast import ops
 from revit_fast.crops import eval_box
+from revit_fast.train.config import TIMM_CROPS, Augment
 
 if TYPE_CHECKING:  # imported where timm's transforms need it
     from PIL import Image
-
-TIMM_CROPS = ("rrc", "rkrc", "rkrr")
-"""timm's `train_crop_mode`: random resized crop, or resize-keep-ratio with a centred or a random crop."""
-
-CROPS = (*TIMM_CROPS, "pad", "none")
-
-
-@dataclass(frozen=True)
-class Augment:
-    """What happens to training images, with timm's names and meanings. The default is DeiT's recipe.
-
-    Order: crop and flip, RandAugment or colour jitter, random erasing (all of an image), then mixup or cutmix (of a
-    batch, as one: timm's mode "batch"). All of it happens to the longest view, in eight-bit pixels, so that every view
-    shows the same image. Erasing with `re_mode="pixel"` therefore fills with noise clipped to the range of pixels, and
-    shorter views show it as their resize does, smoother.
-
-    Attributes:
-        crop: "rrc", timm's random resized crop; "rkrc" or "rkrr", timm's other modes; "pad", torchvision's
-            `RandomCrop(size, padding=pad)` with black borders, of the image as evaluation sees it at the longest view;
-            "none", the image as evaluation sees it.
-        pad: pixels of padding on every side for "pad".
-        scale: share of the image's area that a crop of timm's takes; None is its default for the mode.
-        ratio: aspect ratio of a crop of timm's; None is its default for the mode.
-        hflip: probability of a horizontal flip.
-        auto_augment: timm's policy, for instance "rand-m9-mstd0.5-inc1", "augmix-m3-w3" or "original"; or None.
-        color_jitter: strength, only used without `auto_augment`, as in timm; or None.
-        re_prob: probability of random erasing.
-        re_mode: "pixel", "rand" or "const".
-        mixup: alpha of mixup, 0 for none.
-        cutmix: alpha of cutmix, 0 for none.
-        mix_prob: probability that a batch is mixed.
-        switch_prob: probability of cutmix, where both are active.
-        smoothing: of labels.
-
-    Raises:
-        ValueError: for a value that is not as above.
-    """
-
-    crop: str = "rrc"
-    pad: int = 0
-    scale: tuple[float, float] | None = (0.08, 1.0)
-    ratio: tuple[float, float] | None = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    color_jitter: float | None = 0.3
-    re_prob: float = 0.25
-    re_mode: str = "pixel"
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mix_prob: float = 1.0
-    switch_prob: float = 0.5
-    smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"crop: expected one of {', '.join(map(repr, CROPS))}, got {self.crop!r}")
-        if self.re_mode not in ("pixel", "rand", "const"):
-            raise ValueError(f"re_mode: expected 'pixel', 'rand' or 'const', got {self.re_mode!r}")
-        if isinstance(self.pad, bool) or not isinstance(self.pad, int) or self.pad < 0:
-            raise ValueError(f"pad: expected a number of pixels, 0 or more, got {self.pad!r}")
-        for name in ("hflip", "re_prob", "mix_prob", "switch_prob"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(f"smoothing: expected a share in [0, 1), got {self.smoothing!r}")
-        for name in ("mixup", "cutmix", "color_jitter"):
-            value = getattr(self, name)
-            if not (value is None and name == "color_jitter") and not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a finite number, 0 or more, got {value!r}")
-        for name in ("scale", "ratio"):
-            value = getattr(self, name)
-            if value is not None and not (len(value) == 2 and 0.0 < value[0] <= value[1]):
-                raise ValueError(f"{name}: expected (lowest, highest), both positive, or None, got {value!r}")
-
-    @classmethod
-    def none(cls, **changes) -> Augment:
-        """Images as evaluation sees them, whole labels.
-
-        Args:
-            **changes: attributes that differ from that.
-        """
-        off = {"crop": "none", "hflip": 0.0, "auto_augment": None, "color_jitter": None, "re_prob": 0.0}
-        return replace(cls(), **off | {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0} | changes)
-
-    @classmethod
-    def light(cls, pad: int = 2, **changes) -> Augment:
-        """A random crop with padding and a flip, for small images such as those of 28 or 32 pixels.
-
-        Args:
-            pad: pixels of padding on every side.
-            **changes: attributes that differ from that.
-        """
-        return cls.none(**{"crop": "pad", "pad": pad, "hflip": 0.5} | changes)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether batches are mixed."""
-        return (self.mixup > 0.0 or self.cutmix > 0.0) and self.mix_prob > 0.0
-
-    @property
-    def soft(self) -> bool:
-        """Whether targets are distributions over classes."""
-        return self.mixes or self.smoothing > 0.0
 
 
 class Draws(NamedTuple):

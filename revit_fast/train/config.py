@@ -1,33 +1,139 @@
-"""What makes a training run: every choice in one record that is kept beside its results."""
+"""What makes a training run: every choice in one record that is kept beside its results.
+
+The module imports neither torch nor NumPy: the command line reads its options off these records.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from revit_fast.atomic import replaced
-from revit_fast.checkpoint import read_checkpoint
-from revit_fast.create import create_model
-from revit_fast.model import ReViT
-from revit_fast.packing import DEFAULT_GRIDS, check_grids
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.settings import input_settings
-from revit_fast.train.augment import Augment
-from revit_fast.train.losses import DISTILL_WEIGHT, TEMPERATURE, check_distillation
+
+if TYPE_CHECKING:
+    from revit_fast.model import ReViT
 
 MODES = ("packed", "length-parallel")
 NORMS = ("tal", "shared")
 AMP = ("none", "bfloat16")
-PRESETS = {"deit": Augment, "light": Augment.light, "none": Augment.none}
 
 BASE_LR, BASE_BATCH = 5e-4, 512
 """DeiT's learning rate, and the images of a step that it is meant for (arXiv 2012.12877)."""
 
-HEAD_PARAMETER = re.compile(r"head(_dist)?\.(weight|bias)$")
+DISTILL_WEIGHT, TEMPERATURE = 0.5, 2.0
+"""λ and τ of the self-distillation `losses.tlsd_loss`."""
+
+TIMM_CROPS = ("rrc", "rkrc", "rkrr")
+"""timm's `train_crop_mode`: random resized crop, or resize-keep-ratio with a centred or a random crop."""
+
+CROPS = (*TIMM_CROPS, "pad", "none")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to training images, with timm's names and meanings. The default is DeiT's recipe.
+
+    Order: crop and flip, RandAugment or colour jitter, random erasing (all of an image), then mixup or cutmix (of a
+    batch, as one: timm's mode "batch"). All of it happens to the longest view, in eight-bit pixels, so that every view
+    shows the same image. Erasing with `re_mode="pixel"` therefore fills with noise clipped to the range of pixels, and
+    shorter views show it as their resize does, smoother.
+
+    Attributes:
+        crop: "rrc", timm's random resized crop; "rkrc" or "rkrr", timm's other modes; "pad", torchvision's
+            `RandomCrop(size, padding=pad)` with black borders, of the image as evaluation sees it at the longest view;
+            "none", the image as evaluation sees it.
+        pad: pixels of padding on every side for "pad".
+        scale: share of the image's area that a crop of timm's takes; None is its default for the mode.
+        ratio: aspect ratio of a crop of timm's; None is its default for the mode.
+        hflip: probability of a horizontal flip.
+        auto_augment: timm's policy, for instance "rand-m9-mstd0.5-inc1", "augmix-m3-w3" or "original"; or None.
+        color_jitter: strength, only used without `auto_augment`, as in timm; or None.
+        re_prob: probability of random erasing.
+        re_mode: "pixel", "rand" or "const".
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of cutmix, 0 for none.
+        mix_prob: probability that a batch is mixed.
+        switch_prob: probability of cutmix, where both are active.
+        smoothing: of labels.
+
+    Raises:
+        ValueError: for a value that is not as above.
+    """
+
+    crop: str = "rrc"
+    pad: int = 0
+    scale: tuple[float, float] | None = (0.08, 1.0)
+    ratio: tuple[float, float] | None = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float | None = 0.3
+    re_prob: float = 0.25
+    re_mode: str = "pixel"
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"crop: expected one of {', '.join(map(repr, CROPS))}, got {self.crop!r}")
+        if self.re_mode not in ("pixel", "rand", "const"):
+            raise ValueError(f"re_mode: expected 'pixel', 'rand' or 'const', got {self.re_mode!r}")
+        if isinstance(self.pad, bool) or not isinstance(self.pad, int) or self.pad < 0:
+            raise ValueError(f"pad: expected a number of pixels, 0 or more, got {self.pad!r}")
+        for name in ("hflip", "re_prob", "mix_prob", "switch_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)!r}")
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(f"smoothing: expected a share in [0, 1), got {self.smoothing!r}")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            value = getattr(self, name)
+            if not (value is None and name == "color_jitter") and not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number, 0 or more, got {value!r}")
+        for name in ("scale", "ratio"):
+            value = getattr(self, name)
+            if value is not None and not (len(value) == 2 and 0.0 < value[0] <= value[1]):
+                raise ValueError(f"{name}: expected (lowest, highest), both positive, or None, got {value!r}")
+
+    @classmethod
+    def none(cls, **changes) -> Augment:
+        """Images as evaluation sees them, whole labels.
+
+        Args:
+            **changes: attributes that differ from that.
+        """
+        off = {"crop": "none", "hflip": 0.0, "auto_augment": None, "color_jitter": None, "re_prob": 0.0}
+        return replace(cls(), **off | {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0} | changes)
+
+    @classmethod
+    def light(cls, pad: int = 2, **changes) -> Augment:
+        """A random crop with padding and a flip, for small images such as those of 28 or 32 pixels.
+
+        Args:
+            pad: pixels of padding on every side.
+            **changes: attributes that differ from that.
+        """
+        return cls.none(**{"crop": "pad", "pad": pad, "hflip": 0.5} | changes)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return (self.mixup > 0.0 or self.cutmix > 0.0) and self.mix_prob > 0.0
+
+    @property
+    def soft(self) -> bool:
+        """Whether targets are distributions over classes."""
+        return self.mixes or self.smoothing > 0.0
+
+
+PRESETS = {"deit": Augment, "light": Augment.light, "none": Augment.none}
 
 
 @dataclass(frozen=True)
@@ -36,41 +142,43 @@ class TrainConfig:
 
     Attributes:
         data: images to train on, as `data.open_images` takes them.
-        held_out_share: of the training images that is kept for evaluation; 0: the data's own evaluation split is used.
+        held_out_share: share of the training images that is kept for evaluation; 0: the data's own evaluation split is
+            used.
         model: timm's name of a ViT or DeiT.
-        model_kwargs: arguments that change that architecture, as of `timm.create_model`.
+        model_kwargs: arguments of `timm.create_model` that change that architecture.
         grids: token grids, strictly decreasing; every image is seen at all of them.
         weights: `.safetensors` or `.pth` to start from, of a plain ViT or a ReViT; None: random weights.
         epochs: passes over the images.
         batch_size: images that a process draws and mixes at a time (in length-parallel mode: a group of processes).
-        micro_batch: images of one pack: a batch passes through the model in as many as that takes, and its gradient is
-            their sum, so that a pack's activations stay in the cache or fit the memory; None: on a CPU see
+        micro_batch: images of one pack. A batch passes through the model in several packs whose gradients are added, so
+            that the activations of a pack stay in the cache or fit the memory; None: on a CPU see
             `trainer.cached_images`, on a GPU all images of the batch.
         grad_accum_steps: batches of an update.
         mode: "packed": all lengths of an image in one pack; "length-parallel": each process has one length.
-        norms: "tal": LayerNorms of every length's own; "shared": one for all, for comparison.
+        norms: "tal": every length has LayerNorms of its own; "shared": all lengths share them, for comparison.
         distill_weight: λ of TLSD, 0 for none.
         temperature: τ of TLSD.
         opt: timm's name of the optimizer.
         lr: learning rate; None: DeiT's, in proportion to the images of an update.
-        weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
+        weight_decay: decay of matrices; norms, biases, tokens and position embeddings have none.
         layer_decay: factor of the learning rate from a block to the one below it; None: no decay.
         sched: timm's name of the schedule, stepped at every update; "plateau", which follows no plan, is not supported.
-        warmup_epochs: of linear warm-up.
-        warmup_lr: learning rate that it begins with.
+        warmup_epochs: epochs of linear warm-up.
+        warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end.
         clip_grad: largest norm of the gradient; None: not clipped.
-        ema_decay: of the moving average of the weights; 0: none.
+        ema_decay: decay of the moving average of the weights; 0: no average.
         amp: "none" or "bfloat16": linear layers and attention in 16 bits, residual stream and parameters in float32.
         grad_checkpointing: recompute activations in the backward pass.
-        seed: of weights, order, augmentation and dropout.
+        seed: seed of weights, order, augmentation and dropout.
         augment: "preset" ("deit", "light" or "none") and changes to it, fields of `augment.Augment`.
-        mean: of each channel, of pixels in [0, 1]; None: that of the model's timm configuration, and so the others.
-        std: of each channel, likewise.
+        mean: mean of each channel, of pixels in [0, 1]; None: the value of the model's timm configuration, also for
+            `std`, `crop_pct` and `interpolation`.
+        std: standard deviation of each channel, of pixels in [0, 1].
         crop_pct: share of the shorter side that evaluation shows the model.
         interpolation: "bicubic" or "bilinear".
-        workers: processes that decode and augment; 0: none beside the training process.
-        checkpoint_steps: updates between checkpoints beside those at the ends of epochs; 0: none.
+        workers: processes that decode and augment; 0: the training process does it.
+        checkpoint_steps: updates between checkpoints, beside those at the end of every epoch; 0: those alone.
         log_steps: updates between lines of the log.
         max_unreadable: share of the images that may be unreadable.
     """
@@ -144,10 +252,10 @@ class TrainConfig:
         return BASE_LR * images_per_update / BASE_BATCH if self.lr is None else self.lr
 
     def augmentation(self) -> Augment:
-        """What happens to the images.
+        """The augmentation that `augment` describes.
 
         Raises:
-            ValueError: for a preset or a field that there is not.
+            ValueError: for an unknown preset or field, or a value that `Augment` refuses.
         """
         changes = dict(self.augment)
         preset = changes.pop("preset", "deit")
@@ -177,7 +285,7 @@ class TrainConfig:
         """The choices that `as_dict` gave.
 
         Raises:
-            ValueError: for a name that is none of them.
+            ValueError: for an unknown name, or a value that is not legal.
         """
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
@@ -195,23 +303,9 @@ def _check_number(name: str, value: Any, least: float, whole: bool = False) -> N
         raise ValueError(f"{name}: expected {'a whole number' if whole else 'a number'} >= {least}, got {value!r}")
 
 
-def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
-    """The model of a run, with its first weights, and whether its head is new.
-
-    The head of a checkpoint that has other classes is left out; one of features alone has none.
-
-    Raises:
-        ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
-    """
-    model = create_model(config.model, config.grids, num_classes=n_classes, **config.model_kwargs)
-    if config.weights is None:
-        return model, False
-    state_dict = read_checkpoint(Path(config.weights))
-    own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
-    new_head = any(
-        name not in state_dict or state_dict[name].shape[:1] != value.shape[:1] for name, value in own.items()
-    )
-    if new_head:
-        state_dict |= own
-    model.load_weights(state_dict, config.weights)
-    return model, new_head
+def check_distillation(distill_weight: float, temperature: float) -> None:
+    """Raises a ValueError for a weight or a temperature that TLSD cannot have."""
+    if not 0 <= distill_weight <= 1:
+        raise ValueError(f"distill_weight: expected a number in [0, 1], got {distill_weight!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")

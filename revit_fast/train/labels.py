@@ -14,9 +14,9 @@ import numpy as np
 
 from revit_fast.atomic import replaced
 from revit_fast.engine import OptimizedReViT, optimize
+from revit_fast.grids import check_grids
 from revit_fast.images import ImageError
 from revit_fast.model import ReViT
-from revit_fast.packing import check_grids
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.train.data import ImageSet, k_folds

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from revit_fast import ops
+from revit_fast.grids import check_grids
 from revit_fast.images import ImageError, on_one_line
-from revit_fast.packing import PackedBatch, check_grids
+from revit_fast.packing import PackedBatch
 from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.train.augment import Augment, Augmenter, Draws, batch_seeds
+from revit_fast.train.augment import Augmenter, Draws, batch_seeds
+from revit_fast.train.config import Augment
 from revit_fast.train.data import ImageSet
 
 __all__ = ["Augment", "Batch", "EvalLoader", "TrainLoader", "UnreadableError"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DISTILL_WEIGHT, TEMPERATURE = 0.5, 2.0
+from revit_fast.train.config import DISTILL_WEIGHT, TEMPERATURE, check_distillation
 
 
 def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -84,14 +84,6 @@ def tlsd_loss(
     ]
     losses = torch.stack(losses)
     return losses.mean(), losses.detach()
-
-
-def check_distillation(distill_weight: float, temperature: float) -> None:
-    """Raises a ValueError for a weight or a temperature that TLSD cannot have."""
-    if not 0 <= distill_weight <= 1:
-        raise ValueError(f"distill_weight: expected a number in [0, 1], got {distill_weight!r}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ import torch
 
 from revit_fast.atomic import remove_leftovers
 from revit_fast.bundle import save_bundle
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.checkpoint import read_checkpoint
+from revit_fast.create import create_model
+from revit_fast.model import ReViT
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
@@ -28,6 +32,8 @@ VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
 """What a training run is evaluated on while it goes on, and what its outcome is; each serves where the other lacks."""
 
 BUNDLE, LOCK = "bundle", "train.lock"
+
+HEAD_PARAMETER = re.compile(r"head(_dist)?\.(weight|bias)$")
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
@@ -77,6 +83,28 @@ def read_config(folder: Path) -> TrainConfig:
         return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
+
+
+def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
+    """The model of a run, with its first weights, and whether its head is new.
+
+    The head of a checkpoint that has other classes is left out; one of features alone has none.
+
+    Raises:
+        ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
+    """
+    model = create_model(config.model, config.grids, num_classes=n_classes, **config.model_kwargs)
+    if config.weights is None:
+        return model, False
+    state_dict = read_checkpoint(Path(config.weights))
+    own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
+    new_head = any(
+        name not in state_dict or state_dict[name].shape[:1] != value.shape[:1] for name, value in own.items()
+    )
+    if new_head:
+        state_dict |= own
+    model.load_weights(state_dict, config.weights)
+    return model, new_head
 
 
 @contextmanager
@@ -131,7 +159,7 @@ def train(
 
     Raises:
         FileExistsError: where the folder holds a run already and `resume` is not set, or another process trains in it.
-        others: see `Trainer.fit`, `open_data` and `config.build_model`.
+        others: see `Trainer.fit`, `open_data` and `build_model`.
     """
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from revit_fast.packing import DEFAULT_GRIDS, check_grids
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.train.data import ArrayImages
 
 CONTRAST = (45.0, 70.0)

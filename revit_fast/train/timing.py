@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from revit_fast.environment import cpu_name
 from revit_fast.pipeline import AdaptivePipeline
 from revit_fast.policies import PolicySpec
 from revit_fast.train.report import Report, Time
@@ -75,7 +76,5 @@ def _logits(result) -> np.ndarray:
 
 def machine(n_images: int, rounds: int) -> dict[str, Any]:
     """What was measured where."""
-    from revit_fast.cli.env import cpu_name
-
     threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     return {"images": n_images, "rounds": rounds, "cpu": cpu_name(), **threads}

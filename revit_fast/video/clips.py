@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revit_fast.grids import nearest_lengths
 from revit_fast.ops.resize import resize_patchify
-from revit_fast.packing import Layout, PackedBatch, cached_tensors, cumulative, nearest_lengths, work_list
+from revit_fast.packing import Layout, PackedBatch, cached_tensors, cumulative, work_list
 
 Grid = tuple[int, int]
 

@@ -16,9 +16,10 @@ import torch
 from revit_fast.atomic import read_json, write_json
 from revit_fast.checkpoint import read_checkpoint
 from revit_fast.model import ReViT
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
+from revit_fast.train.run import build_model
 from revit_fast.train.trainer import CHECKPOINT, FINAL, MAY_CHANGE, NotFiniteError, Trainer
 
 DONE = "done.json"

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from revit_fast.train.config import TrainConfig, build_model
+from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ArrayImages, ImageSet
 from revit_fast.train.distributed import World
 from revit_fast.train.loader import Batch, TrainLoader
 from revit_fast.train.losses import length_loss
+from revit_fast.train.run import build_model
 from revit_fast.train.trainer import Trainer
 
 PROBE_IMAGES, PROBE_CLASSES, PROBE_PX = 512, 10, 28

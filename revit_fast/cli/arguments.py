@@ -1,0 +1,270 @@
+"""What the commands share: options, the checks of their values, and the error for arguments that cannot work.
+
+The module imports neither torch nor NumPy, so that `--help` and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+
+RESULT_FORMATS = ("table", "json", "csv")
+
+EXTRA_MODULES = {
+    **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
+    **dict.fromkeys(("pyarrow", "ray"), "ray"),
+    **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
+    **dict.fromkeys(("gradio",), "page"),
+    **dict.fromkeys(("matplotlib",), "plot"),
+    **dict.fromkeys(("tensorboard",), "train"),
+    **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    "av": "video",
+}
+"""Modules that commands need, and the extra of revit-fast that installs each."""
+
+MAX_THREADS = 1024
+"""Largest value of --threads. OpenMP cannot start some ten thousand threads, and ends the process."""
+
+
+class UsageError(Exception):
+    """Arguments that cannot work together with the model or the files; exit code 2."""
+
+    @classmethod
+    def of(cls, error: Exception, option: str | None = None, /, **options: str) -> UsageError:
+        """The usage error for an error that a function of the package raised; it names the option, not the argument.
+
+        Args:
+            error: an error whose message begins with the name of an argument, a colon and a space.
+            option: the option to name where `options` lack the argument; None: the message stays as it is.
+            **options: the option that each argument comes from.
+        """
+        name, _, said = str(error).partition(": ")
+        if name in options:
+            return cls(f"{options[name]}: {said}")
+        return cls(str(error) if option is None else f"{option}: {error}")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of threads that a process can have."""
+    return _at_most(MAX_THREADS, positive(text))
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    return _at_most(65535, positive(text))
+
+
+def _at_most(limit: int, value: int) -> int:
+    if value > limit:
+        raise argparse.ArgumentTypeError(f"expected 1 to {limit}, got {value}")
+    return value
+
+
+def budget(text: str) -> dict[str, float]:
+    """A number of tokens, or of multiply-adds as in `2.5gmacs`."""
+    number, unit = (text[:-5], "mean_gmacs") if text.lower().endswith("gmacs") else (text, "mean_tokens")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}")
+    return {unit: value}
+
+
+def drop(text: str) -> float:
+    """Percentage points, as a share."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 100.0:
+        raise argparse.ArgumentTypeError(f"expected percentage points from 0 to 100, such as 0.5, got {text!r}")
+    return value / 100
+
+
+def _grid(text: str) -> int | str:
+    return text if text == "mixed" else positive(text)
+
+
+def _policy(text: str) -> str | tuple[str, object]:
+    """`name` or `name:argument` as `policies.make_policy` takes it."""
+    name, colon, argument = text.partition(":")
+    if not colon and name in ("argmax", "cycle", "random", "entropy"):
+        return name
+    parsers = {
+        "threshold": _probability,
+        "cascade": _probability,
+        "fixed": int,
+        "random": lambda seed: {"seed": int(seed)},
+        "entropy": lambda bits: [float(b) for b in bits.split(",")],
+    }
+    try:
+        return name, parsers[name](argument)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            "expected argmax, threshold:THETA or cascade:P (from 0 to 1), fixed:GRID, cycle, random, random:SEED, "
+            f"entropy or entropy:BITS,BITS, got {text!r}"
+        ) from None
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError
+    return value
+
+
+def add_images(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that read image files and choose their grids."""
+    p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
+    add_choice(p)
+
+
+def add_choice(p: argparse.ArgumentParser) -> None:
+    """Arguments that say which model runs, how images are decoded and how their grids are chosen."""
+    p.add_argument(
+        "--model",
+        default="deit_small_patch16_224",
+        metavar="DIR|NAME",
+        help="a bundle's folder (./model), as fit and save_pretrained write it, or a repository that holds one "
+        "(hf-hub:user/name), whose assigner, policy and class names are then the defaults; a shipped bundle's name; or "
+        "a timm name (default %(default)s)",
+    )
+    add_assigner(p)
+    p.add_argument(
+        "--policy",
+        type=_policy,
+        metavar="POLICY",
+        help="argmax (default with --assigner), threshold:THETA, cascade:P, entropy, random, cycle or fixed:GRID",
+    )
+    p.add_argument(
+        "--budget",
+        type=budget,
+        metavar="N",
+        help="mean patch tokens of an image, or 2.5gmacs: sets the threshold by the assigner's held-out images",
+    )
+    p.add_argument(
+        "--grid",
+        type=_grid,
+        metavar="14|10|7|mixed",
+        help="patches per side of every image (default without an assigner: 14); mixed takes the model's in turn",
+    )
+    p.add_argument(
+        "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
+    )
+    add_threads(p)
+
+
+def add_assigner(p: argparse.ArgumentParser) -> None:
+    """The option of the commands whose grids an assigner chooses."""
+    p.add_argument("--assigner", metavar="FILE", help="a saved TokenLengthAssigner of the model's grids")
+
+
+def add_threads(p: argparse.ArgumentParser) -> None:
+    """The option of the commands that compute on a CPU."""
+    p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's)")
+
+
+def add_results(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that print a result per image."""
+    p.add_argument(
+        "--format", choices=RESULT_FORMATS, default="table", help="format of the results (default %(default)s)"
+    )
+    p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
+    p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
+
+
+def add_classes(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that classify."""
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
+    p.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to report (default %(default)s)")
+    p.add_argument("--labels", metavar="FILE", help="class names, one per line")
+
+
+def add_batches(p: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that pack images."""
+    p.add_argument(
+        "--batch-tokens",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
+    )
+
+
+def add_cluster(p: argparse.ArgumentParser) -> None:
+    """Arguments of runs on many machines."""
+    cluster = p.add_argument_group("many machines (docs/cluster.md)")
+    cluster.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the workers of a Ray cluster, into parts in the folder --output, which a later run completes",
+    )
+    cluster.add_argument("--workers", type=positive, metavar="N", help="processes (default: one on every node)")
+    cluster.add_argument(
+        "--address", metavar="HOST:PORT", help="address of a running Ray cluster (default: start one here)"
+    )
+    cluster.add_argument(
+        "--part-images", type=positive, default=512, metavar="N", help="images of a part (default %(default)s)"
+    )
+    cluster.add_argument(
+        "--part-format",
+        choices=("parquet", "jsonl"),
+        default="parquet",
+        help="format of the parts (default %(default)s)",
+    )
+
+
+def add_goal(p: argparse.ArgumentParser, required: bool) -> None:
+    """`--budget` or `--max-drop`: what the threshold must keep."""
+    goal = p.add_mutually_exclusive_group(required=required)
+    goal.add_argument("--budget", type=budget, metavar="N", help="mean patch tokens of an image, or 2.5gmacs")
+    goal.add_argument(
+        "--max-drop",
+        type=drop,
+        metavar="POINTS",
+        help="percentage points of accuracy that may be lost against the longest grid, where accuracy is the mean "
+        "probability of the right class" + ("" if required else " (default 0.3)"),
+    )
+
+
+def check_file(option: str, path: str) -> None:
+    """Raises a usage error, before anything is computed, for a file that cannot be written."""
+    is_device = os.path.exists(path) and not os.path.isfile(path)  # /dev/null is written to in its place
+    written = path if is_device else os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or not os.access(written, os.W_OK):
+        raise UsageError(f"{option}: cannot write {path}; give a file in a folder that can be written to")
+
+
+def check_free(host: str, port: int, options: str = "--host, --port") -> None:
+    """Raises a usage error where no server can listen: a server would try for a while and fail in another place."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"{options}: cannot listen on {host}:{port}: {error}") from error
+
+
+def refuse_cluster_options(args: argparse.Namespace) -> None:
+    """Raises a usage error for options that mean nothing where everything runs in this process."""
+    for name in ("workers", "address"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name}: everything runs in this process; give --engine ray for a cluster")

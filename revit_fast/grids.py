@@ -1,0 +1,38 @@
+"""The token grids of a model: how many patches a side its images may have.
+
+Imports neither torch nor NumPy, so that the command line can read its defaults without them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+DEFAULT_GRIDS = (14, 10, 7)
+"""Patches a side of the three lengths, the longest first."""
+
+
+def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
+    """The grids as a tuple of ints, after a check that they are positive and strictly decreasing."""
+    try:
+        grids = tuple(int(g) for g in grids)
+    except TypeError:
+        raise TypeError(f"grids: expected a sequence of ints such as (14, 10, 7), got {grids!r}") from None
+    if not grids or grids[-1] < 1 or any(a <= b for a, b in pairwise(grids)):
+        raise ValueError(f"grids: expected strictly decreasing positive ints such as (14, 10, 7), got {grids}")
+    return grids
+
+
+def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:
+    """Square grids in the proportions of `grids`, the longest with about as many tokens as `base_grid`.
+
+    Grids that come out equal are one, so that small images have fewer lengths.
+    """
+    factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
+    return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
+
+
+def nearest_lengths(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The index of the length nearest to each count, ties to the longer; `packing.nearest_length` for tensors."""
+    return [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]
