@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from revit_fast.memory import keep_freed_pages
 from revit_fast.version import __version__
 
 RESULT_FORMATS = ("table", "json", "csv")
@@ -328,7 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         # Commands import torch, timm and Pillow; a usage error and --help need not wait for them.
-        return import_module(f"revit_fast.cli.{args.command}").run(args)
+        command = import_module(f"revit_fast.cli.{args.command}")
+        if args.command != "env":  # it shows the allocator as a program finds it
+            keep_freed_pages()
+        return command.run(args)
     except UsageError as error:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import revit_fast
+from revit_fast.memory import allocator_state
 from revit_fast.ops import _library
 
 
@@ -39,6 +40,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": attempt(cpu_name),
         "threads": torch.get_num_threads(),
+        "malloc": attempt(allocator_state),
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),
         "isas": attempt(_library.cpu_isas, []),
