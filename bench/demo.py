@@ -19,6 +19,7 @@ from PIL import Image
 
 import revit_fast as rf
 from bench.turns import take_turns
+from revit_fast.memory import keep_freed_pages
 from revit_fast.ops import _library
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of every candidate")
     args = parser.parse_args()
 
+    keep_freed_pages()  # for timm too; the model is run as it is, and `optimize` would do it
     torch.manual_seed(0)
     vit = timm.create_model(args.model, dynamic_img_size=True).eval()
     with torch.no_grad():  # random weights, scaled so that activations are of order one

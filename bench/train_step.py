@@ -3,7 +3,7 @@
 Every candidate makes the same update: the logits of every image at every length, TLSD, the gradient, AdamW.
 "packed" is the trainer's way, in packs of at most `trainer.cached_images`; "one pack" has all images at once.
 `python -m bench.train_step --case deit-ti --memory packed` prints the peak memory of one candidate, measured in that
-process, which does nothing else; the bench calls it so.
+process, which does nothing else; the bench calls it so. The allocator keeps freed pages, as in a run of the trainer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import revit_fast as rf
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.scaling import status_bytes
 from bench.turns import take_turns
+from revit_fast.memory import keep_freed_pages
 from revit_fast.train.loader import Batch
 from revit_fast.train.losses import length_loss, tlsd_loss
 from revit_fast.train.trainer import cached_images
@@ -128,6 +129,7 @@ def check(work: Work) -> dict[str, float]:
 
 def peak_memory(case: Case, name: str) -> int:
     """Bytes that an update adds to the resident memory of this process at its peak, weights and inputs apart."""
+    keep_freed_pages()
     work = Work(case)
     work.update(name, 0)  # makes the optimizer's state and whatever else is made once
     ctypes.CDLL(None).malloc_trim(0)

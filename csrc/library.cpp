@@ -1,11 +1,7 @@
 // Schemas of the operators. Kernels are registered beside their code (csrc/<op>.cpp for the CPU, from Python for
 // CUDA); fakes and autograd formulas in revit_fast/ops/. revit_fast/ops/_library.py repeats the schemas for
 // installations without this extension, and a test holds the two equal.
-#include <cstdlib>
 #include <string>
-#if defined(__GLIBC__)
-  #include <malloc.h>
-#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -13,21 +9,6 @@
 #include "cpu/kernels.h"
 
 namespace {
-
-// Activations of a forward pass are freed and asked for again at once. By default glibc hands them back to the system
-// in between, and the page faults of getting them again cost more than some kernels do (1,240 faults and three times
-// the time for a fused norm of 1,694 x 384 floats). These are the values that glibc's own adaptive thresholds stop at,
-// as after a program has freed one block of 32 MiB. REVIT_FAST_MALLOC=default leaves the allocator alone.
-const bool keeps_freed_pages = [] {
-#if defined(__GLIBC__)
-  const char* choice = std::getenv("REVIT_FAST_MALLOC");
-  if (choice != nullptr && std::string(choice) == "default") return false;
-  constexpr int kMiB = 1 << 20;
-  return mallopt(M_MMAP_THRESHOLD, 32 * kMiB) == 1 && mallopt(M_TRIM_THRESHOLD, 64 * kMiB) == 1;
-#else
-  return false;
-#endif
-}();
 
 std::string cpu_isas() { return revit::cpu::available_isas(); }
 

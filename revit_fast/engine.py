@@ -20,7 +20,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
 
     DERIVED = ("_cache", "_fused")
 
-    _packed_dtype: torch.dtype | None = None  # of the blocks' packed weights where it is not that of the parameters
+    _packed_dtype: torch.dtype | None = None  # of the blocks' packed weights; None: the parameters' dtype
 
     def __init__(self, model: ReViT, dtype: torch.dtype | None, max_rows: int, max_graphs: int) -> None:
         self._take(model)
@@ -46,7 +46,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
         if not fuses and not replays:
             with torch.no_grad():
                 return self._run(self._inputs(x))
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve calls outside inference mode too
+        with torch.inference_mode(False), torch.no_grad():  # kept tensors are used outside inference mode too
             images = self._checked_rows(x)
             if fuses:
                 return self._fused.logits(images)
@@ -69,7 +69,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
     def _replays(self) -> bool:
         if self._packed_dtype is not None:
             check_integer_device(self.pos_embed.device)
-        # float64 on a GPU is the reference's, which reads lengths back.
+        # A float64 model on a GPU runs the reference, which reads lengths back to the host: no graph can capture that.
         known = self.pos_embed.device.type in graphs.BACKENDS and self.pos_embed.dtype != torch.float64
         return known and not torch.compiler.is_compiling()
 
@@ -98,8 +98,8 @@ def optimize(
 
     On a CPU `forward` and `forward_features` run fused, over weights that the first call packs (the copy then holds
     them twice: packed, and as its parameters). An image's result is bitwise the same whatever else is in its batch.
-    bfloat16 weights take half the memory and are widened as they are read: all arithmetic stays in float32. Threads may
-    call at a time.
+    bfloat16 weights take half the memory and are widened as they are read: all arithmetic stays in float32. Several
+    threads may call the copy concurrently.
 
     int8, on a CPU only, trades accuracy for speed and a quarter of the memory: the weights of the blocks are rounded to
     symmetric 8-bit integers, with a scale for every output, and so is each row that meets them, with a scale for every
@@ -115,6 +115,8 @@ def optimize(
     float64 models, other methods and code under `torch.compile` run the model's own code, and so does a CPU without the
     C++ extension. Changed parameters (`load_state_dict`, `.to`, in-place updates, new modules) are noticed; writes
     through `.data` that keep its memory are not. Pickles and deep copies hold parameters only and derive the rest anew.
+
+    The process keeps freed memory from the first copy on, see `revit_fast.memory.keep_freed_pages`.
 
     Args:
         model: the model to copy.

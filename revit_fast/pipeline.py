@@ -22,7 +22,7 @@ from revit_fast.decoding import Decoders, Fed, default_decoders
 from revit_fast.engine import OptimizedReViT
 from revit_fast.engine import optimize as optimized_copy
 from revit_fast.images import ImageSource, check_sources, name_of
-from revit_fast.memory import release_freed_pages
+from revit_fast.memory import keep_freed_pages, release_freed_pages
 from revit_fast.model import ReViT
 from revit_fast.packing import PackedBatch
 from revit_fast.policies import PolicySpec, confidence
@@ -47,7 +47,8 @@ class AdaptivePipeline:
 
     Decoding runs ahead on threads. Decoded images are assigned in small groups, join the first open pack that has room
     for their tokens, and are resized straight into it when it is full or has waited. Results come in the order of the
-    sources; a source that cannot be read gives an error and moves no other. Memory does not grow with the stream.
+    sources; a source that cannot be read gives an error and moves no other. Memory does not grow with the stream. The
+    process keeps freed memory from the first pipeline on, see `revit_fast.memory.keep_freed_pages`.
 
     Args:
         model: a `ReViT` in evaluation mode, best an `optimize`d one.
@@ -62,7 +63,7 @@ class AdaptivePipeline:
     """
 
     MODEL: type[nn.Module] = ReViT
-    """What the model is to be."""
+    """Required type of the model."""
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class AdaptivePipeline:
             raise ValueError(f"n_decoders: expected at least 1, got {n_decoders}")
         if labels is not None and len(labels) != model.num_classes:
             raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
+        keep_freed_pages()
         self.model, self.prep, self.labels = model, prep, labels
         self.n_decoders, self.token_budget = n_decoders or default_decoders(), token_budget
         options = {"min_tokens": self._tokens_of(model.lengths[-1]), "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
@@ -211,7 +213,7 @@ class AdaptivePipeline:
         batcher: TokenBudgetBatcher[Ready],
         packs: deque[list[Ready]],
     ) -> None:
-        """Results to those that are done, images to the batcher, and what that closes to the packs."""
+        """Adds results to `done` and images to the batcher, and the packs that these complete to `packs`."""
         now = time.perf_counter()
         for item in items:
             if isinstance(item, Result):
@@ -224,7 +226,7 @@ class AdaptivePipeline:
         return self._tokens_of(rows * columns)
 
     def _tokens_of(self, n_patches: int) -> int:
-        """Tokens of an input of so many patches."""
+        """Tokens of an input of `n_patches` patches."""
         return n_patches + self.model.num_prefix_tokens
 
     def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
@@ -243,7 +245,7 @@ class AdaptivePipeline:
             decoders.close()
 
     def _assigned(self, chunk: list[Fed], times: StageTimes) -> list[Ready | Result]:
-        """Images with their grids; results for what could not be read."""
+        """Decoded images with their grids, and a `Result` with an error for each source that could not be read."""
         items: list[Ready | Result] = []
         readable: list[tuple[Fed, np.ndarray, float]] = []
         for fed in chunk:
@@ -289,7 +291,10 @@ class AdaptivePipeline:
             return self.model(moved).float().cpu()
 
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
-        """One packed forward pass, its time shared out by tokens; images that a cascade wants to see longer."""
+        """Runs one packed forward pass; its time is divided among the images by their tokens.
+
+        Yields a result for each image, or the image itself where a cascade asks for a longer grid.
+        """
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]
         counts = [self._n_tokens(ready.image, ready.grid) for ready in pack]
@@ -316,11 +321,11 @@ class AdaptivePipeline:
                 yield ready
 
     def next_grids(self, grids: Sequence[int], logits: Tensor) -> list[int | None]:
-        """The grids at which a cascade wants to see images next; None for those that it (and any other policy) leaves.
+        """The next grid of each image in a cascade; None for an image that is finished, and for all other policies.
 
         Args:
-            grids: at which the images were seen.
-            logits: `[B, n_classes]` on the CPU that this gave.
+            grids: of the forward pass, one for each image.
+            logits: `[B, n_classes]` on the CPU, the result of that pass.
         """
         bound, longer = self.prep.policy.bound, dict(itertools.pairwise(reversed(self.model.grids)))
         if bound is None:

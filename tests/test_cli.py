@@ -583,7 +583,8 @@ class TestEnv:
         lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
         assert lines["torch"] == torch.__version__
         assert lines["extension"].startswith(("built", "not built"))
-        assert {"python", "triton", "pillow", "numpy", "platform", "cpu", "isa", "isas", "attention"} <= set(lines)
+        expected = {"python", "triton", "pillow", "numpy", "platform", "cpu", "malloc", "isa", "isas", "attention"}
+        assert expected <= set(lines)
 
     def test_never_fails(self, capsys, monkeypatch):
         def broken(*args):

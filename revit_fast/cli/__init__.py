@@ -22,6 +22,7 @@ from revit_fast.cli.arguments import (
     port,
     positive,
 )
+from revit_fast.memory import keep_freed_pages
 from revit_fast.version import __version__
 
 
@@ -154,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         # A command imports torch, timm and Pillow here, so that --help and usage errors need not wait for them.
-        return import_module(f"revit_fast.cli.{args.command}").run(args)
+        command = import_module(f"revit_fast.cli.{args.command}")
+        if args.command != "env":  # it shows the allocator as a program finds it
+            keep_freed_pages()
+        return command.run(args)
     except UsageError as error:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from revit_fast.environment import attempt, versions
+from revit_fast.memory import allocator_state
 from revit_fast.ops import _library
 
 
@@ -25,6 +26,7 @@ def environment() -> dict[str, Any]:
     backends = {"cpu": ("CPU", cpu_kernel), "cuda": ("CUDA", "Triton")}
     return {
         **versions(),
+        "malloc": attempt(allocator_state),
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),
         "isas": attempt(_library.cpu_isas, []),

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-# Those of csrc/library.cpp, for installations without the extension; a test holds the two equal.
+from revit_fast.memory import CHOICE, keep_freed_pages
+
+# The schemas of csrc/library.cpp, for installations without the extension. A test checks that the two are equal.
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, "
     "SymInt? max_seqlen_k, float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) -> (Tensor out, Tensor lse)",
@@ -42,7 +44,7 @@ HOW_TO_BUILD = "install a C++17 compiler (g++ or clang++) and reinstall: pip ins
 
 
 def _load_extension() -> bool:
-    """Loads `revit_fast/_C`; False where it was not built. A library that is there but cannot be loaded is an error."""
+    """Loads `revit_fast/_C`; False where it was not built. An existing library that cannot be loaded is an error."""
     found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
     if not found or os.environ.get("REVIT_FAST_NO_EXTENSION") == "1":
         return False
@@ -51,6 +53,9 @@ def _load_extension() -> bool:
 
 
 HAS_EXTENSION = _load_extension()
+
+if CHOICE == "keep":
+    keep_freed_pages()
 
 if HAS_EXTENSION:
     _wanted, _available = os.environ.get("REVIT_FAST_ISA"), torch.ops.revit_fast.cpu_isas().split()
@@ -74,7 +79,7 @@ reference_ops: dict[str, Callable] = {}
 
 
 def register_fallback(name: str, function: Callable) -> None:
-    """Runs the op `name` on the CPU by `function`, written over `revit_fast.reference`, where there is no extension."""
+    """Registers `function`, made of `revit_fast.reference`, as op `name`'s CPU kernel where there is no extension."""
     reference_ops[name] = function
     if not HAS_EXTENSION:
         _fallback.impl(name, function, "CPU")
@@ -99,8 +104,8 @@ class _DifferentiableOnce(torch.autograd.Function):
 def call_backward(name: str, *args):
     """Calls the backward op `name` for autograd; differentiating what it returns is an error.
 
-    The ops have no second derivatives, and PyTorch would take their results for constants: a gradient penalty would
-    train as though it were not there.
+    The ops have no second derivatives, and PyTorch would treat their results as constants: a gradient penalty would
+    silently have no effect.
     """
     if torch.is_grad_enabled():  # with create_graph only
         return _DifferentiableOnce.apply(name, *args)

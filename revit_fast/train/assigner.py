@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revit_fast.memory import keep_freed_pages
 from revit_fast.model import ReViT
 from revit_fast.preprocess import AdaptivePreprocessor
 from revit_fast.tla import STEM_PATCH, TokenLengthAssigner
@@ -124,6 +125,7 @@ def train_assigner(
             "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
             f"{epochs}, {batch_size} and {held_out_share}"
         )
+    keep_freed_pages()
     places, thumbnails = make_thumbnails(tla, images, model, np.flatnonzero(labels >= 0))
     if len(places) < 4:
         raise ValueError(f"images: expected at least 4 readable ones with a label, got {len(places)}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from revit_fast.engine import optimize
 from revit_fast.images import on_one_line
+from revit_fast.memory import keep_freed_pages
 from revit_fast.model import ReViT
 from revit_fast.train import shared_norms
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
@@ -163,12 +164,15 @@ class Trainer:
     def fit(self) -> Accuracy | None:
         """Trains to the last update; the accuracy after it.
 
+        The process keeps freed memory from then on, see `revit_fast.memory.keep_freed_pages`.
+
         Raises:
             NotFiniteError: where the loss is NaN or infinite.
             Interrupted: after SIGINT or SIGTERM (with one process), the run's state written.
             UnreadableError: where too many images are unreadable.
             OSError: where a file cannot be written.
         """
+        keep_freed_pages()
         folder = self.folder if self.world.is_first else None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -271,7 +271,8 @@ def optimize(model: TimeSformer) -> OptimizedTimeSformer:
 
     On a CPU in float32 every linear layer runs on weights packed once, temporal attention's projection and the layer
     behind it are one, and a clip's result is bitwise the same whatever else is in its pack. Elsewhere, and without the
-    C++ extension, the copy runs the model's own code. Changed parameters are noticed; threads may call at a time.
+    C++ extension, the copy runs the model's own code. Changed parameters are noticed. Several threads may call the copy
+    concurrently. The process keeps freed memory from the first copy on, see `revit_fast.memory.keep_freed_pages`.
 
     Raises:
         TypeError: where `model` is no `TimeSformer`.
