@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from bench import experiments
+from bench.experiments import attacks, complexity, stats, timing, writing
+from bench.experiments.base import BUDGET, GRIDS, SCALES, Lab, report_text, write_report
+from bench.experiments.convergence import first_update
+from bench.experiments.extremes import fall_off, mean_tokens, tokens_by_decile
+from bench.experiments.lengths import COMMUNICATION_ROUNDS, communication_shares
+from bench.experiments.overhead import break_even
+from bench.experiments.sources import digits, pixels_of
 from revit_fast.atomic import read_json
 from revit_fast.cli import main
 from revit_fast.policies import grey_entropy, make_policy
-from revit_fast.train import experiments
-from revit_fast.train.experiments import attacks, complexity, stats, timing, writing
-from revit_fast.train.experiments.base import BUDGET, GRIDS, SCALES, Lab, report_text, write_report
-from revit_fast.train.experiments.convergence import first_update
-from revit_fast.train.experiments.extremes import fall_off, mean_tokens, tokens_by_decile
-from revit_fast.train.experiments.lengths import COMMUNICATION_ROUNDS, communication_shares
-from revit_fast.train.experiments.overhead import break_even
-from revit_fast.train.experiments.sources import digits, pixels_of
 from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows
 from revit_fast.train.trainer import Trainer

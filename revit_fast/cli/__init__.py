@@ -304,7 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     # These read options off their modules.
-    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "experiment", "export"):
+    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "export"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

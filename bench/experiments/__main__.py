@@ -7,8 +7,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from bench import experiments
 from revit_fast.cli import UsageError, add_threads
-from revit_fast.train import experiments
 
 
 def add_parser(commands) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _redraw(modules: dict, output: Path) -> int:
-    from revit_fast.train.experiments.base import write_report
+    from bench.experiments.base import write_report
 
     try:
         for name, module in modules.items():
@@ -66,8 +66,8 @@ def _redraw(modules: dict, output: Path) -> int:
 def _perform(modules: dict, args: argparse.Namespace) -> int:
     import torch
 
-    from revit_fast.train.experiments.base import Lab, perform
-    from revit_fast.train.experiments.writing import can_draw
+    from bench.experiments.base import Lab, perform
+    from bench.experiments.writing import can_draw
     from revit_fast.train.trainer import Interrupted
 
     if not can_draw() and not args.no_plots:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
-from revit_fast.train.experiments.sources import pixels_of
-from revit_fast.train.experiments.stats import agreement, cohen_kappa, fleiss_kappa
-from revit_fast.train.experiments.writing import Panel, Series, mean_spread, number, percent, table
+from bench.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
+from bench.experiments.sources import pixels_of
+from bench.experiments.stats import agreement, cohen_kappa, fleiss_kappa
+from bench.experiments.writing import Panel, Series, mean_spread, number, percent, table
 
 NUMBER, TITLE = 7, "Stability of labels and assigners across seeds"
 QUESTION = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.experiments.base import GRIDS, Lab
+from bench.experiments.runs import accuracy_by_length
+from bench.experiments.stats import paired
+from bench.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 from revit_fast.train.config import build_model
-from revit_fast.train.experiments.base import GRIDS, Lab
-from revit_fast.train.experiments.runs import accuracy_by_length
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 
 NUMBER, TITLE = 1, "TAL-LN: norms of every length's own, or shared"
 QUESTION = "Does accuracy at each token length gain from LayerNorm parameters of that length's own?"

@@ -62,7 +62,7 @@ def in_process(kind: str, config: TrainConfig, n_processes: int = 1, **options: 
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"] if n_processes > 1 else []
     )
     task = json.dumps({"kind": kind, "config": config.as_dict(), "options": options})
-    package = str(Path(__file__).parents[3])
+    package = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     if n_processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes)))
