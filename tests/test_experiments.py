@@ -17,6 +17,7 @@ from PIL import Image
 
 from bench import experiments
 from bench.experiments import attacks, complexity, stats, timing, writing
+from bench.experiments.__main__ import main
 from bench.experiments.base import BUDGET, GRIDS, SCALES, Lab, report_text, write_report
 from bench.experiments.convergence import first_update
 from bench.experiments.extremes import fall_off, mean_tokens, tokens_by_decile
@@ -24,7 +25,6 @@ from bench.experiments.lengths import COMMUNICATION_ROUNDS, communication_shares
 from bench.experiments.overhead import break_even
 from bench.experiments.sources import digits, pixels_of
 from revit_fast.atomic import read_json
-from revit_fast.cli import main
 from revit_fast.policies import grey_entropy, make_policy
 from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows
@@ -71,7 +71,7 @@ def place(tmp_path_factory):
 
 def command(place, *names, runs="runs", output="reports", extra=()):
     given = ["--data", place / "first", "--other", place / "second", "--runs", place / runs, "--output", place / output]
-    arguments = ["experiment", *names, *given, "--scale", "quick", "--no-plots", "--seeds", *SEEDS, *extra]
+    arguments = [*names, *given, "--scale", "quick", "--no-plots", "--seeds", *SEEDS, *extra]
     return main(list(map(str, arguments)))
 
 
@@ -151,7 +151,7 @@ class TestReports:
         path = reports / "tlsd" / "README.md"
         before = path.read_text()
         path.unlink()
-        assert main(["experiment", "tlsd", "--redraw", "--output", str(reports)]) == 0
+        assert main(["tlsd", "--redraw", "--output", str(reports)]) == 0
         assert writing.can_draw() or path.read_text() == before
 
     def test_a_change_of_a_result_shows(self, reports):
@@ -162,7 +162,7 @@ class TestReports:
 
     def test_of_another_format_is_refused(self, tmp_path):
         (tmp_path / "results.json").write_text('{"format": "else"}')
-        with pytest.raises(ValueError, match="was not written by revit-fast experiment"):
+        with pytest.raises(ValueError, match=r"was not written by python -m bench\.experiments"):
             write_report(tmp_path, experiments.get("tlsd"))
 
 
@@ -352,7 +352,7 @@ class TestRuns:
 
         monkeypatch.setattr(Trainer, "_update", disturbed)
         assert command(place, "tal-ln", runs="cut", output="cut-reports") == 130
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "run the same command again" in capsys.readouterr().err
         with pytest.raises(Killed):
             command(place, "tal-ln", runs="cut", output="cut-reports")
         assert not (place / "cut-reports" / "tal-ln").exists(), "no half of a report"
@@ -393,7 +393,7 @@ class TestRuns:
 
 class TestCommand:
     def test_list(self, capsys):
-        assert main(["experiment", "list"]) == 0
+        assert main(["list"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[:2] for line in lines] == [[str(i), n] for i, n in enumerate(experiments.NAMES, 1)]
 
@@ -408,7 +408,7 @@ class TestCommand:
         ],
     )
     def test_errors(self, capsys, arguments, message):
-        assert main(["experiment", *arguments]) in (1, 2)
+        assert main(arguments) in (1, 2)
         assert message in capsys.readouterr().err
 
     def test_a_set_that_is_too_small(self, place, capsys, tmp_path):
@@ -422,13 +422,13 @@ class TestCommand:
             folder = tmp_path / "set" / f"class {i % 2}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(folder / f"{i}.png")
-        arguments = ["experiment", "tlsd", "--no-plots", "--scale", "quick", "--data", tmp_path / "set"]
+        arguments = ["tlsd", "--no-plots", "--scale", "quick", "--data", tmp_path / "set"]
         assert main([*map(str, arguments), "--runs", str(tmp_path / "runs")]) in (1, 2)
         assert "has no splits" in capsys.readouterr().err
 
     def test_without_matplotlib(self, place, capsys, monkeypatch):
         monkeypatch.setattr(writing, "can_draw", lambda: False)
-        assert main(["experiment", "tlsd", "--data", str(place / "first")]) == 2
+        assert main(["tlsd", "--data", str(place / "first")]) == 2
         assert "--no-plots" in capsys.readouterr().err
 
 

@@ -295,7 +295,7 @@ def write_report(folder: Path, module: ModuleType) -> None:
     """Writes README.md and the plots of a folder from its results.json alone."""
     results = read_json(folder / RESULTS)
     if results.get("format") != FORMAT:
-        raise ValueError(f"{folder / RESULTS} was not written by revit-fast experiment")
+        raise ValueError(f"{folder / RESULTS} was not written by python -m bench.experiments")
     plots = []
     if writing.can_draw():
         plots = writing.draw(module.panels(results["values"]), folder, results["experiment"])
@@ -305,7 +305,7 @@ def write_report(folder: Path, module: ModuleType) -> None:
 def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[str]) -> str:
     """The report in Markdown; every number in it comes from the results."""
     sizes, seeds, name = results["sizes"], results["seeds"], results["experiment"]
-    command = ["revit-fast", "experiment", name, "--data", "DIR", "--scale", results["scale"]]
+    command = ["python", "-m", "bench.experiments", name, "--data", "DIR", "--scale", results["scale"]]
     command += ["--seeds", *map(str, seeds)]
     drawing = "No plot: matplotlib was not installed; `--redraw` makes it later."
     if plots:

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from revit_fast.version import __version__
@@ -322,21 +322,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if an image failed; 2 for a usage error or a missing package; 130 if interrupted.
     """
+    # Commands import torch, timm and Pillow; a usage error and --help need not wait for them.
+    return run_command(build_parser(), lambda args: import_module(f"revit_fast.cli.{args.command}").run(args), argv)
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
+) -> int:
+    """Parses arguments and runs a command; errors that a user can mend become one line on stderr.
+
+    Args:
+        parser: of the arguments; its `prog` begins the lines.
+        run: the command, which returns the exit code.
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: that of `run`, 2 for a usage error or a missing package, 130 if interrupted.
+    """
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        # Commands import torch, timm and Pillow; a usage error and --help need not wait for them.
-        return import_module(f"revit_fast.cli.{args.command}").run(args)
+        return run(args)
     except UsageError as error:
-        print(f"revit-fast: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRA_MODULES.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
+        print(f'{parser.prog}: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
