@@ -266,7 +266,7 @@ def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
     """Makes an experiment and writes its report, all or nothing.
 
     Files of `output / name`: `results.json` (every number), `config.json` (the configuration of its first
-    run), `README.md` and, where matplotlib is installed, the plots.
+    run), `README.md` and, where matplotlib is installed, the plot.
 
     Returns:
         The folder.
@@ -292,24 +292,34 @@ def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
 
 
 def write_report(folder: Path, module: ModuleType) -> None:
-    """Writes README.md and the plots of a folder from its results.json alone."""
+    """Writes README.md and the plot of a folder from its results.json alone.
+
+    Raises:
+        ValueError: for a results.json of another format.
+    """
     results = read_json(folder / RESULTS)
     if results.get("format") != FORMAT:
         raise ValueError(f"{folder / RESULTS} was not written by python -m bench.experiments")
-    plots = []
+    plot = None
     if writing.can_draw():
-        plots = writing.draw(module.panels(results["values"]), folder, results["experiment"])
-    (folder / REPORT).write_text(report_text(results, module, plots), encoding="utf-8")
+        plot = writing.draw(module.panels(results["values"]), folder, results["experiment"])
+    (folder / REPORT).write_text(report_text(results, module, plot), encoding="utf-8")
 
 
-def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[str]) -> str:
-    """The report in Markdown; every number in it comes from the results."""
+def report_text(results: Mapping[str, Any], module: ModuleType, plot: str | None) -> str:
+    """The report in Markdown; every number in it comes from the results.
+
+    Args:
+        results: as in results.json.
+        module: of the experiment.
+        plot: name of the figure's file; None: there is none.
+    """
     sizes, seeds, name = results["sizes"], results["seeds"], results["experiment"]
     command = ["python", "-m", "bench.experiments", name, "--data", "DIR", "--scale", results["scale"]]
     command += ["--seeds", *map(str, seeds)]
     drawing = "No plot: matplotlib was not installed; `--redraw` makes it later."
-    if plots:
-        drawing = f"![{module.TITLE}]({plots[0]})"
+    if plot is not None:
+        drawing = f"![{module.TITLE}]({plot})"
     machine_text = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     sets = ", ".join(text.split(":")[0] for text in results["data"])
     quick = " (a check that the code runs: its numbers mean nothing)" if results["scale"] == "quick" else ""
