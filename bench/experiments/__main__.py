@@ -93,9 +93,8 @@ def _perform(modules: dict, args: argparse.Namespace) -> int:
         raise UsageError('matplotlib is not installed: pip install "revit-fast[experiments]", or give --no-plots')
     if args.data is None:
         raise UsageError("--data: expected a folder of images, such as Fashion-MNIST's idx files")
-    import_module("scipy.stats")  # before hours of training; where one is missing, run_command says what to install
     if "cross-dataset" in modules and args.other is None:
-        import_module("mlxtend")
+        import_module("mlxtend")  # before hours of training; where it is missing, run_command says what to install
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 from revit_fast.policies import grey_entropy
 
@@ -34,9 +35,7 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks in [0, 1): equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum()
-    return ((ends - counts + ends - 1) / 2)[inverse] / len(values)
+    return (rankdata(values) - 1) / len(values)
 
 
 def parts_of(values: np.ndarray, n: int) -> np.ndarray:

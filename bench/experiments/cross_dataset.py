@@ -68,7 +68,7 @@ def _of_seed(
         "random": {name: float(np.dot(s, fixed)) for name, s in shares.items()},
         "tokens": {name: float(np.dot(s, np.array(GRIDS) ** 2)) for name, s in shares.items()},
         "agreement": {name: agreement(c, labels) for name, c in chosen.items()},
-        "kappa": {name: cohen_kappa(c, labels, len(GRIDS)) for name, c in chosen.items()},
+        "kappa": {name: cohen_kappa(c, labels) for name, c in chosen.items()},
         "shares": shares,
     }
 

@@ -42,7 +42,7 @@ def measure(lab: Lab) -> dict[str, Any]:
                 "argmax": shares_of(most_probable),
                 "unsolved": labels.unsolved_share,
                 "agreement": agreement(*lengths.values()),
-                "kappa": cohen_kappa(*lengths.values(), len(GRIDS)),
+                "kappa": cohen_kappa(*lengths.values()),
                 "collapsed_in_training": history["collapsed"],
                 "collapsed": collapsed(labels.labels, most_probable),
             }
@@ -61,8 +61,8 @@ def _between(ratings: np.ndarray) -> dict[str, Any]:
     n = range(len(ratings))
     return {
         "agreement": [[agreement(ratings[i], ratings[j]) for j in n] for i in n],
-        "cohen": [[cohen_kappa(ratings[i], ratings[j], len(GRIDS)) for j in n] for i in n],
-        "fleiss": fleiss_kappa(ratings, len(GRIDS)),
+        "cohen": [[cohen_kappa(ratings[i], ratings[j]) for j in n] for i in n],
+        "fleiss": fleiss_kappa(ratings),
     }
 
 

@@ -17,8 +17,8 @@ EXTRA_MODULES = {
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
     **dict.fromkeys(("gradio",), "page"),
-    **dict.fromkeys(("matplotlib", "tensorboard"), "train"),
-    **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
+    **dict.fromkeys(("matplotlib", "scipy", "tensorboard"), "train"),
+    **dict.fromkeys(("mlxtend", "statsmodels"), "experiments"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
     "av": "video",
 }
