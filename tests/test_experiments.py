@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from train_helpers import noise_images, tiny_config
 
 from bench import experiments
 from bench.experiments import attacks, complexity, stats, timing, writing
@@ -23,8 +24,12 @@ from bench.experiments.convergence import first_update
 from bench.experiments.extremes import fall_off, mean_tokens, tokens_by_decile
 from bench.experiments.lengths import COMMUNICATION_ROUNDS, communication_shares
 from bench.experiments.overhead import break_even
+from bench.experiments.runs import NORMS, train_cached
+from bench.experiments.shared_norms import share, unshare
 from bench.experiments.sources import digits, pixels_of
 from revit_fast.atomic import read_json
+from revit_fast.layers import TALLayerNorm
+from revit_fast.model import ReViT
 from revit_fast.policies import grey_entropy, make_policy
 from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows
@@ -388,6 +393,32 @@ class TestRuns:
         assert source.train.image(0).shape == (28, 28)
         names = [part.name(i) for part in (source.train, source.label, source.test) for i in range(len(part))]
         assert len(set(names)) == 5000
+
+
+class TestSharedNorms:
+    @pytest.mark.parametrize("norms", NORMS)
+    def test_stay_shared_and_tal_norms_part(self, norms, tmp_path):
+        run = train_cached(tiny_config(ema_decay=0.5), noise_images(), noise_images(24, seed=1), tmp_path, norms=norms)
+        weight = run.model().state_dict()["blocks.0.norm1.weight"]
+        assert weight.shape == (3, 32)
+        assert torch.equal(weight[0], weight[1]) == (norms == "shared")
+        assert not torch.equal(weight[0], torch.ones(32))
+
+    def test_compute_the_same_model(self):
+        model = ReViT(grids=(4, 3, 2), patch_size=2, num_classes=3, embed_dim=32, depth=2, num_heads=2)
+        for norm in model.modules():
+            if isinstance(norm, TALLayerNorm):
+                with torch.no_grad():
+                    norm.weight.copy_(torch.rand(32).expand(3, -1))
+        x = torch.randn(2, 3, 8, 8)
+        before = model(x)
+        share(model)
+        assert torch.equal(model(x), before)
+        model(x).sum().backward()
+        assert model.blocks[0].norm1.weight.grad.shape == (32,)
+        unshare(model)
+        assert torch.equal(model(x), before)
+        assert model.blocks[0].norm1.weight.shape == (3, 32)
 
 
 class TestCommand:

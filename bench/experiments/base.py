@@ -177,14 +177,14 @@ class Lab:
         )
         return TrainConfig.from_dict(values | changes)
 
-    def train(self, seed: int, source: Source | None = None, **changes: Any) -> Run:
-        """The cached run of that configuration."""
+    def train(self, seed: int, source: Source | None = None, norms: str = "tal", **changes: Any) -> Run:
+        """The cached run of that configuration, with norms of one kind of `runs.NORMS`."""
         source = source or self.source
         config = self.config(seed, source, **changes)
         self.configs.append(config)
         what = ", ".join(f"{name} {value}" for name, value in changes.items()) or "base recipe"
-        self.say(f"{source.name}, seed {seed}: {what}")
-        return train_cached(config, source.train, source.test, self.runs, self.terminal)
+        self.say(f"{source.name}, seed {seed}, {norms} norms: {what}")
+        return train_cached(config, source.train, source.test, self.runs, self.terminal, norms)
 
     def trained(self, source: Source | None = None, **changes: Any) -> list[Run]:
         """The runs of that configuration, one for each seed."""

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.experiments.base import BASE, Lab
-from bench.experiments.runs import Run
+from bench.experiments.runs import NORMS, Run
 from bench.experiments.stats import paired
-from bench.experiments.tal_ln import NORMS
 from bench.experiments.writing import Panel, Series, effect_cell, finding, mean_spread, over_seeds, table
 
 NUMBER, TITLE = 9, "Convergence with TAL-LN and with shared norms"

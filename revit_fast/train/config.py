@@ -19,7 +19,6 @@ from revit_fast.train.augment import Augment
 from revit_fast.train.losses import DISTILL_WEIGHT, TEMPERATURE, check_distillation
 
 MODES = ("packed", "length-parallel")
-NORMS = ("tal", "shared")
 AMP = ("none", "bfloat16")
 PRESETS = {"deit": Augment, "light": Augment.light, "none": Augment.none}
 
@@ -47,7 +46,6 @@ class TrainConfig:
             `trainer.cached_images`, on a GPU all images of the batch.
         grad_accum_steps: batches of an update.
         mode: "packed": all lengths of an image in one pack; "length-parallel": each process has one length.
-        norms: "tal": LayerNorms of every length's own; "shared": one for all, for comparison.
         distill_weight: λ of TLSD, 0 for none.
         temperature: τ of TLSD.
         opt: timm's name of the optimizer.
@@ -85,7 +83,6 @@ class TrainConfig:
     micro_batch: int | None = None
     grad_accum_steps: int = 1
     mode: str = "packed"
-    norms: str = "tal"
     distill_weight: float = DISTILL_WEIGHT
     temperature: float = TEMPERATURE
     opt: str = "adamw"
@@ -113,7 +110,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", check_grids(self.grids))
-        for name, legal in (("mode", MODES), ("norms", NORMS), ("amp", AMP)):
+        for name, legal in (("mode", MODES), ("amp", AMP)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}: expected one of {', '.join(legal)}, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "grad_accum_steps", "log_steps"):
