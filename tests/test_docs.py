@@ -19,6 +19,7 @@ from small_models import make_model
 from train_helpers import MODEL_KWARGS, noise_images, write_folders
 
 import revit_fast as rf
+from bench.experiments import __main__ as experiments
 from revit_fast.cli import build_parser
 from revit_fast.cli.export import check_output
 from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
@@ -173,8 +174,13 @@ def expanded(pattern):
 def test_training_commands_are_understood(capsys):
     lines = [line for block in blocks("sh", TRAINING) for line in block.splitlines()]
     lines = [line for line in lines if not line.startswith("pip ")]
+    of_experiments = [line for line in lines if "bench.experiments " in line]
+    assert len(of_experiments) == 2
+    for line in of_experiments:
+        experiments.build_parser().parse_args(shlex.split(line.split("bench.experiments ")[1]))
+    lines = [line for line in lines if line not in of_experiments]
     commands = [line.split("revit_fast.cli " if "torchrun" in line else "revit-fast ", 1)[1] for line in lines]
-    assert len(commands) == 8
+    assert len(commands) == 6
     for command in commands:
         build_parser().parse_args(shlex.split(command))
     options = re.findall(r"`(--[a-z-]+)", TRAINING.read_text(encoding="utf-8"))

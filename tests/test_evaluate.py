@@ -1,8 +1,9 @@
-"""Evaluation: numbers by hand, statistics against other implementations, determinism, plots, commands."""
+"""Evaluation: numbers and statistics by hand, determinism, plots, commands."""
 
 import gzip
 import json
 import struct
+import sys
 import weakref
 
 import numpy as np
@@ -11,7 +12,6 @@ import tiny_training
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from tiny_training import GRIDS, SETTINGS
 
 import revit_fast as rf
@@ -29,18 +29,19 @@ from revit_fast.train.timing import measure, run
 
 
 class TestStatistics:
-    @given(st.integers(0, 400), st.integers(0, 400))
-    @settings(deadline=None)
-    def test_mcnemar_is_scipys_binomial_test(self, more, fewer):
-        a = np.array([True] * more + [False] * fewer + [True] * 7)
-        b = np.array([False] * more + [True] * fewer + [True] * 7)
-        expected = stats.binomtest(more, more + fewer).pvalue if more + fewer else 1.0
-        assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
-
     def test_mcnemar_by_hand(self):
         """5 against 1: 2 * (C(6,0) + C(6,1)) / 2^6."""
         a, b = np.array([1, 1, 1, 1, 1, 0], bool), np.array([0, 0, 0, 0, 0, 1], bool)
-        assert mcnemar(a, b) == 2 * (1 + 6) / 64
+        assert mcnemar(a, b) == pytest.approx(2 * (1 + 6) / 64)
+        assert mcnemar(a, a) == 1.0, "no image tells them apart"
+
+    def test_the_interval_by_hand(self):
+        """10 against 4 of 98: 6 / 100 and 1.959964 standard errors, each the root of (15 / 100 - 0.06^2) / 100."""
+        a = np.array([True] * 10 + [False] * 4 + [True] * 84)
+        b = np.array([False] * 10 + [True] * 4 + [True] * 84)
+        assert paired_interval(a, b) == pytest.approx((0.06 - 0.0749926, 0.06 + 0.0749926), abs=1e-6)
+        low, high = paired_interval(a, a)
+        assert (low, high) == pytest.approx((-0.0195996, 0.0195996), abs=1e-6), "a width where the two never differ"
 
     @pytest.mark.parametrize(("p_more", "p_fewer", "n"), [(0.05, 0.05, 100), (0.02, 0.1, 200), (0.0, 0.03, 300)])
     def test_the_interval_covers(self, p_more, p_fewer, n):
@@ -456,6 +457,14 @@ class TestCommands:
     def test_usage_errors(self, place, capsys, arguments, message):
         assert main([a.format(place) for a in arguments]) == 2
         assert message in capsys.readouterr().err
+
+    def test_without_scipy_it_says_what_to_install_before_the_work(self, place, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "scipy.stats", None)
+        for name in ("evaluate", "statistics"):
+            monkeypatch.delitem(sys.modules, f"revit_fast.train.{name}")
+        monkeypatch.setattr("revit_fast.train.labels.predict_lengths", None)
+        assert main(["evaluate", f"{place}/m", str(place)]) == 2
+        assert capsys.readouterr().err == 'revit-fast: scipy.stats is not installed: pip install "revit-fast[train]"\n'
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

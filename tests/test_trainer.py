@@ -16,9 +16,6 @@ import torch.nn.functional as F
 from train_helpers import GRIDS, MODEL_KWARGS, noise_images, tiny_config, tiny_trainer
 
 from revit_fast.images import ImageError
-from revit_fast.layers import TALLayerNorm
-from revit_fast.model import ReViT
-from revit_fast.train import shared_norms
 from revit_fast.train.checkpoint import load_state
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ArrayImages
@@ -144,10 +141,10 @@ def test_packs_of_a_cpu_are_bounded(monkeypatch):
         {"ema_decay": 0.9, "opt": "nmuon", "lr": 0.01},
         {"model_kwargs": MODEL_KWARGS | {"drop_rate": 0.1, "drop_path_rate": 0.2}, "augment": {"mixup": 0.5}},
         {"grad_accum_steps": 2, "micro_batch": 3, "amp": "bfloat16", "grad_checkpointing": True, "clip_grad": 0.5},
-        {"norms": "shared", "layer_decay": 0.8, "log_steps": 5},
+        {"layer_decay": 0.8, "log_steps": 5},
         {"opt": "lamb", "lr": 0.01},
     ],
-    ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "shared norms", "steps counted in groups"],
+    ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "layer decay", "steps counted in groups"],
 )
 @pytest.mark.parametrize("cut", [2, 6, 7])
 def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
@@ -321,32 +318,6 @@ def test_other_images_are_no_run_to_go_on_with(tmp_path, other, message):
 def relabelled(images):
     images.labels = images.labels[::-1].copy()
     return images
-
-
-def test_shared_norms_stay_shared_and_tal_norms_part(tmp_path):
-    for norms in ("shared", "tal"):
-        trainer = tiny_trainer(tiny_config(norms=norms, ema_decay=0.5))
-        trainer.fit()
-        weight = trainer.weights()["blocks.0.norm1.weight"]
-        assert weight.shape == (3, 32)
-        assert torch.equal(weight[0], weight[1]) == (norms == "shared")
-        assert not torch.equal(weight[0], torch.ones(32))
-
-
-def test_shared_norms_compute_the_same_model():
-    model = ReViT(grids=GRIDS, patch_size=2, num_classes=3, embed_dim=32, depth=2, num_heads=2)
-    for norm in model.modules():
-        if isinstance(norm, TALLayerNorm):
-            with torch.no_grad():
-                norm.weight.copy_(torch.rand(32).expand(3, -1))
-    x = torch.randn(2, 3, 8, 8)
-    before = model(x)
-    shared_norms.share(model)
-    assert torch.equal(model(x), before)
-    assert torch.equal(shared_norms.plain_copy(model)(x), before)
-    model(x).sum().backward()
-    gradient = model.blocks[0].norm1.weight.grad
-    assert gradient.shape == (32,)
 
 
 class Unreadable(ArrayImages):

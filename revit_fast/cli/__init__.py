@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from revit_fast.cli.arguments import (
-    EXTRA_MODULES,
-    UsageError,
     add_assigner,
     add_batches,
     add_choice,
@@ -21,6 +17,7 @@ from revit_fast.cli.arguments import (
     add_threads,
     port,
     positive,
+    run_command,
 )
 from revit_fast.memory import keep_freed_pages
 from revit_fast.version import __version__
@@ -131,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     # The modules of these commands add their own options.
-    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "experiment", "export"):
+    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "export"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
@@ -149,28 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if an image failed; 2 for a usage error or a missing package; 130 if interrupted.
     """
-    try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        # A command imports torch, timm and Pillow here, so that --help and usage errors need not wait for them.
-        command = import_module(f"revit_fast.cli.{args.command}")
-        if args.command != "env":  # it shows the allocator as a program finds it
-            keep_freed_pages()
-        return command.run(args)
-    except UsageError as error:
-        print(f"revit-fast: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        extra = EXTRA_MODULES.get((error.name or "").split(".")[0])
-        if extra is None:
-            raise
-        print(f'revit-fast: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`); the interpreter flushes stdout at its end and must not fail there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return run_command(build_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    # A command imports torch, timm and Pillow here, so that --help and usage errors need not wait for them.
+    command = import_module(f"revit_fast.cli.{args.command}")
+    if args.command != "env":  # it shows the allocator as a program finds it
+        keep_freed_pages()
+    return command.run(args)

@@ -9,6 +9,8 @@ import argparse
 import math
 import os
 import socket
+import sys
+from collections.abc import Callable, Sequence
 
 RESULT_FORMATS = ("table", "json", "csv")
 
@@ -18,8 +20,8 @@ EXTRA_MODULES = {
     **dict.fromkeys(("prometheus_client", "starlette"), "serve"),
     **dict.fromkeys(("gradio",), "page"),
     **dict.fromkeys(("matplotlib",), "plot"),
-    **dict.fromkeys(("tensorboard",), "train"),
-    **dict.fromkeys(("mlxtend", "scipy"), "experiments"),
+    **dict.fromkeys(("scipy", "tensorboard"), "train"),
+    **dict.fromkeys(("mlxtend", "statsmodels"), "experiments"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
     "av": "video",
 }
@@ -268,3 +270,39 @@ def refuse_cluster_options(args: argparse.Namespace) -> None:
     for name in ("workers", "address"):
         if getattr(args, name) is not None:
             raise UsageError(f"--{name}: everything runs in this process; give --engine ray for a cluster")
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
+) -> int:
+    """Parses arguments and runs a command; errors that a user can mend become one line on stderr.
+
+    Args:
+        parser: of the arguments; its `prog` begins the lines.
+        run: the command, which returns the exit code.
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: that of `run`, 2 for a usage error or a missing package, 130 if interrupted.
+    """
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return run(args)
+    except UsageError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRA_MODULES.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f'{parser.prog}: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`); the interpreter flushes stdout at its end and must not fail there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

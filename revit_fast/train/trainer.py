@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import math
@@ -18,7 +19,6 @@ from revit_fast.engine import optimize
 from revit_fast.images import on_one_line
 from revit_fast.memory import keep_freed_pages
 from revit_fast.model import ReViT
-from revit_fast.train import shared_norms
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet
@@ -103,8 +103,6 @@ class Trainer:
         self.world = world or World(config.mode, len(model.grids))
         self.model = model.to(self.world.device)
         model.set_grad_checkpointing(config.grad_checkpointing)
-        if config.norms == "shared":
-            shared_norms.share(model)
         settings = config.input_settings(model)
         self._eval_settings = {
             "grids": model.grids,
@@ -340,8 +338,8 @@ class Trainer:
         return self.loader.unreadable
 
     def plain(self) -> ReViT:
-        """A copy as it would be deployed: averaged weights where there are, norms of every length's own."""
-        return shared_norms.plain_copy(self.average.module if self.average is not None else self.model).eval()
+        """A copy as it would be deployed, in evaluation mode, with the averaged weights where there are any."""
+        return copy.deepcopy(self.average.module if self.average is not None else self.model).eval()
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict of `plain`."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.experiments import timing
+from bench.experiments.base import BUDGET, DECIDING, GRIDS, Lab, assigned, median_seconds
+from bench.experiments.runs import Run, accuracy_by_length
+from bench.experiments.sources import pixels_of
+from bench.experiments.stats import paired
+from bench.experiments.writing import Panel, Series, accuracies, effect_cell, finding, number, percent, table
 from revit_fast.pipeline import pipeline
-from revit_fast.train.experiments import timing
-from revit_fast.train.experiments.base import BUDGET, DECIDING, GRIDS, Lab, assigned, median_seconds
-from revit_fast.train.experiments.runs import Run, accuracy_by_length
-from revit_fast.train.experiments.sources import pixels_of
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.writing import Panel, Series, accuracies, effect_cell, finding, number, percent, table
 
 NUMBER, TITLE = 6, "What training all lengths costs"
 QUESTION = "How much time and memory does training at all lengths take, and after how many images has it paid?"

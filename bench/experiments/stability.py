@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
-from revit_fast.train.experiments.sources import pixels_of
-from revit_fast.train.experiments.stats import agreement, cohen_kappa, fleiss_kappa
-from revit_fast.train.experiments.writing import Panel, Series, mean_spread, number, percent, table
+from bench.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
+from bench.experiments.sources import pixels_of
+from bench.experiments.stats import agreement, cohen_kappa, fleiss_kappa
+from bench.experiments.writing import Panel, Series, mean_spread, number, percent, table
 
 NUMBER, TITLE = 7, "Stability of labels and assigners across seeds"
 QUESTION = (
@@ -42,7 +42,7 @@ def measure(lab: Lab) -> dict[str, Any]:
                 "argmax": shares_of(most_probable),
                 "unsolved": labels.unsolved_share,
                 "agreement": agreement(*lengths.values()),
-                "kappa": cohen_kappa(*lengths.values(), len(GRIDS)),
+                "kappa": cohen_kappa(*lengths.values()),
                 "collapsed_in_training": history["collapsed"],
                 "collapsed": collapsed(labels.labels, most_probable),
             }
@@ -61,8 +61,8 @@ def _between(ratings: np.ndarray) -> dict[str, Any]:
     n = range(len(ratings))
     return {
         "agreement": [[agreement(ratings[i], ratings[j]) for j in n] for i in n],
-        "cohen": [[cohen_kappa(ratings[i], ratings[j], len(GRIDS)) for j in n] for i in n],
-        "fleiss": fleiss_kappa(ratings, len(GRIDS)),
+        "cohen": [[cohen_kappa(ratings[i], ratings[j]) for j in n] for i in n],
+        "fleiss": fleiss_kappa(ratings),
     }
 
 

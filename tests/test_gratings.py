@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from bench.experiments import gratings
+from bench.experiments.gratings import band, gratings_at, make_synthetic, resize_matrix, without_coarse
 from revit_fast import ops
 from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.train import synthetic
-from revit_fast.train.synthetic import band, gratings_at, make_synthetic, resize_matrix, without_coarse
 
 SETS = [((14, 10, 7), 2, "bicubic"), ((7, 5, 4), 4, "bicubic"), ((4, 2), 4, "bilinear")]
 N_CLASSES = 4
@@ -65,8 +65,8 @@ def test_classes_part_at_the_sufficient_length_and_not_below(grids, patch_size, 
 def test_without_noise_short_lengths_show_the_same_of_every_class(monkeypatch, grids, patch_size, interpolation):
     """Of gratings of contrast 45 and more, at most a grey level is left of what rounding makes of them."""
     sides = [g * patch_size for g in grids]
-    monkeypatch.setattr(synthetic, "NOISE", 0.0)
-    monkeypatch.setattr(synthetic, "BACKGROUND", 0.0)
+    monkeypatch.setattr(gratings, "NOISE", 0.0)
+    monkeypatch.setattr(gratings, "BACKGROUND", 0.0)
     images, sufficient = make_synthetic(60 * len(grids), grids, patch_size, 1, N_CLASSES, interpolation)
     for shown, side in enumerate(sides):
         pixels = seen(images, side, patch_size, interpolation)

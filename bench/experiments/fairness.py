@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned
-from revit_fast.train.experiments.complexity import edge_density, entropy, parts_of
-from revit_fast.train.experiments.sources import pixels_of
-from revit_fast.train.experiments.stats import association
-from revit_fast.train.experiments.writing import Panel, accuracies, mean_spread, number, over_seeds, percent, table
+from bench.experiments.base import DECIDING, GRIDS, Lab, assigned
+from bench.experiments.complexity import edge_density, entropy, parts_of
+from bench.experiments.sources import pixels_of
+from bench.experiments.stats import association
+from bench.experiments.writing import Panel, accuracies, mean_spread, number, over_seeds, percent, table
 from revit_fast.train.labels import LengthLabels
 
 NUMBER, TITLE = 8, "Lengths of images of like complexity and different category"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.experiments.base import GRIDS, Lab
+from bench.experiments.runs import accuracy_by_length
+from bench.experiments.stats import paired
+from bench.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 from revit_fast.train.config import DISTILL_WEIGHT
-from revit_fast.train.experiments.base import GRIDS, Lab
-from revit_fast.train.experiments.runs import accuracy_by_length
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 
 NUMBER, TITLE = 2, "TLSD: self-distillation and its temperature"
 QUESTION = "Do shorter lengths gain from being taught by the longest, and at which temperature?"

@@ -1,8 +1,8 @@
 """Images whose sufficient token length is known by construction.
 
-The class of an image is the direction of a grating. Its difficulty is how fine the grating is: of every pattern, the
-part that resizing to a shorter length would keep is taken away, so that what such a length shows of it lies below the
-rounding of its pixels. Classes can then be told apart at the sufficient length and at longer ones, and nowhere else.
+The class of an image is the direction of a grating. Its difficulty is how fine the grating is. The part of every
+pattern that resizing to a shorter length would keep is removed, so that what is left of it at that length is smaller
+than the rounding of pixels. Classes can then be told apart at the sufficient length and at longer ones only.
 """
 
 from __future__ import annotations

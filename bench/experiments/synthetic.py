@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments.base import GRIDS, Lab
-from revit_fast.train.experiments.runs import accuracy_by_length
-from revit_fast.train.experiments.sources import Source, pixels_of
-from revit_fast.train.experiments.stats import agreement, paired
-from revit_fast.train.experiments.writing import Panel, accuracies, finding, over_seeds, table
-from revit_fast.train.synthetic import make_synthetic
+from bench.experiments.base import GRIDS, Lab
+from bench.experiments.gratings import make_synthetic
+from bench.experiments.runs import accuracy_by_length
+from bench.experiments.sources import Source, pixels_of
+from bench.experiments.stats import agreement, paired
+from bench.experiments.writing import Panel, accuracies, finding, over_seeds, table
 
 NUMBER, TITLE = 3, "The assigner on images of known sufficient length"
 QUESTION = "Does the assigner find the smallest sufficient length where it is known by construction?"

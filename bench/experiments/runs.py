@@ -1,4 +1,4 @@
-"""Training runs that experiments share: one that is finished is not repeated, one that was cut off goes on."""
+"""Training runs that experiments share: a finished run is not repeated, an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
+from bench.experiments.shared_norms import SharedNormsTrainer, share
 from revit_fast.atomic import read_json, write_json
 from revit_fast.checkpoint import read_checkpoint
 from revit_fast.model import ReViT
@@ -23,7 +24,10 @@ from revit_fast.train.run import build_model
 from revit_fast.train.trainer import CHECKPOINT, FINAL, MAY_CHANGE, NotFiniteError, Trainer
 
 DONE = "done.json"
-"""Written last: what a finished run came to."""
+"""Result of a finished run; it is the last file to be written."""
+
+NORMS = ("tal", "shared")
+"""LayerNorms with parameters of every length's own, and LayerNorms whose lengths share them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Run:
         config: its choices.
         n_classes: of its model.
         accuracy: on the test part at the end, `[n_lengths]`, the longest first; None where it diverged.
-        diverged: why training was given up: the loss was no number; else None.
+        diverged: why training was given up, where the loss was not finite; else None.
     """
 
     folder: Path
@@ -68,20 +72,26 @@ class Run:
         return model.eval()
 
 
-def run_key(config: TrainConfig, n_updates: int | None = None) -> str:
-    """A name of the run that changes with every choice that its results depend on."""
+def run_key(config: TrainConfig, norms: str = "tal") -> str:
+    """The name of a run, which differs for every choice that changes its results."""
     choices = {name: value for name, value in config.as_dict().items() if name not in MAY_CHANGE or name == "log_steps"}
-    digest = hashlib.blake2b(json.dumps([choices, n_updates], sort_keys=True).encode(), digest_size=6).hexdigest()
+    choices["norms"] = norms
+    digest = hashlib.blake2b(json.dumps([choices, None], sort_keys=True).encode(), digest_size=6).hexdigest()
     grids = "-".join(map(str, config.grids))
-    return f"{config.data.split(':')[0]}_{config.norms}_{grids}_seed{config.seed}_{digest}"
+    return f"{config.data.split(':')[0]}_{norms}_{grids}_seed{config.seed}_{digest}"
 
 
 def train_cached(
-    config: TrainConfig, train: ImageSet, test: ImageSet, runs: Path, terminal: TextIO | None = None
+    config: TrainConfig,
+    train: ImageSet,
+    test: ImageSet,
+    runs: Path,
+    terminal: TextIO | None = None,
+    norms: str = "tal",
 ) -> Run:
-    """The run of this configuration, trained as far as it is not yet.
+    """The run of this configuration: a finished one is read, an unfinished one is resumed, a new one is trained.
 
-    A loss that is no number ends a run, which then counts as diverged; it is not tried again.
+    A loss that is not finite ends a run. The run then counts as diverged and is not repeated.
 
     Args:
         config: choices of the run; its `data` names the images and must change with them.
@@ -89,18 +99,25 @@ def train_cached(
         test: to evaluate on after every epoch.
         runs: folder of all runs.
         terminal: where progress is printed; None: nowhere.
+        norms: one of `NORMS`.
 
     Raises:
-        Interrupted, others: see `Trainer.fit`; the same call then goes on from the last checkpoint.
+        ValueError: for unknown norms.
+        Interrupted, others: see `Trainer.fit`; the same call then resumes from the last checkpoint.
     """
-    folder = runs / run_key(config)
+    if norms not in NORMS:
+        raise ValueError(f"norms: expected one of {', '.join(NORMS)}, got {norms!r}")
+    folder = runs / run_key(config, norms)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not (folder / DONE).exists():
             outcome: dict[str, Any] = {"accuracy": None, "diverged": None}
             torch.manual_seed(config.seed)
             model, _ = build_model(config, len(train.classes))
-            trainer = Trainer(model, train, config, held_out=test, folder=folder, terminal=terminal)
+            if norms == "shared":
+                share(model)
+            kind = SharedNormsTrainer if norms == "shared" else Trainer
+            trainer = kind(model, train, config, held_out=test, folder=folder, terminal=terminal)
             if (folder / CHECKPOINT).exists():
                 trainer.resume()
             try:
@@ -114,7 +131,7 @@ def train_cached(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time works on a run; another waits and finds it finished."""
+    """Lets one process work on a run at a time; another one waits and then finds the run finished."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Statistics over seeds and raters: what an experiment may claim, and how sure it is."""
+"""Statistics over seeds and raters, from which reports claim effects."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import chisquare, contingency, quantile_test, sem, t
+from statsmodels.stats import inter_rater
 
 CONFIDENCE = 0.95
 
@@ -42,16 +44,16 @@ class Effect(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the interval excludes zero: only then is there an effect to speak of.
+        """Whether the interval excludes zero: only then does a report claim an effect.
 
-        An interval of no width is none: where all seeds give the same difference (all models that always say one class
-        do, for instance), they say nothing of how much another seed would differ.
+        An interval without width does not count. Where all seeds give the same difference (for example, because all
+        models always predict the same class), nothing is known about how much another seed would differ.
         """
         return self.low is not None and self.low < self.high and (self.low > 0 or self.high < 0)
 
     @classmethod
     def of_json(cls, values: Sequence[Any]) -> Effect:
-        """What JSON has made a list."""
+        """The effect that was written to JSON as a list."""
         return cls(*values)
 
 
@@ -68,31 +70,27 @@ def paired(values: Sequence[float | None], reference: Sequence[float | None], re
     Args:
         values: of one variant by seed; seeds that lack either value (a run that diverged) are left out.
         reference: of the other.
-        resolution: steps in which values are known: the interval is wider by one on either side, so that values that
-            seeds share by rounding are no certainty.
+        resolution: step to which values are rounded. The interval is wider by one step on either side, so that equal
+            rounded values do not look certain.
     """
     pairs = [(a, b) for a, b in zip(values, reference, strict=True) if a is not None and b is not None]
     differences = np.array([a - b for a, b in pairs], dtype=np.float64)
     n = len(differences)
     if n < 2:
         return Effect(float(differences[0]) if n else None, None, None, n)
-    from scipy.stats import t
-
-    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * float(differences.std(ddof=1)) / math.sqrt(n) + resolution
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1) * sem(differences)) + resolution
     mean = float(differences.mean())
     return Effect(mean, mean - half, mean + half, n)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
-    """Median of independent values and the ends of its 95 % interval, by order statistics, whatever their distribution.
+    """Median of independent values and the ends of its 95 % interval, by order statistics.
 
-    None for fewer than six values: not even the least and the largest enclose the median with that confidence.
+    It holds for every distribution. None for fewer than six values: not even the smallest and the largest enclose the
+    median with that confidence.
     """
-    from scipy.stats import binom
-
-    ordered = np.sort(values)
-    k = int(binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5))
-    return (float(np.median(ordered)), float(ordered[k - 1]), float(ordered[-k])) if k > 0 else None
+    low, high = quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
+    return None if math.isnan(low) else (float(np.median(values)), float(low), float(high))
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
@@ -100,38 +98,34 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(a == b))
 
 
-def cohen_kappa(a: np.ndarray, b: np.ndarray, n_categories: int) -> float | None:
-    """Cohen's kappa: agreement of two raters beyond chance; None where both always give the same one category.
+def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Cohen's kappa: agreement of two raters beyond chance; None where all ratings are the same category.
 
     Args:
         a: int `[N]`, categories that one rater gives.
         b: int `[N]`, those of the other.
-        n_categories: K.
     """
-    shares = [np.bincount(x, minlength=n_categories) / len(x) for x in (a, b)]
-    by_chance = float(shares[0] @ shares[1])
-    return None if by_chance >= 1.0 else (agreement(a, b) - by_chance) / (1.0 - by_chance)
-
-
-def fleiss_kappa(ratings: np.ndarray, n_categories: int) -> float | None:
-    """Fleiss' kappa of `[n_raters, N]` categories; None for one rater, or where all ratings are the same category."""
-    n_raters, n_items = ratings.shape
-    if n_raters < 2:
+    if len(np.unique([a, b])) < 2:
         return None
-    counts = np.stack([(ratings == k).sum(axis=0) for k in range(n_categories)], axis=1)
-    agreeing = (counts * (counts - 1)).sum(axis=1) / (n_raters * (n_raters - 1))
-    shares = counts.sum(axis=0) / (n_raters * n_items)
-    by_chance = float((shares**2).sum())
-    return None if by_chance >= 1.0 else (float(agreeing.mean()) - by_chance) / (1.0 - by_chance)
+    table, _ = inter_rater.to_table(np.stack([a, b], axis=1))
+    return float(inter_rater.cohens_kappa(table, return_results=False))
+
+
+def fleiss_kappa(ratings: np.ndarray) -> float | None:
+    """Fleiss' kappa of `[n_raters, N]` categories; None for one rater, or where all ratings are the same category."""
+    if len(ratings) < 2 or len(np.unique(ratings)) < 2:
+        return None
+    counts, _ = inter_rater.aggregate_raters(ratings.T)
+    return float(inter_rater.fleiss_kappa(counts))
 
 
 class Association(NamedTuple):
-    """Test that two variables have nothing to do with each other.
+    """Test that two variables are independent.
 
     Attributes:
         statistic: Pearson's chi-square, summed over strata.
         p: of the permutation test.
-        cramers_v: size of the association in the table of all strata, 0 to 1.
+        cramers_v: size of the association in the table of all strata, 0 to 1; 0 where either variable is constant.
     """
 
     statistic: float
@@ -146,7 +140,7 @@ def association(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> Association:
-    """Whether lengths depend on the category: categories are permuted, within strata where there are any.
+    """Whether lengths depend on the category, by permuting categories within strata.
 
     Args:
         categories: int `[N]`.
@@ -162,25 +156,21 @@ def association(
     order = np.argsort(strata, kind="stable")
     ends = np.cumsum(np.bincount(strata, minlength=s))[:-1]
 
+    def tables(of: np.ndarray) -> np.ndarray:
+        """Counts `[s, k, m]` of categories and lengths in every stratum."""
+        return np.bincount(base + of * m, minlength=s * k * m).reshape(s, k, m)
+
+    expected = np.stack([contingency.expected_freq(table) for table in tables(categories)])
+    possible = expected > 0  # the same for every permutation, which keeps rows and columns of each stratum
+
     def statistic(of: np.ndarray) -> float:
-        return float(sum(map(chi_square, np.bincount(base + of * m, minlength=s * k * m).reshape(s, k, m))))
+        return float(chisquare(tables(of)[possible], expected[possible]).statistic)
 
     observed, reached = statistic(categories), 0
     for _ in range(n_permutations):
         shuffled = np.empty_like(categories)
         shuffled[order] = np.concatenate([rng.permutation(part) for part in np.split(categories[order], ends)])
         reached += statistic(shuffled) >= observed - 1e-9
-    table = np.bincount(categories * m + lengths, minlength=k * m).reshape(k, m)
-    rows, columns = (int((table.sum(axis=axis) > 0).sum()) for axis in (1, 0))
-    freedom = min(rows, columns) - 1
-    v = math.sqrt(chi_square(table) / (len(categories) * freedom)) if freedom > 0 else 0.0
+    table = contingency.crosstab(categories, lengths).count
+    v = float(contingency.association(table, method="cramer")) if min(table.shape) > 1 else 0.0
     return Association(observed, (reached + 1) / (n_permutations + 1), v)
-
-
-def chi_square(table: np.ndarray) -> float:
-    """Pearson's statistic of a table of counts; empty rows and columns count for nothing."""
-    total = table.sum()
-    if total == 0:
-        return 0.0
-    expected = table.sum(axis=1, keepdims=True) * (table.sum(axis=0, keepdims=True) / total)
-    return float(((table - expected) ** 2 / np.where(expected > 0, expected, 1.0)).sum())

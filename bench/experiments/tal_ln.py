@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from revit_fast.train.experiments.base import GRIDS, Lab
-from revit_fast.train.experiments.runs import accuracy_by_length
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
+from bench.experiments.base import GRIDS, Lab
+from bench.experiments.runs import NORMS, accuracy_by_length
+from bench.experiments.stats import paired
+from bench.experiments.writing import Panel, accuracies, effect_cell, finding, over_seeds, table
 from revit_fast.train.run import build_model
 
 NUMBER, TITLE = 1, "TAL-LN: norms of every length's own, or shared"
 QUESTION = "Does accuracy at each token length gain from LayerNorm parameters of that length's own?"
 PAPER = "TAL-LN: LayerNorm parameters of every token length's own, all other weights shared."
 OURS = "the comparison with shared norms of the same start, order of images and updates, on our data."
-
-NORMS = ("tal", "shared")
 
 
 def measure(lab: Lab) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reports of experiments: Markdown made of numbers alone, and plots of the same numbers."""
+"""Reports of experiments: Markdown made of numbers alone, and a plot of the same numbers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.experiments.stats import Effect, Spread, paired, spread
 from revit_fast.atomic import replaced
-from revit_fast.train.experiments.stats import Effect, Spread, paired, spread
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -118,27 +118,23 @@ def can_draw() -> bool:
     return True
 
 
-def draw(panels: Sequence[Panel], folder: Path, name: str) -> list[str]:
-    """Draws panels side by side as `name`.png and `name`.svg, all or nothing.
+def draw(panels: Sequence[Panel], folder: Path, name: str) -> str:
+    """Draws panels side by side as `name`.svg, all or nothing.
 
     Returns:
-        The names of the files.
+        The name of the file.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = []
-    with rc_context({"svg.hashsalt": "revit-fast"}):
-        figure = Figure(figsize=(5.5 * len(panels), 4.2), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)  # no window system, whatever is configured
+    file = f"{name}.svg"
+    with rc_context({"svg.hashsalt": "revit-fast"}):  # the same panels give the same bytes
+        figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
         for i, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(1, len(panels), i + 1), panel)
-        for suffix, metadata in (("png", None), ("svg", {"Date": None})):
-            names.append(f"{name}.{suffix}")
-            with replaced(folder / names[-1]) as temporary:
-                figure.savefig(temporary, format=suffix, metadata=metadata)
-    return names
+        with replaced(folder / file) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return file
 
 
 def _draw_panel(axes, panel: Panel) -> None:

@@ -1,4 +1,4 @@
-"""Time and memory of training steps, alone and among processes; runs in processes of its own where it must."""
+"""Time and memory of training updates, in one process and in several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from revit_fast.train.trainer import Trainer
 
 PROBE_IMAGES, PROBE_CLASSES, PROBE_PX = 512, 10, 28
 CLEAR_PEAK = "5"
-"""What Linux takes in clear_refs to forget a process's peak of memory."""
+"""What is written to clear_refs so that Linux resets a process's peak of memory."""
 
 
 def stepper(config: TrainConfig, images: ImageSet) -> Callable[[], None]:
@@ -54,7 +54,7 @@ def probe_images() -> ArrayImages:
 
 
 def in_process(kind: str, config: TrainConfig, n_processes: int = 1, **options: Any) -> dict[str, Any]:
-    """Runs `MEASURES[kind](config, **options)` in processes of its own; what the first of them found.
+    """Runs `MEASURES[kind](config, **options)` in new processes; the result of the first of them.
 
     Raises:
         RuntimeError: where a process fails, with the end of what it said.
@@ -63,7 +63,7 @@ def in_process(kind: str, config: TrainConfig, n_processes: int = 1, **options: 
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"] if n_processes > 1 else []
     )
     task = json.dumps({"kind": kind, "config": config.as_dict(), "options": options})
-    package = str(Path(__file__).parents[3])
+    package = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     if n_processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes)))

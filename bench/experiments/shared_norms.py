@@ -1,18 +1,21 @@
-"""For comparison with TAL-LN: a model whose norms have one weight and bias for all lengths."""
+"""For comparison with TAL-LN: a model whose norms have one weight and bias for all lengths, and its training."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from torch import Tensor, nn
 
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.model import ReViT
+from revit_fast.train.trainer import Trainer
 
 
 class SharedNorm(TALLayerNorm):
-    """A TAL-LN whose lengths share weight and bias `[C]`, those of the longest in the one it is made of."""
+    """A TAL-LN whose lengths share one weight and bias `[C]`.
+
+    Args:
+        norm: the norm that it replaces; its weight and bias of the longest length are the first values.
+    """
 
     def __init__(self, norm: TALLayerNorm) -> None:
         nn.Module.__init__(self)
@@ -21,7 +24,7 @@ class SharedNorm(TALLayerNorm):
         self.bias = nn.Parameter(norm.bias[0].detach().clone())
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Both, repeated for every length: gradients are sums over lengths."""
+        """Weight and bias, each `[n_lengths, C]`, repeated for every length: gradients are sums over lengths."""
         return self.weight.expand(self.n_lengths, -1), self.bias.expand(self.n_lengths, -1)
 
     def extra_repr(self) -> str:
@@ -33,11 +36,19 @@ def share(model: ReViT) -> None:
     _replace(model, TALLayerNorm, SharedNorm)
 
 
-def plain_copy(model: ReViT) -> ReViT:
-    """A copy whose norms have parameters for every length again, equal where they were shared."""
-    plain = copy.deepcopy(model)
-    _replace(plain, SharedNorm, _unshared)
-    return plain
+def unshare(model: ReViT) -> None:
+    """Gives every shared norm of the model parameters for every length again, all equal, in place."""
+    _replace(model, SharedNorm, _unshared)
+
+
+class SharedNormsTrainer(Trainer):
+    """Trains a model whose norms are shared; the model that it evaluates and writes is a plain one."""
+
+    def plain(self) -> ReViT:
+        """A copy as it would be deployed, see `Trainer.plain`; its norms have parameters for every length."""
+        model = super().plain()
+        unshare(model)
+        return model
 
 
 @torch.no_grad()

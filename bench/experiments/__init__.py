@@ -1,4 +1,4 @@
-"""Experiments on the method's parts, each one command that writes a report: see `revit-fast experiment list`."""
+"""Experiments on the parts of the method, each into a report: see `python -m bench.experiments list`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def get(name: str) -> ModuleType:
     """The module of an experiment: NUMBER, TITLE, QUESTION, PAPER, OURS, `measure`, `report` and `panels`.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for an unknown name.
     """
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, or all, got {name!r}")

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.train.experiments import timing
-from revit_fast.train.experiments.base import GRIDS, Lab, median_seconds
-from revit_fast.train.experiments.runs import accuracy_by_length
-from revit_fast.train.experiments.stats import median_interval, paired, spread
-from revit_fast.train.experiments.writing import (
+from bench.experiments import timing
+from bench.experiments.base import GRIDS, Lab, median_seconds
+from bench.experiments.runs import accuracy_by_length
+from bench.experiments.stats import median_interval, paired, spread
+from bench.experiments.writing import (
     Panel,
     Series,
     accuracies,

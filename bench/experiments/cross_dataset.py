@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
+from bench.experiments.runs import Run
+from bench.experiments.sources import Source, pixels_of
+from bench.experiments.stats import Effect, agreement, cohen_kappa, paired
+from bench.experiments.writing import Panel, accuracies, effect_cell, finding, mean_spread, over_seeds, table
 from revit_fast.tla import TokenLengthAssigner
-from revit_fast.train.experiments.base import DECIDING, GRIDS, Lab, assigned, shares_of
-from revit_fast.train.experiments.runs import Run
-from revit_fast.train.experiments.sources import Source, pixels_of
-from revit_fast.train.experiments.stats import Effect, agreement, cohen_kappa, paired
-from revit_fast.train.experiments.writing import Panel, accuracies, effect_cell, finding, mean_spread, over_seeds, table
 
 NUMBER, TITLE = 4, "Cross-dataset: assigners on another image set"
 QUESTION = "Does an assigner that was trained on one image set choose lengths that serve a model of another?"
@@ -68,7 +68,7 @@ def _of_seed(
         "random": {name: float(np.dot(s, fixed)) for name, s in shares.items()},
         "tokens": {name: float(np.dot(s, np.array(GRIDS) ** 2)) for name, s in shares.items()},
         "agreement": {name: agreement(c, labels) for name, c in chosen.items()},
-        "kappa": {name: cohen_kappa(c, labels, len(GRIDS)) for name, c in chosen.items()},
+        "kappa": {name: cohen_kappa(c, labels) for name, c in chosen.items()},
         "shares": shares,
     }
 

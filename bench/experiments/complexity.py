@@ -1,15 +1,16 @@
-"""How complex an image is, by measures that know of no model, and images at either end."""
+"""Measures of the complexity of images that need no model, and images at either extreme."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 from revit_fast.policies import grey_entropy
 
 EDGE = 16.0
-"""Difference of neighbouring grey levels from which there is an edge."""
+"""Smallest difference of neighbouring grey levels that counts as an edge."""
 
 
 def entropy(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -34,13 +35,11 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks in [0, 1): equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum()
-    return ((ends - counts + ends - 1) / 2)[inverse] / len(values)
+    return (rankdata(values) - 1) / len(values)
 
 
 def parts_of(values: np.ndarray, n: int) -> np.ndarray:
-    """Part 0 to n - 1 of each value, of like size where values differ; equal values are in one part."""
+    """Part 0 to n - 1 of each value; parts are of similar size, and equal values are in the same part."""
     return np.minimum((ranks(values) * n).astype(np.int64), n - 1)
 
 

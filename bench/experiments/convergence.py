@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from revit_fast.train.experiments.base import BASE, Lab
-from revit_fast.train.experiments.runs import Run
-from revit_fast.train.experiments.stats import paired
-from revit_fast.train.experiments.tal_ln import NORMS
-from revit_fast.train.experiments.writing import Panel, Series, effect_cell, finding, mean_spread, over_seeds, table
+from bench.experiments.base import BASE, Lab
+from bench.experiments.runs import NORMS, Run
+from bench.experiments.stats import paired
+from bench.experiments.writing import Panel, Series, effect_cell, finding, mean_spread, over_seeds, table
 
 NUMBER, TITLE = 9, "Convergence with TAL-LN and with shared norms"
 QUESTION = "Does TAL-LN change how fast and how steadily training converges? (The paper leaves it open.)"
