@@ -22,7 +22,8 @@ from revit_fast.train.data import ArrayImages
 from revit_fast.train.loader import UnreadableError
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
 from revit_fast.train.run import build_model
-from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, Interrupted, NotFiniteError, cached_images
+from revit_fast.train.stopping import Interrupted, NotFiniteError
+from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, cached_images
 
 
 def losses_of(folder):

@@ -87,7 +87,7 @@ def _perform(modules: dict, args: argparse.Namespace) -> int:
 
     from bench.experiments.base import Lab, perform
     from bench.experiments.writing import can_draw
-    from revit_fast.train.trainer import Interrupted
+    from revit_fast.train.stopping import Interrupted
 
     if not can_draw() and not args.no_plots:
         raise UsageError('matplotlib is not installed: pip install "revit-fast[experiments]", or give --no-plots')

@@ -21,7 +21,8 @@ from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
 from revit_fast.train.run import build_model
-from revit_fast.train.trainer import CHECKPOINT, FINAL, MAY_CHANGE, NotFiniteError, Trainer
+from revit_fast.train.stopping import NotFiniteError
+from revit_fast.train.trainer import CHECKPOINT, FINAL, MAY_CHANGE, Trainer
 
 DONE = "done.json"
 """Result of a finished run; it is the last file to be written."""

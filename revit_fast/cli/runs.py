@@ -34,7 +34,7 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     import torch
 
     from revit_fast.train.loader import UnreadableError
-    from revit_fast.train.trainer import Interrupted, NotFiniteError
+    from revit_fast.train.stopping import Interrupted, NotFiniteError
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -7,8 +7,8 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -27,6 +27,7 @@ from revit_fast.train.loader import Batch, EvalLoader, TrainLoader
 from revit_fast.train.log import EPOCHS, STEPS, RunLog, percentages
 from revit_fast.train.losses import length_loss, tlsd_loss
 from revit_fast.train.meter import Meter
+from revit_fast.train.stopping import Interrupted, NotFiniteError, signals_call
 
 CACHED_ACTIVATIONS, FEWEST_ROWS = 2**20, 2048
 """Numbers of one activation that a pack should not exceed on a CPU, and rows below which it is not worth it.
@@ -38,14 +39,6 @@ rows take 1.05 times as long, packs of 1,400 are alike.
 
 CHECKPOINT, FINAL, BEST, CONFIG = "checkpoint.safetensors", "model.safetensors", "best.safetensors", "train.json"
 EVAL_BATCH = 256
-
-
-class NotFiniteError(RuntimeError):
-    """The loss became NaN or infinite; the weights were not updated with it, and the last checkpoint is kept."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop; it wrote a checkpoint first."""
 
 
 class Accuracy(NamedTuple):
@@ -178,7 +171,8 @@ class Trainer:
         self.log = RunLog(folder, self.step, self.epoch * self.updates_per_epoch, self._terminal)
         accuracy = None
         try:
-            with self._stopped_by_signals():
+            # Several processes could stop at different updates: there signals keep their meaning.
+            with nullcontext() if self.world.size > 1 else signals_call(self._stop_after_update):
                 while self.epoch < self.config.epochs:
                     accuracy = self._epoch()
             if accuracy is None and self.held_out is not None:
@@ -422,30 +416,8 @@ class Trainer:
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(values)
 
-    @contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the update that is being made.
-
-        With several processes, which could stop at different updates, signals keep their meaning.
-        """
-
-        def stop(number: int, frame: object) -> None:
-            self._stop = number
-
-        if self.world.size > 1:
-            yield
-            return
-        before = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, stop)
-        except ValueError:  # not in the main thread
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _stop_after_update(self, signal_number: int) -> None:
+        self._stop = signal_number
 
 
 MAY_CHANGE = {"workers", "checkpoint_steps", "log_steps", "max_unreadable"}
