@@ -14,7 +14,7 @@ import torch
 import revit_fast as rf
 from bench.report import spread_ms
 from bench.turns import take_turns
-from revit_fast.hub import SHIPPED
+from revit_fast.models.hub import SHIPPED
 from revit_fast.ops import _library
 from revit_fast.train.datasets import open_images
 

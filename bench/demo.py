@@ -19,7 +19,7 @@ from PIL import Image
 
 import revit_fast as rf
 from bench.turns import take_turns
-from revit_fast.memory import keep_freed_pages
+from revit_fast.io.memory import keep_freed_pages
 from revit_fast.ops import _library
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

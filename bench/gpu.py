@@ -21,7 +21,7 @@ import triton
 from bench.gpu_cases import Case, Setting, all_cases
 from bench.report import RESULTS, header_line, machine_header, spread_ms, write
 from bench.turns import DeviceClock, WallClock, take_turns
-from revit_fast import graphs
+from revit_fast.inference import cuda_graphs as graphs
 from revit_fast.ops import _triton
 from tests.helpers import assert_as_accurate
 

@@ -20,7 +20,7 @@ import triton
 from bench import gpu_launches
 from bench.gpu_launches import Compilation, schedule_of
 from bench.machine_code import Code
-from revit_fast.atomic import replaced
+from revit_fast.io.atomic import replaced
 from revit_fast.kernels.launch import TARGETS
 
 KINDS_SHOWN = ("tensor", "fp32", "exp", "integer", "barrier")

@@ -33,7 +33,7 @@ from bench.model_work import (
 from bench.probe import FmaProbe
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.scaling import TOKENS, scaling, scaling_table
-from revit_fast.fused import pack_model
+from revit_fast.inference.cpu import pack_model
 from revit_fast.ops import packed_linear
 
 OURS, CEILING, PROBE = "ours", "matrix products alone", "FMA probe"

@@ -35,11 +35,11 @@ from bench.model_work import MODELS, grids_of, model_title, random_vit
 from bench.photos import SIZE, jpeg, photo
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
-from revit_fast.crops import eval_box
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.policies import Policy, make_policy
-from revit_fast.settings import IMAGENET_MEAN, IMAGENET_STD
-from revit_fast.trace import StageTimes
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.policies import Policy, make_policy
+from revit_fast.io.trace import StageTimes
+from revit_fast.models.settings import IMAGENET_MEAN, IMAGENET_STD
+from revit_fast.streaming.pipeline import AdaptivePipeline
 
 BATCH = 16
 CROP_PCT = 0.9

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 import revit_fast
-from revit_fast.atomic import replaced
 from revit_fast.environment import cpu_name
-from revit_fast.memory import keep_freed_pages
+from revit_fast.io.atomic import replaced
+from revit_fast.io.memory import keep_freed_pages
 from revit_fast.ops import _library
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,7 +25,7 @@ import revit_fast as rf
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.scaling import status_bytes
 from bench.turns import take_turns
-from revit_fast.memory import keep_freed_pages
+from revit_fast.io.memory import keep_freed_pages
 from revit_fast.train.loader import Batch
 from revit_fast.train.losses import length_loss, tlsd_loss
 from revit_fast.train.trainer import cached_images

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "reports/**/*", "revit_fast/models/*/README.md")
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "reports/**/*", "revit_fast/zoo/*/README.md")
 
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)

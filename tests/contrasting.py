@@ -8,9 +8,9 @@ from PIL import Image
 from small_models import GRIDS, make_model
 
 import revit_fast as rf
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.streaming.pipeline import AdaptivePipeline
 
 PATCH = 16
 

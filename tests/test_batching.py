@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from revit_fast.batching import TokenBudgetBatcher
+from revit_fast.streaming.batching import TokenBudgetBatcher
 
 ITEMS = st.lists(st.tuples(st.sampled_from([0, 1, 50, 101, 197, 4000]), st.floats(0, 0.2)), max_size=200)
 

@@ -17,11 +17,11 @@ from small_models import drawn
 from torch import nn
 
 import revit_fast as rf
-from revit_fast import hub
-from revit_fast.atomic import write_json
-from revit_fast.bundle import read_bundle, save_bundle
 from revit_fast.cli import main
-from revit_fast.folder import ASSIGNER, CARD, CONFIG, MODEL
+from revit_fast.io.atomic import write_json
+from revit_fast.models import hub
+from revit_fast.models.folder import ASSIGNER, CARD, CONFIG, MODEL
+from revit_fast.streaming.bundle import read_bundle, save_bundle
 
 GRIDS, PATCH = (4, 3, 2), 4
 CLASSES = [f"class {i}" for i in range(5)]
@@ -186,7 +186,7 @@ import os, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 import test_bundle as t
-from revit_fast.bundle import save_bundle
+from revit_fast.streaming.bundle import save_bundle
 
 def count(folder, end=None):
     calls = 0
@@ -229,7 +229,7 @@ def test_a_killed_save_leaves_the_old_bundle(tmp_path):
 
 
 def test_without_an_exchange_of_folders(monkeypatch, folder):
-    from revit_fast import atomic
+    from revit_fast.io import atomic
 
     monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     save_bundle(folder, make_model(depth=1), None, classes=CLASSES)

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import revit_fast as rf
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli import arguments, main, pipelines, report
-from revit_fast.crops import eval_box
-from revit_fast.decoding import CHUNK, MORE_SMALL
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.streaming.decoding import CHUNK, MORE_SMALL
 
 MODEL = "deit_tiny_patch16_224"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

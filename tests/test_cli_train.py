@@ -13,9 +13,9 @@ import torch
 from train_helpers import noise_images, write_folders
 
 import revit_fast as rf
-from revit_fast.bundle import read_bundle
 from revit_fast.cli import main
 from revit_fast.cli.runs import add_config, field_texts
+from revit_fast.streaming.bundle import read_bundle
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import NoSplitError
 from revit_fast.train.datasets import open_images

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES, Decoders
-from revit_fast.images import ImageError
-from revit_fast.trace import StageTimes
+from revit_fast.io.images import ImageError
+from revit_fast.io.trace import StageTimes
+from revit_fast.streaming.decoding import CHUNK, MORE_SMALL, SMALL_BYTES, Decoders
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
 

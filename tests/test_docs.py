@@ -20,16 +20,16 @@ from train_helpers import MODEL_KWARGS, noise_images, write_folders
 
 import revit_fast as rf
 from bench.experiments import __main__ as experiments
+from revit_fast.adaptive.assigner import MAX_SHARE
+from revit_fast.adaptive.policies import POLICIES, Evidence, make_policy
 from revit_fast.cli import build_parser
 from revit_fast.cli.export import check_output
-from revit_fast.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
+from revit_fast.deploy.export import ONNX_BYTES, OPSET, SETTINGS
 from revit_fast.explain.png import MAX_IMAGES
-from revit_fast.export import ONNX_BYTES, OPSET, SETTINGS
 from revit_fast.layers.positions import MAX_EXTRA_GRIDS
-from revit_fast.pipeline import MAX_BEHIND, MAX_BYTES
-from revit_fast.policies import POLICIES, Evidence, make_policy
-from revit_fast.tla import MAX_SHARE
-from revit_fast.transformers_import import KINDS
+from revit_fast.models.from_transformers import KINDS
+from revit_fast.streaming.decoding import CHUNK, MORE_SMALL, SMALL_BYTES
+from revit_fast.streaming.pipeline import MAX_BEHIND, MAX_BYTES
 
 PAGE = Path(__file__).parent.parent / "docs" / "adaptive.md"
 TRAINING = PAGE.with_name("training.md")

@@ -13,7 +13,7 @@ from small_models import MIX, check, drawn, images_of, make_model
 from torch import nn
 
 import revit_fast as rf
-from revit_fast import fused
+from revit_fast.inference import cpu as fused
 from revit_fast.ops import _library
 from revit_fast.packing import PackedBatch
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tiny_training import GRIDS, SETTINGS
 
 import revit_fast as rf
-from revit_fast.bundle import read_bundle, save_bundle
+from revit_fast.adaptive.policies import Calibration
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli import main
-from revit_fast.costs import forward_macs
-from revit_fast.policies import Calibration
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.models.macs import forward_macs
+from revit_fast.streaming.bundle import read_bundle, save_bundle
 from revit_fast.train.assigner import calibrate_on
 from revit_fast.train.data import ArrayImages
 from revit_fast.train.evaluate import evaluate, matched_entropy, threshold_for_drop

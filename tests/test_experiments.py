@@ -27,10 +27,10 @@ from bench.experiments.overhead import break_even
 from bench.experiments.runs import NORMS, train_cached
 from bench.experiments.shared_norms import share, unshare
 from bench.experiments.sources import digits, pixels_of
-from revit_fast.atomic import read_json
+from revit_fast.adaptive.policies import grey_entropy, make_policy
+from revit_fast.io.atomic import read_json
 from revit_fast.layers import TALLayerNorm
-from revit_fast.model import ReViT
-from revit_fast.policies import grey_entropy, make_policy
+from revit_fast.models.vit import ReViT
 from revit_fast.train.labels import length_labels, predict_lengths
 from revit_fast.train.log import read_rows
 from revit_fast.train.trainer import Trainer

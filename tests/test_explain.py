@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from small_models import GRIDS, make_model
 
 import revit_fast as rf
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli import main, pipelines
-from revit_fast.crops import eval_box
 from revit_fast.explain import STAGES, draw_grid, explain, png, write, write_html, write_png
 from revit_fast.explain.picture import OUTLINE, PICTURE_PX
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.streaming.pipeline import AdaptivePipeline
 
 MODEL = "deit_tiny_patch16_224"
 

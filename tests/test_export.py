@@ -15,12 +15,12 @@ from PIL import Image
 from small_models import GRIDS, images_of, make_model
 
 import revit_fast as rf
-from revit_fast import export
-from revit_fast.bundle import read_bundle
+from revit_fast.adaptive.policies import smallest_sufficient, suffices
 from revit_fast.cli import main
-from revit_fast.hub import SHIPPED
+from revit_fast.deploy import export
+from revit_fast.models.hub import SHIPPED
 from revit_fast.ops import _library
-from revit_fast.policies import smallest_sufficient, suffices
+from revit_fast.streaming.bundle import read_bundle
 from revit_fast.train.datasets import open_images
 
 ROOT = Path(__file__).parent.parent

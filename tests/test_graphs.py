@@ -13,10 +13,11 @@ from small_models import MIX, PATCH, check, images_of, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import revit_fast as rf
-from revit_fast import graphs, ops
-from revit_fast.graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
+from revit_fast import ops
+from revit_fast.inference import cuda_graphs as graphs
+from revit_fast.inference.cuda_graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
-from revit_fast.model import Inputs
+from revit_fast.models.vit import Inputs
 from revit_fast.packing import Layout, PackedBatch, work_list
 
 

@@ -7,7 +7,7 @@ import torch
 from bench.experiments import gratings
 from bench.experiments.gratings import band, gratings_at, make_synthetic, resize_matrix, without_coarse
 from revit_fast import ops
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 
 SETS = [((14, 10, 7), 2, "bicubic"), ((7, 5, 4), 4, "bicubic"), ((4, 2), 4, "bilinear")]
 N_CLASSES = 4

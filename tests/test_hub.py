@@ -16,8 +16,8 @@ from test_bundle import CLASSES, GRIDS, HERE, IMAGES, PATCH, SETTINGS, edit, mak
 
 import revit_fast as rf
 from revit_fast.cli import main
-from revit_fast.folder import ASSIGNER, CARD, CONFIG, MODEL
-from revit_fast.hub import SCHEME, download
+from revit_fast.models.folder import ASSIGNER, CARD, CONFIG, MODEL
+from revit_fast.models.hub import SCHEME, download
 
 hub = pytest.importorskip("huggingface_hub")
 

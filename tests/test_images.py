@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from revit_fast import images
-from revit_fast.images import ImageError, Source, find_images, name_of, read_rgb
+from revit_fast.io import images
+from revit_fast.io.images import ImageError, Source, find_images, name_of, read_rgb
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 21, 3), dtype=np.uint8)

@@ -14,10 +14,12 @@ from torch._dynamo.testing import CompileCounter
 
 import revit_fast as rf
 import revit_fast.timm_models
-from revit_fast import fused, graphs, lvvit
-from revit_fast.costs import forward_macs
+from revit_fast.inference import cpu as fused
+from revit_fast.inference import cuda_graphs as graphs
 from revit_fast.layers import ResidualScale, sequence_max
-from revit_fast.lvvit import from_lvvit_state_dict
+from revit_fast.models import lvvit
+from revit_fast.models.lvvit import from_lvvit_state_dict
+from revit_fast.models.macs import forward_macs
 from revit_fast.ops import _library
 from revit_fast.packing import PackedBatch, cumulative
 

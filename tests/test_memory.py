@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import revit_fast
-from revit_fast.memory import _glibc, release_freed_pages
+from revit_fast.io.memory import _glibc, release_freed_pages
 
 needs_glibc = pytest.mark.skipif(_glibc() is None, reason="the allocator is not glibc's")
 

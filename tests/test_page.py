@@ -25,14 +25,14 @@ from PIL import Image
 from small_models import GRIDS, make_model
 
 import revit_fast as rf
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli import main
-from revit_fast.crops import eval_box
 from revit_fast.explain import draw_grid, explain, write_html, write_png
-from revit_fast.hub import SHIPPED
-from revit_fast.page import decide, first_budget, look_at, sheet_html, time_packs, times_html, totals_html
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.explain.page import decide, first_budget, look_at, sheet_html, time_packs, times_html, totals_html
+from revit_fast.models.hub import SHIPPED
+from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.datasets import open_images
 
 BUDGETS = range(4, 37)

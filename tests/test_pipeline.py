@@ -18,8 +18,8 @@ from PIL import Image
 from small_models import drawn
 
 import revit_fast as rf
-from revit_fast.results import Result
-from revit_fast.trace import StageTimes, Trace
+from revit_fast.io.trace import StageTimes, Trace
+from revit_fast.streaming.results import Result
 
 GRIDS = (4, 3, 2)
 PATCH = 4
@@ -216,7 +216,7 @@ class TestErrors:
         assert list(pipe([])) == []
 
     def test_nothing_but_errors(self, monkeypatch, pipe):
-        monkeypatch.setattr(sys.modules["revit_fast.pipeline"], "MAX_BEHIND", 5)
+        monkeypatch.setattr(sys.modules["revit_fast.streaming.pipeline"], "MAX_BEHIND", 5)
         results = list(pipe(itertools.chain([image(0)], (b"" for _ in range(200)), [image(1)])))
         assert [r.error is None for r in results] == [True, *[False] * 200, True]
 
@@ -258,7 +258,7 @@ class TestBounds:
         assert peaks[2] < peaks[1] + ahead * 59 * 59 * 3
 
     def test_freed_memory_is_given_back(self, monkeypatch, pipe):
-        module, released = sys.modules["revit_fast.pipeline"], []
+        module, released = sys.modules["revit_fast.streaming.pipeline"], []
         images = [image(i) for i in range(200)]
         monkeypatch.setattr(module, "RELEASE_BYTES", sum(picture.nbytes for picture in images) // 10)
         monkeypatch.setattr(module, "release_freed_pages", lambda: released.append(1))

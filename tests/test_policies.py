@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from revit_fast.policies import (
+from revit_fast.adaptive.policies import (
     Calibration,
     Evidence,
     confidence,

@@ -11,9 +11,9 @@ from PIL import Image
 from timm.data import create_transform
 
 import revit_fast as rf
-from revit_fast.crops import eval_box
-from revit_fast.images import ImageError
-from revit_fast.settings import IMAGENET_MEAN, IMAGENET_STD
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.io.images import ImageError
+from revit_fast.models.settings import IMAGENET_MEAN, IMAGENET_STD
 
 RNG = np.random.default_rng(0)
 

@@ -17,14 +17,14 @@ from PIL import Image
 
 import revit_fast as rf
 from revit_fast.cli import main
-from revit_fast.images import Source
-from revit_fast.parts import Layout, ManifestError, PartReport, read_records
+from revit_fast.deploy.results_folder import Layout, ManifestError, PartReport, read_records
+from revit_fast.io.images import Source
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "revit-fast[ray]"')
 pytest.importorskip("ray.data", reason='needs Ray Data: pip install "revit-fast[ray]"')
 
 from revit_fast import ray_engine  # noqa: E402
-from revit_fast.ray_engine import EngineError, predict_dataset, reserved_cpus, threads_per_worker  # noqa: E402
+from revit_fast.deploy.ray_dataset import EngineError, predict_dataset, reserved_cpus, threads_per_worker  # noqa: E402
 
 MODEL = "deit_tiny_patch16_224"
 ROOT = Path(rf.__file__).parents[1]
@@ -319,7 +319,7 @@ class TestSharingCpus:
 
 class TestTheDirectory:
     def claim(self, directory, pipe, sources=("a", "b"), **options):
-        from revit_fast.parts import claim
+        from revit_fast.deploy.results_folder import claim
 
         claim(layout_of(directory, **options), pipe, [Source(path) for path in sources])
 

@@ -30,7 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from small_models import make_model
 from starlette.requests import Request
 
-from revit_fast.serve import Limits, Service
+from revit_fast.deploy.http import Limits, Service
 
 BUDGET = 100
 MODEL = "deit_tiny_patch16_224"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import revit_fast as rf
-from revit_fast.bundle import read_bundle
-from revit_fast.hub import SHIPPED, shipped_names
+from revit_fast.models.hub import SHIPPED, shipped_names
+from revit_fast.streaming.bundle import read_bundle
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.datasets import open_images
 

@@ -12,8 +12,8 @@ from helpers import assert_as_accurate
 from PIL import Image
 
 import revit_fast as rf
-from revit_fast.costs import forward_macs
-from revit_fast.tla import MAX_SHARE, SIZES, STEM_PATCH, SeparableCNN, fit_temperature
+from revit_fast.adaptive.assigner import MAX_SHARE, SIZES, STEM_PATCH, SeparableCNN, fit_temperature
+from revit_fast.models.macs import forward_macs
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 30 * i + 16, (20 + 7 * i, 90 - 5 * i, 3), dtype=np.uint8) for i in range(9)]

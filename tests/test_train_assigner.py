@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tiny_training import GRIDS
 
 import revit_fast as rf
-from revit_fast.images import ImageError
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.io.images import ImageError
 from revit_fast.train.assigner import _LabelLoss, _SufficesLoss, make_thumbnails, train_assigner
 from revit_fast.train.data import ArrayImages
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from revit_fast.images import ImageError
+from revit_fast.io.images import ImageError
 from revit_fast.train import formats, shards
 from revit_fast.train.data import ArrayImages, ImageSet, Sample, k_folds, split_off
 from revit_fast.train.datasets import open_images

@@ -12,7 +12,7 @@ from small_models import drawn
 from tiny_training import GRIDS, PATCH, SETTINGS
 
 import revit_fast as rf
-from revit_fast.images import ImageError
+from revit_fast.io.images import ImageError
 from revit_fast.train.data import ArrayImages
 from revit_fast.train.labels import (
     LengthLabels,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import revit_fast as rf
-from revit_fast.images import ImageError
+from revit_fast.io.images import ImageError
 from revit_fast.ops import resize_patchify
 from revit_fast.train import augment as augmentation
 from revit_fast.train.augment import Augmenter, Draws

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from train_helpers import GRIDS, MODEL_KWARGS, noise_images, tiny_config, tiny_trainer
 
-from revit_fast.images import ImageError
+from revit_fast.io.images import ImageError
 from revit_fast.train.checkpoint import load_state
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ArrayImages

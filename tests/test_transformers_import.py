@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import randn
 
 import revit_fast as rf
-from revit_fast.transformers_import import KINDS, config_from_transformers, state_dict_from_transformers
+from revit_fast.models.from_transformers import KINDS, config_from_transformers, state_dict_from_transformers
 
 transformers = pytest.importorskip("transformers")
 

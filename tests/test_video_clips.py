@@ -17,9 +17,9 @@ from small_models import drawn
 
 import revit_fast as rf
 from revit_fast import ops
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.policies import grey_entropy
 from revit_fast.cli import build_parser, main
-from revit_fast.crops import eval_box
-from revit_fast.policies import grey_entropy
 from revit_fast.video import (
     ClipError,
     ClipPipeline,

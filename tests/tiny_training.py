@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import revit_fast as rf
 from bench.experiments.gratings import make_synthetic
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 
 GRIDS, PATCH, N_CLASSES = (7, 5, 4), 4, 4
 SETTINGS = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0, "interpolation": "bicubic"}

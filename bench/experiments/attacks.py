@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from scipy.ndimage import correlate1d
 from torch import Tensor
 
-from revit_fast.model import ReViT
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
-from revit_fast.preprocess import AdaptivePreprocessor
 
 SEVERITIES = (1, 2, 3)
 

@@ -18,8 +18,8 @@ import torch
 from bench.experiments import writing
 from bench.experiments.runs import Run, train_cached
 from bench.experiments.sources import Source, digits, open_source
-from revit_fast.atomic import read_json, replaced_folder, write_json
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.io.atomic import read_json, replaced_folder, write_json
 from revit_fast.train.assigner import train_assigner
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.labels import LengthLabels, Predictions, predict_lengths

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from revit_fast.policies import grey_entropy
+from revit_fast.adaptive.policies import grey_entropy
 
 EDGE = 16.0
 """Smallest difference of neighbouring grey levels that counts as an edge."""

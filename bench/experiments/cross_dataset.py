@@ -11,7 +11,7 @@ from bench.experiments.runs import Run
 from bench.experiments.sources import Source, pixels_of
 from bench.experiments.stats import Effect, agreement, cohen_kappa, paired
 from bench.experiments.writing import Panel, accuracies, effect_cell, finding, mean_spread, over_seeds, table
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
 
 NUMBER, TITLE = 4, "Cross-dataset: assigners on another image set"
 QUESTION = "Does an assigner that was trained on one image set choose lengths that serve a model of another?"

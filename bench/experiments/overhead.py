@@ -13,7 +13,7 @@ from bench.experiments.runs import Run, accuracy_by_length
 from bench.experiments.sources import pixels_of
 from bench.experiments.stats import paired
 from bench.experiments.writing import Panel, Series, accuracies, effect_cell, finding, number, percent, table
-from revit_fast.pipeline import pipeline
+from revit_fast.streaming.pipeline import pipeline
 
 NUMBER, TITLE = 6, "What training all lengths costs"
 QUESTION = "How much time and memory does training at all lengths take, and after how many images has it paid?"

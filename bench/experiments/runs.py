@@ -14,9 +14,9 @@ from typing import Any, TextIO
 import torch
 
 from bench.experiments.shared_norms import SharedNormsTrainer, share
-from revit_fast.atomic import read_json, write_json
-from revit_fast.checkpoint import read_checkpoint
-from revit_fast.model import ReViT
+from revit_fast.io.atomic import read_json, write_json
+from revit_fast.models.vit import ReViT
+from revit_fast.models.weights import read_checkpoint
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet
 from revit_fast.train.log import EPOCHS, STEPS, read_rows

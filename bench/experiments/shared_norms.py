@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast.layers.norm import TALLayerNorm
-from revit_fast.model import ReViT
+from revit_fast.models.vit import ReViT
 from revit_fast.train.trainer import Trainer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.stats import Effect, Spread, paired, spread
-from revit_fast.atomic import replaced
+from revit_fast.io.atomic import replaced
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -19,7 +19,7 @@ from revit_fast.cli.arguments import (
     positive,
     run_command,
 )
-from revit_fast.memory import keep_freed_pages
+from revit_fast.io.memory import keep_freed_pages
 from revit_fast.version import __version__
 
 

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast calibrate`; 0, or 1 if any image could not be read."""
     import numpy as np
 
-    from revit_fast.bundle import save_bundle
-    from revit_fast.policies import smallest_sufficient
+    from revit_fast.adaptive.policies import smallest_sufficient
+    from revit_fast.streaming.bundle import save_bundle
     from revit_fast.train.assigner import calibrate_on
     from revit_fast.train.evaluate import threshold_for
     from revit_fast.train.labels import predict_lengths

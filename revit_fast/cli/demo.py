@@ -10,11 +10,11 @@ from threading import Event
 
 import numpy as np
 
-from revit_fast import page
 from revit_fast.cli.arguments import UsageError, check_free
 from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
-from revit_fast.hub import SHIPPED, shipped_names
-from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.explain import page
+from revit_fast.models.hub import SHIPPED, shipped_names
+from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.datasets import open_images
 
 N_SAMPLES = 12

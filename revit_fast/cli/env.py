@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from revit_fast.environment import attempt, versions
-from revit_fast.memory import allocator_state
+from revit_fast.io.memory import allocator_state
 from revit_fast.ops import _library
 
 

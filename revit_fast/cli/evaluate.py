@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         check_file("--json", args.json)
     if args.plot:
         check_plot(args.plot)
-    from revit_fast.pipeline import pipeline
+    from revit_fast.streaming.pipeline import pipeline
     from revit_fast.train.evaluate import THRESHOLDS, default_policies, evaluate
     from revit_fast.train.labels import predict_lengths
     from revit_fast.train.timing import measure

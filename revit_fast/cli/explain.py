@@ -13,7 +13,7 @@ from revit_fast.cli.arguments import UsageError, check_file
 from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
 from revit_fast.explain import WRITERS, write
 from revit_fast.explain.facts import explain
-from revit_fast.images import Source, find_images
+from revit_fast.io.images import Source, find_images
 
 
 def run(args: argparse.Namespace) -> int:

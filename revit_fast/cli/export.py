@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from revit_fast.cli.arguments import UsageError, positive
 
 if TYPE_CHECKING:
-    from revit_fast.bundle import Bundle
+    from revit_fast.streaming.bundle import Bundle
 
 SUFFIXES = {"torch-export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 
@@ -85,11 +85,11 @@ def check_output(args: argparse.Namespace) -> None:
 
 def open_model(args: argparse.Namespace) -> Bundle:
     """The model with what belongs to it: that of a bundle, or one of timm's without an assigner."""
-    from revit_fast.bundle import Bundle
     from revit_fast.cli.pipelines import load_bundle, load_model, read_labels
-    from revit_fast.folder import default_policy
-    from revit_fast.hub import is_bundle
-    from revit_fast.settings import input_settings
+    from revit_fast.models.folder import default_policy
+    from revit_fast.models.hub import is_bundle
+    from revit_fast.models.settings import input_settings
+    from revit_fast.streaming.bundle import Bundle
 
     if is_bundle(args.model):
         bundle = load_bundle(args)
@@ -102,13 +102,13 @@ def open_model(args: argparse.Namespace) -> Bundle:
 
 
 def _settings(bundle: Bundle) -> dict:
-    from revit_fast.export import model_settings
+    from revit_fast.deploy.export import model_settings
 
     return model_settings(bundle.model, bundle.classes or None)
 
 
 def _torch_export(args: argparse.Namespace, bundle: Bundle) -> None:
-    from revit_fast.export import export_packed, export_single, save_program
+    from revit_fast.deploy.export import export_packed, export_single, save_program
 
     def write(path: str) -> None:
         program = export_packed(bundle.model) if args.grid is None else export_single(bundle.model, args.grid)
@@ -118,8 +118,8 @@ def _torch_export(args: argparse.Namespace, bundle: Bundle) -> None:
 
 
 def _aoti(args: argparse.Namespace, bundle: Bundle) -> None:
-    from revit_fast.engine import optimize
-    from revit_fast.export import compile_package, export_packed, export_single
+    from revit_fast.deploy.export import compile_package, export_packed, export_single
+    from revit_fast.inference.optimize import optimize
     from revit_fast.ops import _library
 
     if args.grid is None and not _library.HAS_EXTENSION:
@@ -137,7 +137,7 @@ def _aoti(args: argparse.Namespace, bundle: Bundle) -> None:
 
 
 def _onnx(args: argparse.Namespace, bundle: Bundle) -> None:
-    from revit_fast.export import write_adaptive_onnx, write_single_onnx
+    from revit_fast.deploy.export import write_adaptive_onnx, write_single_onnx
 
     if args.grid is None:
         _reported(args.output, "translating", lambda path: write_adaptive_onnx(bundle, path))

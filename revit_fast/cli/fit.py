@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from revit_fast.atomic import read_json, write_json
 from revit_fast.cli.arguments import add_goal
 from revit_fast.cli.runs import KeyValues, add_run, configuration, exit_code
+from revit_fast.io.atomic import read_json, write_json
 
 GOAL = "fit.json"
 """File in the folder of a run with the arguments of `fit` beside those of the training; `--resume` reads it."""

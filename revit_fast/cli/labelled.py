@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from revit_fast.cli.arguments import UsageError, add_threads, positive
 
 if TYPE_CHECKING:
-    from revit_fast.bundle import Bundle
+    from revit_fast.streaming.bundle import Bundle
     from revit_fast.train.data import ImageSet
 
 
@@ -65,7 +65,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     import numpy as np
     import torch
 
-    from revit_fast.bundle import read_bundle
+    from revit_fast.streaming.bundle import read_bundle
     from revit_fast.train.datasets import open_images
 
     if args.threads:
@@ -81,8 +81,8 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 def folder_to_write(args: argparse.Namespace) -> str:
     """The folder to write the bundle to; a bundle that is shipped or lies on the Hub is never changed."""
-    from revit_fast.folder import check_replaceable
-    from revit_fast.hub import SCHEME, SHIPPED, find_bundle
+    from revit_fast.models.folder import check_replaceable
+    from revit_fast.models.hub import SCHEME, SHIPPED, find_bundle
 
     with usage_errors(folder="--output"):
         if args.output is not None:
@@ -108,7 +108,7 @@ def counter(what: str) -> Callable[[int, int], None]:
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:
     """Prints the images that could not be read and why; returns the exit code."""
-    from revit_fast.images import on_one_line
+    from revit_fast.io.images import on_one_line
 
     for i, reason in unreadable.items():
         print(f"error: {on_one_line(images.name(i))}: {on_one_line(reason)}", file=sys.stderr)

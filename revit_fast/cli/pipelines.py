@@ -11,18 +11,18 @@ from importlib import import_module
 
 import torch
 
-from revit_fast.bundle import Bundle, read_bundle
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.policies import PolicySpec
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli.arguments import UsageError
-from revit_fast.create import create_model
-from revit_fast.engine import optimize
 from revit_fast.grids import DEFAULT_GRIDS
-from revit_fast.hub import is_bundle
-from revit_fast.images import IMAGES, Kind
-from revit_fast.model import ReViT
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.policies import PolicySpec
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.inference.optimize import optimize
+from revit_fast.io.images import IMAGES, Kind
+from revit_fast.models.create import create_model
+from revit_fast.models.hub import is_bundle
+from revit_fast.models.vit import ReViT
+from revit_fast.streaming.bundle import Bundle, read_bundle
+from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.video.reader import CLIPS
 
 MAX_WAIT_S = 1.0

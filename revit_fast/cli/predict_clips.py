@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from revit_fast.checkpoint import read_checkpoint
 from revit_fast.cli.arguments import UsageError, refuse_cluster_options
 from revit_fast.cli.pipelines import check_fixed, choice_options, policy_of, read_labels, refuse_files_of
 from revit_fast.cli.report import open_results, write_results
-from revit_fast.images import IMAGES
+from revit_fast.io.images import IMAGES
+from revit_fast.models.weights import read_checkpoint
 from revit_fast.video.checkpoints import read_folder
 from revit_fast.video.pipeline import ClipPipeline, pipeline
 from revit_fast.video.reader import CLIPS

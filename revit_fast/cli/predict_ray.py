@@ -9,9 +9,9 @@ from importlib import import_module
 
 from revit_fast.cli.arguments import UsageError
 from revit_fast.cli.pipelines import build_pipeline
-from revit_fast.images import find_images
-from revit_fast.parts import ManifestError
-from revit_fast.ray_engine import EngineError, Summary, predict_dataset
+from revit_fast.deploy.ray_dataset import EngineError, Summary, predict_dataset
+from revit_fast.deploy.results_folder import ManifestError
+from revit_fast.io.images import find_images
 
 EVERY_S = 5.0
 """Seconds between two lines of progress."""

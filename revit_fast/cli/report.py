@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from revit_fast.atomic import replaced
 from revit_fast.cli.arguments import UsageError, check_file
 from revit_fast.cli.pipelines import ignore_pillow_warnings
-from revit_fast.images import IMAGES, Kind, find_images, name_of, on_one_line
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.results import Result
-from revit_fast.trace import StageTimes, Trace
+from revit_fast.io.atomic import replaced
+from revit_fast.io.images import IMAGES, Kind, find_images, name_of, on_one_line
+from revit_fast.io.trace import StageTimes, Trace
+from revit_fast.streaming.pipeline import AdaptivePipeline
+from revit_fast.streaming.results import Result
 
 
 @dataclass

@@ -13,7 +13,7 @@ from revit_fast.cli.pipelines import build_pipeline, warn_of_random_weights
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast serve` until SIGINT or SIGTERM; 0."""
-    serve = import_module("revit_fast.serve")  # where a package is missing, main says what to install
+    serve = import_module("revit_fast.deploy.http")  # where a package is missing, main says what to install
     import_module("ray.serve")
     warn_of_random_weights(args)
     check_free(args.host, args.port)

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast train-assigner`; 0, or 1 if any image could not be read."""
     import torch
 
-    from revit_fast.bundle import save_bundle
-    from revit_fast.tla import TokenLengthAssigner
+    from revit_fast.adaptive.assigner import TokenLengthAssigner
+    from revit_fast.streaming.bundle import save_bundle
     from revit_fast.train.assigner import train_assigner
     from revit_fast.train.labels import LengthLabels, predict_lengths
 

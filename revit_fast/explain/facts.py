@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from revit_fast.costs import forward_macs
-from revit_fast.crops import eval_box
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.policies import Policy, confidence, suffices
 from revit_fast.explain.picture import draw_grid
-from revit_fast.images import ImageError, ImageSource, check_sources, name_of, on_one_line
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.policies import Policy, confidence, suffices
-from revit_fast.results import Result
-from revit_fast.trace import StageTimes
+from revit_fast.io.images import ImageError, ImageSource, check_sources, name_of, on_one_line
+from revit_fast.io.trace import StageTimes
+from revit_fast.models.macs import forward_macs
+from revit_fast.streaming.pipeline import AdaptivePipeline
+from revit_fast.streaming.results import Result
 
 STAGES = ("decode", "assign", "pack", "forward")
 

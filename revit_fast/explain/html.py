@@ -11,8 +11,8 @@ from string import Template
 
 from PIL import Image
 
-from revit_fast.atomic import replaced
 from revit_fast.explain.facts import Explanation, summary
+from revit_fast.io.atomic import replaced
 
 TITLE = "How many tokens each image gets"
 

@@ -11,10 +11,10 @@ from os import PathLike
 import numpy as np
 from PIL import Image
 
-from revit_fast.atomic import replaced
 from revit_fast.explain.facts import Bar, Column, Explanation, summary
 from revit_fast.explain.html import LEGEND, LIGHT, TITLE
 from revit_fast.explain.picture import PICTURE_PX
+from revit_fast.io.atomic import replaced
 
 MAX_IMAGES = 200
 """Entries of a sheet: Pillow and other programs take a larger picture for a decompression bomb."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from revit_fast.memory import CHOICE, keep_freed_pages
+from revit_fast.io.memory import CHOICE, keep_freed_pages
 
 # The schemas of csrc/library.cpp, for installations without the extension. A test checks that the two are equal.
 SCHEMAS = (

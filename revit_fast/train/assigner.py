@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revit_fast.memory import keep_freed_pages
-from revit_fast.model import ReViT
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import STEM_PATCH, TokenLengthAssigner
+from revit_fast.adaptive.assigner import STEM_PATCH, TokenLengthAssigner
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.io.memory import keep_freed_pages
+from revit_fast.models.vit import ReViT
 from revit_fast.train.data import ImageSet
 from revit_fast.train.labels import Predictions, decoded_chunks, length_labels
 

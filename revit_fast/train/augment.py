@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from revit_fast import ops
-from revit_fast.crops import eval_box
+from revit_fast.adaptive.crops import eval_box
 from revit_fast.train.config import TIMM_CROPS, Augment
 
 if TYPE_CHECKING:  # imported where timm's transforms need it

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from revit_fast.atomic import replaced
+from revit_fast.io.atomic import replaced
 
 FORMAT = "revit-fast training state 2"
 TENSOR = "\0tensor"

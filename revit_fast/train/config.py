@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revit_fast.atomic import replaced
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
-from revit_fast.settings import input_settings
+from revit_fast.io.atomic import replaced
+from revit_fast.models.settings import input_settings
 
 if TYPE_CHECKING:
-    from revit_fast.model import ReViT
+    from revit_fast.models.vit import ReViT
 
 MODES = ("packed", "length-parallel")
 AMP = ("none", "bfloat16")

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.costs import forward_macs
-from revit_fast.model import ReViT
-from revit_fast.policies import Calibration, Evidence, PolicySpec, confidence, make_policy, smallest_sufficient
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, confidence, make_policy, smallest_sufficient
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.models.macs import forward_macs
+from revit_fast.models.vit import ReViT
 from revit_fast.train.data import ImageSet
 from revit_fast.train.labels import Predictions, decoded_chunks, length_labels, predict_lengths
 from revit_fast.train.report import Report, Row

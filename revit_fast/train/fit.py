@@ -11,12 +11,12 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from revit_fast.atomic import replaced
-from revit_fast.bundle import read_bundle, save_bundle
-from revit_fast.model import ReViT
-from revit_fast.pipeline import pipeline
-from revit_fast.policies import PolicySpec
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.policies import PolicySpec
+from revit_fast.io.atomic import replaced
+from revit_fast.models.vit import ReViT
+from revit_fast.streaming.bundle import read_bundle, save_bundle
+from revit_fast.streaming.pipeline import pipeline
 from revit_fast.train.assigner import calibrate_on, train_assigner
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError

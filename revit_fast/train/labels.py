@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from revit_fast.atomic import replaced
-from revit_fast.engine import OptimizedReViT, optimize
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.grids import check_grids
-from revit_fast.images import ImageError
-from revit_fast.model import ReViT
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.preprocess import AdaptivePreprocessor
+from revit_fast.inference.optimize import OptimizedReViT, optimize
+from revit_fast.io.atomic import replaced
+from revit_fast.io.images import ImageError
+from revit_fast.models.vit import ReViT
+from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.data import ImageSet, k_folds
 
 RULES = ("smallest", "stable")

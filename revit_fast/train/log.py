@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from revit_fast.atomic import replaced
+from revit_fast.io.atomic import replaced
 
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 

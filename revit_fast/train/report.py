@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from revit_fast.atomic import replaced, write_json
-from revit_fast.policies import PolicySpec
+from revit_fast.adaptive.policies import PolicySpec
+from revit_fast.io.atomic import replaced, write_json
 
 FORMAT = "revit-fast evaluation 1"
 

@@ -12,11 +12,11 @@ from typing import TextIO
 
 import torch
 
-from revit_fast.atomic import remove_leftovers
-from revit_fast.bundle import save_bundle
-from revit_fast.checkpoint import read_checkpoint
-from revit_fast.create import create_model
-from revit_fast.model import ReViT
+from revit_fast.io.atomic import remove_leftovers
+from revit_fast.models.create import create_model
+from revit_fast.models.vit import ReViT
+from revit_fast.models.weights import read_checkpoint
+from revit_fast.streaming.bundle import save_bundle
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from revit_fast.images import SUFFIXES, ImageError, read_rgb
+from revit_fast.io.images import SUFFIXES, ImageError, read_rgb
 from revit_fast.train.data import EVAL_SPLITS, TRAIN_SPLITS, ImageSet, pick_split, renumbered
 
 CLASS_NAMES = "classes.txt"

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from revit_fast.adaptive.policies import PolicySpec
 from revit_fast.environment import cpu_name
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.policies import PolicySpec
+from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.report import Report, Time
 
 ROUNDS = 7

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from revit_fast.engine import optimize
-from revit_fast.images import on_one_line
-from revit_fast.memory import keep_freed_pages
-from revit_fast.model import ReViT
+from revit_fast.inference.optimize import optimize
+from revit_fast.io.images import on_one_line
+from revit_fast.io.memory import keep_freed_pages
+from revit_fast.models.vit import ReViT
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet
@@ -155,7 +155,7 @@ class Trainer:
     def fit(self) -> Accuracy | None:
         """Trains to the last update; the accuracy after it.
 
-        The process keeps freed memory from then on, see `revit_fast.memory.keep_freed_pages`.
+        The process keeps freed memory from then on, see `revit_fast.io.memory.keep_freed_pages`.
 
         Raises:
             NotFiniteError: where the loss is NaN or infinite.

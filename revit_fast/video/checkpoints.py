@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revit_fast.atomic import replaced_folder
-from revit_fast.checkpoint import read_checkpoint
 from revit_fast.grids import DEFAULT_GRIDS, scaled_grids
+from revit_fast.io.atomic import replaced_folder
+from revit_fast.models.weights import read_checkpoint
 from revit_fast.video.model import SETTINGS, TimeSformer
 from revit_fast.video.transformers_import import config_from_transformers, config_to_transformers
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast.inference_copy import InferenceCopy
+from revit_fast.inference.inference_copy import InferenceCopy
+from revit_fast.inference.snapshot import Snapshot
 from revit_fast.layers.attention import Attention
 from revit_fast.layers.mlp import Mlp, activation_name
 from revit_fast.layers.norm import TALLayerNorm
@@ -20,7 +21,6 @@ from revit_fast.ops.attention import varlen_attention
 from revit_fast.ops.linear import PackedWeight, gathered, pack_weight, packed_linear
 from revit_fast.ops.tokens import mean_pool
 from revit_fast.packing import Layout
-from revit_fast.snapshot import Snapshot
 from revit_fast.video.clips import ClipLayout, PackedClips
 from revit_fast.video.model import SpaceTimeBlock, TimeSformer, add_and_norm
 
@@ -272,7 +272,7 @@ def optimize(model: TimeSformer) -> OptimizedTimeSformer:
     On a CPU in float32 every linear layer runs on weights packed once, temporal attention's projection and the layer
     behind it are one, and a clip's result is bitwise the same whatever else is in its pack. Elsewhere, and without the
     C++ extension, the copy runs the model's own code. Changed parameters are noticed. Several threads may call the copy
-    concurrently. The process keeps freed memory from the first copy on, see `revit_fast.memory.keep_freed_pages`.
+    concurrently. The process keeps freed memory from the first copy on, see `revit_fast.io.memory.keep_freed_pages`.
 
     Raises:
         TypeError: where `model` is no `TimeSformer`.

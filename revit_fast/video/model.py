@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast.checkpoint import load_fitting
 from revit_fast.grids import check_grids
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.mlp import Mlp, make_activation
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
+from revit_fast.models.weights import load_fitting
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout
 from revit_fast.video.clips import ClipLayout, PackedClips

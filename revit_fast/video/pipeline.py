@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_fast.crops import eval_box
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.policies import PolicySpec
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.settings import input_settings
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.policies import PolicySpec
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.models.settings import input_settings
+from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.video.clips import PackedClips
 from revit_fast.video.engine import optimize as optimized_copy
 from revit_fast.video.model import TimeSformer
@@ -136,7 +136,7 @@ def pipeline(
     Args:
         model: the model.
         assigner: a `TokenLengthAssigner`, or a file that one was saved to.
-        policy: see `revit_fast.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
+        policy: see `revit_fast.adaptive.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
         token_budget: tokens of a pack at most.
         **options: further arguments of `ClipPreprocessor` (n_frames, mean, ...).

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from revit_fast.images import ImageError, Kind, Source, check_file, os_reason
+from revit_fast.io.images import ImageError, Kind, Source, check_file, os_reason
 
 if TYPE_CHECKING:  # arrays need no PyAV, and it is imported where it is first needed
     from av.container import InputContainer

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from revit_fast.adaptive.policies import Evidence
 from revit_fast.explain.facts import Explanation, Length, explain, total, with_evidence
 from revit_fast.explain.html import DARK, LEGEND, LIGHT, STYLE, entries, meter
-from revit_fast.images import ImageError, ImageSource, on_one_line
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.policies import Evidence
+from revit_fast.io.images import ImageError, ImageSource, on_one_line
+from revit_fast.streaming.pipeline import AdaptivePipeline
 
 HOST = "127.0.0.1"
 """The loopback: the page asks nobody who they are, so it is for whoever sits at this machine."""

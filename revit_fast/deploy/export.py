@@ -27,16 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from revit_fast.atomic import replaced, replaced_folder
-from revit_fast.bundle import Bundle
-from revit_fast.costs import forward_macs
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.policies import PolicySpec, make_policy
+from revit_fast.deploy.programs import AssignerProgram, DenseProgram, FixedProgram, make_packed
+from revit_fast.io.atomic import replaced, replaced_folder
 from revit_fast.kernels.constants import N_CLASSES
 from revit_fast.layers.conv_stem import ConvStem
-from revit_fast.model import ReViT
-from revit_fast.policies import PolicySpec, make_policy
-from revit_fast.programs import AssignerProgram, DenseProgram, FixedProgram, make_packed
-from revit_fast.settings import input_settings
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.models.macs import forward_macs
+from revit_fast.models.settings import input_settings
+from revit_fast.models.vit import ReViT
+from revit_fast.streaming.bundle import Bundle
 
 OPSET = 20
 """Of the ONNX files."""

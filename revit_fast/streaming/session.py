@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
-from revit_fast.images import ImageSource
-from revit_fast.results import Result
-from revit_fast.trace import StageTimes
+from revit_fast.io.images import ImageSource
+from revit_fast.io.trace import StageTimes
+from revit_fast.streaming.results import Result
 
 
 class Session:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from revit_fast.grids import DEFAULT_GRIDS
-from revit_fast.model import ReViT
+from revit_fast.models.vit import ReViT
 
 SHARED: dict[str, Any] = {"qkv_bias": False, "eps": 1e-5}
 ARCHITECTURES: dict[str, dict[str, Any]] = {

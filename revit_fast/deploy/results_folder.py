@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from revit_fast.atomic import replaced
-from revit_fast.images import Source
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.results import Result
+from revit_fast.io.atomic import replaced
+from revit_fast.io.images import Source
+from revit_fast.streaming.pipeline import AdaptivePipeline
+from revit_fast.streaming.results import Result
 from revit_fast.version import __version__
 
 FORMAT = "revit-fast results 1"

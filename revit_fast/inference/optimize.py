@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from revit_fast import fused, graphs
-from revit_fast.fused import FusedForward
-from revit_fast.graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
-from revit_fast.inference_copy import InferenceCopy
-from revit_fast.model import PatchRows, ReViT
+from revit_fast.inference import cpu as fused
+from revit_fast.inference import cuda_graphs as graphs
+from revit_fast.inference.cpu import FusedForward
+from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
+from revit_fast.inference.inference_copy import InferenceCopy
+from revit_fast.models.vit import PatchRows, ReViT
 from revit_fast.packing import PackedBatch
 
 
@@ -108,7 +109,7 @@ def optimize(
     fused. docs/notes/cpu-engine.md says what it costs and gains; check your own model's accuracy.
 
     On a GPU the forward pass is replayed from CUDA graphs, captured when a batch of a new shape comes (shapes are
-    rounded up, see `revit_fast.graphs`), so that launching costs one call. A batch may then stay on the CPU, best as
+    rounded up, see `revit_fast.inference.cuda_graphs`), so that launching costs one call. A batch may then stay on the CPU, best as
     uint8 rows: these are copied once, their normalisation is folded into the embedding. Hooks run at capture only, and
     batches beyond `max_rows` and every other method run eagerly. Calls from several threads take turns.
 
@@ -116,7 +117,7 @@ def optimize(
     C++ extension. Changed parameters (`load_state_dict`, `.to`, in-place updates, new modules) are noticed; writes
     through `.data` that keep its memory are not. Pickles and deep copies hold parameters only and derive the rest anew.
 
-    The process keeps freed memory from the first copy on, see `revit_fast.memory.keep_freed_pages`.
+    The process keeps freed memory from the first copy on, see `revit_fast.io.memory.keep_freed_pages`.
 
     Args:
         model: the model to copy.

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from revit_fast.atomic import replaced
+from revit_fast.io.atomic import replaced
 
 
 class StageTimes:

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from revit_fast.costs import forward_macs
-from revit_fast.folder import ASSIGNER, CARD, CONFIG, MODEL, check_assigner, read_model, write_folder
+from revit_fast.models.folder import ASSIGNER, CARD, CONFIG, MODEL, check_assigner, read_model, write_folder
+from revit_fast.models.macs import forward_macs
 
-SHIPPED = Path(__file__).parent / "models"
+SHIPPED = Path(__file__).parents[1] / "zoo"
 """The folder of the models that the package ships."""
 
 SCHEME = "hf-hub:"
@@ -145,7 +145,7 @@ def find_bundle(name_or_folder: str | os.PathLike) -> Path:
     """The folder of a saved model.
 
     Args:
-        name_or_folder: see `revit_fast.bundle.read_bundle`.
+        name_or_folder: see `revit_fast.streaming.bundle.read_bundle`.
 
     Raises:
         FileNotFoundError: where there is none.

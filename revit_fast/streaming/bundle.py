@@ -9,13 +9,21 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from revit_fast.folder import ASSIGNER, CONFIG, complete_settings, default_policy, read_config, read_model, write_folder
-from revit_fast.hub import find_bundle
-from revit_fast.model import ReViT
-from revit_fast.pipeline import AdaptivePipeline, pipeline
-from revit_fast.policies import PolicySpec
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.tla import TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.policies import PolicySpec
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.models.folder import (
+    ASSIGNER,
+    CONFIG,
+    complete_settings,
+    default_policy,
+    read_config,
+    read_model,
+    write_folder,
+)
+from revit_fast.models.hub import find_bundle
+from revit_fast.models.vit import ReViT
+from revit_fast.streaming.pipeline import AdaptivePipeline, pipeline
 
 
 class Bundle(NamedTuple):

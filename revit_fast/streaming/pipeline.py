@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from revit_fast.batching import TokenBudgetBatcher
-from revit_fast.create import create_model
-from revit_fast.decoding import Decoders, Fed, default_decoders
-from revit_fast.engine import OptimizedReViT
-from revit_fast.engine import optimize as optimized_copy
-from revit_fast.images import ImageSource, check_sources, name_of
-from revit_fast.memory import keep_freed_pages, release_freed_pages
-from revit_fast.model import ReViT
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.policies import PolicySpec, confidence
+from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.inference.optimize import OptimizedReViT
+from revit_fast.inference.optimize import optimize as optimized_copy
+from revit_fast.io.images import ImageSource, check_sources, name_of
+from revit_fast.io.memory import keep_freed_pages, release_freed_pages
+from revit_fast.io.trace import StageTimes
+from revit_fast.models.create import create_model
+from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
-from revit_fast.policies import PolicySpec, confidence
-from revit_fast.preprocess import AdaptivePreprocessor
-from revit_fast.results import InOrder, Ready, Result
-from revit_fast.session import Session
-from revit_fast.tla import TokenLengthAssigner
-from revit_fast.trace import StageTimes
+from revit_fast.streaming.batching import TokenBudgetBatcher
+from revit_fast.streaming.decoding import Decoders, Fed, default_decoders
+from revit_fast.streaming.results import InOrder, Ready, Result
+from revit_fast.streaming.session import Session
 
 MAX_BYTES = 256 << 20
 """Pixels of decoded images that may wait to be packed."""
@@ -48,7 +48,7 @@ class AdaptivePipeline:
     Decoding runs ahead on threads. Decoded images are assigned in small groups, join the first open pack that has room
     for their tokens, and are resized straight into it when it is full or has waited. Results come in the order of the
     sources; a source that cannot be read gives an error and moves no other. Memory does not grow with the stream. The
-    process keeps freed memory from the first pipeline on, see `revit_fast.memory.keep_freed_pages`.
+    process keeps freed memory from the first pipeline on, see `revit_fast.io.memory.keep_freed_pages`.
 
     Args:
         model: a `ReViT` in evaluation mode, best an `optimize`d one.
@@ -353,7 +353,7 @@ def pipeline(
         model: a `ReViT`, or a timm name to make one of (needs timm).
         assigner: a `TokenLengthAssigner`, or a file that one was saved to.
         weights: of a model made by name: .safetensors or .pth, of a plain ViT or of a ReViT.
-        policy: see `revit_fast.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
+        policy: see `revit_fast.adaptive.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
         device: of the model; by default where it is.
         dtype: of the model, see `optimize`.

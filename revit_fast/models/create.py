@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from revit_fast.grids import DEFAULT_GRIDS
-from revit_fast.model import ReViT
+from revit_fast.models.vit import ReViT
 
 
 def create_model(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from revit_fast.images import ImageSource, name_of
+from revit_fast.io.images import ImageSource, name_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,10 +38,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from revit_fast.images import ImageError, encoded_size
-from revit_fast.pipeline import AdaptivePipeline
-from revit_fast.results import Result
-from revit_fast.trace import StageTimes
+from revit_fast.io.images import ImageError, encoded_size
+from revit_fast.io.trace import StageTimes
+from revit_fast.streaming.pipeline import AdaptivePipeline
+from revit_fast.streaming.results import Result
 
 DELIVERY_S = 0.5
 """From the last answer of the service until the HTTP proxy in front of it has sent it on."""

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast import ops
-from revit_fast.atomic import replaced
-from revit_fast.costs import forward_macs
+from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
-from revit_fast.model import ReViT
+from revit_fast.inference.snapshot import Snapshot
+from revit_fast.io.atomic import replaced
+from revit_fast.models.macs import forward_macs
+from revit_fast.models.vit import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import PackedWeight, pack_weight
-from revit_fast.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
-from revit_fast.snapshot import Snapshot
 
 STEM_PATCH = 4
 """Pixels a side of the patches that the stem embeds."""
@@ -208,7 +208,7 @@ class TokenLengthAssigner(nn.Module):
         """Raises the error of `make_policy` for a policy that cannot be with this assigner.
 
         Args:
-            policy: see `revit_fast.policies.make_policy`.
+            policy: see `revit_fast.adaptive.policies.make_policy`.
             macs: multiply-adds of the model for an image of each grid.
         """
         make_policy(policy, self.grids, calibration=self.calibration, macs=macs)
@@ -314,7 +314,7 @@ class TokenLengthAssigner(nn.Module):
 
         Args:
             images: as for `predict_proba`.
-            policy: see `revit_fast.policies.make_policy`.
+            policy: see `revit_fast.adaptive.policies.make_policy`.
             boxes: regions to look at, by default the whole images.
             first_index: place of the first image in its stream, for policies that go by it.
         """

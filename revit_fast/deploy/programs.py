@@ -1,4 +1,4 @@
-"""The forward passes that `revit_fast.export` traces: modules from tensors to tensors, without host-side packing."""
+"""The forward passes that `revit_fast.deploy.export` traces: modules from tensors to tensors, without host-side packing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast import fused, ops
-from revit_fast.engine import OptimizedReViT
+from revit_fast import ops
+from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.grids import nearest_lengths
+from revit_fast.inference import cpu as fused
+from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.layers.attention import Attention
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
-from revit_fast.model import Inputs, ReViT
+from revit_fast.models.vit import Inputs, ReViT
 from revit_fast.packing import Layout, nearest_length
-from revit_fast.tla import TokenLengthAssigner
 
 
 class PackedProgram(nn.Module):

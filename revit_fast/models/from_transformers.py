@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revit_fast.timm_import import require
+from revit_fast.models.from_timm import require
 
 KINDS = {
     "ViTModel": {},

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from revit_fast.checkpoint import load_fitting, read_checkpoint
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
-from revit_fast.hub import Pretrained
 from revit_fast.layers.attention import Queries
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
@@ -29,6 +27,8 @@ from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed, patchify
 from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
 from revit_fast.layers.segments import sequence_max
+from revit_fast.models.hub import Pretrained
+from revit_fast.models.weights import load_fitting, read_checkpoint
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, PackedBatch, image_grid, nearest_length, patch_rows
 
@@ -355,7 +355,7 @@ class ReViT(Pretrained, nn.Module):
             TypeError: where `vit` is neither.
             ValueError: where it uses a feature that ReViT does not have; the message names it.
         """
-        from revit_fast.timm_import import config_from_timm, weights_from_timm
+        from revit_fast.models.from_timm import config_from_timm, weights_from_timm
 
         model = cls(grids=grids, **config_from_timm(vit))
         parameter = next(vit.parameters())
@@ -385,7 +385,7 @@ class ReViT(Pretrained, nn.Module):
             TypeError: where `vit` is no model of transformers, or `processor` something else.
             ValueError: where either uses a feature that is not supported; the message names it.
         """
-        from revit_fast import transformers_import as source
+        from revit_fast.models import from_transformers as source
 
         config = source.config_from_transformers(vit)
         settings = {} if processor is None else source.settings_from_processor(processor)

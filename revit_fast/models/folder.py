@@ -22,10 +22,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
-from revit_fast.atomic import replaced_folder
-from revit_fast.checkpoint import load_fitting, read_checkpoint
-from revit_fast.costs import forward_macs
-from revit_fast.settings import SETTINGS, input_settings
+from revit_fast.io.atomic import replaced_folder
+from revit_fast.models.macs import forward_macs
+from revit_fast.models.settings import SETTINGS, input_settings
+from revit_fast.models.weights import load_fitting, read_checkpoint
 
 FORMAT = "revit-fast bundle 1"
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from revit_fast.images import ImageError, ImageSource, name_of
-from revit_fast.trace import StageTimes
+from revit_fast.io.images import ImageError, ImageSource, name_of
+from revit_fast.io.trace import StageTimes
 
 MAX_DECODERS = 8
 """Decoding threads at most, unless asked for more."""

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from revit_fast.grids import nearest_lengths
+from revit_fast.inference.snapshot import Snapshot
 from revit_fast.kernels.constants import KEY_CLASSES, PADDING, TILE_ROWS
 from revit_fast.layers.patch_embed import FoldedEmbedding
-from revit_fast.model import Inputs, PatchRows, ReViT
+from revit_fast.models.vit import Inputs, PatchRows, ReViT
 from revit_fast.packing import Layout, work_list
-from revit_fast.snapshot import Snapshot
 
 MAX_ROWS = 16384
 """Patch rows of the largest bucket: what a graph may hold on to in memory grows with it."""

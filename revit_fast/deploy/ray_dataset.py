@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from revit_fast.decoding import default_decoders
-from revit_fast.images import Source
-from revit_fast.parts import Layout, PartReport, claim
-from revit_fast.pipeline import AdaptivePipeline
+from revit_fast.deploy.results_folder import Layout, PartReport, claim
+from revit_fast.io.images import Source
+from revit_fast.streaming.decoding import default_decoders
+from revit_fast.streaming.pipeline import AdaptivePipeline
 
 MAX_TRIES = 5
 """Times that a part is begun: after so many killed workers it is the part's fault, and the run ends."""
@@ -181,7 +181,7 @@ def predict_dataset(
     start_timeout_s: float = START_TIMEOUT_S,
     on_part: Callable[[Summary], None] | None = None,
 ) -> Summary:
-    """Classifies files on a Ray cluster and keeps the results in a directory, see `revit_fast.parts`.
+    """Classifies files on a Ray cluster and keeps the results in a directory, see `revit_fast.deploy.results_folder`.
 
     Results equal those of `pipe(sources)`: the same records in the same order, with policies that go by an image's
     place seeing its place among all sources. Called again with the same arguments, it computes what is missing.

@@ -6,7 +6,7 @@ import copy
 
 from torch import nn
 
-from revit_fast.memory import keep_freed_pages
+from revit_fast.io.memory import keep_freed_pages
 
 
 class InferenceCopy(nn.Module):

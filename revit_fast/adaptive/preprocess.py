@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from revit_fast import ops
-from revit_fast.costs import forward_macs
-from revit_fast.crops import aspect_grid, eval_box
-from revit_fast.folder import check_assigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.crops import aspect_grid, eval_box
+from revit_fast.adaptive.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
-from revit_fast.images import ImageError, ImageSource, name_of, read_rgb
-from revit_fast.model import ReViT
+from revit_fast.io.images import ImageError, ImageSource, name_of, read_rgb
+from revit_fast.models.folder import check_assigner
+from revit_fast.models.macs import forward_macs
+from revit_fast.models.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
+from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
-from revit_fast.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
-from revit_fast.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
-from revit_fast.tla import TokenLengthAssigner
 
 ENTROPY_PX = 64
 """Side of the thumbnail whose entropy is taken where there is no assigner to take it from."""
@@ -67,7 +67,7 @@ class AdaptivePreprocessor:
         crop_pct: share of the scaled shorter side that the model sees; not used where aspect is "keep".
         aspect: "crop" (a centred square) or "keep".
         interpolation: "bicubic" or "bilinear".
-        policy: how grids are chosen, see `revit_fast.policies.make_policy`.
+        policy: how grids are chosen, see `revit_fast.adaptive.policies.make_policy`.
         dtype: of the rows; uint8 leaves their normalisation to the model, which may be on a GPU.
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
         draft: decode JPEGs at a fraction of their size where the largest grid allows it: faster on large photographs,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revit_fast import ops
 from revit_fast.grids import nearest_lengths
+from revit_fast.inference.snapshot import Snapshot
 from revit_fast.layers.attention import Attention
 from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.conv_stem import CONVOLUTIONS, ConvStem, FoldedStem
@@ -23,12 +24,11 @@ from revit_fast.layers.mlp import Mlp, activation_name
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
 from revit_fast.layers.segments import sequence_max
-from revit_fast.model import PatchRows, ReViT, rows_apart
+from revit_fast.models.vit import PatchRows, ReViT, rows_apart
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 from revit_fast.packing import Layout, cumulative
-from revit_fast.snapshot import Snapshot
 
 STEM = {name: kind for pair in CONVOLUTIONS for name, kind in zip(pair, (nn.Conv2d, nn.BatchNorm2d), strict=True)}
 

@@ -1,0 +1,1 @@
+"""How many tokens an image gets: the assigner, policies, and preprocessing by them."""

@@ -1,0 +1,1 @@
+"""A model outside of this process: files for other runtimes, HTTP, Ray."""

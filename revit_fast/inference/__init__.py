@@ -1,0 +1,1 @@
+"""`optimize`: packed weights on a CPU, CUDA graphs on a GPU."""

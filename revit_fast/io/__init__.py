@@ -1,0 +1,1 @@
+"""Reading images, writing files, timing and memory: what needs no model."""

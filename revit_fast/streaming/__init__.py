@@ -1,0 +1,1 @@
+"""Streams of images to results, in packs by tokens."""
