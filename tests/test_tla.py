@@ -12,7 +12,8 @@ from helpers import assert_as_accurate
 from PIL import Image
 
 import revit_fast as rf
-from revit_fast.adaptive.assigner import MAX_SHARE, SIZES, STEM_PATCH, SeparableCNN, fit_temperature
+from revit_fast.adaptive.assigner import MAX_SHARE, SIZES, fit_temperature
+from revit_fast.adaptive.network import STEM_PATCH, SeparableCNN
 from revit_fast.models.macs import forward_macs
 
 RNG = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The forward passes that `revit_fast.deploy.export` traces: modules from tensors to tensors, without host-side packing."""
+"""The forward passes that `deploy.export` traces: modules from tensors to tensors, without packing on the host."""
 
 from __future__ import annotations
 

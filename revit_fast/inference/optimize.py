@@ -108,9 +108,9 @@ def optimize(
     attention, norms, residuals, activations and head stay in float32, as do the parameters, and whatever does not run
     fused. docs/notes/cpu-engine.md says what it costs and gains; check your own model's accuracy.
 
-    On a GPU the forward pass is replayed from CUDA graphs, captured when a batch of a new shape comes (shapes are
-    rounded up, see `revit_fast.inference.cuda_graphs`), so that launching costs one call. A batch may then stay on the CPU, best as
-    uint8 rows: these are copied once, their normalisation is folded into the embedding. Hooks run at capture only, and
+    On a GPU the forward pass is replayed from CUDA graphs, so that launching costs one call. A graph is captured when a
+    batch of a new shape comes; shapes are rounded up, see `inference.cuda_graphs`. A batch may stay on the CPU, best as
+    uint8 rows: these are copied once, and their normalisation is folded into the embedding. Hooks run at capture only;
     batches beyond `max_rows` and every other method run eagerly. Calls from several threads take turns.
 
     float64 models, other methods and code under `torch.compile` run the model's own code, and so does a CPU without the

@@ -353,7 +353,7 @@ def pipeline(
         model: a `ReViT`, or a timm name to make one of (needs timm).
         assigner: a `TokenLengthAssigner`, or a file that one was saved to.
         weights: of a model made by name: .safetensors or .pth, of a plain ViT or of a ReViT.
-        policy: see `revit_fast.adaptive.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
+        policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
         device: of the model; by default where it is.
         dtype: of the model, see `optimize`.

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revit_fast.adaptive.assigner import STEM_PATCH, TokenLengthAssigner
+from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.network import STEM_PATCH
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.io.memory import keep_freed_pages
 from revit_fast.models.vit import ReViT

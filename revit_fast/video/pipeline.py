@@ -136,7 +136,7 @@ def pipeline(
     Args:
         model: the model.
         assigner: a `TokenLengthAssigner`, or a file that one was saved to.
-        policy: see `revit_fast.adaptive.policies.make_policy`; by default "argmax", or the longest grid without an assigner.
+        policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
         token_budget: tokens of a pack at most.
         **options: further arguments of `ClipPreprocessor` (n_frames, mean, ...).
