@@ -21,7 +21,7 @@ import triton
 from bench.gpu_cases import Case, Setting, all_cases
 from bench.report import RESULTS, header_line, machine_header, spread_ms, write
 from bench.turns import DeviceClock, WallClock, take_turns
-from revit_fast.inference import cuda_graphs as graphs
+from revit_fast.inference import cuda_graphs
 from revit_fast.ops import _triton
 from tests.helpers import assert_as_accurate
 
@@ -231,7 +231,7 @@ def prepare(device: str) -> WallClock | DeviceClock:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("--device interpreter needs TRITON_INTERPRET=1 in the environment")
         _triton.register("CPU")
-        graphs.BACKENDS["cpu"] = graphs.DirectCalls
+        cuda_graphs.BACKENDS["cpu"] = cuda_graphs.DirectCalls
         return WallClock()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("--device cuda: unset TRITON_INTERPRET")

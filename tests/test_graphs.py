@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import revit_fast as rf
 from revit_fast import ops
-from revit_fast.inference import cuda_graphs as graphs
+from revit_fast.inference import cuda_graphs
 from revit_fast.inference.cuda_graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
 from revit_fast.models.vit import Inputs
@@ -23,7 +23,7 @@ from revit_fast.packing import Layout, PackedBatch, work_list
 
 @pytest.fixture(autouse=True)
 def graphs_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(graphs.BACKENDS, "cpu", DirectCalls)
+    monkeypatch.setitem(cuda_graphs.BACKENDS, "cpu", DirectCalls)
 
 
 @given(st.integers(0, 20_000), st.integers(1, 500))
@@ -41,8 +41,8 @@ def test_sizes_are_eight_an_octave():
     assert [round_up(n, 128, 8) for n in (1, 128, 129, 1024, 1025, 2048, 2049, 4000, 4097)] == [
         128, 128, 256, 1024, 1152, 2048, 2304, 4096, 4608,
     ]  # fmt: skip
-    sizes = {round_up(n, 128, 8) for n in range(1, graphs.MAX_ROWS + 1)}
-    assert len(sizes) == 40 <= graphs.MAX_GRAPHS
+    sizes = {round_up(n, 128, 8) for n in range(1, cuda_graphs.MAX_ROWS + 1)}
+    assert len(sizes) == 40 <= cuda_graphs.MAX_GRAPHS
 
 
 @given(
@@ -88,7 +88,7 @@ def test_a_thousand_random_mixes_settle_into_few_graphs(monkeypatch):
         def capture(self, run):
             return lambda: torch.zeros(512, 5)
 
-    monkeypatch.setitem(graphs.BACKENDS, "cpu", Nothing)
+    monkeypatch.setitem(cuda_graphs.BACKENDS, "cpu", Nothing)
     generator = random.Random(0)
     fast = rf.optimize(make_model(grids=(14, 10, 7), embed_dim=3, depth=0))
     waste, launched = [], []

@@ -14,8 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import revit_fast as rf
 import revit_fast.timm_models
-from revit_fast.inference import cpu as fused
-from revit_fast.inference import cuda_graphs as graphs
+from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.layers import ResidualScale, sequence_max
 from revit_fast.models import lvvit
 from revit_fast.models.lvvit import from_lvvit_state_dict
@@ -331,11 +330,11 @@ class TestOptimized:
             rf.optimize(hooked)
         model.patch_embed.bn3 = nn.GroupNorm(2, 8)
         with pytest.raises(ValueError, match=r"patch_embed\.bn3 is GroupNorm"):
-            fused.check_fusable(model)
+            cpu.check_fusable(model)
 
     @torch.inference_mode()
     def test_buckets_of_graphs_take_the_features(self, monkeypatch):
-        monkeypatch.setitem(graphs.BACKENDS, "cpu", graphs.DirectCalls)
+        monkeypatch.setitem(cuda_graphs.BACKENDS, "cpu", cuda_graphs.DirectCalls)
         _, model = pair(aux_head=True)
         fast = rf.optimize(model, max_rows=256)
         for grids in (MIX, [6, 2], MIX * 3):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from revit_fast import ops
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.grids import nearest_lengths
-from revit_fast.inference import cpu as fused
+from revit_fast.inference import cpu
 from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.layers.attention import Attention
 from revit_fast.layers.norm import TALLayerNorm
@@ -70,10 +70,10 @@ class FusedProgram(PackedProgram):
     def __init__(self, model: OptimizedReViT, grids: Iterable[tuple[int, int]]) -> None:
         super().__init__(model, grids)
         self.pos_table = self.pos_table.float()
-        packed = fused.pack_model(model, model._packed_dtype)
+        packed = cpu.pack_model(model, model._packed_dtype)
         # Not as a submodule: the program holds the packed weights alone, not the parameters too.
-        self._tokens = partial(ops.vit_forward, weights=packed.weights, n_pooled=fused.n_pooled(model))
-        self._head = partial(fused.logits_of, model, packed)
+        self._tokens = partial(ops.vit_forward, weights=packed.weights, n_pooled=cpu.n_pooled(model))
+        self._head = partial(cpu.logits_of, model, packed)
 
     def _logits(self, inputs: Inputs) -> Tensor:
         layout = inputs.layout
@@ -83,7 +83,7 @@ class FusedProgram(PackedProgram):
 
 def make_packed(model: ReViT, grids: Iterable[tuple[int, int]]) -> PackedProgram:
     """The packed program that runs as the model itself does: fused where it is an optimised copy that fuses."""
-    if isinstance(model, OptimizedReViT) and fused.serves(model):
+    if isinstance(model, OptimizedReViT) and cpu.serves(model):
         return FusedProgram(model, grids)
     return EagerProgram(model, grids)
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from revit_fast.inference import cpu as fused
-from revit_fast.inference import cuda_graphs as graphs
+from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.inference.cpu import FusedForward
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
 from revit_fast.inference.inference_copy import InferenceCopy
@@ -53,7 +52,9 @@ class OptimizedReViT(InferenceCopy, ReViT):
                 return self._fused.logits(images)
             device = self.pos_embed.device
             if self._cache is None:
-                self._cache = GraphCache(self, graphs.BACKENDS[device.type](device), self.max_rows, self.max_graphs)
+                self._cache = GraphCache(
+                    self, cuda_graphs.BACKENDS[device.type](device), self.max_rows, self.max_graphs
+                )
             bucket = self._cache.bucket(images)
             if bucket is not None:
                 return self._cache.run(self._stemmed(images), bucket)
@@ -71,11 +72,11 @@ class OptimizedReViT(InferenceCopy, ReViT):
         if self._packed_dtype is not None:
             check_integer_device(self.pos_embed.device)
         # A float64 model on a GPU runs the reference, which reads lengths back to the host: no graph can capture that.
-        known = self.pos_embed.device.type in graphs.BACKENDS and self.pos_embed.dtype != torch.float64
+        known = self.pos_embed.device.type in cuda_graphs.BACKENDS and self.pos_embed.dtype != torch.float64
         return known and not torch.compiler.is_compiling()
 
     def _fuses(self) -> bool:
-        return not torch.compiler.is_compiling() and not self._replays() and fused.serves(self)
+        return not torch.compiler.is_compiling() and not self._replays() and cpu.serves(self)
 
     def _normed_tokens(self, batch: PackedBatch) -> Tensor:
         if not self._fuses():
@@ -144,5 +145,5 @@ def optimize(
     if model.pos_embed.device.type == "cpu":
         if (dtype or model.pos_embed.dtype) == torch.float16:
             raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")
-        fused.check_fusable(model)
+        cpu.check_fusable(model)
     return OptimizedReViT(model, dtype, max_rows, max_graphs)
