@@ -64,8 +64,8 @@ class _Moved(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        homes = [import_module(f"{PACKAGE}.{home}") for home in self._homes]
-        setattr(next((module for module in homes if hasattr(module, name)), homes[0]), name, value)
+        homes = " or ".join(f"{PACKAGE}.{home}" for home in self._homes)
+        raise AttributeError(f"{self.__name__} is an old name and holds nothing itself; set {name!r} in {homes}")
 
 
 class _OperatorsWithTorch(MetaPathFinder, Loader):
