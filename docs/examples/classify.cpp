@@ -71,7 +71,7 @@ at::Tensor read_ppm(const std::string& path) {
   return pixels;
 }
 
-// The region (left, upper, right, lower) that the model sees: eval_box of revit_fast/adaptive/preprocess.py.
+// The region (left, upper, right, lower) that the model sees: eval_box of revit_fast/adaptive/crops.py.
 std::vector<double> eval_box(int64_t height, int64_t width, int64_t image_px, double crop_pct) {
   const auto scaled = static_cast<int64_t>(std::floor(image_px / crop_pct));
   const int64_t shorter = std::min(height, width), longer = std::max(height, width);
