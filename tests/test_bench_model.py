@@ -230,6 +230,30 @@ def test_wrong_results_get_no_time(vit, monkeypatch):
     assert row.startswith(f"| ours | float32 | {ours['error']:.1e} | |")
 
 
+def test_a_wrong_pipeline_gets_no_time():
+    pytest.importorskip("torchvision")
+    from bench import pipeline
+
+    truth = torch.randn(pipeline.BATCH, 5, generator=torch.Generator().manual_seed(0)).double()
+    off = truth + 2e-3 * truth.abs().max()
+
+    def candidate(logits, precision="float32"):
+        return pipeline.Candidate(lambda turn: [*logits[:4], logits[4:]], truth, precision)
+
+    candidates = {"ours": candidate(truth), "float32": candidate(off), "bfloat16": candidate(off, "bfloat16")}
+    rows = {row["candidate"]: row for row in pipeline.checked_rows("case", candidates, rounds=1, per=1)}
+    assert {name: (row["precision"], row["error"]) for name, row in rows.items()} == {
+        "ours": ("float32", "0.0e+00"),
+        "float32": ("float32", "2.0e-03"),
+        "bfloat16": ("bfloat16", "2.0e-03"),
+    }
+    assert rows["float32"]["ms/image"] == "wrong"
+    assert "time / ours" not in rows["float32"]
+    assert rows["bfloat16"]["time / ours"] > 0
+    with pytest.raises(SystemExit, match="ours is wrong"):
+        pipeline.checked_rows("case", {"ours": candidate(off)}, rounds=1, per=1)
+
+
 def test_the_command_writes_its_tables(monkeypatch, tmp_path, capsys):
     write = bench.write
     monkeypatch.setattr(bench, "write", lambda *args: write(*args, folder=tmp_path))
