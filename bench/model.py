@@ -1,7 +1,8 @@
 """The whole model beside every other way to run it on mixed grids, and its time and memory per token.
 
-All candidates of a case run in this process, on the same images, in turns. Each is checked against timm first. Results
-go to `bench/results/model.md` and `model.json` after every case. Run: python -m bench.model [--quick]
+All candidates of a case run in this process, on the same images, in turns. Each is first checked against timm in
+float64, by the tolerance of its precision. Results go to `bench/results/model.md` and `model.json` after every case.
+Run: python -m bench.model [--quick]
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import gc
 import resource
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import revit_fast as rf
-from bench.model_peers import PEERS, Peer, Run, Unsuited
+from bench.model_peers import PEERS, Kind, Peer, Run, Unsuited, precision_name
 from bench.model_work import (
     MIXES,
     MODELS,
     N_SETS,
     SLOW_S,
+    TOLERANCES,
     Case,
     Flops,
     grids_of,
     model_title,
     random_vit,
+    relative_error,
     timed,
     ungroup,
 )
@@ -37,18 +41,30 @@ from revit_fast.inference.cpu import pack_model
 from revit_fast.ops import packed_linear
 
 OURS, CEILING, PROBE = "ours", "matrix products alone", "FMA probe"
-TOLERANCE = 1e-4
-"""Largest difference to timm's logits, as a part of the largest logit: float32 through 12 blocks, summed otherwise."""
-
 BATCHES = (1, 3, 16, 64)
 
 
-def ours(case: Case) -> Peer:
+def ours(case: Case, dtype: torch.dtype = torch.float32) -> Peer:
     """The optimised model on packs."""
-    model = rf.optimize(rf.ReViT.from_timm(case.vit))
+    model = rf.optimize(rf.ReViT.from_timm(case.vit), dtype=dtype)
     packs = [model.pack(images) for images in case.sets]
     run = torch.inference_mode()(lambda i: model(packs[i % N_SETS]))
-    return Peer(run, range(len(case.grids)), flops_of_ours(case))
+    return Peer(run, range(len(case.grids)), flops_of_ours(case), precision=precision_name(dtype))
+
+
+OUR_KINDS = (
+    Kind(OURS, ours, "The optimised model on packs; every ratio is to it."),
+    Kind(
+        "ours, bfloat16",
+        partial(ours, dtype=torch.bfloat16),
+        "`optimize(model, dtype=torch.bfloat16)`: weights in bfloat16, arithmetic in float32.",
+    ),
+    Kind(
+        "ours, int8",
+        partial(ours, dtype=torch.int8),
+        "`optimize(model, dtype=torch.int8)`: the linear layers of the blocks in int8, all else in float32.",
+    ),
+)
 
 
 def flops_of_ours(case: Case) -> Flops:
@@ -75,17 +91,22 @@ def products_alone(case: Case) -> tuple[Run, float]:
     return run, sum(2.0 * n * weight.panels.shape[1] * weight.n_out for n, weight in calls)
 
 
-def problem_with(logits: Tensor, peer: Peer, case: Case) -> str | None:
-    """What is wrong with a candidate's logits of the first set."""
+def judged(logits: Tensor, peer: Peer, case: Case) -> tuple[float | None, str | None]:
+    """Checks a candidate's logits of the first set.
+
+    Returns:
+        Their error, None where it cannot be computed; and what is wrong with them, None where nothing is.
+    """
     expected = case.expected
     if logits.shape != expected.shape:
-        return f"wrong: shape {tuple(logits.shape)}, expected {tuple(expected.shape)}"
+        return None, f"wrong: shape {tuple(logits.shape)}, expected {tuple(expected.shape)}"
     if not logits.isfinite().all():
-        return "wrong: logits are not finite"
+        return None, "wrong: logits are not finite"
     if peer.order is None:
-        return None
-    difference = ((ungroup(logits, peer.order) - expected).abs().max() / expected.abs().max()).item()
-    return None if difference <= TOLERANCE else f"wrong: differs from timm by {difference:.1e} of the largest logit"
+        return None, None
+    error, tolerance = relative_error(ungroup(logits, peer.order), expected), TOLERANCES[peer.precision]
+    problem = f"wrong: differs from timm by {error:.1e} of the largest logit, {peer.precision} may by {tolerance:.0e}"
+    return error, None if error <= tolerance else problem
 
 
 def page_faults(run: Run, calls: int = 5) -> int:
@@ -98,26 +119,28 @@ def page_faults(run: Run, calls: int = 5) -> int:
     return int(statistics.median(faults))
 
 
-def checked(case: Case, builders: dict[str, Callable[[Case], Peer]]) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The candidates whose logits are right, and why each of the others is left out."""
-    peers, reasons = {}, {}
+def checked(case: Case, builders: dict[str, Callable[[Case], Peer]]) -> tuple[dict[str, Peer], dict[str, dict]]:
+    """The candidates whose logits are right; and the precision and error of every one, and why it is left out."""
+    peers, verdicts = {}, {}
     for name, build in builders.items():
+        precision = error = None
         try:
             peer = build(case)
-            problem = problem_with(peer.run(0), peer, case)
-        except Exception as error:  # a peer that is not installed or fails must not end the run of the others
-            problem = str(error) if isinstance(error, Unsuited) else f"{type(error).__name__}: {error}".splitlines()[0]
-        if problem is None:
+            precision = peer.precision
+            error, reason = judged(peer.run(0), peer, case)
+        except Exception as e:  # a peer that is not installed or fails must not end the run of the others
+            reason = str(e) if isinstance(e, Unsuited) else f"{type(e).__name__}: {e}".splitlines()[0]
+        if reason is None:
             peers[name] = peer
-        else:
-            reasons[name] = problem
-    return peers, reasons
+        verdicts[name] = {"precision": precision, "error": error, "reason": reason}
+    return peers, verdicts
 
 
 def measure(case: Case, peer_keys: Sequence[str], rounds: int, pause_s: float) -> dict:
     """Checks and times all candidates of a case."""
-    builders = {OURS: ours} | {PEERS[key].name: PEERS[key].build for key in peer_keys}
-    peers, reasons = checked(case, builders)
+    builders = {kind.name: kind.build for kind in (*OUR_KINDS, *(PEERS[key] for key in peer_keys))}
+    peers, verdicts = checked(case, builders)
+    verdicts[CEILING] = {"precision": "float32", "error": None, "reason": None}
     probe = FmaProbe(case.n_threads)
     runs = {name: peer.run for name, peer in peers.items()} | {PROBE: probe.run}
     runs[CEILING], product_flops = products_alone(case)
@@ -125,8 +148,8 @@ def measure(case: Case, peer_keys: Sequence[str], rounds: int, pause_s: float) -
     peak = probe.flops / statistics.median(samples[PROBE])
     nominal = case.shape.flops(case.seqlens).total
     result = {"flops_nominal": nominal, "fma_peak": peak, "fma_kind": probe.kind, "candidates": []}
-    for name in [*builders, CEILING]:
-        row = {"candidate": name, "reason": reasons.get(name)}
+    for name, verdict in verdicts.items():
+        row = {"candidate": name} | verdict
         if name in samples:
             row |= times(samples[name], samples.get(OURS), len(case.grids))
             row["note"] = peers[name].note if name in peers else ""
@@ -159,6 +182,11 @@ def case_title(result: dict) -> str:
     return f"{model_title(result['model'])}, batch {result['batch']}, {MIXES[result['mix']]}"
 
 
+def error_text(row: dict) -> str:
+    """A row's error; a dash where no logits can be compared."""
+    return "–" if row["error"] is None else f"{row['error']:.1e}"
+
+
 def case_table(result: dict, rounds: int) -> str:
     """A case as Markdown."""
     facts = [
@@ -175,12 +203,14 @@ def case_table(result: dict, rounds: int) -> str:
         "",
         " · ".join(facts),
         "",
-        "| candidate | median ms | quartiles ms | images/s | time ÷ ours | GFLOP | of peak | of peak, nominal | note |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| candidate | precision | error | median ms | quartiles ms | images/s | time ÷ ours | GFLOP | of peak "
+        "| of peak, nominal | note |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in result["candidates"]:
+        who = f"| {row['candidate']} | {row['precision'] or '–'} | {error_text(row)} "
         if row["reason"]:
-            lines.append(f"| {row['candidate']} | | | | | | | | {row['reason']} |")
+            lines.append(f"{who}| | | | | | | | {row['reason']} |")
             continue
         low, high = row["quartiles_ms"]
         ratio = f"{row['ratio_to_ours']:.2f}" if row["ratio_to_ours"] else "–"
@@ -190,7 +220,7 @@ def case_table(result: dict, rounds: int) -> str:
             f"rounds: {row['rounds']}, as a call takes over {SLOW_S:g} s" if row["rounds"] < rounds else "",
         ]
         lines.append(
-            f"| {row['candidate']} | {row['median_ms']:.2f} | {low:.2f}–{high:.2f} | {row['images_per_s']:.1f} "
+            f"{who}| {row['median_ms']:.2f} | {low:.2f}–{high:.2f} | {row['images_per_s']:.1f} "
             f"| {ratio} | {row['flops'] / 1e9:.1f} | {row['of_peak']:.1%} | {nominal} "
             f"| {'; '.join(filter(None, notes))} |"
         )
@@ -204,14 +234,17 @@ def document(header: dict, results: Sequence[dict], scaling_rows: Sequence[dict]
         "",
         header_line(header),
         "",
-        f"{args.threads} threads, float32; {args.rounds} rounds in alternating order on {N_SETS} rotated sets of "
-        f"images, {args.pause:g} s rest before each turn. GFLOP: what a candidate executes, two for a multiply-add of "
-        "its matrix products and attention; of peak: that over its time and over the FMA peak, measured between the "
+        f"{args.threads} threads; {args.rounds} rounds in alternating order on {N_SETS} rotated sets of "
+        f"images, {args.pause:g} s rest before each turn. Precision: the lowest among the operands of a candidate's "
+        "matrix products; error: its largest difference to timm's logits in float64, as a part of the largest logit, "
+        "on the first set of images. GFLOP: what a candidate executes, two for a multiply-add of its matrix products "
+        "and attention; of peak: that over its time and over the FMA peak of float32, measured between the "
         "turns of the same case; nominal: with the FLOP of every block on every token of the batch in place of those "
         "executed (ours leaves out what the pooled token does not need in the last block, padded peers execute more). "
-        "The ceiling is the time of our linear layers alone on our microkernel, scaled to all FLOP that ours executes.",
+        "Other precisions may exceed the peak. The ceiling is the time of our linear layers "
+        "alone on our microkernel in float32, scaled to all FLOP that ours executes.",
         "",
-        *(f"- **{kind.name}**: {kind.note}" for kind in (PEERS[key] for key in args.peers)),
+        *(f"- **{kind.name}**: {kind.note}" for kind in (*OUR_KINDS, *(PEERS[key] for key in args.peers))),
         "",
         *(case_table(result, args.rounds) for result in results),
     ]
@@ -221,15 +254,16 @@ def document(header: dict, results: Sequence[dict], scaling_rows: Sequence[dict]
 
 
 def progress_line(result: dict) -> str:
-    """A case in a line: ours, then the ratios."""
+    """A case in a line: ours, then the ratios, each with precision and error."""
     parts = []
     for row in result["candidates"]:
+        how = f"{row['precision']}, error {error_text(row)}"
         if row["reason"]:
             parts.append(f"{row['candidate']} –")
         elif row["candidate"] == OURS:
-            parts.append(f"ours {row['median_ms']:.1f} ms ({row['of_peak']:.0%} of peak)")
+            parts.append(f"ours {row['median_ms']:.1f} ms ({how}, {row['of_peak']:.0%} of peak)")
         elif row["ratio_to_ours"]:
-            parts.append(f"{row['candidate']} {row['ratio_to_ours']:.2f}")
+            parts.append(f"{row['candidate']} {row['ratio_to_ours']:.2f} ({how})")
     return f"{case_title(result)}: {' · '.join(parts)}"
 
 
@@ -272,7 +306,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the bench; fails at the end where ours was wrong."""
+    """Runs the bench; fails at the end where ours was wrong at any precision."""
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     header = machine_header()
@@ -299,9 +333,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for n_threads in sorted({1, args.threads}):
             scaling_rows += scaling(args.scaling_model, vit, args.scaling_tokens, n_threads, args.rounds, args.pause)
             save()
-    wrong = [case_title(result) for result in results if result["candidates"][0]["reason"]]
+    rows_of_ours = [(result, row) for result in results for row in result["candidates"][: len(OUR_KINDS)]]
+    wrong = [f"{row['candidate']} on {case_title(result)}" for result, row in rows_of_ours if row["reason"]]
     if wrong:
-        raise SystemExit("ours failed: " + "; ".join(wrong))
+        raise SystemExit("failed: " + "; ".join(wrong))
 
 
 if __name__ == "__main__":

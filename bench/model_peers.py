@@ -1,18 +1,20 @@
 """Other ways to run a ViT on a batch of mixed grids, each in the form in which it serves such a batch best.
 
-A builder takes a `Case` and returns a `Peer`. Where a peer has settings that no rule decides, its variants are tried
-against each other and the fastest is taken: a comparison should not be won by the other's wrong setting.
+A builder takes a `Case` and returns a `Peer`. Peers run at their default precision, and in float32 where that is not
+the default. Where a peer has settings that no rule decides, its variants are timed and the fastest is taken: a
+comparison should not be won by the other's wrong setting.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +42,19 @@ class Peer:
         order: image that each row of the logits belongs to; None where no image's logits can be compared with timm's.
         flops: what it executes.
         note: the variant taken, or what else is particular to the case.
+        precision: the lowest among the operands of its matrix products, a key of `TOLERANCES`.
     """
 
     run: Run
     order: Sequence[int] | None
     flops: Flops
     note: str = ""
+    precision: str = "float32"
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """A dtype as a key of `TOLERANCES`, "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def fastest(variants: dict[str, Run], pause_s: float = 0.1) -> tuple[str, Run]:
@@ -113,10 +122,27 @@ def timm_full_length(case: Case) -> Peer:
     return Peer(run, None, case.shape.flops(seqlens))
 
 
-def timm_grouped(case: Case) -> Peer:
-    """One call per grid."""
-    run = torch.inference_mode()(lambda i: torch.cat([case.vit(x) for x in case.stacked[i % N_SETS].values()]))
-    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens))
+@lru_cache(maxsize=1)
+def cast_for_autocast(vit: VisionTransformer) -> VisionTransformer:
+    """A copy with the weights in bfloat16 that autocast would cast in every call, a tenth of its time on DeiT-S."""
+    cast = copy.deepcopy(vit)
+    for module in cast.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.bfloat16()
+    return cast
+
+
+def timm_grouped(case: Case, dtype: torch.dtype = torch.float32) -> Peer:
+    """One call per grid, in bfloat16 under autocast."""
+    autocast = dtype == torch.bfloat16
+    vit = cast_for_autocast(case.vit) if autocast else case.vit
+
+    @torch.inference_mode()
+    def run(turn: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return torch.cat([vit(x) for x in case.stacked[turn % N_SETS].values()])
+
+    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), precision=precision_name(dtype))
 
 
 def torch_compiled(case: Case) -> Peer:
@@ -161,26 +187,36 @@ def openvino_model(vit: VisionTransformer):
         return openvino.convert_model(WithPositions(vit), example_input=(images, positions), input=shapes)
 
 
-def openvino_run(case: Case, hint: str) -> Run:
-    """One request per grid: one after another under LATENCY, all at once under THROUGHPUT.
+def openvino_compiled(model, n_threads: int, hint: str, precision: str | None):
+    """A model compiled for the CPU, at OpenVINO's own choice of precision where `precision` is None."""
+    settings = {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n_threads}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    return openvino_core().compile_model(model, "CPU", settings)
 
-    Each grid and count has a model of its own, reshaped before it is compiled; open-ended grids share a dynamic one.
+
+def openvino_precision(compiled) -> str:
+    """The precision that OpenVINO took for a compiled model, a key of `TOLERANCES`."""
+    names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    return names[compiled.get_property("INFERENCE_PRECISION_HINT").to_string()]
+
+
+def openvino_run(case: Case, hint: str, precision: str | None) -> tuple[Run, str]:
+    """The function and the precision that OpenVINO takes for it.
+
+    There is one request per grid: they run one after another under LATENCY, all at once under THROUGHPUT. Each grid and
+    count has a model of its own, reshaped before it is compiled; open-ended grids share a dynamic one.
     """
-    settings = {
-        "PERFORMANCE_HINT": hint,
-        "INFERENCE_NUM_THREADS": case.n_threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
     inputs = numpy_inputs(case)
-    core, model = openvino_core(), openvino_model(case.vit)
-    shared = core.compile_model(model, "CPU", settings) if case.open_ended else None
+    model = openvino_model(case.vit)
+    shared = openvino_compiled(model, case.n_threads, hint, precision) if case.open_ended else None
     requests = []
     for images, positions in inputs[0]:
         compiled = shared
         if compiled is None:
             static = model.clone()
             static.reshape({static.input(0): images.shape, static.input(1): positions.shape})
-            compiled = core.compile_model(static, "CPU", settings)
+            compiled = openvino_compiled(static, case.n_threads, hint, precision)
         requests.append(compiled.create_infer_request())
 
     def run(turn: int) -> Tensor:
@@ -192,14 +228,15 @@ def openvino_run(case: Case, hint: str) -> Run:
             request.wait()
         return torch.from_numpy(np.concatenate([request.get_output_tensor().data for request in requests]))
 
-    return run
+    return run, openvino_precision(compiled)
 
 
-def openvino_grouped(case: Case) -> Peer:
-    """OpenVINO in float32."""
-    hint, run = fastest({hint: openvino_run(case, hint) for hint in ("LATENCY", "THROUGHPUT")})
+def openvino_grouped(case: Case, precision: str | None = "f32") -> Peer:
+    """OpenVINO at a precision, or at its own choice of one where that is None."""
+    variants = {hint: openvino_run(case, hint, precision) for hint in ("LATENCY", "THROUGHPUT")}
+    hint, run = fastest({hint: run for hint, (run, _) in variants.items()})
     note = f"{hint} hint" + (", dynamic shapes" if case.open_ended else "")
-    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), note)
+    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), note, precision=variants[hint][1])
 
 
 @lru_cache(maxsize=1)
@@ -346,7 +383,7 @@ def navit_packed(case: Case) -> Peer:
 
 @dataclass(frozen=True)
 class Kind:
-    """A peer as the tables name it."""
+    """A candidate as the tables name it."""
 
     name: str
     build: Callable[[Case], Peer]
@@ -360,7 +397,12 @@ PEERS = {
         "Every image at 14×14. More work on larger images: its logits have no counterpart to compare with.",
     ),
     "timm": Kind(
-        "timm, grouped by length", timm_grouped, "One call per grid; the truth that others are checked against."
+        "timm, grouped by length", timm_grouped, "One call per grid; in float64 the truth that all are checked against."
+    ),
+    "timm-bf16": Kind(
+        "timm, grouped, autocast bf16",
+        partial(timm_grouped, dtype=torch.bfloat16),
+        'The same under `torch.autocast("cpu", torch.bfloat16)`; the weights that it would cast are cast beforehand.',
     ),
     "compile": Kind(
         "torch.compile, frozen, grouped",
@@ -373,6 +415,11 @@ PEERS = {
         openvino_grouped,
         "A static model for every grid and count, float32, the better of the LATENCY and THROUGHPUT hints (under the "
         "latter all grids run at once). Random grids: one dynamic model, a request per grid.",
+    ),
+    "openvino-default": Kind(
+        "OpenVINO, grouped, default precision",
+        partial(openvino_grouped, precision=None),
+        "The same at the precision that OpenVINO chooses, bfloat16 on CPUs with instructions for it.",
     ),
     "onnxruntime": Kind(
         "ONNX Runtime, grouped",

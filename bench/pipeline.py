@@ -4,6 +4,10 @@ Run: python -m bench.pipeline [--quick] [--parts assigner prepare jpeg stream]
 
 The mix of grids is that of the model bench (4 at 14, 6 at 10, 6 at 7 of 16 images). No assigner can be trained here, so
 one of random weights is run, its cost counted, and the mix taken whatever it says.
+
+The error of a pipeline from JPEG files is that of its model on the first batch: the largest difference of a logit to
+the same model in float64 on the same prepared images, as a part of the largest logit. A pipeline whose error is beyond
+the tolerance of its precision has no time.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 import revit_fast as rf
-from bench.model_work import MODELS, grids_of, model_title, random_vit
+from bench.model_work import MODELS, TOLERANCES, grids_of, model_title, random_vit, relative_error, true_logits
 from bench.photos import SIZE, jpeg, photo
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
@@ -44,6 +49,7 @@ from revit_fast.streaming.pipeline import AdaptivePipeline
 BATCH = 16
 CROP_PCT = 0.9
 N_SETS = 4
+TIMM_TRANSFORM = create_transform(224, crop_pct=CROP_PCT, interpolation="bicubic")
 
 
 def mixed_policy(n_images: int) -> Policy:
@@ -61,6 +67,8 @@ def make_pipeline(key: str, n_images: int, **options: Any) -> AdaptivePipeline:
 
 
 Row = dict[str, Any]
+Load = Callable[[bytes], Tensor]
+"""The tensor of a JPEG file that a model takes."""
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -81,6 +89,27 @@ def timed_rows(what: str, candidates: dict[str, Callable[[int], Any]], rounds: i
         ratio = statistics.median(b / a for a, b in zip(first, seconds, strict=True))
         row = {"case": what, "candidate": name, "ms/image": round(median, 3)}
         rows.append(row | {"quartiles": f"{low:.3f} to {high:.3f}", "time / ours": round(ratio, 3)})
+    return rows
+
+
+def checked_rows(what: str, candidates: dict[str, Candidate], rounds: int, per: int) -> list[Row]:
+    """Rows of candidates with their precision and error; those beyond its tolerance come last, without times.
+
+    Raises:
+        SystemExit: where the first, which is ours, is beyond its tolerance: there is nothing to compare with.
+    """
+    errors = {name: candidate.error() for name, candidate in candidates.items()}
+    right = {name: c.run for name, c in candidates.items() if errors[name] <= TOLERANCES[c.precision]}
+    first = next(iter(candidates))
+    if first not in right:
+        raise SystemExit(f"{what}: {first} is wrong, its error is {errors[first]:.1e}")
+    rows = timed_rows(what, right, rounds, per)
+    for row in rows:
+        row["images/s"] = round(1e3 / row["ms/image"], 1)
+    rows += [{"case": what, "candidate": name, "ms/image": "wrong"} for name in candidates if name not in right]
+    for row in rows:
+        name = row["candidate"]
+        row |= {"precision": candidates[name].precision, "error": f"{errors[name]:.1e}"}
     return rows
 
 
@@ -153,12 +182,29 @@ def ahead(function: Callable, items: Iterable, n_threads: int, n_ahead: int) -> 
             yield waiting.popleft().result()
 
 
-def timm_run(vit, files: Sequence[bytes], n_threads: int) -> Callable[[int], list[Tensor]]:
-    """timm at full length behind its own transform; the next images are prepared during the forward pass."""
-    transform = create_transform(224, crop_pct=CROP_PCT, interpolation="bicubic")
+@dataclass
+class Candidate:
+    """A pipeline from JPEG files to logits.
 
-    def load(file: bytes) -> Tensor:
-        return transform(Image.open(io.BytesIO(file)).convert("RGB"))
+    Attributes:
+        run: computes the logits of all files, in parts of any number of images.
+        expected: float64 logits `[BATCH, n_classes]` of the first files, as the pipeline prepares them.
+        precision: the lowest among the operands of its matrix products, a key of `TOLERANCES`.
+    """
+
+    run: Callable[[int], list[Tensor]]
+    expected: Tensor
+    precision: str = "float32"
+
+    def error(self) -> float:
+        """The largest difference of a logit to the expected one, as a part of the largest."""
+        n_classes = self.expected.shape[1]
+        logits = torch.cat([part.reshape(-1, n_classes) for part in self.run(0)])
+        return relative_error(logits[:BATCH], self.expected)
+
+
+def timm_run(vit, files: Sequence[bytes], n_threads: int, load: Load) -> Callable[[int], list[Tensor]]:
+    """timm at full length; the next images are prepared during the forward pass."""
 
     @torch.inference_mode()
     def run(turn: int) -> list[Tensor]:
@@ -167,37 +213,49 @@ def timm_run(vit, files: Sequence[bytes], n_threads: int) -> Callable[[int], lis
     return run
 
 
-def openvino_run(vit, files: Sequence[bytes], n_threads: int, hint: str, load) -> Callable[[int], list[np.ndarray]]:
-    """OpenVINO at full length, compiled for batches of 16; the next images are prepared during the forward pass."""
+def openvino_run(
+    vit, files: Sequence[bytes], n_threads: int, hint: str, load: Load, precision: str | None
+) -> tuple[Callable[[int], list[Tensor]], str]:
+    """OpenVINO at full length, compiled for batches of 16, and the precision that it takes (its own choice for None).
+
+    The next images are prepared during the forward pass.
+    """
     import openvino
 
-    from bench.model_peers import openvino_core, quiet_export
+    from bench.model_peers import openvino_compiled, openvino_precision, quiet_export
 
     with quiet_export():
         model = openvino.convert_model(vit, example_input=torch.zeros(1, 3, 224, 224), input=[BATCH, 3, 224, 224])
-    settings = {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n_threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino_core().compile_model(model, "CPU", settings)
+    compiled = openvino_compiled(model, n_threads, hint, precision)
     n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     requests = [compiled.create_infer_request() for _ in range(n_requests)]
 
-    def run(turn: int) -> list[np.ndarray]:
+    def logits_of(request) -> Tensor:
+        return torch.from_numpy(request.get_output_tensor().data.copy())
+
+    def run(turn: int) -> list[Tensor]:
         outputs, running = [], deque()
         free = deque(requests)
         for x in batched(ahead(load, files, n_threads, 2 * BATCH), BATCH):
             if not free:
                 request, _ = running.popleft()
                 request.wait()
-                outputs.append(request.get_output_tensor().data.copy())
+                outputs.append(logits_of(request))
                 free.append(request)
             request = free.popleft()
             request.start_async([x.numpy()], share_inputs=True)
             running.append((request, x))  # the input must live until it is done
         for request, _ in running:
             request.wait()
-            outputs.append(request.get_output_tensor().data.copy())
+            outputs.append(logits_of(request))
         return outputs
 
-    return run
+    return run, openvino_precision(compiled)
+
+
+def timm_load(file: bytes) -> Tensor:
+    """timm's own transform, on PIL images."""
+    return TIMM_TRANSFORM(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
 def torchvision_load(file: bytes) -> Tensor:
@@ -214,6 +272,13 @@ def our_load(file: bytes) -> Tensor:
     return rows.view(224, 224, 3).permute(2, 0, 1)
 
 
+def expected_of_ours(vit, pipe: AdaptivePipeline, files: Sequence[bytes]) -> Tensor:
+    """Float64 logits `[B, n_classes]` of files as the pipeline prepares them."""
+    batch = pipe.prep(files).batch
+    with torch.inference_mode():
+        return rf.ReViT.from_timm(vit).double()(replace(batch, data=batch.data.double()))
+
+
 def jpeg_rows(key: str, n_images: int, rounds: int, n_threads: int) -> tuple[list[Row], list[Row]]:
     """JPEG files to logits: ours on the mix, the others at full length."""
     files = [jpeg(i) for i in range(n_images)]
@@ -228,17 +293,22 @@ def jpeg_rows(key: str, n_images: int, rounds: int, n_threads: int) -> tuple[lis
         stages.append({**times.seconds, "wall": time.perf_counter() - begin})
         return logits
 
+    def expected(load: Load) -> Tensor:
+        return true_logits(vit, [torch.stack([load(file) for file in files[:BATCH]])])
+
     candidates = {
-        "ours: assigner, mixed grids": ours,
-        "timm full-length, its own transform": timm_run(vit, files, n_threads),
+        "ours: assigner, mixed grids": Candidate(ours, expected_of_ours(vit, pipe, files[:BATCH])),
+        "timm full-length, its own transform": Candidate(
+            timm_run(vit, files, n_threads, timm_load), expected(timm_load)
+        ),
     }
     for name, load in (("torchvision v2 uint8", torchvision_load), ("our resize", our_load)):
-        for hint in ("LATENCY", "THROUGHPUT"):
-            run = openvino_run(vit, files, n_threads, hint, load)
-            candidates[f"OpenVINO full-length ({hint}), {name}"] = run
-    rows = timed_rows(f"{model_title(key)}, {n_images} JPEGs, {n_threads} threads", candidates, rounds, n_images)
-    for row in rows:
-        row["images/s"] = round(1e3 / row["ms/image"], 1)
+        truth = expected(load)
+        for hint, asked in product(("LATENCY", "THROUGHPUT"), ("f32", None)):
+            run, precision = openvino_run(vit, files, n_threads, hint, load, asked)
+            default = "" if asked else ", default precision"
+            candidates[f"OpenVINO full-length ({hint}{default}), {name}"] = Candidate(run, truth, precision)
+    rows = checked_rows(f"{model_title(key)}, {n_images} JPEGs, {n_threads} threads", candidates, rounds, n_images)
     stage_rows = [
         {
             "case": rows[0]["case"],

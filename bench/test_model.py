@@ -3,7 +3,7 @@
 import pytest
 from conftest import Comparison
 
-from bench.model import OURS, ours, problem_with
+from bench.model import OURS, judged, ours
 from bench.model_peers import PEERS
 from bench.model_work import MODELS, Case, grids_of, model_title, random_vit
 
@@ -23,7 +23,7 @@ def compare(model: str) -> Comparison:
     peers = {name: build(case) for name, build in BUILDERS.items()}
 
     def check(candidate: str, logits) -> None:
-        problem = problem_with(logits, peers[candidate], case)
+        _, problem = judged(logits, peers[candidate], case)
         assert problem is None, f"{candidate}: {problem}"
 
     return Comparison(

@@ -1,4 +1,4 @@
-"""`python -m bench.model`: every peer computes what timm does, its FLOP are right, wrong logits get no time."""
+"""`python -m bench.model`: every peer computes what timm does, says its precision, and wrong logits get no time."""
 
 import json
 import math
@@ -15,8 +15,10 @@ timm = pytest.importorskip("timm")
 
 from bench import model as bench  # noqa: E402 (needs timm)
 from bench import probe  # noqa: E402
-from bench.model_peers import PEERS, Peer, Unsuited  # noqa: E402
+from bench.model_peers import PEERS, Kind, Peer, Unsuited  # noqa: E402
 from bench.model_work import (  # noqa: E402
+    MODELS,
+    TOLERANCES,
     Case,
     Flops,
     ModelShape,
@@ -24,14 +26,21 @@ from bench.model_work import (  # noqa: E402
     grids_of,
     grids_up_to,
     random_vit,
+    relative_error,
     rounds_for,
     timed,
+    true_logits,
 )
 
 pytestmark = only_on("cpu", reason="a bench of the CPU")
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"openvino": ["openvino"], "onnxruntime": ["onnx", "onnxruntime"], "navit": ["vit_pytorch"]}
+PACKAGES = {
+    "openvino": ["openvino"],
+    "openvino-default": ["openvino"],
+    "onnxruntime": ["onnx", "onnxruntime"],
+    "navit": ["vit_pytorch"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,15 @@ def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     peer = PEERS[key].build(case)
     for turn in (0, 1, 0):
         logits = peer.run(turn)
-    assert bench.problem_with(logits, peer, case) is None
+    error, problem = bench.judged(logits, peer, case)
+    assert problem is None
+    assert (error is None) == (peer.order is None)
+    if key == "timm-bf16":
+        assert peer.precision == "bfloat16"
+    elif key != "openvino-default":
+        assert peer.precision == "float32"
+    if error is not None:
+        assert (error > TOLERANCES["float32"]) == (peer.precision != "float32"), "the error tells the precision"
     assert (peer.order is None) == (key in ("timm-full", "navit")), "the others share timm's weights"
     assert peer.flops.total >= case.shape.flops(case.seqlens).total or key == "navit"
 
@@ -91,7 +108,7 @@ def test_the_compiled_peer_gives_the_logits_of_timm():
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     logits = [peer.run(turn) for turn in (1, 0)][1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew after it was built"
-    assert bench.problem_with(logits, peer, case) is None
+    assert bench.judged(logits, peer, case)[1] is None
     torch.compiler.reset()
     with pytest.raises(Unsuited, match="compiled anew"):
         PEERS["compile"].build(Case(vit, grids_of("random", 2), open_ended=True))
@@ -100,11 +117,58 @@ def test_the_compiled_peer_gives_the_logits_of_timm():
 def test_ours_and_its_products(vit):
     case = Case(vit, grids_of("mix", 4))
     peer = bench.ours(case)
-    assert bench.problem_with(peer.run(0), peer, case) is None
+    assert bench.judged(peer.run(0), peer, case)[1] is None
     assert bench.page_faults(peer.run, calls=1) >= 0
     products, flops = bench.products_alone(case)
     products(0)
     assert 0 < flops < bench.flops_of_ours(case).linear
+
+
+@pytest.mark.parametrize("kind", bench.OUR_KINDS, ids=lambda kind: kind.name)
+def test_ours_at_every_precision(vit, kind):
+    case = Case(vit, grids_of("mix", 4))
+    peer = kind.build(case)
+    error, problem = bench.judged(peer.run(0), peer, case)
+    assert problem is None
+    assert peer.precision == (kind.name.partition(", ")[2] or "float32")
+    assert (error > TOLERANCES["float32"]) == (peer.precision != "float32"), "the error tells the precision"
+
+
+def test_errors_are_to_timm_in_float64(vit):
+    case = Case(vit, grids_of("mix", 4))
+    assert case.expected.dtype == torch.float64
+    assert next(vit.parameters()).dtype == torch.float32, "the model itself stays"
+    images = [image[None] for image in case.sets[0]]
+    assert relative_error(true_logits(vit, images), case.expected) < 1e-12, "one image at a time"
+    assert relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0]).double()) == 0.25
+
+
+def test_the_tolerance_of_bfloat16_is_twice_the_error_of_autocast():
+    case = Case(random_vit(MODELS["deit-ti"]), grids_of("mix", 3))
+    peer = PEERS["timm-bf16"].build(case)
+    error, _ = bench.judged(peer.run(0), peer, case)
+    assert TOLERANCES["bfloat16"] / 4 < error < TOLERANCES["bfloat16"] / 2
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_every_precision_has_its_tolerance(vit, precision):
+    case = Case(vit, grids_of("mix", 4))
+    largest, order = case.expected.abs().max(), range(4)
+
+    def judged(factor):
+        logits = case.expected.clone()
+        logits[2, 3] += factor * TOLERANCES[precision] * largest
+        return bench.judged(logits, Peer(lambda turn: logits, order, Flops(1, 1), precision=precision), case)
+
+    error, problem = judged(0.9)
+    assert error == pytest.approx(0.9 * TOLERANCES[precision])
+    assert problem is None
+    error, problem = judged(1.1)
+    assert error == pytest.approx(1.1 * TOLERANCES[precision])
+    assert problem.startswith("wrong: differs from timm")
+    assert precision in problem
+    swapped = Peer(lambda turn: None, [1, 0, 2, 3], Flops(1, 1), precision=precision)
+    assert bench.judged(case.expected, swapped, case)[1], "images in the wrong order are no rounding"
 
 
 def test_flops_of_deit_small_on_the_mix():
@@ -150,18 +214,47 @@ def test_wrong_results_get_no_time(vit, monkeypatch):
         raise ImportError("not installed\nsecond line")
 
     case = Case(vit, grids_of("mix", 3), n_threads=1)
-    peers, reasons = bench.checked(case, {"wrong": wrong, "absent": absent, "right": PEERS["timm"].build})
+    peers, verdicts = bench.checked(case, {"wrong": wrong, "absent": absent, "right": PEERS["timm"].build})
     assert list(peers) == ["right"]
-    assert reasons["wrong"].startswith("wrong: differs from timm")
-    assert reasons["absent"] == "ImportError: not installed"
-    monkeypatch.setattr(bench, "ours", wrong)
+    assert verdicts["wrong"]["reason"].startswith("wrong: differs from timm")
+    assert verdicts["wrong"]["error"] == pytest.approx(1 / case.expected.abs().max().item())
+    assert verdicts["absent"] == {"precision": None, "error": None, "reason": "ImportError: not installed"}
+    assert verdicts["right"]["reason"] is None
+    monkeypatch.setattr(bench, "OUR_KINDS", (Kind(bench.OURS, wrong, ""),))
     result = bench.measure(case, ["timm"], rounds=1, pause_s=0)
     ours, timm_, _ = result["candidates"]
     assert "median_ms" not in ours
     assert timm_["ratio_to_ours"] is None
+    about = {"model": "deit-ti", "batch": 3, "mix": "mix", "tokens": 1}
+    row = next(line for line in bench.case_table(about | result, 1).splitlines() if line.startswith("| ours"))
+    assert row.startswith(f"| ours | float32 | {ours['error']:.1e} | |")
 
 
-def test_the_command_writes_its_tables(monkeypatch, tmp_path):
+def test_a_wrong_pipeline_gets_no_time():
+    pytest.importorskip("torchvision")
+    from bench import pipeline
+
+    truth = torch.randn(pipeline.BATCH, 5, generator=torch.Generator().manual_seed(0)).double()
+    off = truth + 2e-3 * truth.abs().max()
+
+    def candidate(logits, precision="float32"):
+        return pipeline.Candidate(lambda turn: [*logits[:4], logits[4:]], truth, precision)
+
+    candidates = {"ours": candidate(truth), "float32": candidate(off), "bfloat16": candidate(off, "bfloat16")}
+    rows = {row["candidate"]: row for row in pipeline.checked_rows("case", candidates, rounds=1, per=1)}
+    assert {name: (row["precision"], row["error"]) for name, row in rows.items()} == {
+        "ours": ("float32", "0.0e+00"),
+        "float32": ("float32", "2.0e-03"),
+        "bfloat16": ("bfloat16", "2.0e-03"),
+    }
+    assert rows["float32"]["ms/image"] == "wrong"
+    assert "time / ours" not in rows["float32"]
+    assert rows["bfloat16"]["time / ours"] > 0
+    with pytest.raises(SystemExit, match="ours is wrong"):
+        pipeline.checked_rows("case", {"ours": candidate(off)}, rounds=1, per=1)
+
+
+def test_the_command_writes_its_tables(monkeypatch, tmp_path, capsys):
     write = bench.write
     monkeypatch.setattr(bench, "write", lambda *args: write(*args, folder=tmp_path))
     arguments = (
@@ -176,12 +269,22 @@ def test_the_command_writes_its_tables(monkeypatch, tmp_path):
     content = json.loads((tmp_path / "model.json").read_text())
     rows = {row["candidate"]: row for row in content["results"][0]["candidates"]}
     assert rows["ours"]["ratio_to_ours"] == 1
+    assert [rows[name]["precision"] for name in ("ours", "ours, bfloat16", "ours, int8", "timm, full length")] == [
+        "float32",
+        "bfloat16",
+        "int8",
+        "float32",
+    ]
+    assert 0 < rows["ours"]["error"] < 1e-5 < rows["ours, bfloat16"]["error"] < rows["ours, int8"]["error"]
+    assert rows["timm, full length"]["error"] is rows[bench.CEILING]["error"] is None
     assert 0 < rows["timm, grouped by length"]["of_peak"] < 1
     assert rows["timm, full length"]["flops"] > rows["ours"]["flops"]
     assert content["scaling"][0]["tokens"] == 50
     table = (tmp_path / "model.md").read_text()
     assert "## DeiT-Ti, batch 1, all 7×7" in table
-    assert "| ours |" in table
+    assert f"| ours | float32 | {rows['ours']['error']:.1e} |" in table
+    assert "| timm, full length | float32 | – |" in table
+    assert f"(float32, error {rows['ours']['error']:.1e}, " in capsys.readouterr().out
     assert "## Scaling: DeiT-Ti, ours" in table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.md"]
 
