@@ -61,7 +61,7 @@ def export_packed(
     argument. The logits equal those of `model` bit for bit.
 
     An optimised copy (`optimize`) is exported as its single fused op, with weights packed for the instruction set in
-    use. With another instruction set the op raises an error that names it.
+    use. With another instruction set the op raises an error that names the weight.
 
     Args:
         model: the model, in evaluation mode on the CPU.
@@ -160,7 +160,10 @@ def assigner_settings(
 
 
 def save_program(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Writes a program for `torch.export.load`, completely or not at all; the settings are its JSON file `SETTINGS`."""
+    """Writes a program for `torch.export.load`, completely or not at all.
+
+    Its extra file `SETTINGS` contains the settings as JSON.
+    """
     with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
         # The warning is about the embedding's weight in channels-last memory, which is saved and loaded in that order.
         warnings.filterwarnings("ignore", "No complete tensor found")
@@ -262,7 +265,7 @@ def _traced(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple | Non
     with torch.no_grad():
         program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
     for node in program.graph.nodes:
-        # The runtime of a package turns an empty list into None. Zeros are safe: without tiles their number is not read.
+        # The runtime of a package turns an empty list into None. Zeros are safe: without tiles nobody reads them.
         if node.target is torch.ops.revit_fast.varlen_attention.default and not node.args[-1]:
             node.args = (*node.args[:-1], [0] * N_CLASSES)
     program.graph_module.recompile()
