@@ -1,1 +1,1 @@
-"""How many tokens an image gets: the assigner, policies, and preprocessing by them."""
+"""How many tokens an image gets: the assigner, the policies, and the preprocessing that applies them."""

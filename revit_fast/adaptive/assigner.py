@@ -1,6 +1,6 @@
-"""The Token-Length Assigner: from a thumbnail, which token length an image needs.
+"""The Token-Length Assigner: it predicts from a thumbnail which token length an image needs.
 
-The paper (arXiv 2307.02092) has a light classifier; this one, a depthwise-separable CNN on patch rows, is ours.
+The paper (arXiv 2307.02092) uses a light classifier. This one, a depthwise-separable CNN on patch rows, is our own.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 
 MAX_SHARE = 0.0015
-"""Of the model's shortest path, in multiply-adds, that an assigner made for it may take. Thumbnails and small layers
-run at a fraction of the rate of the model's own products: this keeps their time within a twentieth."""
+"""Largest cost of an assigner, as a share of the multiply-adds of the model's shortest path. Thumbnails and small
+layers run at a fraction of the model's speed; this share keeps their time below a twentieth of the model's."""
 
 ROWS_PER_PIXEL = 2
-"""Source rows that are averaged for a row of the thumbnail, at least; more than twice as many are not looked at."""
+"""Least number of source rows that are averaged for a row of the thumbnail. At most about twice as many are read."""
 
 LEAST_MACS, LEAST_SHARE = 150_000, 0.02
-"""Multiply-adds that an assigner may take in any case, where they are at most this share of the shortest path: a small
-model of small images gets one that still sees what tells its lengths apart."""
+"""Multiply-adds that an assigner may always use, if they are at most this share of the shortest path. A small model of
+small images thus gets an assigner that is large enough to tell its lengths apart."""
 
 SIZES = ((64, (32, 64, 128)), (64, (16, 32, 64)), (32, (16, 32, 64)), (32, (8, 16, 32)), (16, (8, 16)))
-"""(thumbnail_px, widths) from large to small."""
+"""Sizes of assigners, (thumbnail_px, widths), from large to small."""
 
 BATCH = 64
-"""Thumbnails that go through the network at a time: their activations stay in the caches."""
+"""Thumbnails in one pass through the network; so few that their activations stay in the caches."""
 
 FORMAT = "revit-fast token-length assigner 1"
 
@@ -47,15 +47,15 @@ class TokenLengthAssigner(nn.Module):
     """Predicts, from a thumbnail, the smallest sufficient token length of an image (TLA, arXiv 2307.02092).
 
     Args:
-        grids: token grids to choose among, strictly decreasing: index 0 is the longest.
+        grids: token grids to choose from, strictly decreasing: index 0 is the longest.
         thumbnail_px: side of the square thumbnail in pixels.
         widths: channels of the CNN's stem and of each block after it.
-        backbone: instead of the CNN, the name of a timm model, made with one output per grid (needs timm).
-        mean: of each channel, of pixels in [0, 1].
-        std: of each channel, likewise.
+        backbone: name of a timm model that replaces the CNN, made with one output per grid (needs timm).
+        mean: channel means of pixels in [0, 1].
+        std: channel standard deviations of pixels in [0, 1].
 
     Raises:
-        ValueError: for grids that do not decrease, or a thumbnail that the stem cannot cut into patches.
+        ValueError: if the grids do not decrease, or the stem cannot cut the thumbnail into patches.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class TokenLengthAssigner(nn.Module):
 
     @classmethod
     def for_model(cls, model: ReViT, **options: Any) -> TokenLengthAssigner:
-        """The largest assigner of `SIZES` within `MAX_SHARE` (or `LEAST_MACS`) of the model, else the smallest.
+        """The largest assigner of `SIZES` that costs at most `MAX_SHARE` (or `LEAST_MACS`), else the smallest.
 
         Args:
-            model: the model that it assigns for; grids are its own.
+            model: the model to assign for; the assigner has its grids.
             **options: further arguments of the constructor.
         """
         shortest = forward_macs(model, model.lengths[-1])
@@ -101,13 +101,13 @@ class TokenLengthAssigner(nn.Module):
 
     @property
     def description(self) -> str:
-        """The network, its input and its calibration, for people."""
+        """A readable text about the network, its input and its calibration."""
         kind = self.backbone or f"convolutions of {', '.join(map(str, self.widths))} channels"
         calibrated = f"{len(self.calibration.suffices)} held-out images" if self.calibration else "nothing yet"
         return f"{kind} on thumbnails of {self.thumbnail_px} px, calibrated on {calibrated}"
 
     def check_policy(self, policy: PolicySpec, macs: Sequence[float]) -> None:
-        """Raises the error of `make_policy` for a policy that cannot be with this assigner.
+        """Raises the error of `make_policy` if the policy is not possible with this assigner.
 
         Args:
             policy: see `revit_fast.adaptive.policies.make_policy`.
@@ -117,7 +117,7 @@ class TokenLengthAssigner(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds for one image: linear layers and convolutions of the network."""
+        """Multiply-adds for one image, in the linear layers and convolutions of the network."""
         if isinstance(self.network, SeparableCNN):
             return self.network.macs(self.thumbnail_px)
         counted = []
@@ -139,19 +139,19 @@ class TokenLengthAssigner(nn.Module):
         return sum(counted)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[B, n_lengths]` of normalised thumbnails `[B, 3, S, S]`, the longest length first; differentiable."""
+        """Logits `[B, n_lengths]` of normalised thumbnails `[B, 3, S, S]`, longest length first; differentiable."""
         return self.network(x)
 
     def thumbnails(self, images: Sequence[np.ndarray | Tensor], boxes=None, dtype=torch.float32) -> Tensor:
-        """Patch rows `[B * (S/4)², 48]` of the thumbnails of uint8 images, normalised, or raw where dtype is uint8.
+        """Patch rows `[B * (S/4)², 48]` of the thumbnails of uint8 images: normalised, or raw if dtype is uint8.
 
-        Thumbnails are Pillow's bilinear, antialiased resize; of an image with many more rows than the thumbnail only
-        every n-th is read.
+        The resize is Pillow's, bilinear and antialiased. If an image has many more rows than the thumbnail, only every
+        n-th row is read.
 
         Args:
             images: uint8 arrays `[H, W, 3]` or `[H, W]`.
             boxes: regions to look at, see `ops.resize_patchify`; by default the whole images.
-            dtype: of the rows.
+            dtype: type of the rows.
         """
         if boxes is None or isinstance(boxes[0], (int, float)):
             boxes = [boxes] * len(images)
@@ -161,13 +161,13 @@ class TokenLengthAssigner(nn.Module):
         return ops.resize_patchify(images, self.thumbnail_px, STEM_PATCH, **options).data
 
     def _thinned(self, image: np.ndarray | Tensor, box) -> tuple[np.ndarray | Tensor, tuple[float, ...] | None]:
-        """Every n-th row of a large image, and the box there: reading all of it would cost more than the network."""
+        """Every n-th row of a large image, and the box in these rows. Reading all would cost more than the network."""
         height, width = image.shape[:2]
         left, upper, right, lower = (0, 0, width, height) if box is None else box
         step = int((lower - upper) / (ROWS_PER_PIXEL * self.thumbnail_px))
         if step <= 1:
             return image, box
-        rows = image[step // 2 :: step]  # each stands for the middle of `step` rows
+        rows = image[step // 2 :: step]  # each row is the middle one of `step` rows
         return rows, (left, upper / step, right, min(lower / step, rows.shape[0]))
 
     def entropies(self, images: Sequence[np.ndarray | Tensor], boxes=None) -> np.ndarray:
@@ -176,15 +176,15 @@ class TokenLengthAssigner(nn.Module):
         return grey_entropy(pixels.numpy())
 
     def images_of(self, rows: Tensor) -> Tensor:
-        """Thumbnails `[B, 3, S, S]` of patch rows, as `forward` takes them."""
+        """Thumbnails `[B, 3, S, S]` from patch rows, in the form that `forward` takes."""
         side = self.thumbnail_px // STEM_PATCH
         x = rows.view(-1, side, side, STEM_PATCH, STEM_PATCH, 3).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, 3, self.thumbnail_px, self.thumbnail_px)
 
     def predict_proba(self, images: Sequence[np.ndarray | Tensor], boxes=None) -> Tensor:
-        """Calibrated probabilities `[B, n_lengths]` that each length is the smallest sufficient, the longest first.
+        """Calibrated probabilities `[B, n_lengths]` that a length is the smallest sufficient one, longest first.
 
-        An image's are bitwise the same in every batch (with the CNN, on the CPU).
+        The probabilities of an image are bitwise the same in every batch (with the CNN, on the CPU).
 
         Args:
             images: uint8 arrays `[H, W, 3]` or `[H, W]`, of any sizes.
@@ -194,7 +194,7 @@ class TokenLengthAssigner(nn.Module):
         return (self._logits(self.thumbnails(images, boxes)) / temperature).softmax(dim=1)
 
     def _logits(self, rows: Tensor) -> Tensor:
-        """Float32 logits on the CPU of the normalised patch rows that `thumbnails` gives."""
+        """Float32 logits, on the CPU, of the normalised patch rows that `thumbnails` returns."""
         if self.training:
             raise ValueError(
                 "the assigner is in training mode, where a thumbnail's result depends on its batch; call .eval()"
@@ -218,7 +218,7 @@ class TokenLengthAssigner(nn.Module):
             images: as for `predict_proba`.
             policy: see `revit_fast.adaptive.policies.make_policy`.
             boxes: regions to look at, by default the whole images.
-            first_index: place of the first image in its stream, for policies that go by it.
+            first_index: place of the first image in its stream, for policies that depend on the place.
         """
         chosen = make_policy(policy, self.grids, calibration=self.calibration)
         chosen.decides_before("an assigner")
@@ -233,12 +233,12 @@ class TokenLengthAssigner(nn.Module):
     def calibrate(
         self, images: Sequence[np.ndarray | Tensor], labels: Sequence[int] | Tensor | None = None, *, boxes=None
     ) -> Calibration:
-        """Fits what policies need on held-out images, and keeps it.
+        """Fits the values that policies need to held-out images, and stores them.
 
         Args:
-            images: that the assigner was not trained on.
-            labels: index of the smallest sufficient length of each, 0 the longest; fits the temperature. Without them
-                the temperature stays as it is: budgets need none.
+            images: images that the assigner was not trained on.
+            labels: index of the smallest sufficient length of each image, 0 is the longest. The temperature is fitted
+                to them. Without labels it stays as it is: budgets need no labels.
             boxes: regions to look at, by default the whole images.
 
         Returns:
@@ -255,12 +255,12 @@ class TokenLengthAssigner(nn.Module):
         return self._calibrate(torch.cat(logits), np.concatenate(entropies), labels)
 
     def calibrate_rows(self, rows: Tensor, labels: Sequence[int] | Tensor | None = None) -> Calibration:
-        """The same as `calibrate`, from the raw thumbnails, uint8 patch rows `[B * (S/4)², 48]`."""
+        """As `calibrate`, but takes raw thumbnails: uint8 patch rows `[B * (S/4)², 48]`."""
         pixels = rows.view(-1, self.thumbnail_px**2, 3).numpy()
         return self._calibrate(self._logits(self.normalised(rows)), grey_entropy(pixels), labels)
 
     def normalised(self, rows: Tensor) -> Tensor:
-        """Raw thumbnails, uint8 patch rows, as `thumbnails` gives them normalised, bit for bit."""
+        """Normalises raw thumbnails (uint8 patch rows); bit for bit what `thumbnails` returns normalised."""
         mean, std = (
             torch.tensor(v, dtype=torch.float32, device=rows.device).repeat(rows.shape[1] // 3)
             for v in (self.mean, self.std)
@@ -274,7 +274,7 @@ class TokenLengthAssigner(nn.Module):
             if labels.shape != (len(logits),) or not ((labels >= 0) & (labels < len(self.grids))).all():
                 raise ValueError(f"labels: expected {len(logits)} indices in [0, {len(self.grids)}), got {labels!r}")
             temperature = fit_temperature(logits.double(), labels)
-        probabilities = (logits / temperature).softmax(dim=1).numpy()  # the bits that an image will have
+        probabilities = (logits / temperature).softmax(dim=1).numpy()  # the same bits as in `predict_proba`
         parts = np.arange(len(self.grids) - 1, 0, -1) / len(self.grids)
         self.calibration = Calibration(
             temperature=temperature,
@@ -284,7 +284,7 @@ class TokenLengthAssigner(nn.Module):
         return self.calibration
 
     def save(self, path: str | Path) -> None:
-        """Writes weights, calibration and settings to one `.safetensors` file, all or nothing."""
+        """Writes weights, calibration and settings to one `.safetensors` file, completely or not at all."""
         from safetensors.torch import save
 
         metadata = {
@@ -308,11 +308,11 @@ class TokenLengthAssigner(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> TokenLengthAssigner:
-        """Reads what `save` wrote; in evaluation mode.
+        """Reads an assigner that `save` wrote; it is in evaluation mode.
 
         Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: where it holds something else.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if `save` did not write the file, or it cannot be read.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -337,7 +337,7 @@ class TokenLengthAssigner(nn.Module):
         return assigner.eval()
 
     def __getstate__(self) -> dict:
-        """All but what is derived from the parameters."""
+        """The state without the fused network, which is derived from the parameters."""
         return {**self.__dict__, "_fused": None}
 
 
@@ -352,7 +352,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return F.cross_entropy(logits / np.exp(log_temperature), labels).item()
 
-    # The loss is convex in 1/t, so unimodal in log t: golden-section search.
+    # The loss is convex in 1/t and therefore unimodal in log t, as golden-section search needs.
     ratio = (5**0.5 - 1) / 2
     low, high = -np.log(20.0), np.log(20.0)
     while high - low > 1e-4:

@@ -1,4 +1,4 @@
-"""Which part of an image a model sees, and in what grid."""
+"""The part of an image that a model sees, and the grid of its patches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 from functools import lru_cache
 
 
-@lru_cache(maxsize=1024)  # images of one size are many
+@lru_cache(maxsize=1024)  # many images have the same size
 def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[float, float, float, float]:
     """The region, (left, upper, right, lower) in source pixels, that timm's evaluation transform shows the model.
 
-    timm scales the shorter side to `floor(image_px / crop_pct)`, the longer in proportion, rounded down, and cuts a
-    centred square of `image_px`, its corner rounded to a pixel. Resizing this region is the same as that, without
-    computing what is cut away: the filter takes the same source pixels with the same weights, up to the rounding of the
-    region's edges to float32 and, where their order differs, of the image between the two passes.
+    timm scales the shorter side to `floor(image_px / crop_pct)` and the longer one in proportion, rounded down. It then
+    cuts out a centred square of `image_px`, whose corner is rounded to a pixel. Resizing this region gives the same
+    result without computing the pixels that timm cuts away: the filter takes the same source pixels with the same
+    weights. Two roundings may differ: of the region's edges to float32 and, if the two passes run in another order, of
+    the image between them.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        image_px: side of the square that the model sees.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        image_px: side of the square that the model sees, in pixels.
         crop_pct: share of the scaled shorter side that is kept, in (0, 1].
     """
     scaled = math.floor(image_px / crop_pct)
@@ -26,14 +27,14 @@ def eval_box(height: int, width: int, image_px: int, crop_pct: float) -> tuple[f
     longer_scaled = int(scaled * longer / shorter)
     out_height, out_width = (scaled, longer_scaled) if height <= width else (longer_scaled, scaled)
     top, left = (round((side - image_px) / 2.0) for side in (out_height, out_width))
-    # Multiplied first: an edge of the image is hit exactly.
+    # Multiplying before dividing makes the edges of the image exact.
     right, bottom = (left + image_px) * width / out_width, (top + image_px) * height / out_height
     return left * width / out_width, top * height / out_height, min(right, width), min(bottom, height)
 
 
 MAX_ENLARGEMENT = 100.0
 RATIO_STEP = 1e-5
-"""How closely the ratio is searched, and the smallest one."""
+"""Precision of the search for the ratio, and the smallest ratio."""
 
 
 @lru_cache(maxsize=1024)
@@ -42,21 +43,21 @@ def aspect_grid(
 ) -> tuple[int, int]:
     """The grid (rows, columns) of an image that keeps its aspect ratio under a budget of tokens.
 
-    The image is scaled by the largest ratio whose patches, cut-off ones at the right and lower edge counted as whole,
-    are at most `max_tokens`. Resizing the image to the whole patches stretches it by less than one patch a side. The
-    choice is exactly that of timm's NaFlex data pipeline (`get_image_size_for_seq`) and of SigLIP 2, its bisection with
-    its steps included.
+    The image is scaled by the largest ratio that gives at most `max_tokens` patches. Partial patches at the right and
+    lower edge count as whole ones. Resizing the image to whole patches stretches it by less than one patch per side.
+    The choice is exactly that of timm's NaFlex data pipeline (`get_image_size_for_seq`) and of SigLIP 2: this is the
+    same bisection with the same steps.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        max_tokens: patches at most.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        max_tokens: largest number of patches.
         patch_size: P in pixels.
-        max_ratio: scale by no more than this; 1 never enlarges. By default 100.
+        max_ratio: largest ratio; 1 never enlarges an image. By default 100.
 
     Raises:
-        ValueError: for an argument below 1 (`max_ratio`: not above 0), or an image whose shorter side would have to
-            shrink below a hundred-thousandth.
+        ValueError: if an argument is below 1 (`max_ratio`: not above 0), or the image would have to shrink to a
+            hundred-thousandth of its size or less.
     """
     given = {"height": height, "width": width, "max_tokens": max_tokens, "patch_size": patch_size}
     for name, value in given.items():

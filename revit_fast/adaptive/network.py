@@ -1,4 +1,4 @@
-"""The assigner's network: a small separable CNN on thumbnails, and the same fused for evaluation."""
+"""The assigner's network: a small separable CNN on thumbnails, and a fused form of it for evaluation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from revit_fast.ops import _library
 from revit_fast.ops.linear import PackedWeight, pack_weight
 
 STEM_PATCH = 4
-"""Pixels a side of the patches that the stem embeds."""
+"""Side, in pixels, of the patches that the stem embeds."""
 
 
 class SeparableBlock(nn.Module):
-    """A 3×3 convolution of every channel by itself, then a linear layer over channels, norm and GELU."""
+    """A 3×3 convolution of each channel alone, then a linear layer over the channels, a norm and GELU."""
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class SeparableBlock(nn.Module):
 
 
 class SeparableCNN(nn.Module):
-    """Patches, separable blocks that halve the side, mean over positions, linear head.
+    """A patch embedding, separable blocks that halve the side, the mean over positions and a linear head.
 
     Args:
-        n_out: outputs.
-        widths: channels of the stem and of every block after it.
+        n_out: number of outputs.
+        widths: channels of the stem and of each block after it.
     """
 
     def __init__(self, n_out: int, widths: Sequence[int]) -> None:
@@ -55,7 +55,7 @@ class SeparableCNN(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
     def macs(self, image_px: int) -> int:
-        """Multiply-adds for one image of this side."""
+        """Multiply-adds for one image with a side of `image_px` pixels."""
         side = image_px // STEM_PATCH
         total = side**2 * self.stem.weight.numel() + self.head.weight.numel()
         for block in self.blocks:
@@ -65,13 +65,13 @@ class SeparableCNN(nn.Module):
 
 
 class FusedCNN:
-    """A `SeparableCNN` in evaluation mode on patch rows: norms folded, linear layers packed, activations in place.
+    """A `SeparableCNN` in evaluation mode on patch rows: folded norms, packed linear layers, in-place activations.
 
-    An image's logits are bitwise the same in every batch.
+    The logits of an image are bitwise the same in every batch.
     """
 
     class Layer(NamedTuple):
-        """The depthwise convolution before a linear layer, as `F.conv2d` wants it, and that layer."""
+        """A linear layer, and the weight for `F.conv2d` and the stride of the depthwise convolution before it."""
 
         depthwise: Tensor | None
         stride: int
@@ -93,15 +93,15 @@ class FusedCNN:
         return pack_weight(weight.double() * scale.unsqueeze(1), bias)
 
     def holds(self) -> bool:
-        """Whether the network and the instruction set are as they were."""
+        """Whether the network and the instruction set have not changed since construction."""
         return self.snapshot.holds() and self.isa == _library.cpu_isa()
 
     def logits(self, rows: Tensor, side: int) -> Tensor:
-        """Logits `[B, n_out]` of B images as patch rows `[B * side², P·P·3]`."""
+        """Logits `[B, n_out]` of B images, given as patch rows `[B * side², P·P·3]`."""
         n_images = rows.shape[0] // side**2
         for layer in self.layers:
             if layer.depthwise is not None:
-                # Rows are an image in channels-last memory: convolved without being moved.
+                # Rows are images in channels-last memory, so the convolution needs no copy.
                 x = rows.view(n_images, side, side, -1).permute(0, 3, 1, 2)
                 x = F.conv2d(x, layer.depthwise, stride=layer.stride, padding=1, groups=x.shape[1])
                 side = x.shape[2]

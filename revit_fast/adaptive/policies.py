@@ -1,4 +1,4 @@
-"""From what the assigner believes of an image to the grid that it gets."""
+"""Policies: they choose the grid of an image from the assigner's probabilities or other evidence."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PolicySpec = str | tuple[str, Any]
 
 
 class Evidence(NamedTuple):
-    """What a policy may look at, for a batch of B images.
+    """The values that a policy may use, for a batch of B images.
 
     Attributes:
         index: int `[B]`, place of each image in its stream.
-        probabilities: float `[B, n_lengths]` of the assigner, the longest length first; None where it was not asked.
-        entropy: float `[B]`, see `grey_entropy`; None where it was not asked for.
+        probabilities: the assigner's, float `[B, n_lengths]`, longest length first; None if the policy needs none.
+        entropy: float `[B]`, see `grey_entropy`; None if the policy does not need it.
     """
 
     index: np.ndarray
@@ -35,13 +35,14 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What held-out images taught about an assigner.
+    """Values of an assigner that were fitted to held-out images.
 
     Attributes:
-        temperature: that its logits are divided by.
-        suffices: float32 `[n_images, n_lengths]`, P(label <= length) of every held-out image, from which the cost of
-            any threshold follows.
-        entropies: `[n_lengths - 1]` decreasing; an image of at least the first gets the longest grid, and so on.
+        temperature: divisor of the assigner's logits.
+        suffices: float32 `[n_images, n_lengths]`, P(label <= length) of every held-out image. The cost of any threshold
+            follows from it.
+        entropies: `[n_lengths - 1]`, decreasing bounds: an image whose entropy reaches the first gets the longest grid,
+            and so on.
     """
 
     temperature: float
@@ -49,7 +50,7 @@ class Calibration:
     entropies: tuple[float, ...]
 
     def shares(self, threshold: float) -> np.ndarray:
-        """Share of the held-out images that each length gets at a threshold, `[n_lengths]`."""
+        """Share `[n_lengths]` of the held-out images that get each length at a threshold."""
         chosen = smallest_sufficient(self.suffices, threshold)
         return np.bincount(chosen, minlength=self.suffices.shape[1]) / len(chosen)
 
@@ -57,19 +58,19 @@ class Calibration:
         """The largest threshold whose mean cost over the held-out images is at most `budget`.
 
         Args:
-            costs: of an image at each length, decreasing.
-            budget: mean cost that may be spent on an image.
-            name: of the budget, for the error.
+            costs: cost of an image at each length, decreasing.
+            budget: largest mean cost of an image.
+            name: name of the budget, for the error message.
 
         Raises:
-            ValueError: where even the shortest length costs more.
+            ValueError: if even the shortest length costs more.
         """
         if budget < costs[-1]:
             raise ValueError(
                 f"policy: {name} {budget:g} is below the cost of the shortest length; expected {costs[-1]:g} (every "
                 f"image at the shortest length) to {costs[0]:g} (every image at the longest)"
             )
-        # A length i is chosen from the threshold above which no shorter one suffices: candidates are these values.
+        # The choice of an image changes only at the values of its `suffices`: these are the candidates.
         candidates = np.unique(np.concatenate([[0.0, 1.0], self.suffices[:, 1:].ravel()]))
         low, high = 0, len(candidates) - 1  # mean cost grows with the threshold
         while low < high:
@@ -83,7 +84,7 @@ class Calibration:
 
 def suffices(probabilities: np.ndarray) -> np.ndarray:
     """P(label <= length) `[B, n_lengths]`: the probability that a length is long enough; 1 for the longest."""
-    # Rounded sums may exceed 1: as a threshold, such a value would be out of reach of every length.
+    # Rounded sums may exceed 1. No length could reach such a value as a threshold.
     cumulative = np.ascontiguousarray(probabilities[:, ::-1].cumsum(axis=1)[:, ::-1].clip(max=1.0))
     cumulative[:, 0] = 1.0
     return cumulative
@@ -96,7 +97,7 @@ def smallest_sufficient(suffices: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def confidence(logits: np.ndarray) -> np.ndarray:
-    """The largest class probability `[...]` of logits `[..., n_classes]`; 0 where they are no numbers."""
+    """The largest class probability `[...]` of logits `[..., n_classes]`; 0 if the logits are not numbers."""
     logits = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -107,17 +108,17 @@ def grey_entropy(rows: np.ndarray) -> np.ndarray:
     """Shannon entropy in bits (0 to 8) of the grey values of each image.
 
     Args:
-        rows: uint8 `[B, n, 3]`, RGB pixels of each image in any order.
+        rows: uint8 `[B, n, 3]`, the RGB pixels of each image in any order.
     """
-    grey = (rows.astype(np.uint16) @ np.array([77, 150, 29], dtype=np.uint16)) >> 8  # BT.601, as Pillow's "L"
+    grey = (rows.astype(np.uint16) @ np.array([77, 150, 29], dtype=np.uint16)) >> 8  # BT.601, as in Pillow's mode "L"
     offset = 256 * np.arange(len(grey))[:, None]
     counts = np.bincount((grey + offset).ravel(), minlength=256 * len(grey)).reshape(-1, 256)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return 0.0 - (share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)  # a flat image has 0, not -0
+    return 0.0 - (share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=1)  # a flat image gets 0, not -0
 
 
 def uniform(seed: int, index: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each place in a stream, the same in every run, batch and process (splitmix64)."""
+    """A random number in [0, 1) for each place in a stream, the same in every run, batch and process (splitmix64)."""
     with np.errstate(over="ignore"):
         z = (index.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -128,16 +129,16 @@ def uniform(seed: int, index: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Policy:
-    """How grids are chosen; an image's grid never depends on the images beside it. It can be pickled.
+    """A rule that chooses grids. The grid of an image never depends on its batch. Policies can be pickled.
 
     Attributes:
-        spec: as it was given.
-        needs: "probabilities", "entropy" or None: the evidence it looks at.
-        choose: from `Evidence` to int `[B]`, indices of lengths, 0 the longest.
-        threshold: that P(label <= length) must reach, given or found for a budget; None for other policies.
-        bits: decreasing entropies that part the lengths; None for other policies.
-        bound: confidence from which a cascade is content with a length; `choose` gives the one that it begins with.
-            None for other policies, which decide before the model runs.
+        spec: the specification that the policy was made from.
+        needs: the evidence that the policy uses: "probabilities", "entropy" or None.
+        choose: function from `Evidence` to int `[B]`, indices of lengths; 0 is the longest.
+        threshold: value that P(label <= length) must reach, given or found for a budget; None for other policies.
+        bits: decreasing entropies that separate the lengths; None for other policies.
+        bound: confidence at which a cascade stops; `choose` returns the length that it starts with. None for other
+            policies, which decide before the model runs.
     """
 
     spec: PolicySpec
@@ -148,7 +149,7 @@ class Policy:
     bound: float | None = None
 
     def decides_before(self, what: str) -> None:
-        """Raises a ValueError where grids are not known before the model has run."""
+        """Raises a ValueError if grids are not known before the model has run."""
         if self.bound is not None:
             raise ValueError(
                 f"policy: {self.spec!r} decides by the model's own logits, and {what} runs no model; call a pipeline, "
@@ -163,27 +164,28 @@ def make_policy(
     calibration: Calibration | None = None,
     macs: Sequence[float] | None = None,
 ) -> Policy:
-    """The policy that a specification stands for.
+    """Makes a policy from its specification.
 
     Args:
         spec: one of
-            "argmax": the most probable length, ties to the longer;
+            "argmax": the most probable length; a tie goes to the longer one;
             ("threshold", θ): the smallest length with P(label <= length) >= θ;
-            ("budget", mean_tokens) or ("budget", {"mean_tokens": n}) or ("budget", {"mean_gmacs": g}): the threshold
-            whose mean cost over the assigner's held-out images is at most that, patch tokens counted;
-            ("cascade", p): the shortest length first, then ever longer ones until the largest class probability is at
-            least p, each in a pass of its own: it needs no assigner, and pays for all that it ran (as Wang et al.,
-            arXiv 2105.15075, without their reuse of features);
-            ("fixed", grid) for all images or ("fixed", [grid, ...]) one for each image of a stream;
+            ("budget", mean_tokens) or ("budget", {"mean_tokens": n}) or ("budget", {"mean_gmacs": g}): the largest
+            threshold whose mean cost over the assigner's held-out images is within the budget; only patch tokens count;
+            ("cascade", p): the shortest length first, then longer ones, each in its own pass, until the largest class
+            probability is at least p. It needs no assigner, and the cost includes every pass (as Wang et al., arXiv
+            2105.15075, without their reuse of features);
+            ("fixed", grid): one grid for all images, or ("fixed", [grid, ...]): one for each image of a stream;
             "cycle": the grids in turn;
-            "random", or ("random", {"seed": s, "shares": [p, ...]}): by the image's place in its stream alone;
-            "entropy", or ("entropy", [bits, ...]): by the entropy of grey values, of at least the first the longest.
-        grids: the lengths to choose among.
-        calibration: of the assigner, for "budget" and for the bits of "entropy".
+            "random", or ("random", {"seed": s, "shares": [p, ...]}): depends only on the image's place in its stream;
+            "entropy", or ("entropy", [bits, ...]): depends on the entropy of grey values; an image that reaches the
+            first bound gets the longest grid.
+        grids: the grids to choose from.
+        calibration: the assigner's calibration, for "budget" and for the default bits of "entropy".
         macs: multiply-adds of the model for an image of each grid, for mean_gmacs.
 
     Raises:
-        TypeError, ValueError: for a specification that is not as above, or whose needs are not met.
+        TypeError, ValueError: if the specification has another form, or the policy needs something that is missing.
     """
     if isinstance(spec, Policy):
         spec = spec.spec
@@ -274,7 +276,7 @@ def _random(argument, n_lengths: int):
 
 def _entropy_bits(argument, n_lengths: int, calibration: Calibration | None) -> np.ndarray:
     if argument is None:
-        # Without held-out images: a flat image has 0 bits, photographs about 7.
+        # There are no held-out images. A flat image has 0 bits, photographs have about 7.
         equal_parts = tuple(8.0 * (n_lengths - i) / n_lengths for i in range(1, n_lengths))
         argument = calibration.entropies if calibration else equal_parts
     bits = np.asarray(argument, dtype=np.float64)

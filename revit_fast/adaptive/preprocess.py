@@ -1,4 +1,4 @@
-"""From images to the patch rows of one pack, each image at the grid that a policy gives it."""
+"""Preprocessing: images become the patch rows of one pack, each at the grid that a policy chooses."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
 
 ENTROPY_PX = 64
-"""Side of the thumbnail whose entropy is taken where there is no assigner to take it from."""
+"""Side, in pixels, of the thumbnail whose entropy is computed if there is no assigner."""
 
 
 class Assignment(NamedTuple):
-    """The grids of a batch and why.
+    """The grids of a batch and the evidence for them.
 
     Attributes:
-        grids: patches a side of every image.
-        probabilities: float `[B, n_lengths]` of the assigner, the longest length first; None where it was not asked.
-        entropy: float `[B]` in bits, see `policies.grey_entropy`; None where it was not asked for.
+        grids: patches per side, one number for each image.
+        probabilities: the assigner's, float `[B, n_lengths]`, longest length first; None if the policy needs none.
+        entropy: float `[B]` in bits, see `policies.grey_entropy`; None if the policy does not need it.
     """
 
     grids: list[int]
@@ -42,7 +42,7 @@ class Assignment(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A batch for the model, and the grid of every image in it."""
+    """A batch for the model, and the grid of each image in it."""
 
     batch: PackedBatch
     grids: list[int]
@@ -52,29 +52,29 @@ ASPECTS = ("crop", "keep")
 
 
 class AdaptivePreprocessor:
-    """Images to one `PackedBatch`, each resized straight into its place at the grid that it is assigned.
+    """Turns images into one `PackedBatch`; resizes each image at its assigned grid directly into its place.
 
     Defaults are those of DeiT's evaluation transform; crops are timm's, see `eval_box`. With `aspect="keep"` the model
-    sees whole images in their own proportions instead: an image that is assigned a grid of `g` patches a side takes at
-    most `g * g` tokens, in the grid that `aspect_grid` gives it.
+    sees whole images in their own proportions instead: an image that is assigned a grid of `g` patches per side takes
+    at most `g * g` tokens, in the grid that `aspect_grid` returns.
 
     Args:
-        tla: the assigner, in evaluation mode; None for policies that do without.
+        tla: the assigner, in evaluation mode; None for policies that do not use one.
         grids: the model's configured grids; by default those of the assigner.
         patch_size: P of the model, in pixels.
-        mean: of each channel, of pixels in [0, 1].
-        std: of each channel, likewise.
-        crop_pct: share of the scaled shorter side that the model sees; not used where aspect is "keep".
+        mean: channel means of pixels in [0, 1].
+        std: channel standard deviations of pixels in [0, 1].
+        crop_pct: share of the scaled shorter side that the model sees; not used if aspect is "keep".
         aspect: "crop" (a centred square) or "keep".
         interpolation: "bicubic" or "bilinear".
         policy: how grids are chosen, see `revit_fast.adaptive.policies.make_policy`.
-        dtype: of the rows; uint8 leaves their normalisation to the model, which may be on a GPU.
+        dtype: type of the rows; with uint8 the model normalises them, on a GPU if it is there.
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
-        draft: decode JPEGs at a fraction of their size where the largest grid allows it: faster on large photographs,
+        draft: decode JPEGs at a fraction of their size if the largest grid allows it: faster for large photographs, but
             approximate (see `images.read_rgb`).
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above; for an assigner of other grids than the model's.
+        TypeError, ValueError: if an argument is not as above, or the assigner's grids are not the model's.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class AdaptivePreprocessor:
         """A preprocessor with the grids, patch size and timm settings (mean, std, crop, interpolation) of a model.
 
         Args:
-            model: the model that batches are for.
+            model: the model that receives the batches.
             tla: the assigner.
-            **options: arguments of the constructor that take the place of the model's.
+            **options: arguments of the constructor; they replace the model's settings.
         """
         own = input_settings(model) | {
             "grids": model.grids,
@@ -136,29 +136,29 @@ class AdaptivePreprocessor:
         return policy
 
     def with_policy(self, policy: PolicySpec) -> AdaptivePreprocessor:
-        """The same with another policy."""
+        """A copy of this preprocessor with another policy."""
         other = copy(self)
         other.policy = self._policy(policy)
         return other
 
     @property
     def draft_px(self) -> int | None:
-        """Pixels of the shorter side that the largest grid needs, where JPEGs may be decoded smaller."""
+        """Pixels of the shorter side that the largest grid needs; None if JPEGs must be decoded in full size."""
         if not self.draft:
             return None
         share = self.crop_pct if self.aspect == "crop" else 1.0
         return math.floor(self.grids[0] * self.patch_size / share)
 
     def decode(self, source: ImageSource) -> np.ndarray:
-        """The pixels of a source; raises `images.ImageError`."""
+        """The pixels of a source; raises `images.ImageError` if it cannot be read."""
         return read_rgb(source, draft_px=self.draft_px)
 
     def assign(self, images: Sequence[np.ndarray], index: Sequence[int] | None = None) -> Assignment:
-        """The grids of decoded images; for a cascade those that it begins with.
+        """The grids of decoded images; for a cascade the grids that it starts with.
 
         Args:
             images: uint8 arrays `[H, W, 3]` or `[H, W]`.
-            index: place of each in its stream; by default 0, 1, ...
+            index: place of each image in its stream; by default 0, 1, ...
         """
         index = np.arange(len(images)) if index is None else np.asarray(index)
         probabilities, entropy = self._evidence(images)
@@ -166,7 +166,7 @@ class AdaptivePreprocessor:
         return Assignment([self.grids[i] for i in chosen], probabilities, entropy)
 
     def _evidence(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Probabilities and entropy of every image, what the policy does not need being None."""
+        """Probabilities and entropy of each image; a value that the policy does not need is None."""
         if self.policy.needs is None:
             return None, None
         boxes = self.seen(images)
@@ -175,11 +175,11 @@ class AdaptivePreprocessor:
         return None, self._entropy(images, boxes)
 
     def seen(self, images: Sequence[np.ndarray]) -> list[tuple[float, float, float, float]]:
-        """What the assigner looks at: the region, in pixels, that the model sees of each image at the longest grid."""
+        """The region of each image, in pixels, that the assigner sees: what the model sees at the longest grid."""
         return [self._box(image, self.grids[0]) for image in images]
 
     def grid_hw(self, image: np.ndarray | Tensor, grid: int) -> tuple[int, int]:
-        """Rows and columns of patches of a decoded image that was assigned `grid` patches a side."""
+        """Rows and columns of patches of a decoded image that was assigned `grid` patches per side."""
         if self.aspect == "crop":
             return grid, grid
         return aspect_grid(*image.shape[:2], grid * grid, self.patch_size)
@@ -198,15 +198,15 @@ class AdaptivePreprocessor:
         return grey_entropy(rows.view(len(images), -1, 3).numpy())
 
     def calibrate(self, images: Sequence[ImageSource], labels: Sequence[int] | Tensor | None = None) -> None:
-        """Calibrates the assigner on held-out images as the model will see them, and takes up what budgets need.
+        """Calibrates the assigner on held-out images as the model will see them, and updates the policy.
 
         Args:
-            images: sources that the assigner was not trained on.
+            images: sources of images that the assigner was not trained on.
             labels: see `TokenLengthAssigner.calibrate`.
 
         Raises:
-            ValueError: where there is no assigner.
-            ImageError: for an image that cannot be read.
+            ValueError: if there is no assigner.
+            ImageError: if an image cannot be read.
         """
         if self.tla is None:
             raise ValueError("tla: there is no assigner to calibrate")
@@ -215,7 +215,7 @@ class AdaptivePreprocessor:
         self.policy = self._policy(self.policy)
 
     def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:
-        """Decoded images, each at its grid, as one pack of patch rows."""
+        """One pack of patch rows of decoded images, each resized to its grid."""
         grids_hw = [self.grid_hw(image, grid) for image, grid in zip(images, grids, strict=True)]
         sizes = [(rows * self.patch_size, columns * self.patch_size) for rows, columns in grids_hw]
         boxes = [self._box(image, grid) for image, grid in zip(images, grids, strict=True)]
@@ -223,14 +223,14 @@ class AdaptivePreprocessor:
         return ops.resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
 
     def __call__(self, images: Sequence[ImageSource]) -> Prepared:
-        """Decodes, assigns and packs a batch; unpacks as `batch, grids`.
+        """Decodes, assigns and packs a batch; the result unpacks as `batch, grids`.
 
         Args:
             images: paths, bytes of encoded files, PIL images, or uint8 arrays `[H, W, 3]` or `[H, W]`.
 
         Raises:
-            ImageError: for an image that cannot be read, which it names; `AdaptivePipeline` goes on with the others.
-            ValueError: for a cascade, which goes by what a model says.
+            ImageError: if an image cannot be read; the message names it. `AdaptivePipeline` continues with the others.
+            ValueError: if the policy is a cascade, which needs the model's logits.
         """
         self.policy.decides_before("a preprocessor")
         decoded = self._decoded(images)

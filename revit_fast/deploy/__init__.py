@@ -1,1 +1,1 @@
-"""A model outside of this process: files for other runtimes, HTTP, Ray."""
+"""Runs models outside of this process: files for other runtimes, an HTTP service, Ray clusters."""

@@ -1,16 +1,16 @@
-"""Models as files for other runtimes: `torch.export`, AOTInductor packages that run without Python, and ONNX.
+"""Writes models as files for other runtimes: `torch.export`, AOTInductor packages that run without Python, and ONNX.
 
-Two programs of a model are exported. The *packed* one takes the patch rows of any number of images at any mix of grids,
-and needs the package's operators: in Python `import revit_fast`, elsewhere `dlopen` of `revit_fast/_C.so`, which is a
-plain library over libtorch. The *single* one takes images of one size and consists of PyTorch's own operators.
+A model can be exported as two programs. The *packed* program takes the patch rows of any number of images at any mix of
+grids. It needs the package's operators: `import revit_fast` in Python, elsewhere `dlopen` of `revit_fast/_C.so`, which
+is a plain library over libtorch. The *single* program takes images of one size and uses only PyTorch's own operators.
 
 | file | from | needs |
 | --- | --- | --- |
-| `.pt2` of `save_program` | either program | Python and torch; for packed ones also revit_fast |
-| `.pt2` of `compile_package` | either program | libtorch; for packed ones also `_C.so` |
+| `.pt2` of `save_program` | either program | Python and torch; a packed program also revit_fast |
+| `.pt2` of `compile_package` | either program | libtorch; a packed program also `_C.so` |
 | `.onnx` | single program, assigner | an ONNX runtime |
 
-Every file carries its settings, see `model_settings` and `assigner_settings`.
+Every file contains its settings, see `model_settings` and `assigner_settings`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from revit_fast.models.vit import ReViT
 from revit_fast.streaming.bundle import Bundle
 
 OPSET = 20
-"""Of the ONNX files."""
+"""Operator set version of the ONNX files."""
 
 SETTINGS = "revit_fast.json"
-"""The extra file of `torch.export.load` that holds the settings."""
+"""Name of the extra file with the settings, for `torch.export.load`."""
 
 ONNX_BYTES = 3 << 29
-"""Of weights in one ONNX file; protobuf ends at 2 GiB."""
+"""Largest size, in bytes, of the weights in one ONNX file; protobuf files are limited to 2 GiB."""
 
 Grid = int | tuple[int, int]
 
@@ -53,29 +53,30 @@ Grid = int | tuple[int, int]
 def export_packed(
     model: ReViT, grids: Iterable[Grid] | None = None, *, mix: Sequence[Grid] | None = None
 ) -> ExportedProgram:
-    """The forward pass over a pack, for any number of images and tokens, or for one mix of grids.
+    """Exports the forward pass over a pack, for any number of images and tokens, or for one mix of grids.
 
-    Called as `program.module()(batch.data, batch.grid_hw)` with the tensors of a `PackedBatch` or any others like them:
-    normalised rows `[T, P*P*3]` in the model's dtype, T the patches of all images and no more, and int32 `[B, 2]`, rows
-    and columns of patches of each, B at least 1. With `mix` the rows are the only argument. Logits equal those of
-    `model` bit for bit.
+    Call it as `program.module()(batch.data, batch.grid_hw)` with the tensors of a `PackedBatch` or similar ones:
+    normalised rows `[T, P*P*3]` in the model's dtype, where T is exactly the number of patches of all images, and int32
+    `[B, 2]`, the rows and columns of patches of each image, with B at least 1. With `mix` the rows are the only
+    argument. The logits equal those of `model` bit for bit.
 
-    An optimised copy (`optimize`) is exported as its one fused op over weights packed for the instruction set in use:
-    on another the op refuses them by name.
+    An optimised copy (`optimize`) is exported as its single fused op, with weights packed for the instruction set in
+    use. With another instruction set the op raises an error that names the weight.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        grids: that images may have, sides or (rows, columns); by default the model's. Others are an error at run time.
+        model: the model, in evaluation mode on the CPU.
+        grids: possible grids of images, as sides or (rows, columns); by default the model's. Any other grid is an error
+            at run time.
         mix: the grids of a fixed pack, in its order.
 
     Raises:
-        TypeError, ValueError: for another model, or grids that are none.
+        TypeError, ValueError: if the model is not as above, or a grid is not valid.
     """
     _check_model(model)
     mix = None if mix is None else _pairs(mix, "mix")
     grids = mix or _pairs(model.grids if grids is None else grids, "grids")
     program = make_packed(model, dict.fromkeys(grids)).eval()
-    # Two images: a compiler takes a size of one in its example for a constant.
+    # The example has two images, because a compiler treats a size of one as a constant.
     example = mix or (grids[0], grids[-1])
     rows = torch.zeros(
         sum(h * w for h, w in example), model.patch_size**2 * model.in_chans, dtype=model.pos_embed.dtype
@@ -87,17 +88,17 @@ def export_packed(
 
 
 def export_single(model: ReViT, grid: Grid) -> ExportedProgram:
-    """The forward pass over images of one grid, in PyTorch's own operators; the number of images is dynamic.
+    """Exports the forward pass over images of one grid in PyTorch's own operators; the number of images is dynamic.
 
-    Called as `program.module()(images)` with normalised images `[B, 3, rows * P, columns * P]` in the model's dtype.
-    Logits are the model's to rounding.
+    Call it as `program.module()(images)` with normalised images `[B, 3, rows * P, columns * P]` in the model's dtype.
+    The logits equal the model's up to rounding.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        grid: patches a side, or (rows, columns).
+        model: the model, in evaluation mode on the CPU.
+        grid: patches per side, or (rows, columns).
 
     Raises:
-        TypeError, ValueError: for another model, or a grid that is none.
+        TypeError, ValueError: if the model is not as above, or the grid is not valid.
     """
     _check_model(model)
     ((height, width),) = _pairs([grid], "grid")
@@ -107,7 +108,7 @@ def export_single(model: ReViT, grid: Grid) -> ExportedProgram:
 
 
 def export_assigner(tla: TokenLengthAssigner) -> ExportedProgram:
-    """An assigner's probabilities `[B, n_lengths]`, the longest first, of normalised thumbnails `[B, 3, S, S]`."""
+    """Exports an assigner: probabilities `[B, n_lengths]`, longest first, of normalised thumbnails `[B, 3, S, S]`."""
     if tla.training:
         raise ValueError("tla: the assigner is in training mode; call .eval()")
     thumbnails = torch.zeros(2, 3, tla.thumbnail_px, tla.thumbnail_px)
@@ -115,11 +116,11 @@ def export_assigner(tla: TokenLengthAssigner) -> ExportedProgram:
 
 
 def model_settings(model: ReViT, classes: Sequence[str] | None = None) -> dict[str, Any]:
-    """What a program's caller must know, as JSON values: grids, patch size, preprocessing and names of the classes.
+    """The settings that a program's caller needs, as JSON values: grids, patch size, preprocessing, names of classes.
 
     Args:
         model: the model.
-        classes: a name for every class; None where they have none.
+        classes: a name for each class; None if they have none.
     """
     own = input_settings(model)
     return {
@@ -136,16 +137,16 @@ def model_settings(model: ReViT, classes: Sequence[str] | None = None) -> dict[s
 def assigner_settings(
     tla: TokenLengthAssigner, policy: PolicySpec = "argmax", macs: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """What a caller of an exported assigner must know, as JSON values.
+    """The settings that a caller of an exported assigner needs, as JSON values.
 
     Args:
         tla: the assigner.
-        policy: that grids are chosen by, see `policies.make_policy`.
+        policy: the policy that chooses grids, see `policies.make_policy`.
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
 
     Returns:
-        Its settings. `threshold` is given for the policies threshold and budget: the grid is the smallest whose
-        P(label <= length), the sum of the probabilities from the longest length down to it, reaches that.
+        The settings. `threshold` is set for the policies threshold and budget: they choose the smallest grid whose
+        P(label <= length), the sum of the probabilities from the longest length down to this grid, reaches it.
     """
     return {
         "grids": list(tla.grids),
@@ -159,21 +160,24 @@ def assigner_settings(
 
 
 def save_program(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Writes a program for `torch.export.load`, all or nothing; its extra file `SETTINGS` is the settings as JSON."""
+    """Writes a program for `torch.export.load`, completely or not at all.
+
+    Its extra file `SETTINGS` contains the settings as JSON.
+    """
     with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
-        # Of the embedding's weight, which lies in channels-last memory: it is saved and loaded as it lies.
+        # The warning is about the embedding's weight in channels-last memory, which is saved and loaded in that order.
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, file, extra_files={SETTINGS: json.dumps(settings)})
 
 
 def compile_package(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Compiles a program with AOTInductor for this machine's processor and writes the package, all or nothing.
+    """Compiles a program with AOTInductor for this machine's processor and writes the package.
 
-    It runs by `torch._inductor.aoti_load_package` or, without Python, `torch::inductor::AOTIModelPackageLoader`; its
-    metadata are the settings, each as JSON. Weights are part of it.
+    The package is written completely or not at all. `torch._inductor.aoti_load_package` loads it or, without Python,
+    `torch::inductor::AOTIModelPackageLoader`. Its metadata are the settings, each as JSON. It contains the weights.
 
     Raises:
-        RuntimeError: where there is no C++ compiler.
+        RuntimeError: if there is no C++ compiler.
     """
     import torch._inductor.config
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -187,7 +191,7 @@ def compile_package(program: ExportedProgram, path: str | os.PathLike, settings:
         ) from error
     options: dict[str, Any] = {"aot_inductor.metadata": _as_text(settings)}
     if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
-        # The bound that it would check is two images, which comes of the example alone: one runs as well.
+        # It would check for at least two images, only because the example has two; one image works as well.
         options["aot_inductor.check_lowerbound"] = False
     with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb+") as file:
         torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
@@ -196,18 +200,18 @@ def compile_package(program: ExportedProgram, path: str | os.PathLike, settings:
 def write_onnx(
     program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any], *, inputs: str, outputs: str
 ) -> None:
-    """Writes a program of PyTorch's own operators as ONNX, opset `OPSET`, in float32, all or nothing.
+    """Writes a program of PyTorch's own operators as ONNX, opset `OPSET`, in float32, completely or not at all.
 
     Args:
-        program: of `export_single` or `export_assigner`.
-        path: the file, `.onnx`.
-        settings: kept as its metadata, each as JSON.
-        inputs: name of its input.
-        outputs: name of its output.
+        program: a program of `export_single` or `export_assigner`.
+        path: the `.onnx` file to write.
+        settings: settings that become the metadata of the file, each as JSON.
+        inputs: name of the input.
+        outputs: name of the output.
 
     Raises:
-        ModuleNotFoundError: without the packages `onnx` and `onnxscript`.
-        ValueError: for weights that do not fit one ONNX file.
+        ModuleNotFoundError: if the package `onnx` or `onnxscript` is missing.
+        ValueError: if the weights do not fit into one ONNX file.
     """
     n_bytes = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if n_bytes > ONNX_BYTES:
@@ -221,13 +225,13 @@ def write_onnx(
 
 
 def write_single_onnx(model: ReViT, grid: Grid, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Writes the model at one grid as ONNX: `images` `[B, 3, rows * P, columns * P]` to `logits`.
+    """Writes the model at one grid as ONNX: from `images` `[B, 3, rows * P, columns * P]` to `logits`.
 
     Args:
-        model: in evaluation mode, on the CPU; one of another dtype is exported in float32, which every runtime has.
-        grid: patches a side, or (rows, columns).
-        path: see `write_onnx`, as for what is raised.
-        settings: of `model_settings`; `grid` is added.
+        model: the model, in evaluation mode on the CPU. It is exported in float32, which every runtime supports.
+        grid: patches per side, or (rows, columns).
+        path: see `write_onnx`, also for the errors.
+        settings: settings from `model_settings`; `grid` is added.
     """
     own = model if model.pos_embed.dtype == torch.float32 else copy.deepcopy(model).float()
     program = export_single(own, grid)
@@ -235,12 +239,13 @@ def write_single_onnx(model: ReViT, grid: Grid, path: str | os.PathLike, setting
 
 
 def write_adaptive_onnx(bundle: Bundle, folder: str | os.PathLike) -> None:
-    """Writes a bundle as a folder of ONNX files, all or nothing: `grid-14.onnx` and so on, and `assigner.onnx`.
+    """Writes a bundle as a folder of ONNX files: `grid-14.onnx` and so on, and `assigner.onnx`.
 
-    The assigner maps `thumbnails` to `probabilities`; its metadata say how a grid follows from them.
+    The folder is written completely or not at all. The assigner maps `thumbnails` to `probabilities`; its metadata say
+    how to choose a grid from them.
 
     Raises:
-        ModuleNotFoundError, ValueError: see `write_onnx`; also for a folder that holds anything but ONNX files.
+        ModuleNotFoundError, ValueError: see `write_onnx`; a ValueError also if the folder contains other files.
     """
     model, tla = bundle.model, bundle.tla
     if any(file.suffix != ".onnx" for file in (Path(folder).iterdir() if Path(folder).is_dir() else ())):
@@ -260,7 +265,7 @@ def _traced(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple | Non
     with torch.no_grad():
         program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
     for node in program.graph.nodes:
-        # The runtime of a package hands an empty list on as None. Without a list of tiles nobody reads their number.
+        # The runtime of a package turns an empty list into None. Zeros are safe: without tiles nobody reads them.
         if node.target is torch.ops.revit_fast.varlen_attention.default and not node.args[-1]:
             node.args = (*node.args[:-1], [0] * N_CLASSES)
     program.graph_module.recompile()
@@ -298,7 +303,7 @@ def _pairs(grids: Iterable[Grid], name: str) -> list[tuple[int, int]]:
 
 
 def _with_suffix(path: str | os.PathLike, suffix: str) -> Path:
-    """The path, after a check of how it ends: loaders go by that."""
+    """The path, after a check of its suffix, which loaders depend on."""
     if Path(path).suffix != suffix:
         raise ValueError(f"path: expected a name that ends in {suffix}, got {os.fspath(path)!r}")
     return Path(path)

@@ -1,18 +1,18 @@
-"""An HTTP service whose batches are filled by tokens, as a Ray Serve deployment.
+"""An HTTP service that fills its batches by tokens, as a Ray Serve deployment.
 
-Ray Serve's own `@serve.batch(batch_size_fn=...)` could count tokens too, but only of requests whose tokens are known
-when they are queued. Here they follow from the pixels, so that decoding and assigning would have to be built in front
-of it. Its queue also keeps one open batch, puts a request that does not fit behind later ones, counts the batch anew
-for every arrival, and fails a larger request than the budget. `AdaptivePipeline.session()` decodes on threads, assigns
-in groups, puts an image into the first of several open packs with room, bounds its wait, and takes images from any
-thread: it is the batcher of this service, and Ray Serve does what is left: processes, restarts, HTTP.
+The batcher of this service is `AdaptivePipeline.session()`; Ray Serve handles processes, restarts and HTTP. The session
+decodes on threads, assigns in groups, puts an image into the first of several open packs with room, bounds its wait,
+and takes images from any thread. Ray Serve's own `@serve.batch(batch_size_fn=...)` counts tokens only if they are known
+when a request is queued. Here they depend on the pixels, so decoding and assigning would have to come before it. Its
+queue also keeps only one open batch, puts a request that does not fit behind later ones, counts the batch again for
+each arrival, and fails a request that is larger than the budget.
 
     POST /           an encoded image -> {"predictions": [{"label", "score"}], "grid", "tokens", "ms"}
     POST /           application/json {"images": [base64, ...]} -> {"results": [as above, or {"error"}, ...]}
     GET  /healthz    200, or 503 once the pipeline has failed
     GET  /metrics    Prometheus text
 
-`?top_k=3` sets the classes that are returned. An error is `{"error": reason}` with a status: 400 (JSON, top_k), 404,
+`?top_k=3` sets the number of classes to return. An error is `{"error": reason}` with a status: 400 (JSON, top_k), 404,
 405, 413 (body too large), 422 (not an image, or too many pixels), 503 (too many images wait, or the pipeline has
 failed), 504 (took too long).
 
@@ -44,22 +44,22 @@ from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.streaming.results import Result
 
 DELIVERY_S = 0.5
-"""From the last answer of the service until the HTTP proxy in front of it has sent it on."""
+"""Seconds from the last answer of the service until the HTTP proxy in front of it has sent the answer."""
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of requests.
 
     Attributes:
-        body_bytes: of a request's body.
-        image_pixels: width times height of an image, as its header says, before anything is decoded.
-        images: of one JSON request.
-        seconds: from a request's arrival to its answer.
-        waiting: images in the service at a time; memory is bounded by this and `body_bytes`.
-        top_k: classes returned by default.
+        body_bytes: largest size of a request's body, in bytes.
+        image_pixels: largest width times height of an image, read from its header before decoding.
+        images: largest number of images in one JSON request.
+        seconds: longest time from a request's arrival to its answer.
+        waiting: largest number of images in the service; this and `body_bytes` bound the memory.
+        top_k: default number of classes to return.
     """
 
     body_bytes: int = 32 << 20
@@ -76,12 +76,12 @@ class Limits:
 
 
 class Refusal(Exception):
-    """A request that is answered with an error.
+    """A request that gets an error as its answer.
 
     Args:
-        status: of HTTP.
-        kind: label of the metric.
-        reason: for the client.
+        status: HTTP status code.
+        kind: label of the error metric.
+        reason: text for the client.
     """
 
     def __init__(self, status: int, kind: str, reason: str) -> None:
@@ -90,11 +90,11 @@ class Refusal(Exception):
 
 
 class Metrics(StageTimes):
-    """Prometheus metrics of a service; as the pipeline's `StageTimes` it sees every batch.
+    """Prometheus metrics of a service. They see every batch, because they are the pipeline's `StageTimes`.
 
     Args:
-        token_budget: of a batch: the last bucket but one, so that batches beyond it would be seen.
-        n_waiting: images in the service now.
+        token_budget: token budget of a batch. It is the last bucket but one, which makes larger batches visible.
+        n_waiting: returns the number of images in the service now.
     """
 
     def __init__(self, token_budget: int, n_waiting: Callable[[], int]) -> None:
@@ -124,11 +124,11 @@ class Metrics(StageTimes):
 
 
 class Service:
-    """Answers requests with a pipeline's session; `close` it.
+    """Answers requests with a session of a pipeline; it must be closed with `close`.
 
     Args:
         pipe: the pipeline; its `token_budget` and `max_wait_s` bound the batches.
-        limits: of requests.
+        limits: limits of requests.
     """
 
     def __init__(self, pipe: AdaptivePipeline, limits: Limits = Limits()) -> None:
@@ -138,17 +138,17 @@ class Service:
         self._n_open = 0
 
     def close(self) -> None:
-        """Finishes what was submitted, without waiting for batches to fill; later images are refused."""
+        """Finishes all submitted images without waiting for full batches; refuses later images."""
         self.session.close()
 
     async def drain(self) -> None:
-        """Closes, and returns when every request has its answer."""
+        """Closes the service and returns when every request has its answer."""
         await asyncio.to_thread(self.close)
         while self._n_open:
             await asyncio.sleep(0.01)
 
     async def __call__(self, request: Request) -> Response:
-        """The answer to a request; `limits.seconds` include the reading of its body."""
+        """Answers a request; `limits.seconds` includes the time to read its body."""
         if request.url.path in ("/healthz", "/metrics"):
             return self._watched(request)
         begin = time.perf_counter()
@@ -246,7 +246,7 @@ class Service:
             result: Result = await asyncio.wrap_future(self.session.submit(image))
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # whatever ended the pipeline
+        except Exception as error:  # the error that ended the pipeline, of any type
             raise Refusal(503, "pipeline", str(error)) from error
         if result.error is not None:
             raise Refusal(422, "image", result.reason)
@@ -261,21 +261,21 @@ class Service:
 def make_app(
     make_pipe: Callable[[], AdaptivePipeline], limits: Limits = Limits(), *, threads: int | None = None
 ) -> Any:
-    """The Ray Serve application, for `ray.serve.run`.
+    """Makes the Ray Serve application, for `ray.serve.run`.
 
-    One replica uses all threads that it is given and sees all requests, so that batches fill and `/metrics` tells of
-    the whole service. For more machines, run one service on each behind a load balancer.
+    One replica uses all its threads and receives all requests, so that batches fill and `/metrics` describes the whole
+    service. For more machines, run one service on each behind a load balancer.
 
     Args:
-        make_pipe: called in the replica: a pipeline's weights do not travel through Ray's control plane.
-        limits: of requests.
-        threads: of the replica, by default all of this machine.
+        make_pipe: makes the pipeline in the replica, so that no weights travel through Ray's control plane.
+        limits: limits of requests.
+        threads: compute threads of the replica; by default all of this machine.
     """
     from ray import serve
 
     threads = threads or os.cpu_count() or 1
 
-    # Requests beyond `limits.waiting` have to reach the service to be refused.
+    # Requests beyond `limits.waiting` must reach the service, which refuses them.
     @serve.deployment(
         name="revit-fast",
         num_replicas=1,
@@ -284,7 +284,7 @@ def make_app(
     )
     class Replica:
         def __init__(self, make_pipe: Callable[[], AdaptivePipeline], limits: Limits) -> None:
-            warnings.filterwarnings("ignore", module="PIL")  # odd files are the client's affair
+            warnings.filterwarnings("ignore", module="PIL")  # unusual files are the client's concern
             torch.set_num_threads(threads)
             self.service = Service(make_pipe(), limits)
 
@@ -295,7 +295,7 @@ def make_app(
             await self.service.drain()
 
         def check_health(self) -> None:
-            """Ray Serve starts a replica anew whose pipeline has failed."""
+            """Raises an error if the pipeline has failed; Ray Serve then restarts the replica."""
             if self.service.session.closed is not None:
                 raise RuntimeError(self.service.session.closed)
 
@@ -315,15 +315,15 @@ def run(
     threads: int | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves on a Ray instance of this machine until SIGINT or SIGTERM, then answers what has come and stops.
+    """Serves on a Ray instance of this machine until SIGINT or SIGTERM, then answers all received requests and stops.
 
     Args:
         make_pipe: see `make_app`.
-        limits: of requests.
+        limits: limits of requests.
         host: address to listen on.
-        port: likewise.
-        threads: of the replica.
-        on_ready: called when requests are answered.
+        port: port to listen on.
+        threads: compute threads of the replica.
+        on_ready: called when the service is ready for requests.
     """
     import ray
     from ray import serve
@@ -331,7 +331,7 @@ def run(
     handle = None
     try:
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # both signals: Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts like Ctrl-C (SIGINT)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
@@ -342,11 +342,11 @@ def run(
         signal.pause()
     except KeyboardInterrupt:
         for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+            signal.signal(one, signal.SIG_IGN)  # a second Ctrl-C would leave Ray's processes behind
         if handle is not None:
-            # Ray Serve's own shutdown drops the connections of requests that it waits for.
+            # Ray Serve's own shutdown drops the connections of unfinished requests.
             with suppress(TimeoutError):
                 handle.drain.remote().result(timeout_s=limits.seconds)
             time.sleep(DELIVERY_S)
     finally:
-        ray.shutdown()  # it is ours: Ray Serve ends with it
+        ray.shutdown()  # this function started Ray; Ray Serve ends with it

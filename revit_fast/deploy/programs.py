@@ -1,4 +1,4 @@
-"""The forward passes that `deploy.export` traces: modules from tensors to tensors, without packing on the host."""
+"""The forward passes that `deploy.export` traces: modules from tensors to tensors that do not pack on the host."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from revit_fast.packing import Layout, nearest_length
 
 
 class PackedProgram(nn.Module):
-    """Logits of a pack whose layout follows from the grids of its images; `make_packed` makes the right kind.
+    """Computes the logits of a pack, and its layout from the images' grids; `make_packed` makes the right subclass.
 
     Args:
-        model: in evaluation mode.
-        grids: (rows, columns) that images may have.
+        model: the model, in evaluation mode.
+        grids: possible grids of images, as (rows, columns).
     """
 
     def __init__(self, model: ReViT, grids: Iterable[tuple[int, int]]) -> None:
@@ -36,17 +36,17 @@ class PackedProgram(nn.Module):
         self.register_buffer("pos_table", self.positions.table(model.pos_embed, model._n_prefix_embedded))
 
     def forward(self, rows: Tensor, grid_hw: Tensor) -> Tensor:
-        """Logits as `ReViT.forward` gives them for a pack.
+        """The same logits as `ReViT.forward` for a pack.
 
         Args:
             rows: `[T, P*P*3]` patch rows, one image after another.
-            grid_hw: int32 `[B, 2]`, rows and columns of patches of every image.
+            grid_hw: int32 `[B, 2]`, rows and columns of patches of each image.
         """
         counts = grid_hw.prod(dim=1, dtype=torch.int32)
         cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         sequences = torch.arange(cu_seqlens.shape[0], device=rows.device, dtype=torch.int32)
         layout = Layout(cu_seqlens + self.n_prefix * sequences, nearest_length(counts, self.lengths), None)
-        offsets = self.positions.offsets(grid_hw)  # -1 for a grid that is not among them: the op reports it
+        offsets = self.positions.offsets(grid_hw)  # -1 for an unknown grid; the op reports it
         return self._logits(Inputs(rows, cu_seqlens, layout, self.pos_table, offsets, None))
 
     def _logits(self, inputs: Inputs) -> Tensor:
@@ -54,7 +54,7 @@ class PackedProgram(nn.Module):
 
 
 class EagerProgram(PackedProgram):
-    """A pack through the model's own modules and ops."""
+    """Runs a pack through the model's own modules and ops."""
 
     def __init__(self, model: ReViT, grids: Iterable[tuple[int, int]]) -> None:
         super().__init__(model, grids)
@@ -65,13 +65,13 @@ class EagerProgram(PackedProgram):
 
 
 class FusedProgram(PackedProgram):
-    """A pack through the one op of an optimised copy, over weights packed for the instruction set in use."""
+    """Runs a pack through the single op of an optimised copy, with weights packed for the instruction set in use."""
 
     def __init__(self, model: OptimizedReViT, grids: Iterable[tuple[int, int]]) -> None:
         super().__init__(model, grids)
         self.pos_table = self.pos_table.float()
         packed = cpu.pack_model(model, model._packed_dtype)
-        # Not as a submodule: the program holds the packed weights alone, not the parameters too.
+        # The model is not a submodule, so that the program contains only the packed weights and not the parameters.
         self._tokens = partial(ops.vit_forward, weights=packed.weights, n_pooled=cpu.n_pooled(model))
         self._head = partial(cpu.logits_of, model, packed)
 
@@ -82,18 +82,18 @@ class FusedProgram(PackedProgram):
 
 
 def make_packed(model: ReViT, grids: Iterable[tuple[int, int]]) -> PackedProgram:
-    """The packed program that runs as the model itself does: fused where it is an optimised copy that fuses."""
+    """Makes the packed program that runs as the model does: fused if the model is an optimised copy that fuses."""
     if isinstance(model, OptimizedReViT) and cpu.serves(model):
         return FusedProgram(model, grids)
     return EagerProgram(model, grids)
 
 
 class FixedProgram(nn.Module):
-    """A packed program for one mix of grids: its only input are the rows.
+    """A packed program for one mix of grids; the rows are its only input.
 
     Args:
-        program: that takes any mix.
-        mix: (rows, columns) of every image, in the order of the pack.
+        program: the program for any mix.
+        mix: (rows, columns) of each image, in the order of the pack.
     """
 
     def __init__(self, program: PackedProgram, mix: Iterable[tuple[int, int]]) -> None:
@@ -102,15 +102,15 @@ class FixedProgram(nn.Module):
         self.register_buffer("grid_hw", torch.tensor(list(mix), dtype=torch.int32))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Logits of the pack; `rows` `[T, P*P*3]` are those of its images and no more."""
+        """Logits of the pack; `rows` `[T, P*P*3]` are exactly those of its images."""
         return self.program(rows, self.grid_hw)
 
 
 class DenseProgram(nn.Module):
-    """The model at one grid in PyTorch's own operators alone: what is exported of it needs nothing of this package.
+    """The model at one grid in PyTorch's own operators alone. Its exported files do not need this package.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         grid: (rows, columns) of patches.
     """
 
@@ -124,10 +124,10 @@ class DenseProgram(nn.Module):
             self.register_buffer("prefix", model._prefix())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` (of every token, `[B, N, num_classes]`, where the model does not pool).
+        """Logits `[B, num_classes]`; if the model does not pool, `[B, N, num_classes]`, those of each token.
 
         Args:
-            images: normalised, `[B, 3, rows * P, columns * P]`.
+            images: normalised images `[B, 3, rows * P, columns * P]`.
         """
         model = self.model
         patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.positions
@@ -161,10 +161,10 @@ class DenseProgram(nn.Module):
 
 
 class AssignerProgram(nn.Module):
-    """An assigner's calibrated probabilities of thumbnails.
+    """Computes an assigner's calibrated probabilities for thumbnails.
 
     Args:
-        tla: in evaluation mode.
+        tla: the assigner, in evaluation mode.
     """
 
     def __init__(self, tla: TokenLengthAssigner) -> None:
@@ -173,5 +173,5 @@ class AssignerProgram(nn.Module):
         self.temperature = tla.calibration.temperature if tla.calibration else 1.0
 
     def forward(self, thumbnails: Tensor) -> Tensor:
-        """Probabilities `[B, n_lengths]`, the longest length first, of normalised `[B, 3, S, S]`."""
+        """Probabilities `[B, n_lengths]`, longest length first, of normalised thumbnails `[B, 3, S, S]`."""
         return (self.tla(thumbnails) / self.temperature).softmax(dim=1)

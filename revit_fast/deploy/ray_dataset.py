@@ -1,9 +1,9 @@
-"""A pipeline over many files on the workers of a Ray cluster, in parts that survive killed workers and broken runs.
+"""Runs a pipeline over many files on a Ray cluster, in parts that survive killed workers and interrupted runs.
 
-The inputs are cut into parts of consecutive files. A part is one row of a Ray dataset; `map_batches` hands it to an
-actor, which holds the pipeline (decoding threads, batches by tokens) and writes the part's results before it reports
-them. A part that is complete is never computed again: not after a worker was killed, not in a later run. What a worker
-is given says where its part stands in the stream, so that every image gets what a single process gives it, bit for bit.
+The inputs are divided into parts of consecutive files. A part is one row of a Ray dataset; `map_batches` passes it to
+an actor, which holds the pipeline (decoding threads, batches by tokens) and writes the part's results before it reports
+them. A complete part is never computed again, neither after a worker was killed nor in a later run. A worker knows the
+place of its part in the stream, so every image gets the same result as in a single process, bit for bit.
 
 Needs Ray: `pip install "revit-fast[ray]"`.
 """
@@ -29,33 +29,33 @@ from revit_fast.streaming.decoding import default_decoders
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 MAX_TRIES = 5
-"""Times that a part is begun: after so many killed workers it is the part's fault, and the run ends."""
+"""Largest number of attempts at a part. If all of them killed their workers, the part is the cause and the run ends."""
 
 START_TIMEOUT_S = 120.0
-"""For the workers to start: cluster memory may be busy, and the model has to be loaded."""
+"""Longest time, in seconds, for the workers to start: the cluster may be busy, and the model must be loaded."""
 
 VISIBLE_TIMEOUT_S = 30.0
-"""In which a file that a worker wrote shows up here: network file systems keep what they know of a folder a while."""
+"""Longest time, in seconds, until a worker's file is visible here: network file systems cache folder listings."""
 
 
 class EngineError(RuntimeError):
-    """A run that cannot be done on this cluster, or ended early; what is complete is kept."""
+    """A run that is not possible on this cluster, or ended early; complete parts are kept."""
 
 
 @dataclass
 class Summary:
-    """What a run did, and what its directory then holds.
+    """Numbers of a run and of its directory.
 
     Attributes:
-        images: of all parts that are complete.
-        errors: likewise, images that could not be classified.
-        tokens: likewise, that the model processed.
-        n_parts: of the whole directory.
-        n_computed: parts computed by this run; the others were complete before.
-        seconds: that this run took, starting workers included.
-        busy_s: seconds of all workers, spent in the parts of this run.
-        workers: of this run.
-        threads: that every worker computed on.
+        images: number of images in all complete parts.
+        errors: number of these images that could not be classified.
+        tokens: tokens of these images that the model processed.
+        n_parts: number of parts of the whole directory.
+        n_computed: parts that this run computed; the others were complete before.
+        seconds: duration of this run, including the start of the workers.
+        busy_s: seconds that all workers together spent in the parts of this run.
+        workers: number of workers of this run.
+        threads: compute threads of each worker.
     """
 
     n_parts: int
@@ -69,7 +69,7 @@ class Summary:
     busy_s: float = 0.0
 
     def add(self, report: PartReport, *, is_new: bool) -> None:
-        """Counts a complete part."""
+        """Adds the numbers of a complete part."""
         self.images += report.images
         self.errors += report.errors
         self.tokens += report.tokens
@@ -79,15 +79,15 @@ class Summary:
 
 
 def threads_per_worker(cpus: Sequence[float], workers: int, threads: int | None = None) -> int:
-    """The most threads that every worker can have for itself.
+    """The largest number of threads that every worker can have for itself.
 
     Args:
-        cpus: of every node.
-        workers: on all nodes together.
-        threads: wanted; by default as many as there are.
+        cpus: number of CPUs of each node.
+        workers: number of workers on all nodes together.
+        threads: requested number of threads; by default as many as possible.
 
     Raises:
-        EngineError: where there are not enough CPUs; says what is needed.
+        EngineError: if there are not enough CPUs; the message says what is needed.
     """
     largest = int(max(cpus, default=0))
     for candidate in [threads] if threads is not None else range(largest, 0, -1):
@@ -102,37 +102,38 @@ def threads_per_worker(cpus: Sequence[float], workers: int, threads: int | None 
 
 
 def reserved_cpus(threads: int) -> float:
-    """CPUs that Ray sets aside for a worker: fewer than it computes on.
+    """Number of CPUs that Ray reserves for a worker: fewer than its threads.
 
-    Ray Data runs tasks of its own beside the workers. Where these held every CPU, such a task would wait for a worker
-    to end and the workers for the task: a whole CPU, or at one thread half of it, stays free beside every worker.
+    Ray Data runs its own tasks beside the workers. If the workers reserved every CPU, such a task would wait for a
+    worker to end, and the workers for the task. So one CPU per worker stays free, or half of one at one thread.
     """
     return threads - 1 if threads > 1 else 0.5
 
 
 class PartWorker:
-    """The actor: holds a pipeline and computes parts.
+    """The actor, which holds a pipeline and computes parts.
 
     Args:
-        shared: a list of one reference to the pipeline: Ray hands it on as it is, and every node fetches it once.
-        layout: of the directory.
-        threads: to compute on.
+        shared: a list with one reference to the pipeline. Ray does not resolve it, and each node fetches it once.
+        layout: layout of the directory.
+        threads: number of compute threads.
     """
 
     def __init__(self, shared: list, layout: Layout, threads: int) -> None:
         import ray
 
-        warnings.filterwarnings("ignore", module="PIL")  # what Pillow cannot read becomes an error of that image
+        warnings.filterwarnings("ignore", module="PIL")  # an image that Pillow cannot read gives an error in its result
         torch.set_num_threads(threads)
         self.pipe: AdaptivePipeline = ray.get(shared[0])
         self.pipe.n_decoders = default_decoders()
         self.layout = layout
 
     def __call__(self, parts: Any) -> Any:
-        """Computes a part, a pyarrow table of one row (part, paths, read, errors).
+        """Computes a part, given as a pyarrow table of one row (part, paths, read, errors).
 
         Returns:
-            Its number and why it failed, empty where it did not: an exception would come wrapped in Ray's own texts.
+            The number of the part and the reason of its failure, empty if it succeeded. An exception would arrive
+            wrapped in Ray's own texts.
         """
         import pyarrow
 
@@ -181,34 +182,34 @@ def predict_dataset(
     start_timeout_s: float = START_TIMEOUT_S,
     on_part: Callable[[Summary], None] | None = None,
 ) -> Summary:
-    """Classifies files on a Ray cluster and keeps the results in a directory, see `revit_fast.deploy.results_folder`.
+    """Classifies files on a Ray cluster and writes the results to a directory, see `revit_fast.deploy.results_folder`.
 
-    Results equal those of `pipe(sources)`: the same records in the same order, with policies that go by an image's
-    place seeing its place among all sources. Called again with the same arguments, it computes what is missing.
+    Results equal those of `pipe(sources)`: the same records in the same order. Policies that depend on an image's place
+    see its place among all sources. A second call with the same arguments computes the missing parts.
 
     Args:
-        pipe: the pipeline; every worker gets a copy.
+        pipe: the pipeline; each worker gets a copy.
         sources: paths, which every worker must be able to read.
-        output: directory for the results, on a file system that every node and this process see.
-        workers: processes that hold the pipeline; by default one on every node.
-        threads: of every worker; by default its share of its node.
-        address: of a running cluster, as `ray.init` takes it; by default the one that this process is connected to or
-            that RAY_ADDRESS names, else one on this machine for the time of the call.
-        part_images: files of a part, which is what a killed worker or a broken run loses at most, per worker.
+        output: directory for the results, on a file system that every node and this process can access.
+        workers: number of processes that hold the pipeline; by default one on each node.
+        threads: threads of each worker; by default its share of its node.
+        address: address of a running cluster, in the form that `ray.init` takes; by default the cluster that this
+            process is connected to or that RAY_ADDRESS names, else a new one on this machine for this call.
+        part_images: number of files in a part. A killed worker or an interrupted run loses at most one part per worker.
         part_format: "parquet" or "jsonl".
-        top_k: classes kept of every image, at most all that there are.
-        logits: keep all logits, too.
-        start_timeout_s: seconds in which the workers must have started.
-        on_part: called with the summary so far whenever a part is complete.
+        top_k: number of classes to keep for each image; at most all classes.
+        logits: whether to keep all logits, too.
+        start_timeout_s: longest time for the workers to start, in seconds.
+        on_part: called with the summary so far when a part is complete.
 
     Returns:
-        What was done.
+        The numbers of the run.
 
     Raises:
-        EngineError: where the cluster cannot be reached or has not what the workers need; where a worker fails or a
-            part kills it `MAX_TRIES` times; where the results of a worker do not show up in `output` here.
-        ManifestError: where `output` holds results of another pipeline, other sources or other settings.
-        TypeError, ValueError: for arguments that are not as above.
+        EngineError: if the cluster cannot be reached or does not have enough CPUs; if a worker fails, or a part kills
+            its worker `MAX_TRIES` times; if the results of a worker are not visible in `output` here.
+        ManifestError: if `output` contains results of another pipeline, other sources or other settings.
+        TypeError, ValueError: if an argument is not as above.
     """
     import ray
 
@@ -271,7 +272,7 @@ def _row(part: int, sources: list[Source], part_images: int) -> dict[str, Any]:
     return {
         "part": part,
         "paths": [source.path for source in some],
-        "read": [os.path.abspath(source.path) for source in some],  # a worker has a working directory of its own
+        "read": [os.path.abspath(source.path) for source in some],  # a worker has its own working directory
         "errors": [source.error or "" for source in some],
     }
 
@@ -286,7 +287,7 @@ def _connect(address: str | None) -> None:
 
 
 def _computed(rows, pipe: AdaptivePipeline, layout: Layout, workers: int, threads: int, start_timeout_s: float):
-    """The numbers of the parts as they are complete."""
+    """Computes the parts; yields the number of each when it is complete."""
     import ray
     import ray.data
     from ray.exceptions import GetTimeoutError, RayError
@@ -294,7 +295,7 @@ def _computed(rows, pipe: AdaptivePipeline, layout: Layout, workers: int, thread
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     settings = {name: value for name, value in os.environ.items() if name.startswith("REVIT_FAST_")}
     n_cpus = reserved_cpus(threads)
-    shared = ray.put(pipe)  # kept until the end: a worker that is started again fetches it again
+    shared = ray.put(pipe)  # kept until the end, because a restarted worker fetches it again
     parts = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         PartWorker,
         fn_constructor_args=([shared], layout, threads),
@@ -328,7 +329,7 @@ def _computed(rows, pipe: AdaptivePipeline, layout: Layout, workers: int, thread
 
 
 def _shown(layout: Layout, part: int) -> PartReport:
-    """The report of a part that a worker has completed."""
+    """Waits for the report of a part that a worker has completed."""
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     while (report := layout.report_of(part)) is None:
         if time.monotonic() > deadline:

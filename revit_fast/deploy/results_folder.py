@@ -1,10 +1,10 @@
-"""Results of a long run as a directory of parts that a later run completes.
+"""The results of a long run: a directory of parts. A later run can compute the missing parts.
 
-    _manifest.json      what the results are of: model, assigner, policy, preprocessing, inputs, format
+    _manifest.json      what the results depend on: model, assigner, policy, preprocessing, inputs, format
     part-000000.parquet records of inputs 0 to part_images - 1, in their order; or .jsonl
-    _done/000000.json   written after the part: it is complete
+    _done/000000.json   written after the part; marks it as complete
 
-Names that start with an underscore are left out by what reads a folder of Parquet (pyarrow, Spark, DuckDB globs).
+Readers of Parquet folders (pyarrow, Spark, DuckDB globs) ignore names that start with an underscore.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ PART_FORMATS = ("parquet", "jsonl")
 
 
 class ManifestError(ValueError):
-    """A directory that holds results of another run."""
+    """A directory that contains results of another run, or no valid results."""
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """What is known of a complete part.
+    """The report on a complete part.
 
     Attributes:
-        part: its number.
-        images: records in it.
-        errors: of them, those with an error.
-        tokens: that the model processed.
-        seconds: that its worker took.
-        pid: of the worker's process.
+        part: number of the part.
+        images: number of its records.
+        errors: number of its records with an error.
+        tokens: number of tokens that the model processed.
+        seconds: time that its worker needed, in seconds.
+        pid: process id of the worker.
         node: host name of the worker.
     """
 
@@ -60,16 +60,16 @@ class PartReport:
 
 @dataclass(frozen=True)
 class Layout:
-    """What every part of a directory has in common.
+    """The settings that all parts of a directory share.
 
     Args:
         directory: absolute path.
-        part_images: images of a part; the last may have fewer.
+        part_images: number of images in a part; the last may have fewer.
         part_format: one of `PART_FORMATS`.
-        top_k: classes of an image that are kept.
-        logits: whether all logits are kept, too.
-        grids: for which the assigner gives probabilities, none where it is not asked.
-        has_labels: whether classes are names, else numbers.
+        top_k: number of classes to keep for each image.
+        logits: whether to keep all logits, too.
+        grids: grids for which the assigner gives probabilities; empty if it is not used.
+        has_labels: whether classes have names; otherwise they are numbers.
     """
 
     directory: str
@@ -92,19 +92,19 @@ class Layout:
                 raise ValueError(f"{name}: expected an int of at least 1, got {getattr(self, name)!r}")
 
     def part_path(self, part: int) -> Path:
-        """The file of a part's records."""
+        """The path of the file with a part's records."""
         return Path(self.directory, f"part-{part:06d}.{self.part_format}")
 
     def report_path(self, part: int) -> Path:
-        """The file that says that a part is complete."""
+        """The path of the file that marks a part as complete."""
         return Path(self.directory, "_done", f"{part:06d}.json")
 
     def record_of(self, result: Result, path: str) -> dict[str, Any]:
-        """A result as it is kept; what an image has not is None.
+        """The record of a result; missing values are None.
 
         Args:
-            result: of the pipeline.
-            path: as the input was given.
+            result: a result of the pipeline.
+            path: the path of the input as it was given.
         """
         record = {"index": result.index, "path": path, "grid": result.grid, "tokens": result.n_tokens}
         record["ms"] = None if result.error is not None else round(result.ms, 3)
@@ -121,7 +121,7 @@ class Layout:
         return record
 
     def begin(self, part: int) -> int:
-        """How often this part was begun before and not finished; counts this time."""
+        """Counts an attempt at a part; returns the number of earlier unfinished attempts."""
         path = self._tries_path(part)
         tries = int(path.read_text()) if path.exists() else 0
         with replaced(path) as temporary:
@@ -129,7 +129,7 @@ class Layout:
         return tries
 
     def write(self, records: Sequence[dict[str, Any]], report: PartReport) -> None:
-        """Writes a part, all or nothing, and then that it is complete."""
+        """Writes a part, completely or not at all, and then marks it as complete."""
         with replaced(self.part_path(report.part)) as temporary:
             if self.part_format == "jsonl":
                 lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
@@ -165,25 +165,26 @@ class Layout:
         return pa.schema(list(fields.items()))
 
     def report_of(self, part: int) -> PartReport | None:
-        """The report of a part; None where it is not complete."""
+        """The report of a part; None if the part is not complete."""
         if not self.part_path(part).exists() or not self.report_path(part).exists():
             return None
         return PartReport(**json.loads(self.report_path(part).read_text(encoding="utf-8")))
 
     def clear_leftovers(self) -> None:
-        """Removes what killed workers left unfinished; only while nothing writes."""
+        """Removes unfinished files of killed workers; no process may be writing to the directory."""
         for pattern in ("part-*.tmp", "_done/*.tmp", "_done/*.tries"):
             for path in Path(self.directory).glob(pattern):
                 path.unlink(missing_ok=True)
 
 
 def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> None:
-    """Makes the directory one of results of this pipeline on these sources, or checks that it is.
+    """Prepares the directory for results of this pipeline on these sources, or checks that it already is.
 
     Raises:
-        ManifestError: where it holds results of something else, which it names; or files, but no manifest.
+        ManifestError: if the directory contains results of another run (the message names the differences), or files
+            without a manifest.
     """
-    # As JSON gives it back: tuples are lists.
+    # The round trip through JSON turns tuples into lists, as in the manifest that is read below.
     manifest = json.loads(json.dumps(_manifest(layout, pipe, sources), default=_plain))
     directory = Path(layout.directory)
     path = directory / "_manifest.json"
@@ -197,7 +198,7 @@ def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> 
             temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         return
     kept = read_manifest(directory)
-    # Older manifests hold the option `exact`. It changed no result and no longer exists.
+    # Older manifests contain the option `exact`. It changed no result and no longer exists.
     kept.get("preprocessing", {}).pop("exact", None)
     differing = [name for name in sorted(kept.keys() | manifest.keys()) if kept.get(name) != manifest.get(name)]
     if differing:
@@ -209,10 +210,10 @@ def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> 
 
 
 def read_manifest(directory: str | PathLike) -> dict[str, Any]:
-    """The manifest of a directory of results.
+    """Reads the manifest of a directory of results.
 
     Raises:
-        ManifestError: where there is none that can be read.
+        ManifestError: if the directory has no manifest, or it cannot be read.
     """
     path = Path(directory, "_manifest.json")
     try:
@@ -225,10 +226,10 @@ def read_manifest(directory: str | PathLike) -> dict[str, Any]:
 
 
 def read_records(directory: str | PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a finished directory, in the order of the inputs.
+    """Yields the records of a finished directory, in the order of the inputs.
 
     Raises:
-        ManifestError: where it holds no results, or parts are missing.
+        ManifestError: if the directory contains no results, or parts are missing.
     """
     manifest = read_manifest(directory)
     n_parts = -(-manifest["inputs"]["images"] // manifest["part_images"])
@@ -247,7 +248,7 @@ def read_records(directory: str | PathLike) -> Iterator[dict[str, Any]]:
 
 
 def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> dict[str, Any]:
-    """All that results follow from: not the token budget and the workers, for no result depends on them."""
+    """Everything that the results depend on. This excludes the token budget and the workers."""
     prep = pipe.prep
     tla = prep.tla
     labels = None if pipe.labels is None else _digest("\n".join(pipe.labels).encode())
@@ -287,7 +288,7 @@ def _digest_of(parts: Iterable[bytes]) -> str:
 
 
 def _module_digest(module: nn.Module, more: bytes = b"") -> str:
-    """Of parameters, buffers and every plain setting of a module and its children (heads, epsilons, pooling)."""
+    """Digest of the parameters, buffers and plain settings (heads, epsilons, pooling) of a module and its children."""
 
     def parts() -> Iterator[bytes]:
         yield more

@@ -1,1 +1,1 @@
-"""Reading images, writing files, timing and memory: what needs no model."""
+"""Helpers that need no model: reading images, writing files, timing and memory."""

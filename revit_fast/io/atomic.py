@@ -1,4 +1,4 @@
-"""Files and folders that are written all or nothing."""
+"""Writes files and folders completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux' renameat2."""
+"""Constants of Linux' system call renameat2."""
 
 LEFTOVER = re.compile(r"\.\d+\.tmp$")
-"""The end of a temporary path's name."""
+"""Pattern for the end of a temporary path's name."""
 
 
 @contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the context ends without an error.
+    """Yields a temporary path beside `path`, which replaces `path` when the context ends without an error.
 
-    What is there and is no file, such as /dev/null, is not replaced: the path itself is written to.
+    If `path` exists but is not a regular file (/dev/null, for example), it is not replaced: it is yielded itself.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -40,27 +40,27 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON, all or nothing; NaN is refused."""
+    """Writes JSON, completely or not at all; refuses NaN."""
     with replaced(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
+    """Reads the value that `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
 def replaced_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A new, empty folder beside `path` that takes its place, or becomes it, when the context ends without an error.
+    """Yields a new, empty folder beside `path`, which replaces `path` when the context ends without an error.
 
-    On Linux there is no moment without the one or the other; where the system cannot exchange folders, there is one
-    between two renames.
+    On Linux the old or the new folder exists at every moment. If the system cannot exchange folders, there is a moment
+    between two renames when neither exists.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had this one's id
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
     temporary.mkdir()
     try:
         yield temporary
@@ -76,16 +76,16 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes from a folder what processes that were killed had begun to write; nobody may be writing to it."""
+    """Removes the unfinished files of killed processes from a folder; no process may be writing to it."""
     for path in Path(folder).iterdir():
         if LEFTOVER.search(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Whether the two have changed places, in one step."""
+    """Exchanges two folders in one step; returns whether it succeeded."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+    except (AttributeError, OSError, TypeError):  # another operating system, or an old C library
         return False
     return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0

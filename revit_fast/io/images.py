@@ -1,4 +1,4 @@
-"""Images: finding files, and decoding whatever stands for an image to an upright uint8 RGB array.
+"""Images: finds files, and decodes every kind of image source to an upright uint8 RGB array.
 
 Encoded images need Pillow: `pip install "revit-fast[cli]"`.
 """
@@ -17,25 +17,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-if TYPE_CHECKING:  # arrays need no Pillow, and it is imported where it is first needed
+if TYPE_CHECKING:  # arrays need no Pillow, so it is imported only when it is needed
     from PIL import Image
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-"""Names that are taken for images inside a folder, in any case."""
+"""Suffixes of file names that count as images inside a folder, in upper or lower case."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""Decoders that may run, whatever a file is called: never Pillow's others, some of which start programs (EPS)."""
+"""Formats whose decoders may run, whatever a file's name. Pillow's others never run: some start programs (EPS)."""
 
 ORIENTATION_TAG = 0x0112
 
 
 class Kind(NamedTuple):
-    """What is looked for in folders.
+    """A kind of file to find in folders.
 
     Attributes:
-        one: what to call one in a message, with its article.
-        many: what to call several.
-        suffixes: of names that are taken for one inside a folder, in lower case.
+        one: the singular with its article, for messages.
+        many: the plural, for messages.
+        suffixes: suffixes, in lower case, of file names that count as this kind inside a folder.
     """
 
     one: str
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
     suffixes: tuple[str, ...]
 
     def has_name(self, path: str) -> bool:
-        """Whether a file or folder is called like one."""
+        """Whether the name of a file or folder has one of the suffixes."""
         return path.lower().endswith(self.suffixes)
 
 
@@ -51,38 +51,37 @@ IMAGES = Kind("an image", "images", SUFFIXES)
 
 
 class ImageError(Exception):
-    """A source that is no image that can be read; the text is the reason, without the source's name."""
+    """A source that cannot be read as an image; the text is the reason, without the source's name."""
 
 
 class Source(NamedTuple):
-    """A file to read, or why there is none at this path."""
+    """A file to read, or the reason why there is none at this path."""
 
     path: str
     error: str | None = None
 
 
 ImageSource = "str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor | Source"
-"""What stands for an image: a path, the bytes of a file, a PIL image, or uint8 pixels `[H, W, 3]` or `[H, W]`."""
+"""A source of an image: a path, the bytes of a file, a PIL image, or uint8 pixels `[H, W, 3]` or `[H, W]`."""
 
 
 def find_images(paths: Iterable[str], kind: Kind = IMAGES) -> Iterator[Source]:
-    """The image files that the given paths name, found while they are consumed.
+    """Finds the image files that the given paths name, one by one as the result is consumed.
 
     Args:
-        paths: a file is taken whatever its suffix. A folder stands for the files below it that end in one of the
-            kind's suffixes, sorted by name, without those whose name starts with a dot and without following links to
-            other folders. A glob pattern (`**` descends) stands for its sorted matches, as if the shell had expanded
-            it.
-        kind: of files, images or others.
+        paths: a file is accepted with any suffix. A folder stands for the files below it that end in one of the kind's
+            suffixes, sorted by name. Names that start with a dot are left out, and links to other folders are not
+            followed. A glob pattern (`**` descends) stands for its sorted matches, as if the shell had expanded it.
+        kind: kind of the files: images or others.
 
     Yields:
-        One `Source` per file in the order of the paths. A path that leads to no image gives one with an error, and so
-        does a folder called like an image (unless it is given with a trailing slash), which is not entered.
+        One `Source` per file in the order of the paths. A path without any image gives a `Source` with an error. So
+        does a folder with the suffix of an image, unless it is given with a trailing slash; it is not entered.
     """
     for path in map(os.fspath, paths):
         if not os.path.lexists(path) and glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))
-            # A pattern that descends by itself matches folders beside the files in them.
+            # A pattern with `**` matches folders as well as the files in them.
             matches = [m for m in matches if "**" not in path or kind.has_name(m) or not os.path.isdir(m)]
             if not matches:
                 yield Source(path, "no file matches this pattern")
@@ -128,7 +127,7 @@ def _folder_like(path: str, kind: Kind) -> Source:
 
 
 def name_of(source: ImageSource) -> str:
-    """What to call a source in a report."""
+    """The name of a source in messages."""
     if isinstance(source, Source):
         return source.path
     if isinstance(source, (str, os.PathLike)):
@@ -141,7 +140,7 @@ def name_of(source: ImageSource) -> str:
 
 
 def check_sources(sources: object) -> None:
-    """Raises a TypeError for one image in the place of several, of which some could be iterated: letters, rows."""
+    """Raises a TypeError for a single image. Some could be iterated by mistake: a path by letters, an array by rows."""
     single = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Tensor, Source)
     if isinstance(sources, single) or _is_pil_image(sources):
         got = type(sources).__name__
@@ -149,26 +148,26 @@ def check_sources(sources: object) -> None:
 
 
 def on_one_line(text: str) -> str:
-    """Control characters and undecodable bytes escaped: a file name must not break a line or drive the terminal."""
+    """Escapes control characters and undecodable bytes: a file name must not break a line or control the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
-    """The upright RGB pixels of an image.
+    """Reads the upright RGB pixels of an image.
 
     Encoded images are JPEG, PNG or WebP; their contents decide the format, not their name. The EXIF orientation is
     applied. Transparent pixels are composited on white. Sixteen-bit grey is scaled to eight bits by the rule of the PNG
-    specification, `round(v * 255 / 65535)`. Grey, palette and CMYK become RGB. Of an animation the first frame is
-    taken. An array is taken as it is.
+    specification, `round(v * 255 / 65535)`. Grey, palette and CMYK become RGB. An animation gives its first frame. An
+    array is returned unchanged.
 
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array or CPU tensor `[H, W, 3]`, `[H, W, 1]` or
             `[H, W]`.
-        draft_px: lets a JPEG be decoded at a half, a quarter or an eighth of its size (a scaled DCT), as long as its
-            shorter side keeps at least this many pixels. Approximate: the pixels are those of a box filter.
+        draft_px: allows decoding a JPEG at a half, a quarter or an eighth of its size (a scaled DCT), as long as its
+            shorter side keeps at least this many pixels. The result is approximate: the pixels of a box filter.
 
     Returns:
-        uint8 array `[H, W, 3]` (an array that was given may be grey).
+        uint8 array `[H, W, 3]` (an array as the source may be grey).
 
     Raises:
         ImageError: with the reason: missing, empty, not an image, truncated, larger than
@@ -193,10 +192,10 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
 
 
 def encoded_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels that the header of an encoded image gives; nothing is decoded.
+    """(width, height) in pixels from the header of an encoded image; nothing is decoded.
 
     Raises:
-        ImageError: as of `read_rgb`, where the header cannot be read.
+        ImageError: if the header cannot be read; reasons as for `read_rgb`.
     """
     with _reasons(), _open(_opened(data)) as image:
         return image.size
@@ -204,7 +203,7 @@ def encoded_size(data: bytes) -> tuple[int, int]:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """What decoders raise, as `ImageError`."""
+    """Turns the exceptions of decoders into `ImageError`."""
     try:
         yield
     except ImageError:
@@ -215,7 +214,7 @@ def _reasons() -> Iterator[None]:
         if type(error).__name__ == "UnidentifiedImageError":
             raise ImageError("not a JPEG, PNG or WebP image") from None
         raise ImageError(os_reason(error)) from error
-    except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, SyntaxError, ...
+    except Exception as error:  # damaged files make decoders raise many types: struct.error, SyntaxError, ...
         raise ImageError(str(error) or type(error).__name__) from error
 
 
@@ -231,7 +230,7 @@ def _opened(data: bytes) -> io.BytesIO:
 
 
 def check_file(path: str | os.PathLike, kind: Kind = IMAGES) -> None:
-    """Raises an `ImageError` for what is no file with contents, an OSError where there is nothing at the path."""
+    """Raises an `ImageError` if the path is not a regular file with contents, an OSError if it does not exist."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"is a folder, not {kind.one}")
@@ -262,7 +261,7 @@ def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
 
 
 def _draft_size(size: tuple[int, int], draft_px: int) -> tuple[int, int]:
-    """The size to ask the decoder for: it takes the smallest scale that is not below it."""
+    """The size to request from the decoder, which uses its smallest scale that is not below this size."""
     scale = draft_px / min(size)
     return tuple(max(1, int(np.ceil(side * scale))) for side in size)
 
@@ -276,12 +275,12 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
 
 
 def os_reason(error: OSError) -> str:
-    """What an OSError says, in lower case and without the path."""
+    """The message of an OSError in lower case, without the path."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def _upright_rgb(image: Image.Image) -> np.ndarray:
-    """RGB pixels of an image, its orientation applied."""
+    """RGB pixels of an image, with its orientation applied."""
     from PIL import Image
 
     turn = _upright_transposition(image)
@@ -300,7 +299,7 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _upright_transposition(image: Image.Image) -> Image.Transpose | None:
-    """What turns the stored pixels upright by the EXIF orientation, None where they are."""
+    """The transposition that turns the stored pixels upright, from the EXIF orientation; None if they are upright."""
     from PIL import Image
 
     try:

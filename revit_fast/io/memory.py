@@ -1,7 +1,7 @@
-"""What glibc does with freed memory: keeping its pages for the next allocation, or giving them back to the system.
+"""Controls whether glibc keeps the pages of freed memory for the next allocation or returns them to the system.
 
-Tensors of a forward pass are freed and allocated again at once. By default glibc gives their pages back to the system
-in between, and the page faults of the next allocation cost more than some kernels do: 1,240 faults and three times the
+Tensors of a forward pass are freed and allocated again at once. By default glibc returns their pages to the system in
+between, and the page faults of the next allocation cost more than some kernels do: 1,240 faults and three times the
 time for a fused norm of 1,694 x 384 floats. `keep_freed_pages` prevents that. It changes the allocator of the whole
 process, so importing the package does not call it. `revit_fast.optimize`, pipelines, training and the commands do.
 
@@ -23,9 +23,10 @@ import threading
 from functools import lru_cache
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = 32 << 20, 64 << 20
-"""Bytes of the smallest block that is mapped by itself, and of free memory at the top of the heap that is kept.
+"""Size, in bytes, of the smallest block that has its own mapping, and of the free memory kept at the top of the heap.
 
-glibc adapts both to what a program frees. It stops at these values, after a program has freed one block of 32 MiB.
+glibc adapts both to the blocks that a program frees. It reaches its maximum, these values, when a program has freed a
+block of 32 MiB.
 """
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -45,7 +46,7 @@ def _choice() -> str | None:
 
 
 CHOICE = _choice()
-"""`REVIT_FAST_MALLOC`; None where it is unset or empty."""
+"""The value of `REVIT_FAST_MALLOC`; None if it is unset or empty."""
 
 _log = logging.getLogger("revit_fast")
 _lock = threading.Lock()
@@ -54,7 +55,7 @@ _keeps = False
 
 @lru_cache(maxsize=1)
 def _glibc() -> ctypes.CDLL | None:
-    """glibc, where tensors come from its allocator; None elsewhere.
+    """glibc, if tensors come from its allocator; otherwise None.
 
     Another allocator, for example a preloaded jemalloc, replaces `posix_memalign`, which PyTorch calls. glibc's
     settings then have no effect.
@@ -79,25 +80,25 @@ def keep_freed_pages() -> bool:
     """Makes the allocator of this process keep freed memory, so that the next allocation costs no page faults.
 
     Raises glibc's thresholds to `MMAP_THRESHOLD` and `TRIM_THRESHOLD`, once per process; further calls change nothing.
-    The process then keeps up to 64 MiB of free memory for every thread that ever allocated; `release_freed_pages` gives
-    it back. `revit_fast.optimize`, pipelines, training and the commands call this; call it yourself before you use the
-    operators alone. The first effective call logs one line, level INFO, to the logger "revit_fast". Several threads may
-    call it concurrently.
+    The process then keeps up to 64 MiB of free memory for each thread that ever allocated; `release_freed_pages`
+    gives it back. `revit_fast.optimize`, pipelines, training and the commands call this function; call it yourself if
+    you use the operators alone. The first effective call logs one line, level INFO, to the logger "revit_fast". Several
+    threads may call it concurrently.
 
     Returns:
-        Whether the allocator keeps freed pages. False where it is not glibc's, and with `REVIT_FAST_MALLOC=default`.
+        Whether the allocator keeps freed pages. False if it is not glibc's, and with `REVIT_FAST_MALLOC=default`.
     """
     global _keeps
     with _lock:
         is_new = not _keeps and CHOICE != "default" and _raise_thresholds()
         _keeps = _keeps or is_new
-    if is_new:  # outside the lock: a handler of the log may call this function
+    if is_new:  # outside the lock, because a log handler may call this function
         _log.info("this process keeps freed memory pages from now on; REVIT_FAST_MALLOC=default prevents it")
     return _keeps
 
 
 def allocator_state() -> str:
-    """Whether the allocator keeps freed pages, and what would change that, on one line."""
+    """One line that says whether the allocator keeps freed pages, and what would change that."""
     if _keeps:
         return "keeps freed pages; REVIT_FAST_MALLOC=default prevents it"
     if _glibc() is None:
@@ -111,13 +112,14 @@ def allocator_state() -> str:
 
 
 def release_freed_pages() -> bool:
-    """Gives the pages of freed memory back to the system.
+    """Returns the pages of freed memory to the system.
 
-    glibc keeps up to a threshold of free memory for every thread that ever allocated, 64 MiB after `keep_freed_pages`.
-    Images are decoded on some threads and freed on others, so a long stream would grow by that much for each thread.
+    glibc keeps free memory up to a threshold for each thread that ever allocated, 64 MiB after `keep_freed_pages`.
+    Images are decoded on some threads and freed on others, so the memory of a long stream would grow by that much for
+    each thread.
 
     Returns:
-        False where the allocator is not glibc's, which then keeps what it keeps.
+        Whether the allocator is glibc's. For any other this function does nothing.
     """
     glibc = _glibc()
     if glibc is not None:

@@ -1,4 +1,4 @@
-"""Spans of time by stage and thread, as a file that Perfetto and Chrome's tracing page open."""
+"""Records time spans by stage and thread, and writes them to a file for Perfetto and Chrome's tracing page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revit_fast.io.atomic import replaced
 
 
 class StageTimes:
-    """Seconds spent in every stage, over all threads."""
+    """Sums the seconds spent in each stage over all threads."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -22,7 +22,7 @@ class StageTimes:
 
     @contextmanager
     def span(self, stage: str, **details: object) -> Iterator[None]:
-        """Counts the time of a `with` block to a stage; `details` are shown by traces."""
+        """Adds the time of a `with` block to a stage; traces show `details`."""
         begin = time.perf_counter()
         try:
             yield
@@ -35,10 +35,10 @@ class StageTimes:
 
 
 class Trace(StageTimes):
-    """Also keeps every span, for `save`.
+    """A `StageTimes` that also keeps each span, for `save`.
 
     Args:
-        max_events: spans kept at most, the first of a run; later ones are only counted.
+        max_events: largest number of spans to keep, the first ones of a run; later ones are only counted.
     """
 
     def __init__(self, max_events: int = 1_000_000) -> None:
@@ -68,7 +68,7 @@ class Trace(StageTimes):
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the spans in the Trace Event Format (JSON), all or nothing."""
+        """Writes the spans in the Trace Event Format (JSON), completely or not at all."""
         with self._lock:
             numbers = {name: i for i, name in enumerate(dict.fromkeys(event["tid"] for event in self._events))}
             names = [

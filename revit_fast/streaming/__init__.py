@@ -1,1 +1,1 @@
-"""Streams of images to results, in packs by tokens."""
+"""Streams: images are packed by their tokens, run through a model and returned as results."""

@@ -1,4 +1,4 @@
-"""Grouping a stream of images into batches by their tokens: first fit, with a bounded wait."""
+"""Groups a stream of images into batches by their tokens: first fit, with a bounded wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class _OpenBatch(Generic[Item]):
-    """A batch that may still take items: when it must go, and how many items had come when its oldest did."""
+    """A batch that can still take items, its deadline, and the number of items seen when its oldest item came."""
 
     deadline: float
     first: int
@@ -21,23 +21,23 @@ class _OpenBatch(Generic[Item]):
 
 
 class TokenBudgetBatcher(Generic[Item]):
-    """Puts every item into the first open batch that has room for its tokens.
+    """Puts each item into the first open batch that has room for its tokens.
 
-    A batch is closed, and handed out, when no item can fit any more, when its oldest item has waited long enough (by
-    time or by items that came since), or when too many batches are open or too many bytes are held: then the oldest
-    goes. An item larger than the budget makes a batch of its own. Time is the caller's, so that waits can be tested
-    and replayed.
+    A batch is closed and returned when no further item can fit, or when its oldest item has waited long enough (by time
+    or by the number of items since). If too many batches are open or waiting items hold too many bytes, the oldest
+    batch is closed. An item larger than the budget gets its own batch. The caller passes the time, so that waits can be
+    tested and replayed.
 
     Args:
-        token_budget: tokens of a batch at most.
-        min_tokens: tokens of the smallest item that may come: a batch with less room than that is full.
-        max_wait_s: seconds that an item waits at most, as long as `expired` is called in time.
-        max_behind: items that may come and go before one that waits.
-        max_open: batches open at a time.
-        max_bytes: memory that waiting items may hold, as far as single items allow.
+        token_budget: largest number of tokens in a batch.
+        min_tokens: tokens of the smallest possible item: a batch with less room than that is full.
+        max_wait_s: longest wait of an item in seconds, if `expired` is called in time.
+        max_behind: largest number of later items that may pass a waiting item.
+        max_open: largest number of open batches.
+        max_bytes: largest memory of waiting items in bytes; a single larger item is still accepted.
 
     Raises:
-        ValueError: for bounds below 1 (`max_wait_s`: below 0).
+        ValueError: if a bound is below 1 (`max_wait_s`: below 0).
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class TokenBudgetBatcher(Generic[Item]):
             raise ValueError(f"max_wait_s: expected at least 0, got {max_wait_s!r}")
         self.token_budget, self.min_tokens, self.max_wait_s = token_budget, min_tokens, max_wait_s
         self.max_behind, self.max_open, self.max_bytes = max_behind, max_open, max_bytes
-        self._open: list[_OpenBatch[Item]] = []  # in the order of their oldest items
+        self._open: list[_OpenBatch[Item]] = []  # sorted by their oldest items
         self._n_seen = 0
 
     def __len__(self) -> int:
-        """Items that wait."""
+        """Number of waiting items."""
         return sum(len(batch.items) for batch in self._open)
 
     @property
     def deadline(self) -> float:
-        """The time at which `expired` has something to hand out; infinite where nothing waits."""
+        """The time at which `expired` returns a batch; infinite if no item waits."""
         return self._open[0].deadline if self._open else math.inf
 
     def add(self, item: Item, n_tokens: int, now: float = 0.0, n_bytes: int = 0) -> list[list[Item]]:
-        """Takes an item; returns the batches that this closes, the oldest first."""
+        """Adds an item and returns the batches that are now closed, oldest first."""
         self._n_seen += 1
         batch = next((b for b in self._open if b.n_tokens + n_tokens <= self.token_budget), None)
         if batch is None:
@@ -83,11 +83,11 @@ class TokenBudgetBatcher(Generic[Item]):
         return self._close(now)
 
     def expired(self, now: float) -> list[list[Item]]:
-        """Batches whose oldest item will have waited `max_wait_s` by the time `now`."""
+        """Closes and returns the batches whose oldest item has waited `max_wait_s` at time `now`."""
         return self._close(now)
 
     def flush(self) -> list[list[Item]]:
-        """Everything that waits."""
+        """Closes and returns all open batches."""
         batches, self._open = self._open, []
         return [batch.items for batch in batches]
 

@@ -1,6 +1,6 @@
-"""Bundles: a folder with all that an adaptive model needs to run where only this package is installed.
+"""Bundles: folders with everything that an adaptive model needs. They run with this package alone.
 
-A bundle is the folder of a model (`folder`) with its assigner and the policy that it is meant to run with.
+A bundle is a model folder (`models.folder`) with the model's assigner and its intended policy.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from revit_fast.streaming.pipeline import AdaptivePipeline, pipeline
 
 
 class Bundle(NamedTuple):
-    """What a bundle holds.
+    """The parts of a bundle.
 
     Attributes:
-        model: in evaluation mode; its `pretrained_cfg` holds `settings`, and `classes` as `label_names`.
-        tla: the assigner, in evaluation mode; None where there is none yet.
+        model: the model, in evaluation mode; its `pretrained_cfg` contains `settings`, and `classes` as `label_names`.
+        tla: the assigner, in evaluation mode; None if the bundle has none.
         classes: names of the classes, in the order of the logits.
         settings: mean, std, crop_pct and interpolation that the model was trained with.
-        policy: that the bundle is meant to run with, see `policies.make_policy`.
-        card: text of the model card, in Markdown, below what is said of every bundle.
+        policy: the intended policy of the bundle, see `policies.make_policy`.
+        card: text of the model card in Markdown, which follows the text that every bundle has.
     """
 
     model: ReViT
@@ -56,21 +56,21 @@ def save_bundle(
     policy: PolicySpec | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes a bundle, all or nothing: a process that is killed meanwhile leaves the bundle that was there.
+    """Writes a bundle, completely or not at all: if the process is killed, the old bundle stays.
 
     Args:
         folder: a new or empty folder, or a bundle to replace; other files in it are kept.
         model: the ReViT.
-        tla: its assigner, calibrated for policies that need it; None for a model that has none yet.
-        classes: a name for every class, in the order of the logits; default: the `label_names` of its
+        tla: the model's assigner, calibrated if the policy needs it; None if the model has no assigner yet.
+        classes: a name for each class, in the order of the logits; default: the `label_names` of the model's
             `pretrained_cfg`, else their numbers.
-        settings: mean, std, crop_pct and interpolation that the model was trained with; default: what its
-            `pretrained_cfg` says, else DeiT's.
+        settings: mean, std, crop_pct and interpolation that the model was trained with; default: those of the model's
+            `pretrained_cfg`, else DeiT's.
         policy: the policy that the bundle runs with; default "argmax", or the longest grid without an assigner.
-        card: further text of the model card, in Markdown: data, accuracies, limits.
+        card: further text of the model card in Markdown: data, accuracies, limits.
 
     Raises:
-        ValueError: for parts that do not fit each other, or a folder that holds something else.
+        ValueError: if the parts do not fit together, or the folder contains something else.
     """
     policy = default_policy(model, tla) if policy is None else policy
     _check(model, tla, policy, complete_settings(model, settings))
@@ -78,16 +78,16 @@ def save_bundle(
 
 
 def read_bundle(name_or_folder: str | os.PathLike) -> Bundle:
-    """The parts of a bundle.
+    """Reads the parts of a bundle.
 
     Args:
-        name_or_folder: a folder; without a path separator, the name of a model that the package ships; or a repository
-            of the Hugging Face Hub, `hf-hub:user/name` or `hf-hub:user/name@revision`.
+        name_or_folder: a folder; or, without a path separator, the name of a model that the package ships; or a
+            repository of the Hugging Face Hub, `hf-hub:user/name` or `hf-hub:user/name@revision`.
 
     Raises:
-        FileNotFoundError: where there is no such bundle or one of its files is missing.
+        FileNotFoundError: if the bundle does not exist or one of its files is missing.
         OSError, ImportError: see `hub.download`.
-        ValueError: where a file of it cannot be read, or files do not fit each other; the message names the file.
+        ValueError: if a file cannot be read, or the files do not fit together; the message names the file.
     """
     folder = find_bundle(name_or_folder)
     config = read_config(folder)
@@ -109,11 +109,11 @@ def read_bundle(name_or_folder: str | os.PathLike) -> Bundle:
 def load(
     name_or_folder: str | os.PathLike, *, optimize: bool = True, policy: PolicySpec | None = None, **options: Any
 ) -> AdaptivePipeline:
-    """A pipeline over a bundle, ready to be called with images; `.classes` are the names of its classes.
+    """Makes a pipeline from a bundle, ready to be called with images; `.classes` are the names of its classes.
 
     Args:
         name_or_folder: see `read_bundle`.
-        optimize: run an `optimize`d copy; otherwise the model itself.
+        optimize: run a copy made by `optimize`; otherwise the model itself.
         policy: see `policies.make_policy`; by default the bundle's.
         **options: further arguments of `pipeline`: device, dtype, token_budget, draft, ...
 
@@ -128,5 +128,5 @@ def load(
 def _check(
     model: ReViT, tla: TokenLengthAssigner | None, policy: PolicySpec, settings: Mapping[str, Any]
 ) -> AdaptivePreprocessor:
-    """Refuses an assigner of other grids, and a policy or settings that cannot be."""
+    """Raises an error if the assigner has other grids, or the policy or the settings are not valid for the model."""
     return AdaptivePreprocessor.for_model(model, tla, policy=policy, **settings)

@@ -1,4 +1,4 @@
-"""Decoding a stream of images on threads, in order, a bounded number ahead of the consumer."""
+"""Decodes a stream of images on threads, in order, a bounded number ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from revit_fast.io.images import ImageError, ImageSource, name_of
 from revit_fast.io.trace import StageTimes
 
 MAX_DECODERS = 8
-"""Decoding threads at most, unless asked for more."""
+"""Largest default number of decoding threads."""
 
 CHUNK = 16
-"""Decoded images that are handed out at a time, where as many have come."""
+"""Largest number of decoded images in one chunk."""
 
 SMALL_BYTES, MORE_SMALL = 1 << 17, 48
-"""Images of at most so many bytes are small, and so many more of them are decoded ahead and handed out at a time: to
-assign a group of 16 would cost more than it computes."""
+"""Images of at most `SMALL_BYTES` bytes are small. While images are small, `MORE_SMALL` more of them are decoded ahead
+and put into a chunk: for a group of 16, the overhead of assigning would exceed the computation."""
 
 
 def default_decoders() -> int:
-    """As many threads as PyTorch computes on, at most `MAX_DECODERS`."""
+    """The number of PyTorch's compute threads, at most `MAX_DECODERS`."""
     return min(torch.get_num_threads(), MAX_DECODERS)
 
 
 class Decoded(NamedTuple):
-    """Pixels or the reason why there are none, and how long that took."""
+    """The pixels of an image, or the reason why there are none, and the decoding time in milliseconds."""
 
     image: np.ndarray | None
     error: str | None
@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
 
 
 class Done:
-    """What there is of a future once it is done."""
+    """A finished future that holds a result."""
 
     __slots__ = ("_value",)
 
@@ -57,7 +57,7 @@ class Done:
 
 
 class Fed(NamedTuple):
-    """A source whose decoding has been asked for."""
+    """A source that was submitted for decoding, with its future result."""
 
     index: int
     source: ImageSource
@@ -65,7 +65,7 @@ class Fed(NamedTuple):
 
 
 class End(NamedTuple):
-    """The sources are exhausted, or their iterator raised this."""
+    """The end of the sources; `error` is the exception that their iterator raised, if any."""
 
     error: BaseException | None = None
 
@@ -74,12 +74,12 @@ class Decoders:
     """Decodes a stream of sources on threads, in order, a bounded number ahead of the consumer.
 
     Args:
-        sources: consumed by a thread of its own; a list or tuple, which never makes wait, by `chunk` itself: a thread
-            would take turns with the consumer's Python, and a core from its kernels.
-        decode: from a source to pixels; raises `ImageError`.
-        n_workers: decoding threads.
-        times: told of every decoding.
-        first_index: of the first source.
+        sources: a separate thread iterates them. `chunk` itself iterates a list or tuple, which never blocks: a thread
+            would compete with the consumer's Python for the interpreter and with its kernels for a core.
+        decode: function from a source to pixels; raises `ImageError`.
+        n_workers: number of decoding threads.
+        times: records the time of each decoding.
+        first_index: index of the first source.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Decoders:
         self._fed: queue.SimpleQueue[Fed | End] = queue.SimpleQueue()
         self._head: Fed | End | None = None
         self._ahead = threading.Semaphore(2 * n_workers + CHUNK)
-        self._more = 0  # images that may be ahead beyond that, as many small ones have come
+        self._more = 0  # further images that may be decoded ahead, after as many small ones
         self._stopped = False
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
         self._listed = enumerate(sources, first_index) if isinstance(sources, (list, tuple)) else None
@@ -109,12 +109,12 @@ class Decoders:
                 if self._stopped:
                     return
                 self._put(index, source)
-        except BaseException as error:  # raised again where the results are consumed
+        except BaseException as error:  # the consumer of the results raises it again
             end = End(error)
         self._fed.put(end)
 
     def _feed_listed(self) -> None:
-        """As many of listed sources as may be ahead."""
+        """Submits sources of a list, as many as may be decoded ahead."""
         while self._listed is not None and self._ahead.acquire(blocking=False):
             item = next(self._listed, None)
             if item is None:
@@ -124,7 +124,7 @@ class Decoders:
                 self._put(*item)
 
     def _put(self, index: int, source: ImageSource) -> None:
-        # To hand an array to another thread would cost more than to look at it.
+        # Handing an array to another thread would cost more than checking it here.
         there = isinstance(source, (np.ndarray, torch.Tensor))
         decoded = Done(self._run(index, source)) if there else self._pool.submit(self._run, index, source)
         self._fed.put(Fed(index, source, decoded))
@@ -139,11 +139,11 @@ class Decoders:
         return Decoded(image, reason, 1e3 * (time.perf_counter() - begin))
 
     def chunk(self, deadline: float) -> tuple[list[Fed], End | None]:
-        """Waits for a decoded source until `deadline` (of `time.perf_counter`), then takes those decoded as well.
+        """Waits until `deadline` (`time.perf_counter`) for a decoded source, then also takes the next decoded ones.
 
         Returns:
-            At most `CHUNK` sources (`MORE_SMALL` more where they are small), none where the deadline came first; and
-            the end, if it was reached.
+            At most `CHUNK` sources (`MORE_SMALL` more if they are small), none if the deadline came first; and the end,
+            if it was reached.
         """
         chunk: list[Fed] = []
         item = self._next(max(0.0, deadline - time.perf_counter()))
@@ -155,7 +155,7 @@ class Decoders:
         return chunk, None
 
     def _next(self, timeout_s: float) -> Fed | End | None:
-        """The next source once it is decoded; None where that takes longer."""
+        """The next source when it is decoded; None if that takes longer than `timeout_s`."""
         end = time.perf_counter() + timeout_s
 
         def left() -> float | None:
@@ -174,9 +174,10 @@ class Decoders:
         return head
 
     def _make_room(self, decoded: Future[Decoded] | Done) -> None:
-        """Lets another source be decoded for one that is consumed: two for a small image, none for one that is not.
+        """Allows one more source to be decoded when one is consumed; two after a small image, none after a larger one.
 
-        So there are ever more ahead, and fewer again, while images of another size come.
+        The number of images decoded ahead thus grows by at most `MORE_SMALL` while images are small, and shrinks again
+        while they are larger.
         """
         image = None if decoded.exception() else decoded.result().image
         small = image is None or image.nbytes <= SMALL_BYTES
@@ -186,7 +187,7 @@ class Decoders:
             self._ahead.release(1 + change)
 
     def close(self) -> None:
-        """Stops feeding and decoding; what has begun ends by itself."""
+        """Stops feeding and decoding; decodings that have started still finish."""
         self._stopped = True
         self._ahead.release()
         self._pool.shutdown(wait=False, cancel_futures=True)

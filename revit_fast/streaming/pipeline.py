@@ -1,4 +1,4 @@
-"""From a stream of images to logits: decoded ahead, assigned, packed by tokens, one forward pass per pack, in order."""
+"""The pipeline: decodes a stream of images ahead, assigns grids, packs by tokens, and returns results in order."""
 
 from __future__ import annotations
 
@@ -33,33 +33,34 @@ from revit_fast.streaming.results import InOrder, Ready, Result
 from revit_fast.streaming.session import Session
 
 MAX_BYTES = 256 << 20
-"""Pixels of decoded images that may wait to be packed."""
+"""Largest size, in bytes, of decoded images that wait to be packed."""
 
 RELEASE_BYTES = 64 << 20
-"""Pixels after which freed memory is given back to the system."""
+"""Size of processed images, in bytes, after which freed memory is returned to the system."""
 
 MAX_BEHIND = 1024
-"""Results that may wait for an earlier one."""
+"""Largest number of results that wait for an earlier one."""
 
 
 class AdaptivePipeline:
-    """Images to logits, each at the number of tokens that its preprocessor's policy gives it.
+    """Computes the logits of images, each at the number of tokens that the preprocessor's policy chooses.
 
-    Decoding runs ahead on threads. Decoded images are assigned in small groups, join the first open pack that has room
-    for their tokens, and are resized straight into it when it is full or has waited. Results come in the order of the
-    sources; a source that cannot be read gives an error and moves no other. Memory does not grow with the stream. The
-    process keeps freed memory from the first pipeline on, see `revit_fast.io.memory.keep_freed_pages`.
+    Threads decode images ahead. Decoded images are assigned in small groups and join the first open pack that has room
+    for their tokens. When a pack is full or has waited, they are resized directly into it. Results come in the order of
+    the sources; a source that cannot be read gives an error and does not change the place of any other. Memory does not
+    grow with the stream. From the first pipeline on, the process keeps freed memory, see
+    `revit_fast.io.memory.keep_freed_pages`.
 
     Args:
-        model: a `ReViT` in evaluation mode, best an `optimize`d one.
-        prep: decodes, assigns and packs for it.
-        token_budget: tokens of a pack at most, prefix tokens counted.
+        model: a `ReViT` in evaluation mode, preferably a copy made by `optimize`.
+        prep: preprocessor of the model: decodes, assigns and packs images.
+        token_budget: largest number of tokens in a pack, including prefix tokens.
         labels: names of the classes.
-        max_wait_s: seconds that an image waits for others to fill its pack.
-        n_decoders: decoding threads; by default `decoding.default_decoders()`.
+        max_wait_s: longest time, in seconds, that an image waits for others to fill its pack.
+        n_decoders: number of decoding threads; by default `decoding.default_decoders()`.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above or do not fit each other.
+        TypeError, ValueError: if an argument is not as above, or the arguments do not fit together.
     """
 
     MODEL: type[nn.Module] = ReViT
@@ -103,11 +104,11 @@ class AdaptivePipeline:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, where the pipeline has any."""
+        """Names of the classes; None if the pipeline has none."""
         return None if self.labels is None else tuple(self.labels)
 
     def with_policy(self, policy: PolicySpec) -> AdaptivePipeline:
-        """The same with another policy."""
+        """A copy of this pipeline with another policy."""
         other = copy(self)
         other.prep = self.prep.with_policy(policy)
         return other
@@ -115,23 +116,23 @@ class AdaptivePipeline:
     def __call__(
         self, sources: Iterable[ImageSource], *, times: StageTimes | None = None, first_index: int = 0
     ) -> Iterator[Result]:
-        """One `Result` per source, in their order, as they are consumed.
+        """Yields one `Result` per source, in the order of the sources; computes them as they are consumed.
 
         Args:
             sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them,
                 unless they are a list or tuple.
-            times: collects the time of every stage; a `Trace` keeps its spans.
-            first_index: place of the first source in its stream, for policies that go by it and for `Result.index`: a
-                part of a stream then gives what it gives in the whole.
+            times: collects the time of each stage; a `Trace` also keeps the spans.
+            first_index: place of the first source in its stream, for `Result.index` and for policies that depend on the
+                place. A part of a stream then gives the same results as in the whole stream.
         """
         check_sources(sources)
         return self._run(sources, times or StageTimes(), first_index)
 
     def assign(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
-        """The decisions alone: results as of a call, without logits, as soon as they are made.
+        """Decides without running the model; yields results without logits as soon as they are known.
 
         Raises:
-            ValueError: for a cascade, which decides by the logits.
+            ValueError: if the policy is a cascade, which needs the logits.
         """
         check_sources(sources)
         self.prep.policy.decides_before("assign")
@@ -144,15 +145,15 @@ class AdaptivePipeline:
         ]
 
     def session(self, times: StageTimes | None = None) -> Session:
-        """A running pipeline that images can be submitted to from any thread; a context manager.
+        """Starts a `Session`, which takes images from any thread; it is a context manager.
 
         Args:
-            times: collects the time of every stage.
+            times: collects the time of each stage.
         """
         return Session(self, times)
 
     async def stream(self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource]) -> AsyncIterator[Result]:
-        """The results of a stream without blocking the event loop, in order; waits for its consumer."""
+        """Yields the results of a stream in order, without blocking the event loop; waits for its consumer."""
         check_sources(sources)
         waiting: asyncio.Queue[asyncio.Future | None] = asyncio.Queue(maxsize=MAX_BEHIND)
 
@@ -213,7 +214,7 @@ class AdaptivePipeline:
         batcher: TokenBudgetBatcher[Ready],
         packs: deque[list[Ready]],
     ) -> None:
-        """Adds results to `done` and images to the batcher, and the packs that these complete to `packs`."""
+        """Adds results to `done`, images to the batcher, and the packs that it closes to `packs`."""
         now = time.perf_counter()
         for item in items:
             if isinstance(item, Result):
@@ -226,7 +227,7 @@ class AdaptivePipeline:
         return self._tokens_of(rows * columns)
 
     def _tokens_of(self, n_patches: int) -> int:
-        """Tokens of an input of `n_patches` patches."""
+        """Number of tokens of an input of `n_patches` patches."""
         return n_patches + self.model.num_prefix_tokens
 
     def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
@@ -284,16 +285,16 @@ class AdaptivePipeline:
         return Result(index, source, error=error, ms=ms, labels=self.labels)
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """Float32 logits `[B, n_classes]` on the CPU of a batch that `prep` packed."""
+        """Float32 logits `[B, n_classes]`, on the CPU, of a batch that `prep` packed."""
         with torch.inference_mode():
-            # An optimised model moves the batch by itself.
+            # An optimised model moves the batch itself.
             moved = batch if isinstance(self.model, OptimizedReViT) else batch.to(self.model.pos_embed.device)
             return self.model(moved).float().cpu()
 
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
-        """Runs one packed forward pass; its time is divided among the images by their tokens.
+        """Runs one packed forward pass and divides its time among the images by their tokens.
 
-        Yields a result for each image, or the image itself where a cascade asks for a longer grid.
+        Yields a result for each image, or the image itself if a cascade needs a longer grid for it.
         """
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]
@@ -324,7 +325,7 @@ class AdaptivePipeline:
         """The next grid of each image in a cascade; None for an image that is finished, and for all other policies.
 
         Args:
-            grids: of the forward pass, one for each image.
+            grids: grids of the forward pass, one for each image.
             logits: `[B, n_classes]` on the CPU, the result of that pass.
         """
         bound, longer = self.prep.policy.bound, dict(itertools.pairwise(reversed(self.model.grids)))
@@ -347,22 +348,22 @@ def pipeline(
     optimize: bool = True,
     **options,
 ) -> AdaptivePipeline:
-    """A pipeline over an optimised model, ready to be called with images.
+    """Makes a pipeline with an optimised model, ready to be called with images.
 
     Args:
-        model: a `ReViT`, or a timm name to make one of (needs timm).
-        assigner: a `TokenLengthAssigner`, or a file that one was saved to.
-        weights: of a model made by name: .safetensors or .pth, of a plain ViT or of a ReViT.
+        model: a `ReViT`, or the timm name of a model to create (needs timm).
+        assigner: a `TokenLengthAssigner`, or the file that one was saved to.
+        weights: weight file for a model created by name: .safetensors or .pth, of a plain ViT or of a ReViT.
         policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
-        device: of the model; by default where it is.
-        dtype: of the model, see `optimize`.
-        token_budget: tokens of a pack at most.
-        optimize: run a copy that `revit_fast.optimize` makes; otherwise the model itself, in evaluation mode.
+        device: device of the model; by default its present one.
+        dtype: type of the model's weights, see `optimize`.
+        token_budget: largest number of tokens in a pack.
+        optimize: run a copy made by `revit_fast.optimize`; otherwise the model itself, in evaluation mode.
         **options: further arguments of `AdaptivePipeline`, or of `AdaptivePreprocessor` (draft, crop_pct, ...).
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: for what cannot be loaded or does not fit together.
+        TypeError, ValueError, FileNotFoundError: if a part cannot be loaded, or the parts do not fit together.
     """
     if isinstance(model, str):
         model = create_model(model, weights=weights)

@@ -1,4 +1,4 @@
-"""What a pipeline returns, and what it keeps of an image until then."""
+"""The results of a pipeline, and the state of an image before it has a result."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from revit_fast.io.images import ImageSource, name_of
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What became of a source.
+    """The result of a source.
 
     Attributes:
-        index: its place in the stream.
-        source: as it was given.
-        grid: patches a side that it was given, of a cascade the last; None where there is an error. Where proportions
-            are kept (see `AdaptivePreprocessor`), the side of a square of as many tokens as it may take.
-        n_tokens: tokens that the model processed, prefix tokens counted, of a cascade at all grids.
-        logits: float32 `[n_classes]` on the CPU.
-        error: None, or a text that names the source and what is wrong with it.
-        probabilities: the assigner's, `[n_lengths]`, the longest length first; None where it was not asked.
-        ms: time of decoding plus its share, by tokens, of what was done for its pack.
-        labels: names of the classes, where the pipeline has any.
+        index: place of the source in the stream.
+        source: the source as it was given.
+        grid: assigned patches per side; in a cascade the last grid; None if there is an error. If proportions are kept
+            (see `AdaptivePreprocessor`), this is the side of a square with the largest number of tokens allowed.
+        n_tokens: tokens that the model processed, including prefix tokens; in a cascade the sum over all grids.
+        logits: float32 `[n_classes]` on the CPU; None if there is an error or the model did not run.
+        error: None, or a text that names the source and the problem.
+        probabilities: the assigner's, `[n_lengths]`, longest length first; None if the policy needs none.
+        ms: milliseconds of decoding, plus a share of the time to assign its group and, by tokens, to run its pack.
+        labels: names of the classes; None if the pipeline has none.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Result:
         return None if self.error is None else self.error.removeprefix(f"{name_of(self.source)}: ")
 
     def top(self, k: int = 5) -> list[dict]:
-        """The k best classes, `{"label": name or index, "score": probability}`; none where there is an error."""
+        """The k best classes, `{"label": name or index, "score": probability}`; empty without logits."""
         if self.logits is None:
             return []
         scores, classes = self.logits.softmax(dim=0).topk(min(k, len(self.logits)))
@@ -54,7 +54,7 @@ class Result:
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """A decoded image that waits for a pass at a grid, and what its `Result` will say."""
+    """A decoded image that waits for a forward pass, and the values for its `Result`."""
 
     image: np.ndarray
     index: int

@@ -1,4 +1,4 @@
-"""A pipeline that runs in a thread and takes images from any other."""
+"""A pipeline that runs in a thread and takes images from any other thread."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from revit_fast.streaming.results import Result
 
 
 class Session:
-    """A pipeline that runs in a thread of its own on images submitted from any thread.
+    """A pipeline that runs in its own thread on images submitted from any thread.
 
     Args:
-        pipe: the `AdaptivePipeline`; its `max_wait_s` is how long an image waits for others.
-        times: collects the time of every stage.
+        pipe: the `AdaptivePipeline`; its `max_wait_s` is the longest time that an image waits for others.
+        times: collects the time of each stage.
     """
 
     def __init__(self, pipe: Callable[..., Iterator[Result]], times: StageTimes | None = None) -> None:
@@ -32,13 +32,13 @@ class Session:
         self._thread.start()
 
     def submit(self, source: ImageSource) -> Future[Result]:
-        """The future result of an image; never an exception for an image that cannot be read.
+        """Submits an image and returns its future result. An image that cannot be read gives a result with an error.
 
         Raises:
-            RuntimeError: where the session is closed or its pipeline has failed.
+            RuntimeError: if the session is closed or its pipeline has failed.
         """
         future: Future[Result] = Future()
-        with self._lock:  # results come in the order of the queue
+        with self._lock:  # `_waiting` must have the order of the queue, because results do
             if self._closed is not None:
                 raise RuntimeError(f"submit: {self._closed}")
             self._waiting.append(future)
@@ -46,7 +46,7 @@ class Session:
         return future
 
     def close(self) -> None:
-        """Finishes what was submitted and ends the thread."""
+        """Finishes all submitted images and ends the thread."""
         with self._lock:
             if self._closed is None:
                 self._closed = "the session is closed"
@@ -61,11 +61,11 @@ class Session:
 
     @property
     def closed(self) -> str | None:
-        """Why nothing can be submitted any more; None while it runs."""
+        """The reason why nothing can be submitted any more; None while the session runs."""
         return self._closed
 
     def __len__(self) -> int:
-        """Images that wait for their results."""
+        """Number of images that wait for their results."""
         return len(self._waiting)
 
     def _submitted(self) -> Iterator[ImageSource]:
