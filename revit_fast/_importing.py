@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -101,6 +102,9 @@ def _is_importing() -> bool:
 def set_up() -> None:
     """Called once, by the package."""
     sys.modules.update({f"{PACKAGE}.{name}": _Moved(name, homes) for name, homes in MOVED.items()})
+    for variable, module in (("REVIT_FAST_MALLOC", "io.memory"), ("REVIT_FAST_ISA", "ops")):
+        if os.environ.get(variable):
+            import_module(f"{PACKAGE}.{module}")  # obeys the variable, or refuses its value
     if "torch" in sys.modules:
         import_module(f"{PACKAGE}.ops")
     else:

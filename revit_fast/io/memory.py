@@ -125,3 +125,7 @@ def release_freed_pages() -> bool:
     if glibc is not None:
         glibc.malloc_trim(0)
     return glibc is not None
+
+
+if CHOICE == "keep":
+    keep_freed_pages()

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from revit_fast.io.memory import CHOICE, keep_freed_pages
-
 # The schemas of csrc/library.cpp, for installations without the extension. A test checks that the two are equal.
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, "
@@ -53,9 +51,6 @@ def _load_extension() -> bool:
 
 
 HAS_EXTENSION = _load_extension()
-
-if CHOICE == "keep":
-    keep_freed_pages()
 
 if HAS_EXTENSION:
     _wanted, _available = os.environ.get("REVIT_FAST_ISA"), torch.ops.revit_fast.cpu_isas().split()
