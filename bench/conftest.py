@@ -1,10 +1,10 @@
 """Comparisons whose candidates take turns, reported through pytest-benchmark.
 
 A shared machine drifts by tens of percent within a minute, so timing one candidate after another compares the machine
-with itself. Here all candidates of a case run in alternation, and each test replays its candidate's samples into
-pytest-benchmark through a clock that only the replay advances; its statistics, groups and JSON then work as ever.
-A ratio table goes to `bench/results/` at the end. The allocator keeps freed pages for all candidates, as `optimize`
-makes it (`report.machine_header`); the operators alone do not ask for that.
+with itself. Here all candidates of a case run in alternation. Each test then replays its candidate's samples into
+pytest-benchmark through a clock that only the replay advances, so its statistics, groups and JSON work as usual.
+A ratio table is written to `bench/results/` at the end. The allocator keeps freed pages for all candidates, as after
+`optimize` (see `report.machine_header`); the operators alone do not ask for that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.turns import take_turns
 
 
 class ReplayClock:
-    """A clock that stands still but for `advance`."""
+    """A clock that moves only when `advance` is called."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,7 +47,7 @@ class Comparison:
         check: asserts that a candidate's output is right, given (name, output), before anything is timed.
         threads: threads that torch may use.
         rounds: turns that each candidate takes.
-        pause_s: rest before each turn, for candidates whose own spinning threads would steal the next one's cores.
+        pause_s: rest before each turn, for candidates whose spinning threads would take cores from the next candidate.
     """
 
     group: str

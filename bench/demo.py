@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of every candidate")
     args = parser.parse_args()
 
-    keep_freed_pages()  # for timm too; the model is run as it is, and `optimize` would do it
+    keep_freed_pages()  # for timm too; `optimize` would do this, but the model is run as it is
     torch.manual_seed(0)
     vit = timm.create_model(args.model, dynamic_img_size=True).eval()
     with torch.no_grad():  # random weights, scaled so that activations are of order one

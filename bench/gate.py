@@ -1,14 +1,14 @@
 """A gate against slower kernels: the instructions and stores that each executes, against those in `gate.json`.
 
-Seconds drift by tens of percent on a shared machine, so that no threshold on them is both tight and quiet. How many
-instructions a kernel executes for given inputs is exact: callgrind counts them, the same in every run. A loop that is
-no longer vectorised or a matrix that is packed twice shows in the instructions; an accumulator that is spilled, which
-adds few instructions and much waiting to a loop of many, shows in the stores. A cache miss does not show: that is what
-`make bench` is for.
+Seconds drift by tens of percent on a shared machine, so a tight threshold on them would give false alarms. The number
+of instructions that a kernel executes for given inputs is exact: callgrind counts the same number in every run. The
+instructions show a loop that is no longer vectorised, or a matrix that is packed twice. The stores show a spilled
+accumulator, which adds few instructions but much waiting to a long loop. Cache misses do not show; `make bench` is for
+those.
 
-`python -m bench.gate` compiles `gate.cpp` with the kernels and counts one call of each case. Exit status: 0 where all
-is well; 1 where a case needs over a tenth more than recorded, or is not recorded; 2 where nothing could be counted.
-`--update` records what it counts. Needs nothing but Python, valgrind and a C++ compiler.
+`python -m bench.gate` compiles `gate.cpp` with the kernels and counts one call of each case. Exit status: 0 if all is
+well; 1 if a case needs over a tenth more than recorded, or is not recorded; 2 if nothing could be counted. `--update`
+records the counts. The gate needs only Python, valgrind and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ ISA = "avx2"
 """Instruction set of the kernels that are counted: the best that valgrind can execute."""
 
 FLAGS = ("-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", "-Wno-unknown-pragmas")
-"""What setup.py compiles the kernels with, as far as it bears on their code."""
+"""Flags of setup.py that affect the kernels' machine code."""
 PYTHON_FLAGS = ("-fPIC", "-fwrapv", "-DNDEBUG")
-"""What building a Python extension adds to them."""
+"""Flags that building a Python extension adds."""
 
 CACHES = ("--cache-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=8388608,16,64")
-"""Callgrind counts stores where it simulates caches. Their misses are not looked at: any sizes do, but not those of the
-machine, some of which it cannot simulate."""
+"""Callgrind counts stores only if it simulates caches. The misses are not used, so any sizes do. The sizes are fixed
+because callgrind cannot simulate those of some machines."""
 
 MEASURED = "revit_gate_measured"
 """Function of gate.cpp during which callgrind counts."""
 
 LOSS_PERCENT = 10
-"""A case that needs more instructions, or stores, than recorded by over this much fails."""
+"""A case fails if it needs over this many percent more instructions or stores than recorded."""
 GAIN_PERCENT = 5
-"""One that needs fewer by over this much should be recorded, lest a later loss goes unnoticed."""
+"""A case that needs over this many percent fewer should be recorded again, so that a later loss is noticed."""
 
 GATED = ("instructions", "stores")
 """Fields of `Count` that must not grow."""
@@ -61,13 +61,13 @@ class GateError(Exception):
 
 @dataclass(frozen=True)
 class Count:
-    """One call of a kernel.
+    """Counts of one call of a kernel.
 
     Attributes:
-        instructions: executed.
-        stores: instructions among them that write memory, those that do it in two pieces counted twice.
-        work: useful floating-point operations, or bytes that it must read and write.
-        unit: of `work`, "FLOP" or "byte".
+        instructions: executed instructions.
+        stores: instructions among them that write memory; one that writes in two pieces counts twice.
+        work: useful floating-point operations, or bytes that the call must read and write.
+        unit: unit of `work`, "FLOP" or "byte".
     """
 
     instructions: int
@@ -83,13 +83,13 @@ class Count:
 
 @dataclass(frozen=True)
 class Record:
-    """What is counted in one run, or recorded of an earlier one.
+    """Counts of this run, or recorded counts of an earlier run.
 
     Attributes:
         isa: instruction set of the kernels.
         compiler: "gcc" or "clang".
-        version: of the compiler, such as "12.2.0".
-        cases: by name.
+        version: version of the compiler, such as "12.2.0".
+        cases: counts of the cases, by name.
     """
 
     isa: str
@@ -100,12 +100,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Row:
-    """One case beside what is recorded of it.
+    """One case beside its record.
 
     Attributes:
-        case: name.
-        now: as counted; None where the case is recorded, but no longer exists.
-        before: as recorded; None where it is not.
+        case: name of the case.
+        now: counts of this run; None if the case is recorded, but no longer exists.
+        before: recorded counts; None if the case is not recorded.
     """
 
     case: str
@@ -113,7 +113,7 @@ class Row:
     before: Count | None
 
     def change_percent(self, field: str) -> float | None:
-        """What is needed of `field` of `Count` more than recorded; None where the two are not one case."""
+        """Change of a field of `Count` from the record, in percent; None if the two are not the same case."""
         if self.now is None or self.before is None or self.is_other_work:
             return None
         now, before = getattr(self.now, field), getattr(self.before, field)
@@ -127,7 +127,7 @@ class Row:
 
     @property
     def failure(self) -> str | None:
-        """Why the gate does not let this case pass."""
+        """Why this case fails; None if it passes."""
         if self.now is None:
             return "is recorded, but not among the cases any more: record them with --update"
         if self.before is None:
@@ -143,19 +143,19 @@ class Row:
 
     @property
     def gain(self) -> str | None:
-        """What to say where the case got clearly better."""
+        """A message if the case got clearly better, else None."""
         gains = [(field, self.change_percent(field)) for field in GATED]
         said = [f"{-change:.1f} % fewer {field}" for field, change in gains if change and change < -GAIN_PERCENT]
         return f"needs {' and '.join(said)} than recorded: record it with --update" if said else None
 
 
 def compare(before: Mapping[str, Count], now: Mapping[str, Count]) -> list[Row]:
-    """Every case of either, in the order of `now`."""
+    """One row for every case of either record, in the order of `now`."""
     return [Row(case, now.get(case), before.get(case)) for case in [*now, *sorted(set(before) - set(now))]]
 
 
 def compiler_notice(before: Record, now: Record) -> str | None:
-    """What to say where the counts are those of another compiler than the recorded ones."""
+    """A message if the counts come from another compiler than the recorded ones, else None."""
     major = [(record.compiler, record.version.split(".")[0]) for record in (before, now)]
     if major[0] == major[1]:
         return None
@@ -184,10 +184,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def load(path: Path) -> Record:
-    """Reads what is recorded.
+    """Reads a record.
 
     Raises:
-        GateError: where there is no such file, or it does not hold a record.
+        GateError: if there is no such file, or it does not hold a record.
     """
     try:
         fields = json.loads(path.read_text())
@@ -217,11 +217,11 @@ def save(record: Record, path: Path) -> None:
 
 
 def check_machine(machine: str, cpu_flags: set[str], valgrind: str | None) -> None:
-    """Raises GateError where the kernels cannot be counted here.
+    """Raises GateError if the kernels cannot be counted on this machine.
 
     Args:
         machine: as `platform.machine()` names it.
-        cpu_flags: of /proc/cpuinfo.
+        cpu_flags: flags of /proc/cpuinfo.
         valgrind: path of the program, if there is one.
     """
     if machine not in ("x86_64", "AMD64") or not {"avx2", "fma"} <= cpu_flags:
@@ -234,17 +234,17 @@ def check_machine(machine: str, cpu_flags: set[str], valgrind: str | None) -> No
 
 
 def cpu_flags() -> set[str]:
-    """Features of the processor, none where the system does not tell."""
+    """Features of the processor; none if the system does not report them."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return set(found[1].split()) if found else set()
 
 
 def run(command: Sequence[str | Path], **environment: str) -> str:
-    """Standard output of a command, run with these variables besides those of this process.
+    """Runs a command with additional environment variables and returns its standard output.
 
     Raises:
-        GateError: where it cannot be started, fails or hangs, with the end of what it said.
+        GateError: if it cannot be started, fails or hangs; the message has the end of its output.
     """
     line = shlex.join(map(str, command))
     try:
@@ -277,7 +277,7 @@ def build(compiler: Sequence[str], folder: Path) -> Path:
         run([*compiler, *flags, "-c", source, "-o", target])
         return target
 
-    # All but the other instruction sets and the choice among them.
+    # All sources except those of other instruction sets and the choice of a set.
     sources = [ROOT / "bench" / "gate.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     sources = [s for s in sources if s.stem == f"isa_{ISA}" or not s.stem.startswith(("isa_", "dispatch"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -291,7 +291,7 @@ def count(program: Path, case: str, folder: Path) -> Count:
     """Runs one case under callgrind, whose profile stays in `folder`."""
     profile = folder / f"{case.replace(' ', '-')}.callgrind"
     options = ["--collect-atstart=no", f"--toggle-collect={MEASURED}", f"--callgrind-out-file={profile}", *CACHES]
-    # Without string instructions in memset and memcpy: their every byte would count as an instruction.
+    # No string instructions in memset and memcpy: every byte of theirs would count as an instruction.
     said = run(["valgrind", "-q", "--tool=callgrind", *options, program, case], GLIBC_TUNABLES="glibc.cpu.hwcaps=-ERMS")
     work, unit = said.split()
     lines = dict(line.split(": ", 1) for line in profile.read_text().splitlines() if ": " in line)
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     update = parser.parse_args(arguments).update
     try:
         if not update:
-            before = load(RECORD)  # first: a file that cannot be read is not worth a compilation
+            before = load(RECORD)  # before compiling, in case the file cannot be read
             return 0 if report(before, measure()) else 1
         try:
             before = load(RECORD).cases

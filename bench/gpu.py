@@ -1,9 +1,9 @@
-"""Everything a GPU is asked to show, in one run: numerics first, then times beside every peer that is installed.
+"""Checks and times everything on a GPU in one run: numerics first, then times beside every peer that is installed.
 
 Run: python -m bench.gpu [--budget-s 420]; tables go to bench/results/gpu.md and gpu.json.
 
-`TRITON_INTERPRET=1 python -m bench.gpu --device interpreter` runs the same program in full on tiny sizes, in Triton's
-interpreter and by the wall clock: it shows that the program works. Its times mean nothing.
+`TRITON_INTERPRET=1 python -m bench.gpu --device interpreter` runs the whole program on tiny sizes, in Triton's
+interpreter and with the wall clock. It shows that the program works; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ROUNDS = {"cuda": (5, 61), "interpreter": (2, 2)}
 
 
 def setting(device: str) -> Setting:
-    """16 images at 14x14, 24 at 10x10 and 24 at 7x7 of DeiT-S in bfloat16; for the interpreter four small ones.
+    """16 images at 14x14, 24 at 10x10 and 24 at 7x7 of DeiT-S in bfloat16; for the interpreter four small images.
 
-    The error rule compares two maxima, which are a matter of luck over a few dozen rows: so the small ones have 119.
+    The error rule compares two maxima. Over a few dozen rows they depend on luck, so the small images have 119 rows.
     """
     if device == "cuda":
         return Setting(torch.device("cuda"), torch.bfloat16, counts=(16, 24, 24))
@@ -55,7 +55,7 @@ def setting(device: str) -> Setting:
 
 
 def error_of(outputs, case_truth, case_same_dtype) -> str | None:
-    """Why a candidate's outputs break the error rule; None where they keep it."""
+    """Why a candidate's outputs break the error rule; None if they keep it."""
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     try:
         for i, (ours, same, truth) in enumerate(zip(outputs, case_same_dtype, case_truth, strict=True)):
@@ -71,7 +71,7 @@ def one_line(error: Exception) -> str:
 
 
 class Bench:
-    """Runs cases within a time budget and keeps what they gave."""
+    """Runs cases within a time budget and keeps their results."""
 
     def __init__(self, clock: WallClock | DeviceClock, budget_s: float, rounds: tuple[int, int]) -> None:
         self.clock = clock
@@ -83,7 +83,7 @@ class Bench:
         self.ceilings: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """A line of progress."""
+        """Prints a line of progress."""
         print(f"[{time.monotonic() - self.begin:6.1f} s] {text}", flush=True)
 
     def left_s(self) -> float:
@@ -91,7 +91,7 @@ class Bench:
         return self.budget_s - (time.monotonic() - self.begin)
 
     def measure_ceilings(self, s: Setting) -> None:
-        """What this machine copies and multiplies at best, measured as the candidates are."""
+        """Measures the best rates at which this machine copies and multiplies, in the same way as the candidates."""
         on_gpu = s.device.type == "cuda"
         n_bytes, n = (1 << 30, 8192) if on_gpu else (1 << 20, 128)
         source = torch.empty(n_bytes, dtype=torch.uint8, device=s.device)
@@ -109,7 +109,7 @@ class Bench:
         )
 
     def run(self, case: Case, n_left: int) -> None:
-        """Checks and times one case; `n_left` cases, this one counted, share what is left of the budget."""
+        """Checks and times one case; `n_left` cases, this one included, share the rest of the budget."""
         self.say(f"{case.group}: {case.name}")
         if self.left_s() <= 0:
             self._keep(case, {name: "not measured: the time budget is spent" for name in case.candidates}, {})
@@ -126,7 +126,7 @@ class Bench:
                 if reason is None:
                     run(1)
                     longest[name] = self.clock.seconds(lambda run=run: run(2))
-            except Exception as error:  # a peer may fail in any way; it is listed with what it said
+            except Exception as error:  # a peer may fail in any way; it is listed with its message
                 reason = one_line(error)
             if reason is None:
                 ready[name] = run
@@ -169,7 +169,7 @@ class Bench:
         ]
 
     def launch_share(self) -> float | None:
-        """Share of the packed forward's time that its CUDA graph saves, which is what launching costs."""
+        """Share of the packed forward's time that its CUDA graph saves: the cost of launching."""
         times = {row["candidate"]: row.get("median_ms") for row in self.rows if row["group"] == "Whole model"}
         eager, graph = times.get("ours"), times.get("ours, graph")
         return None if not eager or not graph else 1 - graph / eager
@@ -226,7 +226,7 @@ def table_row(row: dict) -> str:
 
 
 def prepare(device: str) -> WallClock | DeviceClock:
-    """Puts the kernels where they are to run and returns the clock for it."""
+    """Sets the kernels up for a device and returns its clock."""
     if device == "interpreter":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("--device interpreter needs TRITON_INTERPRET=1 in the environment")
@@ -244,7 +244,7 @@ def prepare(device: str) -> WallClock | DeviceClock:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the bench; 1 where a candidate of ours failed or was wrong."""
+    """Runs the bench; returns 1 if a candidate of ours failed or was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "interpreter"), default="cuda")
     parser.add_argument("--budget-s", type=float, default=420, help="seconds after which no further case is begun")

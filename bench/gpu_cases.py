@@ -20,19 +20,19 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes and where they run.
+    """Sizes, dtype and device of all cases.
 
     Attributes:
-        device: of all tensors.
-        dtype: of rows and weights.
-        counts: images of each of `grids`.
+        device: device of all tensors.
+        dtype: dtype of rows and weights.
+        counts: number of images of each of `grids`.
         grids: square patch grids, strictly decreasing.
         heads: attention heads.
         head_dim: channels of a head.
         depth: blocks of the model.
         patch: patch size in pixels.
         n_sets: input sets that calls rotate through.
-        compiled: whether peers that need a compiler get one.
+        compiled: whether peers that need `torch.compile` are compiled.
     """
 
     device: torch.device
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """(sequences, tokens) of each length, one prefix token counted."""
+        """(sequences, tokens) of each length, including one prefix token."""
         return [(count, g * g + 1) for count, g in zip(self.counts, self.grids, strict=True)]
 
     @property
@@ -60,7 +60,7 @@ class Setting:
         return [n for count, n in self.groups for _ in range(count)]
 
     def pack(self) -> PackedBatch:
-        """The tokens' layout, over no rows of its own."""
+        """The layout of the tokens, as a pack of rows without channels."""
         rows = torch.empty(sum(self.seqlens), 0, device=self.device)
         return PackedBatch.from_rows(rows, self.seqlens, lengths=[g * g for g in self.grids], n_prefix=1)
 
@@ -75,12 +75,12 @@ class Case:
 
     Attributes:
         group: heading of the table.
-        name: of the case.
-        candidates: name -> builds a function of the round's number (may raise: the peer is then listed with why);
-            names that begin with "ours" are ours, and "ours" is what the others are compared with.
+        name: name of the case.
+        candidates: name -> builds a function of the round's number; if it raises, the peer is listed with the reason.
+            Names that begin with "ours" are ours. The others are compared with "ours".
         truth: outputs of round 0 in float64.
         same_dtype: outputs of round 0 by plain PyTorch in the dtype of the candidates.
-        n_bytes: bytes that must move at least.
+        n_bytes: least number of bytes that must move.
         n_flops: floating-point operations of the useful work.
     """
 
@@ -95,7 +95,7 @@ class Case:
 
 
 def by_length(s: Setting, rows: Tensor) -> list[Tensor]:
-    """Views `[count, L, ...]` of the rows of every length, which stand together."""
+    """Views `[count, L, ...]` of the rows of every length; these rows are contiguous."""
     parts = rows.split([count * n for count, n in s.groups])
     return [part.view(count, n, *rows.shape[1:]) for part, (count, n) in zip(parts, s.groups, strict=True)]
 
@@ -311,7 +311,7 @@ def make_vit(s: Setting) -> nn.Module:
 
 
 def padded_forward(vit: nn.Module, groups: list[Tensor]) -> Tensor:
-    """timm's blocks over all images padded to the longest, padding masked: the usual batch of mixed lengths."""
+    """timm's blocks over all images, padded to the longest with a mask: the usual batch of mixed lengths."""
     tokens = [vit.norm_pre(vit._pos_embed(vit.patch_embed(group))) for group in groups]
     longest = tokens[0].shape[1]
     x = torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens])
@@ -344,7 +344,7 @@ def whole_model(s: Setting) -> Iterator[Case]:
         return lambda turn: torch.no_grad()(run)(turn % s.n_sets)
 
     def graph_of(forward):
-        """Replays one CUDA graph of timm's forward; images are copied to where it reads them."""
+        """Replays one CUDA graph of timm's forward; images are copied into the tensors that it reads."""
         static = [image.clone() for image in images[0]]
         with torch.no_grad():
             forward(vit, static)
@@ -390,7 +390,7 @@ def whole_model(s: Setting) -> Iterator[Case]:
     labels = torch.arange(len(s.seqlens), device=s.device)
 
     def step(net, forward, inputs):
-        """All gradients are computed; those of parameters that every candidate has are returned."""
+        """Computes all gradients and returns those of parameters that every candidate has."""
         names, parameters = zip(*net.named_parameters(), strict=True)
         with torch.enable_grad():
             loss = F.cross_entropy(forward(inputs), labels)
@@ -419,7 +419,7 @@ def whole_model(s: Setting) -> Iterator[Case]:
 
 
 def count_launches(model: nn.Module, batch: PackedBatch) -> dict[str, int]:
-    """Triton launches of one packed forward, by kernel; nothing runs."""
+    """Number of Triton launches of one packed forward, by kernel; no kernel runs."""
     from revit_fast.kernels.launch import record, target_of
 
     counts: dict[str, int] = {}

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 SIZE = (375, 500)
-"""Height and width that most have."""
+"""Height and width of most photographs."""
 
 
 def photo(seed: int, height: int = SIZE[0], width: int = SIZE[1]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The processor's peak rate of fused multiply-adds, measured: what a fraction of the peak is a fraction of."""
+"""Measures the processor's peak rate of fused multiply-adds, to which fractions of the peak refer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compiler() -> str:
     """The C compiler.
 
     Raises:
-        RuntimeError: where there is none.
+        RuntimeError: if there is none.
     """
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and shutil.which(name.split()[0]):
@@ -32,10 +32,10 @@ def compiler() -> str:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled probe; its file is gone once it is loaded."""
+    """The compiled probe; its file is deleted once it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fma_peak.so"
-        # Contraction is what turns v * m + a into one instruction; GCC's default outside ISO mode, not clang's.
+        # Contraction turns v * m + a into one instruction. It is GCC's default outside ISO mode, but not clang's.
         flags = ["-O2", "-ffp-contract=fast", "-shared", "-fPIC"]
         done = subprocess.run(
             [*compiler().split(), *flags, str(SOURCE), "-o", str(path)], capture_output=True, text=True
@@ -51,15 +51,15 @@ def library() -> ctypes.CDLL:
 class FmaProbe:
     """A fixed number of multiply-adds on `n_threads` threads, so that time is the inverse of the peak rate.
 
-    AVX-512 where our kernels use it and the processor has it, else AVX2 and FMA where it has those. A peak of wider
-    vectors than ours would be one that a processor may reach only at another clock.
+    Uses AVX-512 if our kernels use it and the processor has it, else AVX2 and FMA if the processor has them. Vectors
+    wider than ours may run at another clock, so their peak would not be comparable.
 
     Args:
         n_threads: threads that run chains at the same time.
-        seconds: how long one run takes, about.
+        seconds: approximate time of one run.
 
     Attributes:
-        kind: what the chains are made of.
+        kind: instructions of the chains, one of `KINDS`.
         flops: FLOP of one run, all threads together.
     """
 
@@ -78,7 +78,7 @@ class FmaProbe:
         self.run()
 
     def run(self, turn: int = 0) -> None:
-        """One run; foreign calls release the interpreter's lock, so the threads do run at the same time."""
+        """One run. Foreign calls release the interpreter's lock, so the threads run at the same time."""
         done = [self._pool.submit(self._library.fma_run, self._kind, self._steps) for _ in range(self._n_threads)]
         self.flops = sum(future.result() for future in done)
 

@@ -1,4 +1,4 @@
-"""What the benches' tables have in common: the machine, medians with quartiles, files written whole or not at all."""
+"""Shared parts of the benches' tables: the machine, medians with quartiles, files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 def machine_header() -> dict:
     """The machine and the software.
 
-    Call it before anything is measured: it makes the allocator keep freed pages, as `optimize` does, so that ours and
-    the peers are measured alike, and says whether it does.
+    Call it before anything is measured. It makes the allocator keep freed pages, as `optimize` does, so that ours and
+    the peers are measured alike; `freed_pages_kept` says whether that worked.
     """
     return {
         "machine": platform.machine(),

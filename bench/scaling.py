@@ -1,7 +1,7 @@
 """Our time and memory per token from one image of 50 tokens to a pack of 200,000.
 
-`python -m bench.scaling --model deit-s --tokens 4000 --threads 2` prints the peak memory of one call, measured in that
-process, which does nothing else; `bench.model` calls it so.
+`python -m bench.scaling --model deit-s --tokens 4000 --threads 2` prints the peak memory of one call. That process does
+nothing else. `bench.model` runs this command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.report import spread_ms
 
 TOKENS = (50, 197, 1_000, 4_000, 16_000, 50_000, 200_000)
 ROTATED_UP_TO = 4_000
-"""Tokens up to which sets of inputs are rotated; the patch rows of larger packs fill a cache several times over."""
+"""Inputs are rotated up to this number of tokens. The patch rows of larger packs fill a cache several times over."""
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,13 +43,13 @@ def n_tokens_of(batch: rf.PackedBatch, n_prefix: int) -> int:
 
 
 def status_bytes(field: str) -> int:
-    """A field of /proc/self/status that is given in kB."""
+    """A field of /proc/self/status in bytes; the file gives it in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def peak_memory(model_name: str, n_tokens: int, n_threads: int) -> dict:
-    """What one call adds to the resident memory of this process at its peak.
+    """Measures how much one call adds to the resident memory of this process at its peak.
 
     Returns:
         Tokens, peak bytes above those resident before the call (so without weights and input rows), and bytes of the
@@ -59,9 +59,9 @@ def peak_memory(model_name: str, n_tokens: int, n_threads: int) -> dict:
     model = rf.optimize(rf.ReViT.from_timm(random_vit(MODELS[model_name])))
     batch = random_pack(model, n_tokens)
     with torch.inference_mode():
-        model(random_pack(model, 50))  # loads what the first call loads
+        model(random_pack(model, 50))  # does what only the first call does
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc: memory freed but kept would hide what the call takes of it
+        if hasattr(libc, "malloc_trim"):  # glibc: memory that is freed but kept would hide a part of the call's
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
         before = status_bytes("VmRSS")
@@ -75,7 +75,7 @@ def peak_memory(model_name: str, n_tokens: int, n_threads: int) -> dict:
 
 
 def peak_memory_apart(model_name: str, n_tokens: int, n_threads: int) -> dict | None:
-    """`peak_memory` of a new process; None where the system does not tell it."""
+    """`peak_memory` of a new process; None if the system does not report it."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
     command = [sys.executable, "-m", "bench.scaling", "--model", model_name]

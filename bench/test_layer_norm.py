@@ -1,6 +1,6 @@
 """TAL-LayerNorm of a mixed pack against what PyTorch offers for it: the sum, then `layer_norm` per length group.
 
-The rows of a length stand together, so that the peer needs no gather: its cheapest honest form.
+The rows of a length are contiguous, so that the peer needs no gather. This is its cheapest honest form.
 """
 
 from collections.abc import Callable

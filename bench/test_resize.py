@@ -42,7 +42,7 @@ def pillow_rows(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def compare(case: str, sources: list[tuple[int, int]], targets: list[int], *, threads: int, rounds: int) -> Comparison:
-    """All candidates on `sources` (height, width), one call of ours per batch, one per image of the others."""
+    """All candidates on `sources` (height, width): ours in one call per batch, the others in one call per image."""
     sets = [[photo(100 * s + i, height, width) for i, (height, width) in enumerate(sources)] for s in range(N_SETS)]
     sizes = [(target, target) for target in targets]
     # CHW view of HWC memory: channels_last, the layout that torchvision's uint8 kernel is fastest in.
@@ -62,7 +62,7 @@ def compare(case: str, sources: list[tuple[int, int]], targets: list[int], *, th
     one_step = 1.01 / 255 / min(STD)
 
     def check(name: str, rows: Tensor) -> None:
-        if name == "torchvision v2 uint8":  # 16-bit weights: off by one 8-bit step, two where both passes round apart
+        if name == "torchvision v2 uint8":  # 16-bit weights: off by one 8-bit step, or by two if both passes differ
             assert (rows - truth).abs().max() <= 2 * one_step, name
         else:
             assert torch.equal(rows, truth), name

@@ -1,9 +1,9 @@
 """One update of multi-length training: all lengths in packs, beside a dense pass for each length.
 
 Every candidate makes the same update: the logits of every image at every length, TLSD, the gradient, AdamW.
-"packed" is the trainer's way, in packs of at most `trainer.cached_images`; "one pack" has all images at once.
-`python -m bench.train_step --case deit-ti --memory packed` prints the peak memory of one candidate, measured in that
-process, which does nothing else; the bench calls it so. The allocator keeps freed pages, as in a run of the trainer.
+"packed" does what the trainer does, in packs of at most `trainer.cached_images`; "one pack" has all images at once.
+`python -m bench.train_step --case deit-ti --memory packed` prints the peak memory of one candidate. That process does
+nothing else. The bench runs this command. The allocator keeps freed pages, as in a run of the trainer.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from revit_fast.train.trainer import cached_images
 ROOT = Path(__file__).parent.parent
 GRIDS = (14, 10, 7)
 N_SETS = 3
-"""Sets of inputs that take turns: none is in a cache from the update before."""
+"""Number of input sets. They take turns, so that none is in a cache from the update before."""
 
 BOUND = 1e-3
-"""Of the largest gradient: that candidates may differ by in float32; beyond it their times are not compared."""
+"""Largest difference of float32 gradients, as a share of the largest gradient; beyond it no ratio of times is given."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Work:
 
 
 def check(work: Work) -> dict[str, float]:
-    """Largest difference of each candidate's gradient from timm's, relative to the largest; of four weights."""
+    """Largest difference of each candidate's gradient from timm's, relative to the largest, over four weights."""
     names = ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "head.weight", "patch_embed.proj.weight")
     found = {}
     for name in reversed(work.candidates):
@@ -128,10 +128,10 @@ def check(work: Work) -> dict[str, float]:
 
 
 def peak_memory(case: Case, name: str) -> int:
-    """Bytes that an update adds to the resident memory of this process at its peak, weights and inputs apart."""
+    """Bytes that an update adds to the resident memory of this process at its peak, without weights and inputs."""
     keep_freed_pages()
     work = Work(case)
-    work.update(name, 0)  # makes the optimizer's state and whatever else is made once
+    work.update(name, 0)  # creates the optimizer's state and all else that is created once
     ctypes.CDLL(None).malloc_trim(0)
     before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -140,7 +140,7 @@ def peak_memory(case: Case, name: str) -> int:
 
 
 def measure(key: str, rounds: int) -> dict:
-    """Times in turns, memory in processes of their own."""
+    """Measures times in turns, and the memory of each candidate in a process of its own."""
     work = Work(CASES[key])
     differences = check(work)
     runs = {name: lambda turn, name=name: work.update(name, turn) for name in work.candidates}
@@ -192,7 +192,7 @@ def document(header: dict, results: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the bench; fails where a gradient was wrong."""
+    """Runs the bench; fails if a gradient was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=CASES, action="append", help="(default: all)")
     parser.add_argument("--rounds", type=int, default=11)

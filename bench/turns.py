@@ -18,7 +18,7 @@ class WallClock:
 
 
 class CpuClock:
-    """Times a call by what it takes of the processor: other programs' turns on it do not count."""
+    """Times a call by the processor time of this process; the time of other programs does not count."""
 
     def seconds(self, run: Callable[[], object]) -> float:
         begin = time.process_time()
@@ -29,9 +29,8 @@ class CpuClock:
 class DeviceClock:
     """Seconds on a GPU between two events around a call.
 
-    Before each call a buffer larger than any L2 cache is overwritten, so that inputs come from memory, and the GPU is
-    kept waiting for about a millisecond, in which the host queues the call: launching is timed only where it takes
-    longer than that.
+    Before each call a buffer larger than any L2 cache is overwritten, so that inputs come from memory. Then the GPU
+    waits for about a millisecond, in which the host queues the call. So launching is timed only if it takes longer.
     """
 
     def __init__(self, flush_bytes: int = 512 << 20, wait_cycles: int = 2_000_000) -> None:
@@ -56,7 +55,7 @@ def take_turns(
     pause_s: float = 0.0,
     clock: WallClock | CpuClock | DeviceClock | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds that every candidate takes in each round, called with the round's number; the order turns every round."""
+    """Seconds of every candidate in each round, called with the round's number. The order reverses every round."""
     clock = clock or WallClock()
     samples = {name: [] for name in candidates}
     for turn in range(rounds):

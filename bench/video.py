@@ -1,9 +1,9 @@
 """TimeSformer on mixed clips: one pack, beside Hugging Face's model on the same clips grouped by shape.
 
 Blocks have the shape of TimeSformer-base (768 channels, 12 heads); `--depth` is small so that the bench ends in a
-minute. As the last block of ours computes for the class tokens alone, which weighs more the fewer blocks there are,
-"all tokens" is timed too: there every block does all that Hugging Face's does, and its ratio holds at any depth.
-Hugging Face's blocks know one grid and frame count, so each group has a model of its own on shared weights.
+minute. Our last block computes only what the class tokens need, which matters more the fewer blocks there are. So "all
+tokens" is timed too: there every block does all that Hugging Face's does, and the ratio holds at any depth.
+Hugging Face's blocks support one grid and frame count, so each group has its own model on shared weights.
 Results go to `bench/results/video.md` and `video.json`. Run: python -m bench.video
 """
 
@@ -29,17 +29,17 @@ MIX = ((14, 8), (10, 8), (7, 8), (7, 8), (10, 4), (7, 4))
 
 LONGEST = (14, 8)
 N_SETS = 3
-"""Sets of inputs that take turns: none is in a cache from the call before."""
+"""Number of input sets. They take turns, so that none is in a cache from the call before."""
 
 TOLERANCE = 1e-4
-"""Largest difference of logits, as a part of the largest: float32, summed otherwise."""
+"""Largest difference of logits, as a share of the largest logit; float32 sums run in another order."""
 
 PACKED, PLAIN, GROUPED, FULL = "packed, optimised", "packed, not optimised", "grouped", "all at full length"
 LOGITS, TOKENS = "logits", "all tokens"
 
 
 class Work:
-    """Models, clips and candidates.
+    """Models, clips and candidates of the bench.
 
     Args:
         depth: number of blocks.
@@ -62,7 +62,7 @@ class Work:
         self.full = [torch.stack(self._clips([LONGEST] * len(MIX))) for _ in range(N_SETS)]
 
     def _of_shape(self, grid: int, n_frames: int) -> TimesformerForVideoClassification:
-        """The same model for another grid and frame count: shared weights, embeddings as ours resamples them."""
+        """The same model for another grid and frame count: weights are shared, embeddings are resampled as in ours."""
         config = TimesformerConfig(
             num_hidden_layers=len(self.plain.blocks), num_labels=400, image_size=grid * PATCH, num_frames=n_frames
         )
@@ -94,7 +94,7 @@ class Work:
         }
 
     def differences(self) -> dict[tuple[str, str], float]:
-        """How far ours is from Hugging Face's, as a part of its largest value, in the first set."""
+        """Largest difference of ours from Hugging Face's on the first set, as a share of the largest value."""
         runs = self.candidates()
         order = [i for own in self.groups.values() for i in own]
         logits = torch.cat(runs[LOGITS, GROUPED](0))[torch.tensor(order).argsort()]
@@ -173,7 +173,7 @@ def document(header: dict, depth: int, rows: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the bench; fails where a result of ours was wrong."""
+    """Runs the bench; fails if a result of ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=2, help="blocks (default %(default)s; TimeSformer-base has 12)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every candidate (default %(default)s)")

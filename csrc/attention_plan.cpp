@@ -11,7 +11,7 @@ using cpu::AttentionItem;
 
 namespace {
 
-// Items per thread that the longest sequences are cut for; more balance better, but each packs its keys again.
+// Items per thread for which long sequences are cut. More items balance better, but each packs its keys again.
 constexpr int64_t kItemsPerThread = 4;
 // An item shorter than this many row tiles would spend its time packing keys.
 constexpr int64_t kMinTilesPerItem = 4;
@@ -57,8 +57,8 @@ std::vector<AttentionItem> plan_attention(const int32_t* q_offsets, const int32_
       item.first_row += item.n_rows;
     } while (item.first_row < n_rows);
   };
-  // As many sequences at a time as there are threads, head by head: each thread tends to keep to one of them, whose
-  // next head the kernel prefetches.
+  // Take as many sequences at a time as there are threads, and go through them head by head: each thread then tends to
+  // stay with one sequence, whose next head the kernel prefetches.
   for (size_t begin = 0; begin < whole.size(); begin += n_threads) {
     const size_t end = std::min(whole.size(), begin + static_cast<size_t>(n_threads));
     for (int64_t head = 0; head < kv_heads; ++head) {

@@ -37,12 +37,12 @@ inline cpu::DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// The type that statistics and log-sum-exp of `t` are kept in: float, or double for double.
+// The type of the statistics and the log-sum-exp of `t`: float, or double for double.
 inline ScalarType compute_type_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A contiguous version of `t`: itself where it is one already.
+// `t` itself if it is contiguous, else a contiguous copy.
 inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Checks that `cu_seqlens` is a contiguous int32 CPU vector [B + 1] that starts at 0, never decreases and ends

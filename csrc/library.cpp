@@ -1,6 +1,6 @@
 // Schemas of the operators. Kernels are registered beside their code (csrc/<op>.cpp for the CPU, from Python for
-// CUDA); fakes and autograd formulas in revit_fast/ops/. revit_fast/ops/_library.py repeats the schemas for
-// installations without this extension, and a test holds the two equal.
+// CUDA). Fakes and autograd formulas are registered in revit_fast/ops/. revit_fast/ops/_library.py repeats the schemas
+// for installations without this extension; a test checks that the two are equal.
 #include <string>
 
 #include <torch/csrc/stable/library.h>

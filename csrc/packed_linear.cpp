@@ -11,9 +11,9 @@
 namespace revit {
 namespace {
 
-// Rows of a task: as many pass over a panel while it stays in the first cache.
+// Rows of a task. All of them pass over a panel while it stays in the L1 cache.
 constexpr int64_t kTaskRows = 72;
-// Tasks per thread: more balance better, fewer read less twice.
+// Tasks per thread. More tasks balance better; fewer tasks read less data twice.
 constexpr int64_t kTasksPerThread = 4;
 
 Tensor packed_linear(const Tensor& x_in, const Tensor& panels, const Tensor& bias, int64_t n_out, int64_t activation) {
@@ -30,7 +30,7 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& panels, const Tensor& bia
   const float* x_data = static_cast<const float*>(x.const_data_ptr());
   float* out_data = static_cast<float*>(out.mutable_data_ptr());
 
-  // The kernel writes whole panels and whole half blocks of rows: what is ragged goes through padded copies.
+  // The kernel writes whole panels and whole half blocks of rows; ragged rows and columns go through padded copies.
   const int64_t padded_out = weight.n_panels * kernels.panel;
   const int64_t direct = padded_out == n_out ? n_rows / kernels.half_block * kernels.half_block : 0;
   if (direct > 0) {

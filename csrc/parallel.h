@@ -10,10 +10,10 @@ namespace revit {
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Elements of one task of row arithmetic: below it a second thread costs more than it saves.
+// Elements of one task of row arithmetic. Below this number a second thread costs more than it saves.
 inline constexpr int64_t kTaskElements = 16384;
 
-// Threads that so many elements of row arithmetic are worth.
+// The largest number of threads that is worth using for row arithmetic on `elements` elements.
 inline int64_t max_threads_for(int64_t elements) { return elements < kTaskElements ? 1 : elements / kTaskElements; }
 
 // Runs body(i) once for every i in [0, n_tasks), on at most `max_threads` threads of PyTorch's pool. Threads take the

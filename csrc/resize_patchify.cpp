@@ -1,4 +1,4 @@
-// resize_patchify: 8-bit images of any sizes to the patch rows of one pack. Weights as in Pillow's Resample.c.
+// resize_patchify: 8-bit images of any sizes to the patch rows of one pack. Weights are those of Pillow's Resample.c.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -31,11 +31,11 @@ inline double filter(bool bicubic, double x) {
   return x < 1.0 ? near : x < 2.0 ? far : 0.0;
 }
 
-// The weights of one axis, owned.
+// Owns the weights of one axis.
 class Axis {
  public:
-  // From `n_in` pixels, of which [begin, end) is resampled, to `n_out`. Box edges are float and their difference is
-  // taken in float, as in Pillow. With `even`, taps start at even inputs, one of weight 0 before them if need be.
+  // Resamples [begin, end) of `n_in` pixels to `n_out` pixels. Box edges are float and their difference is taken in
+  // float, as in Pillow. With `even`, taps start at even inputs; if necessary a tap of weight 0 is put before them.
   Axis(int32_t n_in, float begin, float end, int32_t n_out, bool bicubic, bool even) : first_(n_out), n_taps_(n_out) {
     const double scale = static_cast<double>(end - begin) / n_out;
     const double filter_scale = std::max(scale, 1.0);
@@ -81,7 +81,7 @@ class Axis {
     }
   }
 
-  // Where every output is one input as it is, in a run, the pass can be skipped.
+  // If the outputs are consecutive inputs, unchanged, the pass can be skipped.
   void reduce_identity() {
     std::vector<int32_t> source(first_.size());
     for (size_t i = 0; i < first_.size(); ++i) {
@@ -111,8 +111,8 @@ class Axis {
 
 using AxisKey = std::tuple<int32_t, float, float, int32_t, bool, bool>;
 
-// The axes of recent calls: images of a batch, and batches of a data set, often share theirs, and the weights of a
-// small image cost a tenth of its time.
+// Keeps the axes of recent calls. Images of a batch, and batches of a data set, often share their axes, and computing
+// the weights of a small image takes a tenth of its time.
 std::shared_ptr<const Axis> shared_axis(const AxisKey& key) {
   static std::mutex mutex;
   static std::map<AxisKey, std::shared_ptr<const Axis>> axes;
@@ -142,7 +142,7 @@ struct Band {
   int32_t end;
 };
 
-// Bands of patch rows: a whole image each where there are images enough, else as many as keep the threads busy.
+// Bands of patch rows: one band per image if there are enough images, else as many bands as keep the threads busy.
 std::vector<Band> divide(const std::vector<cpu::ResizeArgs>& images, const int64_t* sizes, int64_t n_threads) {
   const int64_t n_images = static_cast<int64_t>(images.size());
   const int64_t per_image = n_images >= 2 * n_threads ? 1 : (2 * n_threads + n_images - 1) / n_images;
@@ -222,7 +222,7 @@ Tensor resize_patchify(std::vector<Tensor> images, Tensor boxes, Tensor sizes, i
     args[b].horizontal = axes.back()->view();
     axes.push_back(shared_axis({args[b].height, edges[1], edges[3], static_cast<int32_t>(out_height), bicubic, false}));
     args[b].vertical = axes.back()->view();
-    // Pillow 13 takes the vertical pass first where it shrinks the image by far more; the box has no say in it.
+    // Pillow 13 runs the vertical pass first if it shrinks the image by far more; the box does not matter for this.
     args[b].vertical_first = height - out_height > 0 && height - out_height > 2 * (width - out_width);
     args[b].table = table.has_value() ? table->const_data_ptr() : nullptr;
     args[b].element_bytes = element_bytes;

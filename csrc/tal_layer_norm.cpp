@@ -14,8 +14,8 @@
 namespace revit {
 namespace {
 
-// Rows whose share of grad_weight and grad_bias is added up by one task. Fixed, so that the order of all additions
-// does not depend on the number of threads.
+// Rows over which one task sums grad_weight and grad_bias. The number is fixed, so that the order of all additions does
+// not depend on the number of threads.
 constexpr int64_t kPartRows = 64;
 
 // From this size on the sum with the residual is written past the caches. It is read only after the next matrix
@@ -61,7 +61,7 @@ Pointer offset(Pointer p, int64_t bytes) {
   return p == nullptr ? nullptr : static_cast<Byte*>(p) + bytes;
 }
 
-// Affine parameters [n_lengths, C] in compute type: themselves, or widened into `storage`.
+// Affine parameters [n_lengths, C] in compute type: the data of `t`, or a widened copy in `storage`.
 const void* widened(const Tensor& t, cpu::DType dtype, std::vector<float>* storage) {
   if (dtype == cpu::DType::kFloat32 || dtype == cpu::DType::kFloat64) return t.const_data_ptr();
   storage->resize(static_cast<size_t>(t.numel()));
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tal_layer_norm_residual(const Tensor&
   return {out.y, out.sum, out.mean, out.rstd};
 }
 
-// At most kPartRows rows of one length that stand together in the pack.
+// At most kPartRows consecutive rows of one length.
 struct Part {
   int64_t first_row;
   int64_t n_rows;

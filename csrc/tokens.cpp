@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> assemble_tokens_backward(const Tensor& grad_i
   const int64_t n_padding = n_patches - begins[batch];
   if (n_padding * row_bytes > 0) std::memset(at(patch_data, begins[batch] * row_bytes), 0, n_padding * row_bytes);
 
-  // One task per row of prefix and table: it adds up the rows of the gradient that came from it, in their order.
+  // One task per row of prefix and table: it adds up, in order, the rows of the gradient that belong to its row.
   const auto sum_rows = cpu::kernels().tokens.sum_rows[static_cast<int>(dtype_of(grad, "grad_tokens"))];
   for_each_task(
       n_prefix + table_rows,

@@ -19,7 +19,7 @@ namespace {
 using cpu::AttentionArgs;
 using cpu::AttentionItem;
 
-// `t` itself where its last dimension is contiguous.
+// `t` itself if its last dimension is contiguous, else a contiguous copy.
 Tensor rows_contiguous(const Tensor& t) {
   return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
 }

@@ -1,8 +1,8 @@
-// The whole forward pass of a packed ViT but its head: patch rows to normalised tokens.
+// The whole forward pass of a packed ViT except its head: from patch rows to normalised tokens.
 //
-// Two stages a block, each shared among all threads: attention, over (sequence, head) items; and everything between two
-// attentions, over tiles of rows (cpu/block.h). A batch is computed in groups of sequences whose activations the last
-// cache can hold, so that memory and time per token do not grow with the batch.
+// A block has two stages, each shared among all threads: attention, over (sequence, head) items; and everything between
+// two attentions, over tiles of rows (cpu/block.h). A batch is computed in groups of sequences whose activations fit
+// into the last-level cache, so that memory and time per token do not grow with the batch.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -23,11 +23,12 @@ using cpu::Rows;
 
 // Activations of a group of sequences, in bytes.
 constexpr int64_t kGroupBytes = 24 << 20;
-// Rows that every thread should have in a group.
+// Rows per thread that a group may have even if its activations exceed kGroupBytes.
 constexpr int64_t kGroupRowsPerThread = 512;
 // Workspace that a thread keeps from one call to the next.
 constexpr size_t kKeptBytes = 128 << 20;
-// Blocks of rows per thread from which on every thread takes tiles of its own; fewer rows are shared by columns too.
+// From this many blocks of rows per thread on, every thread takes tiles of its own; fewer rows are also shared by
+// columns.
 constexpr int64_t kBlocksPerThread = 12;
 constexpr int64_t kLeastTileBlocks = 3;
 constexpr int64_t kNormTaskRows = 16;
@@ -70,7 +71,7 @@ struct Batch {
   const int32_t* pos_offset;
 };
 
-// float32 matrices with rows to spare, and index vectors, cut from one piece of memory.
+// Cuts float32 matrices with spare rows, and index vectors, from one piece of memory.
 class Workspace {
  public:
   explicit Workspace(char* memory) : next_(memory) {}
@@ -83,7 +84,7 @@ class Workspace {
     return array;
   }
 
-  // Rows up to the next whole block, their stride an odd number of cache lines that holds whole panels.
+  // Rows up to the next whole block. Their stride is an odd number of cache lines and holds whole panels.
   Rows rows(int64_t n_rows, int64_t n_columns) {
     const int64_t stride = (divide_up(n_columns, 32) * 2 + 1) * 16;
     return {array<float>(divide_up(n_rows, kSpareRows) * kSpareRows * stride), stride};
@@ -103,7 +104,7 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// What a group's stages work on. Constructed twice: to learn the size, then over the memory.
+// The arrays that a group's stages work on. They are constructed twice: first to learn the size, then in the memory.
 struct Activations {
   Rows x, qkv, attended, pooled, pooled_attended, pooled_queries, normed, hidden;
   int32_t *cu_seqlens, *pooled_cu_seqlens, *length, *pooled_length;
@@ -132,14 +133,14 @@ struct Activations {
   }
 };
 
-// Stages over rows, shared among threads. Rows are cut at whole blocks, so that no tile writes into its neighbour's.
+// Stages over rows, shared among threads. Rows are cut at whole blocks, so that no tile writes rows of its neighbour.
 class RowStages {
  public:
   RowStages(const cpu::BlockShape& shape, cpu::WeightType type)
       : shape_(shape), kernels_(cpu::kernels()), type_(static_cast<int>(type)) {}
 
   int64_t block_rows() const { return 2 * kernels_.linear.half_block; }
-  // Below so many rows there is not enough for a tile of its own for every thread.
+  // Below this number of rows there are too few tiles to give every thread its own.
   int64_t few_rows() const { return kBlocksPerThread * n_threads() * block_rows(); }
 
   void norm(cpu::NormTile whole) const {
@@ -154,7 +155,7 @@ class RowStages {
     });
   }
 
-  // The tile's work on all rows of `whole`. `normed` and `hidden` are used where there are few rows.
+  // Computes all rows of `whole`, in tiles. `normed` and `hidden` are used if there are few rows.
   void block(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
     if (whole.n_rows < few_rows()) return block_by_columns(whole, normed, hidden);
     const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type_](shape_));
@@ -171,7 +172,7 @@ class RowStages {
   }
 
  private:
-  // Tall tiles first, then ever smaller ones, so that all threads end together.
+  // Tall tiles come first, then smaller and smaller ones, so that all threads finish together.
   std::vector<int64_t> tile_begins(int64_t n_rows, int64_t max_rows) const {
     const int64_t unit = block_rows(), threads = n_threads(), most = max_rows / unit;
     std::vector<int64_t> begins = {0};
@@ -184,7 +185,7 @@ class RowStages {
     return begins;
   }
 
-  // One layer after another, each shared by rows and columns: the same sums in the same order.
+  // Computes one layer after another, each shared by rows and columns, with the same sums in the same order.
   void block_by_columns(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
     const auto linear = [&](const cpu::PackedWeight& weight, const Rows& in, const Rows& out, cpu::Finish finish) {
       return cpu::LinearTile{in.data,         in.stride, whole.n_rows,      weight,   0,
@@ -260,7 +261,7 @@ class Forward {
 
   int64_t panels_of_width() const { return divide_up(model_.shape.width, cpu::kernels().linear.panel); }
 
-  // Offsets and lengths of the group's tokens, where its patches go, and its prefix tokens.
+  // Writes offsets and lengths of the group's tokens, the rows for its patches, and its prefix tokens.
   void index(const Group& group, const Activations& at) const {
     const int64_t begin = batch_.patches[group.first], n_prefix = model_.n_prefix;
     const size_t row_bytes = model_.shape.n_channels * sizeof(float);
@@ -318,7 +319,7 @@ class Forward {
     return tile;
   }
 
-  // Queries, keys and values of block i; without queries where only pooled tokens will ask.
+  // Adds queries, keys and values of block i; with `keys_only` no queries, because only pooled tokens need them.
   void add_projection(cpu::BlockTile* tile, const Activations& at, size_t i, bool keys_only) const {
     const int64_t width = panels_of_width();
     tile->next_norm = model_.blocks[i].norm1;
@@ -371,7 +372,7 @@ class Forward {
     }
   }
 
-  // The last block where only pooled tokens are read: its keys and values are there already.
+  // The last block if only pooled tokens are read; its keys and values are already computed.
   void last_block(const Activations& at, int64_t n_sequences, int64_t n_pooled_rows) const {
     const BlockWeights& weights = model_.blocks.back();
     cpu::BlockTile queries = {};
@@ -404,7 +405,7 @@ class Forward {
   RowStages stages_;
 };
 
-// Groups of whole sequences of about equal size, as few as their activations allow.
+// Groups of whole sequences, of about equal size and as few as the size of their activations allows.
 std::vector<Group> groups_of(const int32_t* patches, int64_t n_sequences, int64_t n_prefix, int64_t row_bytes) {
   const int64_t total = patches[n_sequences] + n_sequences * n_prefix;
   const int64_t most = std::max(kGroupBytes / row_bytes, kGroupRowsPerThread * n_threads());

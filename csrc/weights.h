@@ -1,4 +1,4 @@
-// Packed weights and norms as the engine's ops take them.
+// Packed weights and activations as the engine's ops take them.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace revit {
 
-// The weight [n_out, depth] packed in `panels` (see cpu/linear.h), with its bias: a vector, or for int8 panels that
-// vector and one of the columns' scales, [2, N].
+// The weight [n_out, depth] that is packed in `panels` (see cpu/linear.h), with its bias: a vector [N], or for int8
+// panels [2, N], the bias and then the scales of the columns.
 inline cpu::PackedWeight packed_weight(const Tensor& panels, const Tensor& bias, int64_t n_out, int64_t depth,
                                        const char* name) {
   STD_TORCH_CHECK(depth >= 1, name, ": a weight has at least one column");
@@ -42,7 +42,7 @@ inline cpu::Activation activation_of(int64_t activation) {
   return static_cast<cpu::Activation>(activation);
 }
 
-// Calls the linear layer of `tile` in pieces of rows and panels that keep all threads at work.
+// Computes the linear layer of `tile` in pieces of rows and panels that keep all threads busy.
 void share_linear(const cpu::LinearTile& tile);
 
 }  // namespace revit

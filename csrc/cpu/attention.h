@@ -32,7 +32,7 @@ struct AttentionArgs {
 
 struct AttentionForward : AttentionArgs {
   MutableHeads out;
-  void* lse;  // [Hq, Tq] in the compute type; null where it is not wanted
+  void* lse;  // [Hq, Tq] in the compute type; null if it is not wanted
 };
 
 struct AttentionBackward : AttentionArgs {
@@ -42,7 +42,7 @@ struct AttentionBackward : AttentionArgs {
   MutableHeads grad_q, grad_k, grad_v;
 };
 
-// One sequence and key head, for queries [first_row, first_row + n_rows) of it.
+// Queries [first_row, first_row + n_rows) of one sequence, for one key head.
 struct AttentionItem {
   int64_t q_begin, n_queries;
   int64_t k_begin, n_keys;

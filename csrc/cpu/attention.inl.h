@@ -4,15 +4,15 @@
 //   dP = dO Vᵀ,  dS = P (dP - delta),  delta = rowsum(dO O) - dlse
 //   dQ = scale dS K,  dK = scale dSᵀ Q,  dV = Pᵀ dO
 //
-// Where a tile sees all keys at once, P is divided by its own sum and delta taken as rowsum(P dP), which are free of
-// the rounding of lse and of O.
+// If a tile sees all keys at once, P is divided by its own sum and delta is computed as rowsum(P dP). Both are then
+// free of the rounding of lse and of O.
 //
-// An item packs its keys and values once (gemm.inl.h) and then goes over its queries in tiles. A sequence of at most
-// kMaxKeys keys is one block, for which a tile's exact row maxima are known before the first exponential; a longer one
-// is cut into equal blocks whose partial results are rescaled when a maximum grows. Scores are kept in units of log 2,
-// so that exp becomes 2^x. Tiles and blocks count from the start of the sequence and follow from its lengths alone.
+// An item packs its keys and values once (gemm.inl.h) and then processes its queries in tiles. A sequence of at most
+// kMaxKeys keys is one block, so a tile's exact row maxima are known before the first exponential. A longer sequence is
+// cut into equal blocks; their partial results are rescaled when a maximum grows. Scores are kept in units of log 2, so
+// that exp becomes 2^x. Tiles and blocks are counted from the start of the sequence and depend on its lengths alone.
 
-// Queries of a tile, forward and backward. The backward products reduce over the rows of a tile and want more of them.
+// Queries of a tile, forward and backward. The backward products reduce over the rows of a tile and need more of them.
 inline constexpr int64_t kRowTile = 24;
 inline constexpr int64_t kGradRowTile = 48;
 inline constexpr int64_t kMaxKeys = 512;
@@ -22,14 +22,15 @@ static_assert(kRowTile % kBlockRows == 0 && kGradRowTile % kBlockRows == 0);
 inline constexpr double kLog2E = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
 
-// Keys of a block: the sequence in the fewest equal parts of at most kMaxKeys, rounded to whole panels.
+// Keys of a block: the sequence is cut into the fewest equal parts of at most kMaxKeys, rounded up to whole panels.
 template <class T>
 REVIT_INLINE int64_t key_block(int64_t n_keys) {
   const int64_t n_blocks = std::max<int64_t>(1, (n_keys + kMaxKeys - 1) / kMaxKeys);
   return round_up((n_keys + n_blocks - 1) / n_blocks, kPanel<T>);
 }
 
-// Keys that the query at `row` sees: all, or for causal attention those up to the diagonal that ends bottom right.
+// Keys that the query at `row` sees: all, or in causal attention those up to the diagonal, which ends at the bottom
+// right.
 REVIT_INLINE int64_t visible_keys(const AttentionArgs& args, const AttentionItem& item, int64_t row) {
   if (!args.causal) return item.n_keys;
   return std::max<int64_t>(0, std::min(item.n_keys, row + 1 + item.n_keys - item.n_queries));
@@ -84,7 +85,8 @@ REVIT_INLINE Vec<T, n> lanes_below(Vec<T, n> v, int64_t n_kept, T other) {
   return lane < broadcast<T, n>(static_cast<T>(n_kept)) ? v : broadcast<T, n>(other);
 }
 
-// The maximum of `maximum` and of the `visible` scores of a row; up to `padded` (whole vectors) the rest becomes -inf.
+// The maximum of `maximum` and the first `visible` scores of a row. The other scores, up to `padded` (whole vectors),
+// become -inf.
 template <class T>
 REVIT_INLINE T row_maximum(T* s, int64_t visible, int64_t padded, T maximum) {
   constexpr int n = kLanes<T>;
@@ -102,7 +104,7 @@ REVIT_INLINE T row_maximum(T* s, int64_t visible, int64_t padded, T maximum) {
   return reduce_max<T, n>(maxima);
 }
 
-// Turns one row of scores into 2^(s - maximum). Returns the factor that brings earlier blocks to the new maximum.
+// Turns one row of scores into 2^(s - maximum). Returns the factor that rescales earlier blocks to the new maximum.
 template <class T>
 REVIT_INLINE T exponentiate_row(T* s, int64_t padded, T maximum, RowState<T>& state) {
   constexpr int n = kLanes<T>;
@@ -143,8 +145,8 @@ REVIT_INLINE T* row_of(const MutableHeads& heads, int64_t row, int64_t head) {
   return static_cast<T*>(heads.data) + row * heads.row_stride + head * heads.head_stride;
 }
 
-// Asks for rows [begin, begin + n_rows) of a head. The next head's rows lie beside this one's and the same thread is
-// likely to take it next (see `plan` in varlen_attention.cpp); waiting for them would cost a tenth of the time.
+// Prefetches rows [begin, begin + n_rows) of a head. The next head's rows lie beside this one's, and the same thread is
+// likely to take that head next (see attention_plan.cpp); waiting for its rows would cost a tenth of the time.
 template <class T>
 REVIT_INLINE void prefetch_rows(const Heads& heads, int64_t begin, int64_t n_rows, int64_t head, int64_t dim) {
   for (int64_t i = 0; i < n_rows; ++i) {
@@ -186,7 +188,7 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
       for (int64_t key = 0; key < tile_keys; key += block) {
         const int64_t keys = std::min(block, tile_keys - key);
         multiply(rows, keys, dim, q_tile, k_transposed.from_column(key), 0, s_tile, kTileStride, false);
-        // In two passes over the tile: a row's reduction to one number would hold up its own second pass.
+        // Two passes over the tile: a row's second step would wait for the row's own reduction to one number.
         const int64_t padded_keys = round_up(keys, kLanes<C>);
         C maximum[kRowTile];
         for (int64_t i = 0; i < rows; ++i) {
@@ -229,7 +231,7 @@ REVIT_INLINE Compute<T> dot_row(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// Log-sum-exp in units of log 2 and what its rounding lost, which counts where scores are large.
+// Log-sum-exp in units of log 2 and its rounding error, which matters if scores are large.
 template <class T>
 struct Log2Sum {
   T high, low;

@@ -16,13 +16,13 @@ struct Rows {
   Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// LayerNorm with affine parameters [n_lengths, C] of which a row uses those of its length. Null: none.
+// LayerNorm with affine parameters [n_lengths, C]; a row uses those of its length. Null: no norm.
 struct TokenNorm {
   const float* weight;
   const float* bias;
 };
 
-// What every tile of a block shares.
+// Values that all tiles of a block share.
 struct BlockShape {
   int64_t n_channels;  // C
   int64_t width;       // heads * head_dim
@@ -47,11 +47,11 @@ struct NormTile {
 //   x += act(norm2(x) W1' + b1) W2' + b2
 //   projected = next_norm(x) Wq' + bq, the columns of panels [first_panel, end_panel)
 //
-// Both parts may be absent: where `attended` or `projected` has no data. The hidden activations, n_rows x hidden, stay
-// in the second cache.
+// The first part is left out if `attended` has no data, the second if `projected` has none. The hidden activations,
+// n_rows x hidden, stay in the L2 cache.
 //
-// n_rows is positive. As in linear.h, all rows exist in whole half blocks; those of `x` and `projected` hold whole
-// panels of columns, which are written.
+// n_rows is positive. As in linear.h, all arrays have whole half blocks of rows. The rows of `x` and `projected` hold
+// whole panels of columns, all of which are written.
 struct BlockTile {
   const BlockShape* shape;
   Rows attended;
@@ -67,8 +67,8 @@ struct BlockTile {
   Rows projected;
 };
 
-// Patch rows [0, n_rows) to tokens: tokens[i] = rows[i] W' + b + positions[i]. Where patches of several images meet in
-// a tile, `token` and `position` say where each row goes and which row of the table it takes.
+// Patch rows [0, n_rows) to tokens: tokens[i] = rows[i] W' + b + positions[i]. A tile may have patches of several
+// images: `token` and `position` say where each row goes and which row of the table is added to it.
 struct EmbedTile {
   const void* rows;  // [n_rows, depth]
   DType dtype;
@@ -83,10 +83,10 @@ struct EmbedTile {
 };
 
 struct BlockKernels {
-  // Rows of a tile that keep it in the second cache, indexed by WeightType.
+  // Most rows of a tile that fits into the L2 cache, indexed by WeightType.
   int64_t (*max_rows[kWeightTypes])(const BlockShape&);
   int64_t (*max_embed_rows)(int64_t depth);
-  // Indexed by WeightType; there is no embedding of kInt8.
+  // Indexed by WeightType; there is no embedding for kInt8.
   void (*tile[kWeightTypes])(const BlockTile&);
   void (*embed[2])(const EmbedTile&);
   void (*norm)(const NormTile&);

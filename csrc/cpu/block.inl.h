@@ -1,17 +1,18 @@
 // A transformer block on a tile of rows (see block.h).
 //
-// The weights of a block pass by once for every tile; the tile's own activations stay in the second cache. So tiles are
-// as tall as that cache allows, and the MLP runs in chunks of hidden columns that are the chains of its second layer:
-// its sums grow chunk by chunk, in the order in which one product over the whole hidden row would add them. With int8
-// weights a hidden row is rounded to integers chunk by chunk, as chains have scales of their own (see quantize.inl.h).
+// Every tile reads all weights of a block once, while the tile's own activations stay in the L2 cache. So tiles are as
+// tall as that cache allows. The MLP runs in chunks of hidden columns, which are the chains of its second layer: its
+// sums grow chunk by chunk, in the order in which one product over the whole hidden row would add them. With int8
+// weights a hidden row is rounded to integers chunk by chunk, because every chain has its own scale (see
+// quantize.inl.h).
 
-// Activations of a tile, in bytes: what the second cache holds beside the panels that pass by (512 KiB on Zen 3).
+// Activations of a tile, in bytes: as much as the L2 cache (512 KiB on Zen 3) holds beside the weights that are read.
 inline constexpr int64_t kTileBytes = 320 << 10;
 
 // Sums of a tile are kept in whole panels.
 REVIT_INLINE int64_t whole_panels(int64_t n) { return round_up(n, kLinearPanel); }
 
-// Floats of a tile's row in every array.
+// Floats of one row of a tile in each array.
 struct RowFloats {
   int64_t normed, hidden, sums, quantized, quantized_hidden;
 };

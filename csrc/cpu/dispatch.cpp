@@ -14,7 +14,7 @@ struct Candidate {
 
 constexpr int kCandidates = 4;
 
-// Best first; avx2x16 stands last, as it is never the better choice.
+// The best comes first. avx2x16 comes last, because it is never the better choice.
 int candidates(Candidate out[kCandidates]) {
   int n = 0;
 #if defined(__x86_64__)
@@ -41,7 +41,7 @@ const Kernels* find(const char* isa) {
   return nullptr;
 }
 
-// An unknown or unsupported REVIT_FAST_ISA is reported by the Python side, which reads it too.
+// Python also reads REVIT_FAST_ISA and reports a name that is unknown or unsupported.
 const Kernels* initial() {
   const char* isa = std::getenv("REVIT_FAST_ISA");
   const Kernels* chosen = isa != nullptr ? find(isa) : nullptr;

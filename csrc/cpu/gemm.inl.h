@@ -1,14 +1,14 @@
-// Small matrix products on tiles that live in the first two cache levels:
+// Small matrix products on tiles that stay in the L1 and L2 caches:
 //
 //   C[m, n] (+)= sum_k A[m, k] B[k, n]
 //
-// A is a tile with a row stride known at compile time, read as it stands or transposed. B is packed into panels of
-// kPanel columns: panel p holds B[:, p kPanel : (p + 1) kPanel] row by row, so that the inner loop reads it front to
-// back; the last panel is one vector wide where that is enough. C has any row stride. Columns are padded to whole
-// vectors and rows of A to an even number.
+// A is a tile with a row stride known at compile time, read as it is or transposed. B is packed into panels of kPanel
+// columns: panel p holds B[:, p kPanel : (p + 1) kPanel] row by row, so that the inner loop reads it from start to end.
+// The last panel is one vector wide if that is enough. C has any row stride. Columns are padded to whole vectors and
+// rows of A to an even number.
 //
-// Every element of C is the sum of one chain of multiply-adds for every kChain values of k, in order, whichever block
-// of the tile it falls into.
+// Every element of C is the sum of its chains in order, one chain of multiply-adds for every kChain values of k,
+// whichever block of the tile it is in.
 
 // Row stride, in elements, of every tile used as A: an odd number of cache lines, so that the rows of a tile do not
 // compete for the same cache sets, and longer than the longest row by the widest overread of a transposed block.
@@ -28,18 +28,18 @@ REVIT_INLINE void unroll_indices(const F& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 
-// Longest chain of multiply-adds: its rounding errors grow with its length, and its part of a panel should fit the
-// first-level cache.
+// Longest chain of multiply-adds. Its rounding errors grow with its length, and its part of a panel should fit into the
+// L1 cache.
 inline constexpr int64_t kChain = 128;
 
-// f(0), ..., f(n - 1) with compile-time arguments. A loop would do, but GCC keeps an array that a loop indexes in
-// memory, and the accumulators below must stay in registers.
+// Calls f(0), ..., f(n - 1) with compile-time arguments. With a loop GCC would keep an array that the loop indexes in
+// memory, but the accumulators below must stay in registers.
 template <int n, class F>
 REVIT_INLINE void unroll(const F& f) {
   unroll_indices(f, std::make_integer_sequence<int, n>{});
 }
 
-// B as the products read it.
+// B in the form that the products read.
 template <class T>
 struct Panels {
   const T* data;
@@ -50,7 +50,7 @@ struct Panels {
   Panels from_column(int64_t first) const { return {data + first / kPanel<T> * stride, stride, columns - first}; }
 };
 
-// One block of `rows` x `vectors` vectors of C.
+// Computes one block of C, of `rows` x `vectors` vectors.
 template <class T, int rows, int vectors, bool transposed>
 __attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
                                               bool accumulate) {
@@ -80,7 +80,7 @@ __attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T
   });
 }
 
-// The block of the fewest rows, an even number, that holds `rows`.
+// Computes `rows` rows of C with the smallest block that holds them; blocks have an even number of rows.
 template <class T, int most, int vectors, bool transposed>
 REVIT_INLINE void multiply_rows(int64_t rows, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
                                 bool accumulate) {
@@ -132,14 +132,14 @@ REVIT_INLINE void fill_row(T* out, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) out[i] = value;
 }
 
-// A tile [rows, n] scaled by `factor`; the row that makes their number even is zero.
+// Packs a tile [rows, n] scaled by `factor`. An odd number of rows is made even with a row of zeros.
 template <class T>
 void pack_tile(const T* in, int64_t stride, int64_t rows, int64_t n, Compute<T> factor, Compute<T>* tile) {
   for (int64_t i = 0; i < rows; ++i) widen_row(in + i * stride, n, n, factor, tile + i * kTileStride);
   if (rows % 2) fill_row(tile + rows * kTileStride, n, Compute<T>(0));
 }
 
-// Elements of the panels of a matrix with `k` rows and `n` columns.
+// Number of elements in the panels of a matrix with `k` rows and `n` columns.
 template <class T>
 REVIT_INLINE int64_t panels_size(int64_t k, int64_t n) {
   return round_up(k, kLanes<T>) * round_up(n, kLanes<T>);
@@ -186,7 +186,7 @@ REVIT_INLINE void transpose(const Vec<T, n>* in, Vec<T, n>* out) {
   }
 }
 
-// Longest row that pack_transposed takes.
+// Longest row that pack_transposed accepts.
 inline constexpr int kMaxDepth = 256;
 
 // B[k, n] = in[n, k], n < columns, k < depth.
@@ -234,7 +234,7 @@ inline Scratch& thread_scratch() {
   return scratch;
 }
 
-// Arrays of Ts, each on a cache line of its own, cut from the thread's scratch memory.
+// Arrays of T in the thread's scratch memory; each starts on a new cache line.
 template <class T, size_t n>
 struct Arrays {
   T* array[n];

@@ -1,4 +1,4 @@
-// The sixteen-lane source of the AVX-512 kernels lowered to AVX2, so that its logic is tested everywhere.
+// The sixteen-lane source of the AVX-512 kernels compiled for AVX2, so that its logic is tested everywhere.
 #if defined(__x86_64__)
   #include "cpu/prelude.h"
 

@@ -1,6 +1,6 @@
-// The kernels of one instruction set as a table of function pointers, and the choice among the tables.
+// The kernels of one instruction set as a table of function pointers, and the choice of a table.
 //
-// Everything under csrc/cpu/ works on raw pointers and knows nothing of torch.
+// Everything under csrc/cpu/ works on raw pointers and does not depend on torch.
 #pragma once
 
 #include "cpu/attention.h"
@@ -43,8 +43,8 @@ const Kernels& kernels();
 // Names of the tables that this machine can execute, best first, separated by spaces.
 const char* available_isas();
 
-// Makes `isa` the table in use. False, and no change, where this machine cannot execute it or the name is
-// unknown. For tests: not to be called while kernels run.
+// Makes `isa` the table in use. Returns false and changes nothing if this machine cannot execute it or the name is
+// unknown. For tests: do not call it while kernels run.
 bool select_isa(const char* isa);
 
 }  // namespace revit::cpu

@@ -2,9 +2,9 @@
 // raised the compiler's target and defined
 //   REVIT_ISA    the namespace and name of the set
 //   REVIT_LANES  float lanes of a full-width vector
-//   REVIT_F16C   1 where the half-precision conversion instructions may be used, and AVX2
-//   REVIT_AVX512 1 where AVX-512 may be used
-// The kernels have internal linkage, so that no two sets can be confused by the linker.
+//   REVIT_F16C   1 if AVX2 and the half-precision conversion instructions may be used
+//   REVIT_AVX512 1 if AVX-512 may be used
+// The kernels have internal linkage, so that the linker cannot confuse two sets.
 #define REVIT_STRINGIZE_(x) #x
 #define REVIT_STRINGIZE(x) REVIT_STRINGIZE_(x)
 

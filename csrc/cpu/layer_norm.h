@@ -35,8 +35,8 @@ struct LayerNormBackwardArgs {
   const void* mean;
   const void* rstd;
   void* grad_x;
-  void* grad_weight;  // [n_channels], compute: the part of these rows, written
-  void* grad_bias;    // [n_channels], compute: the part of these rows, written
+  void* grad_weight;  // [n_channels], compute: the sum over these rows, overwritten
+  void* grad_bias;    // [n_channels], compute: the sum over these rows, overwritten
   void* scratch;      // [kLayerNormBackwardScratchRows, n_channels], compute
   int64_t n_rows;
   int64_t n_channels;
@@ -51,14 +51,14 @@ struct LayerNormReduceArgs {
   int64_t n_channels;
 };
 
-// Writes n elements in their compute type.
+// Converts n elements to their compute type.
 struct WidenArgs {
   const void* in;
   void* out;
   int64_t n;
 };
 
-// `forward` and `backward` by the DType of the rows, `reduce` and `widen` by that of the affine parameters.
+// `forward` and `backward` are indexed by the DType of the rows, `reduce` and `widen` by that of the affine parameters.
 struct LayerNormKernels {
   void (*forward[kDTypes])(const LayerNormArgs&);
   void (*backward[kDTypes])(const LayerNormBackwardArgs&);

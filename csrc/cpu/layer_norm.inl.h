@@ -4,10 +4,10 @@
 //   mean = sum(s) / C,  rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)
 //   y = (s - mean) * rstd * weight + bias
 //
-// The first pass over a row adds up m, an estimate of the mean that is off by the rounding of a long sum of large
-// numbers. The second, over the row now in L1, works on s - m, which is (nearly) exact: d = sum(s - m) / C corrects the
+// The first pass over a row computes m, an estimate of the mean with the rounding error of a long sum of large numbers.
+// The second pass, over the row now in L1, works on s - m, which is (nearly) exact: d = sum(s - m) / C corrects the
 // mean, and sum((s - m)^2) / C - d^2 is the variance (the corrected two-pass algorithm of Chan, Golub and LeVeque,
-// 1983). An input of mean 1e4 and standard deviation 1 so keeps the accuracy of a centred one. The third pass writes y.
+// 1983). So an input of mean 1e4 and standard deviation 1 keeps the accuracy of a centred one. The third pass writes y.
 //
 // Backward, with xhat = (s - mean) * rstd and h = grad_y * weight:
 //
@@ -16,7 +16,7 @@
 //
 // Every sum runs over whole vectors in order, then over the ragged end of the row: its order depends on C alone.
 
-// The first n < N elements at p, zeros behind them; reads nothing beyond.
+// Loads the first n < N elements at p, then zeros; reads nothing beyond the n elements.
 template <int N, class T>
 REVIT_INLINE Vec<Compute<T>, N> load_first(const T* p, int64_t n) {
   T padded[N] = {};
@@ -38,7 +38,7 @@ REVIT_INLINE Vec<C, N> keep_first(Vec<C, N> v, int64_t n) {
   return v;
 }
 
-// Stores a vector past the caches where the platform can: the line is neither fetched first nor kept. `p` is aligned.
+// Stores a vector past the caches if the platform can: the line is neither fetched first nor kept. `p` is aligned.
 template <class V, class T>
 REVIT_INLINE void store_streaming(T* p, V v) {
 #if REVIT_LANES >= 8
@@ -59,8 +59,8 @@ REVIT_INLINE void store_streaming(T* p, V v) {
 // How the sum with the residual is written: not at all, to be read again soon, or past the caches.
 enum class Sum { kNone, kCached, kStreamed };
 
-// Adds up s; stores it, as rounded, in `sum` where there is a residual, and in `wide` where the next passes cannot read
-// it from there: widened, or because `sum` is streamed.
+// Sums s. If there is a residual, s is stored in `sum`, rounded. If the next passes need s in another type, or `sum` is
+// streamed, s is also stored in `wide`, in the compute type.
 template <class T, Sum kSum>
 struct RowSum {
   using C = Compute<T>;
@@ -108,7 +108,7 @@ struct RowSum {
   }
 };
 
-// Adds up s - m and its square.
+// Sums s - m and its square.
 template <class C>
 REVIT_INLINE void row_moments(const C* s, C m, int64_t n_channels, C* first, C* second) {
   constexpr int N = kLanes<C>;
@@ -216,9 +216,9 @@ void layer_norm_forward(const LayerNormArgs& args) {
   layer_norm_rows<T, Sum::kCached>(args);
 }
 
-// Channels c to c + N of kRows rows at once, so that the running sums over rows are loaded and stored once for all of
-// them. They grow by sums of kRows, and what that rounds off is kept in two more rows of `lost`. Leaves xhat and h of
-// row r in scratch rows 2r and 2r + 1.
+// Processes channels c to c + N of kRows rows at once, so that the running sums over rows are loaded and stored once
+// for all of them. The running sums grow by sums of kRows rows; the rounding errors are kept in the two rows of `lost`.
+// Leaves xhat and h of row r in scratch rows 2r and 2r + 1.
 template <class T, int kRows>
 struct BackwardSums {
   using C = Compute<T>;

@@ -8,28 +8,28 @@ namespace revit::cpu {
 enum class Activation : int { kNone = 0, kGelu, kGeluTanh, kSilu, kRelu };
 inline constexpr int kActivations = 5;
 
-// What becomes of a finished sum plus its bias.
+// What happens to a finished sum plus its bias.
 enum class Finish : int { kStore = 0, kActivate, kAdd };  // kAdd: added to what `out` holds
 
-// Storage of a packed weight, which says how its products are computed: kInt8 in integers, the others in float.
+// Storage of a packed weight. Products with kInt8 are computed in integers, those with the others in float.
 enum class WeightType : int { kFloat32 = 0, kBFloat16, kInt8 };
 inline constexpr int kWeightTypes = 3;
 
 // A weight [N, depth] in panels of `panel` rows (see LinearKernels): panel p holds W[p * panel : (p + 1) * panel]
-// transposed, [depth][panel], zero beyond N. In bfloat16 and int8 the values of two depths stand side by side,
-// [ceil(depth / 2)][panel][2], so that one 32-bit lane holds both, once an int8 is widened.
+// transposed, [depth][panel], zero beyond N. In bfloat16 and int8 the values of two depths are side by side,
+// [ceil(depth / 2)][panel][2], so that one 32-bit lane holds both (int8 after it is widened).
 struct PackedWeight {
   WeightType type;
   const void* panels;
   const float* bias;  // [n_panels * panel]
   int64_t depth;
   int64_t n_panels;
-  const float* scales;  // [n_panels * panel] of kInt8: W[n, k] is scales[n] times the integer
+  const float* scales;  // [n_panels * panel], for kInt8: W[n, k] is scales[n] times the integer
 };
 
 // out[i, n] = finish(sum_k a[i, k] W[n, k] + bias[n]) for rows [0, n_rows) and the columns of panels
 // [first_panel, end_panel). Rows are computed in whole half blocks (LinearKernels::half_block): `a` and `out` must have
-// that many, whatever they hold. On a weight of kInt8, `a` is rounded to integers first (see quantize.inl.h).
+// rows for them, with any content. For a kInt8 weight, `a` is rounded to integers first (see quantize.inl.h).
 struct LinearTile {
   const float* a;
   int64_t a_stride;

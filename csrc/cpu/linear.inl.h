@@ -1,14 +1,14 @@
 // Linear layers on packed weights (see linear.h).
 //
-// The sum over the depth is cut into equal chains of at most kMaxChain, so that a chain of a panel stays in the first
-// cache while all rows of a tile pass over it. Every output is the sum of its chains in order, each one chain of
-// multiply-adds: the same bits whatever the tile, its height and its place.
+// The sum over the depth is cut into equal chains of at most kMaxChain, so that a chain of a panel stays in the L1
+// cache while all rows of a tile pass over it. Every output is the sum of its chains in order, and each chain is one
+// sequence of multiply-adds. So an output has the same bits whatever the tile, its height and its place.
 //
-// With an int8 weight a chain is summed in integers, exactly, from rows that were rounded to integers under one scale a
-// chain (see quantize.inl.h); its sum becomes a float when it is done, times the scales of its row and of its column.
+// With an int8 weight a chain is summed exactly, in integers. Its rows were rounded to integers with one scale per
+// chain (see quantize.inl.h). The finished sum is converted to float and multiplied by the scales of row and column.
 
-// Rows of a block: with two vectors of columns it needs twelve accumulators of sixteen registers, or twenty-four of the
-// thirty-two that AVX-512 has.
+// Rows of a block. With two vectors of columns a block needs twelve of sixteen registers as accumulators, or
+// twenty-four of the thirty-two that AVX-512 has.
 inline constexpr int kLinearRows = kBlockRows;
 inline constexpr int kHalfBlock = kLinearRows / 2;
 inline constexpr int64_t kLinearPanel = kPanel<float>;
@@ -18,8 +18,8 @@ inline constexpr int64_t kMaxChain = 256;
 template <class W>
 inline constexpr bool kInteger = std::is_same_v<W, int8_t>;
 
-// Depth of every chain but the last: whole panels, so that the chains of a layer are the chunks of columns in which
-// the layer before it is computed.
+// Depth of every chain except the last. It is a multiple of the panel, so that the chains of a layer are the chunks of
+// columns in which the layer before it is computed.
 template <class W>
 REVIT_INLINE int64_t chain_of(int64_t depth) {
   constexpr int64_t most = kInteger<W> ? kMaxIntegerChain : kMaxChain;
@@ -29,7 +29,7 @@ REVIT_INLINE int64_t chain_of(int64_t depth) {
   return round_up((depth + n_chains - 1) / n_chains, unit);
 }
 
-// Elements of T that `depth` rows of a panel take.
+// Elements of W in `depth` rows of a panel.
 template <class W>
 REVIT_INLINE int64_t panel_size(int64_t depth) {
   return (std::is_same_v<W, float> ? depth : round_up(depth, 2)) * kLinearPanel;
@@ -51,7 +51,8 @@ REVIT_INLINE Vec<float, n> load_odd(const BFloat16* p) {
   Vec<uint32_t, n> bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
 #if REVIT_LANES == 8
-  // A mask would take one of sixteen registers, for want of which GCC spills sums. It is not to make one of the shifts.
+  // A mask would take one of the sixteen registers, and GCC would spill sums. The asm stops GCC from replacing the two
+  // shifts by a mask.
   bits = bits >> 16;
   asm("" : "+x"(bits));
   bits = bits << 16;
@@ -63,10 +64,10 @@ REVIT_INLINE Vec<float, n> load_odd(const BFloat16* p) {
   return odd;
 }
 
-// The int8 values of two depths, widened, in every lane.
+// Every lane holds the int8 values of two depths, widened.
 template <int n>
 REVIT_INLINE Vec<int32_t, n> load_pairs(const int8_t* p) {
-  // The compiler widens the halves of the general case apart.
+  // In the general case below, the compiler widens the two halves separately.
 #if REVIT_AVX512
   if constexpr (n == 16) {
     return reinterpret_cast<Vec<int32_t, n>>(
@@ -86,9 +87,10 @@ REVIT_INLINE Vec<int32_t, n> load_pairs(const int8_t* p) {
   return pairs;
 }
 
-// x Phi(x) as max(x, 0) - |x| Phi(-|x|). The last term is a small bump that a polynomial of degree 17 fits to 3e-8 on
-// [0, 5.4], beyond which it is less than 2e-7; the absolute error is below 3e-7, that of 0.5 x (1 + erf(x / sqrt 2)) in
-// float 4.5e-7. The fit is ours: reweighted least squares in u = |x| / 2.7 - 1, which keeps its coefficients small.
+// x Phi(x), computed as max(x, 0) - |x| Phi(-|x|). The last term is a small bump. A polynomial of degree 17 fits it to
+// 3e-8 on [0, 5.4]; beyond that it is less than 2e-7. The absolute error is below 3e-7, and that of
+// 0.5 x (1 + erf(x / sqrt 2)) in float is 4.5e-7. The fit is ours: reweighted least squares in u = |x| / 2.7 - 1, which
+// keeps its coefficients small.
 template <int n>
 REVIT_INLINE Vec<float, n> gelu(Vec<float, n> x) {
   constexpr float kBump[] = {0.00936084799f, -0.0666081831f, 0.200933859f,  -0.303650826f,  0.141171247f,
@@ -103,7 +105,7 @@ REVIT_INLINE Vec<float, n> gelu(Vec<float, n> x) {
   return (x < zero ? zero : x) - bump;
 }
 
-// 1 / (1 + e^-x), from e^-|x| so that nothing overflows.
+// 1 / (1 + e^-x), computed from e^-|x| so that nothing overflows.
 template <int n>
 REVIT_INLINE Vec<float, n> sigmoid(Vec<float, n> x) {
   const Vec<float, n> zero = {};
@@ -123,7 +125,8 @@ REVIT_INLINE Vec<float, n> activate(Vec<float, n> x) {
   return x;
 }
 
-// Three rows at a time: their polynomials, each a long chain of dependent steps, overlap and share their constants.
+// Three rows at a time. A polynomial is a long chain of dependent steps; those of three rows overlap and share their
+// constants.
 template <Activation activation, int rows>
 __attribute__((noinline)) void activate_rows(float* out, int64_t stride) {
   constexpr int n = kLanes<float>, kTogether = 3;
@@ -165,7 +168,7 @@ struct FloatRows {
 template <class W>
 using Factors = std::conditional_t<kInteger<W>, QuantizedRows, FloatRows>;
 
-// Scales of a panel's columns, which only integers have.
+// Scales of a panel's columns; only int8 weights have them.
 template <class W>
 struct ColumnScales {};
 template <>
@@ -178,11 +181,11 @@ struct BlockArgs : ColumnScales<W> {
   int64_t depth;
   Factors<W> a;
   const void* b;       // depth rows of a panel
-  float* partial;      // [rows][panel], sums of the chains before and, but for the last chain, after
-  bool first;          // there is no chain before
-  const char* ahead;   // this block's share of the chain after this one
-  int64_t ahead_step;  // bytes of it to ask for with every two depths
-  const float* bias;   // of the panel; used by the last chain
+  float* partial;      // [rows][panel], sums of the earlier chains; the last chain does not update them
+  bool first;          // whether this is the first chain
+  const char* ahead;   // this block's share of the next chain, which is prefetched
+  int64_t ahead_step;  // bytes of it to prefetch with every two depths
+  const float* bias;   // bias of the panel; used by the last chain
   float* out;          // written by the last chain
   int64_t out_stride;
 };
@@ -196,7 +199,7 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
   using Element = std::conditional_t<kInteger<W>, int32_t, float>;  // of a row, and of its products
   Vec<Element, n> sum[2 * rows] = {};
   const int64_t stride = args.a.stride;
-  // Rows are addressed from every third: an address can add one or two strides to a base, and no more.
+  // Every third row has a base pointer, because an address can add one or two strides to a base, and no more.
   constexpr int kBases = rows / 3;
   const Element* base[kBases];
   unroll<kBases>([&](auto g) __attribute__((always_inline)) { base[g] = args.a.data + 3 * g * stride; });
@@ -218,7 +221,7 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
     });
   };
   if constexpr (kind == Chain::kAdd) {
-    // Asked for now, they are there when the sums are: this tile may be the first to read them.
+    // Prefetched now, the outputs are in the cache when the sums are done. This tile may be the first to read them.
     unroll<rows>([&](auto i) __attribute__((always_inline)) {
       for (int64_t j = 0; j < kLinearPanel; j += 64 / int64_t{sizeof(float)}) {
         __builtin_prefetch(args.out + i * args.out_stride + j);
@@ -229,7 +232,7 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
   const char* ahead = args.ahead;
   int64_t k = args.depth;
   if constexpr (std::is_same_v<W, float>) {
-    // Two depths a step: GCC 12 keeps all sums in registers, with four it spills two of them.
+    // Two depths per step: GCC 12 then keeps all sums in registers. With four it spills two of them.
     for (; k >= 2; k -= 2) {
       add(0, load<n>(b), load<n>(b + n));
       add(1, load<n>(b + 2 * n), load<n>(b + 3 * n));
@@ -240,7 +243,7 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
     }
     if (k > 0) add(0, load<n>(b), load<n>(b + n));
   } else if constexpr (kInteger<W>) {
-    // Two depths a step: with more GCC adds the products of a row first, and spills sums for them.
+    // Two depths per step: with more, GCC adds the products of a row first and spills sums for them.
     for (; k > 0; k -= 2) {
       add(0, load_pairs<n>(b), load_pairs<n>(b + 2 * n));
       __builtin_prefetch(ahead, 0, 2);
@@ -251,7 +254,7 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
   } else {
     for (; k >= 2; k -= 2) {
       add(0, load_even<n>(b), load_even<n>(b + 2 * n));
-      // Read again, not kept in registers meanwhile.
+      // Makes GCC read the weights again instead of keeping them in registers.
       asm volatile("" : "+r"(b) : : "memory");
       add(1, load_odd<n>(b), load_odd<n>(b + 2 * n));
       __builtin_prefetch(ahead, 0, 2);
@@ -300,9 +303,9 @@ REVIT_INLINE void finish_block(const BlockArgs<W>& args, bool last, Finish finis
   if (finish == Finish::kActivate) activate_block<rows>(activation, args.out, args.out_stride);
 }
 
-// The chains [first_k, end_k) of `tile`; a later call goes on where `end_k` is not the whole depth. `partial` holds
-// [n_panels][rows, whole half blocks][panel] sums from one call to the next, or of one panel where the call does it
-// all. `a` are the rows of the tile, from depth first_k on.
+// Computes the chains [first_k, end_k) of `tile`; if `end_k` is not the whole depth, a later call continues. `partial`
+// keeps [n_panels][rows, whole half blocks][panel] sums from one call to the next, or those of one panel if one call
+// does everything. `a` holds the rows of the tile, from depth first_k on.
 template <class W>
 void linear_chains(const LinearTile& tile, const Factors<W>& a, int64_t first_k, int64_t end_k, float* partial,
                    int64_t partial_stride) {
@@ -326,11 +329,11 @@ void linear_chains(const LinearTile& tile, const Factors<W>& a, int64_t first_k,
                            tile.out_stride};
       if constexpr (kInteger<W>) args.column_scales = tile.weight.scales + p * kLinearPanel;
       const bool last = k + args.depth == depth;
-      // The weights pass by once for every tile, from beyond the second cache: while a chain is multiplied, the one
-      // behind it in memory is asked for, each block of rows a share.
+      // Every tile reads the weights once, from beyond the L2 cache. While a chain is multiplied, the next one in
+      // memory is prefetched; each block of rows prefetches a share.
       args.ahead = reinterpret_cast<const char*>(panel + panel_size<W>(k + args.depth));
       args.ahead_step = static_cast<int64_t>(panel_size<W>(2) * sizeof(W)) * kLinearRows / tile.n_rows;
-      if constexpr (kInteger<W>) ++args.ahead_step;  // of so few bytes, what is rounded off would be a quarter
+      if constexpr (kInteger<W>) ++args.ahead_step;  // of so few bytes, rounding down would lose a quarter
       int64_t row = 0;
       for (; row + kHalfBlock < tile.n_rows; row += kLinearRows) {
         finish_block<W, kLinearRows>(args, last, tile.finish, tile.activation);

@@ -1,4 +1,4 @@
-// Standard headers that the kernels use. They come before a translation unit raises its target, so that their
+// Standard headers that the kernels use. A translation unit includes them before it raises its target, so that their
 // inline functions, which the linker may share between units, are compiled for the baseline.
 #pragma once
 

@@ -1,22 +1,23 @@
-// Rows rounded to integers, the left factors of products with int8 weights:
+// Rows rounded to integers: the left factors of products with int8 weights.
 //
 //   a[i, k] ~ scales[i, k / chain] q[i, k],   scale = max |a| / 127 over the chain of the row,   q = round(a / scale)
 //
-// A row's integers and scales follow from the row alone. They are kept in pairs of int16, the form in which one
-// instruction multiplies two depths and adds (pmaddwd; vpdpwssd adds to the sum too).
+// A row's integers and scales depend on the row alone. The integers are kept in pairs of int16. On pairs, one
+// instruction multiplies two depths and adds the products (pmaddwd; vpdpwssd also adds them to the sum).
 
-// Longest chain of depths under one scale. It is as many bytes of a panel, once widened, as a chain of floats, and any
-// int16 rows give sums that int32 holds.
+// Longest chain of depths with one scale. Its part of a panel has, once widened, as many bytes as a chain of floats.
+// int32 holds its sums for any int16 rows.
 inline constexpr int64_t kMaxIntegerChain = 512;
 static_assert(kMaxIntegerChain * 127 * (1 << 15) <= std::numeric_limits<int32_t>::max());
 
-// Chains are cut at multiples of this, whole panels of every instruction set, so that all sets round alike.
+// Chains are cut at multiples of this number, which is whole panels of every instruction set: all sets round alike.
 inline constexpr int64_t kIntegerChainUnit = 32;
 
-// Rows whose largest value is below this count as zero: 127 over it must be finite, and a 127th of it a normal number.
+// Chains whose largest value is below this count as zero: 127 / largest must be finite, and largest / 127 a normal
+// number.
 inline constexpr float kLeastScaled = 0x1p-119f;
 
-// Largest |a| of n values as bits, which are in the order of the numbers, infinity and NaN above all others.
+// Bits of the largest |a| of n values. Bits have the order of the numbers, with infinity and NaN above all others.
 REVIT_INLINE int32_t largest_bits(const float* a, int64_t n) {
   constexpr int lanes = kLanes<float>;
   using I = Vec<int32_t, lanes>;
@@ -38,8 +39,8 @@ REVIT_INLINE int32_t largest_bits(const float* a, int64_t n) {
   return reduce_max<int32_t, lanes>(largest);
 }
 
-// Writes n integers, zeros up to the next whole vector, and returns their scale: zero where all is (nearly) zero, NaN
-// where a value is infinite or NaN, so that all results of the row are NaN.
+// Writes n integers, then zeros up to the next whole vector, and returns their scale. The scale is zero if all values
+// are (nearly) zero, and NaN if a value is infinite or NaN, so that all results of the row are NaN.
 REVIT_INLINE float quantize_chain(const float* a, int64_t n, int16_t* q) {
   constexpr int lanes = kLanes<float>;
   const int32_t bits = largest_bits(a, n);
@@ -63,13 +64,13 @@ REVIT_INLINE int64_t odd_lines(int64_t n) { return (((n + 15) / 16) | 1) * 16; }
 // Rows of integers.
 struct QuantizedRows {
   int32_t* data;   // q of two depths in a lane, zero beyond an odd depth
-  float* scales;   // of every chain, behind the integers of the row
-  int64_t stride;  // of both
+  float* scales;   // one for every chain, after the integers of the row
+  int64_t stride;  // of data and of scales
   int64_t chain;
 
-  // Whole vectors of integers.
+  // Pairs of n integers, up to the next whole vector.
   static int64_t pairs(int64_t n) { return round_up((n + 1) / 2, 16); }
-  // Floats of memory that a row of n values takes.
+  // Size of a row of n values, in floats.
   static int64_t size(int64_t n, int64_t chain) { return odd_lines(pairs(n) + (n + chain - 1) / chain); }
 
   REVIT_INLINE void advance(int64_t rows) {
@@ -79,7 +80,7 @@ struct QuantizedRows {
   REVIT_INLINE QuantizedRows from_depth(int64_t k) const { return {data + k / 2, scales + k / chain, stride, chain}; }
 };
 
-// Rows [0, n_rows) of n values, in chains of `chain`, rounded into `memory`.
+// Rounds rows [0, n_rows) of n values, in chains of `chain`, into `memory`.
 QuantizedRows quantize_rows(const float* rows, int64_t stride, int64_t n_rows, int64_t n, int64_t chain,
                             float* memory) {
   const QuantizedRows out = {reinterpret_cast<int32_t*>(memory), memory + QuantizedRows::pairs(n),

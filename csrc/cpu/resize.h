@@ -18,7 +18,7 @@ struct TapPair {
 
 // One axis: out[i] = clip8((2^21 + sum_t weight(i, t) * in[first[i] + t]) >> 22) over t < n_taps[i].
 struct ResizeAxis {
-  const int32_t* first;   // [n_out], never decreasing; even along a row
+  const int32_t* first;   // [n_out], never decreasing; even on the horizontal axis
   const int32_t* n_taps;  // [n_out], at least 1
   const TapPair* pairs;   // [n_out, pairs_stride]
   int64_t pairs_stride;

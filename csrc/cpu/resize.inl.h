@@ -2,18 +2,18 @@
 //
 //   pass:  out[i] = clip8((2^21 + sum_t w[i, t] * in[first[i] + t]) >> 22)
 //
-// once along each axis, the intermediate rounded to 8 bits, so the order of the passes shows in the result.
-// Source rows flow through a ring that holds what the vertical taps of the next output rows reach: resampled
-// horizontally already, or as they are where the vertical pass comes first. No whole intermediate image exists.
+// once along each axis. The intermediate is rounded to 8 bits, so the result depends on the order of the passes.
+// Source rows pass through a ring buffer that holds the rows of the vertical taps of the next output rows. Its rows are
+// resampled horizontally, or unchanged if the vertical pass comes first. No whole intermediate image exists.
 //
 // Vector code multiplies 16-bit factors (pmaddwd), so a weight is split as w = high * 2^11 + low and
 //   sum w * v = (sum high * v) * 2^11 + sum low * v.
-// Each pair product is exact (2 * 255 * 2^15 < 2^31). The sums wrap modulo 2^32 at worst, as all steps that follow
-// do, and the true total fits int32 (that is what Pillow's two bits of headroom are for): the same integer.
+// Each pair product is exact (2 * 255 * 2^15 < 2^31). At worst the sums wrap modulo 2^32, and so do all later steps.
+// The true total fits int32 (this is the purpose of Pillow's two bits of headroom), so the result is the same integer.
 
 // A packed RGB row may be read this many bytes beyond its last pixel's first byte (one 16-byte load).
 constexpr int64_t kRowOverrun = 16;
-// Rows that a horizontal pass takes at once: one per 32-bit element of a vector.
+// Rows that a horizontal pass processes at once: one per 32-bit element of a vector.
 constexpr int32_t kRowBlock = 8;
 constexpr int32_t kRoundHalf = 1 << (kWeightBits - 1);
 
@@ -52,10 +52,11 @@ struct SplitSum {
 #endif
 
 #if REVIT_LANES >= 8
-// Turns kRowBlock packed RGB rows into columns for the horizontal pass, which so becomes a sum over vectors.
+// Turns kRowBlock packed RGB rows into columns, so that the horizontal pass becomes a sum over vectors.
 // columns[(pixel pair, channel)] holds the two values of every row: 8 rows x (value, next value), 16 bits each.
 REVIT_INLINE void rows_to_columns(const uint8_t* const* in, int32_t begin, int32_t end, __m256i* columns) {
-  // Of pixels 0 to 3 in either lane: (r0 r1) (g0 g1) (b0 b1) (0 0) to the lower lane, pixels 2 and 3 to the upper.
+  // Both lanes hold pixels 0 to 3. The lower lane becomes (r0 r1) (g0 g1) (b0 b1) (0 0), the upper the same of pixels
+  // 2 and 3.
   const __m256i pairs_of_channels = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,  //
                                                      6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
   for (int32_t x = begin; x < end; x += 4, columns += 6) {
@@ -97,8 +98,8 @@ REVIT_INLINE __m256i resample_column(const TapPair* pair, int32_t n_pairs, const
 }
 #endif
 
-// kRowBlock packed RGB rows resampled to `n_out` pixels each. Reads up to kRowOverrun bytes from a pixel on and writes
-// as many; `columns` is scratch memory.
+// Resamples kRowBlock packed RGB rows to `n_out` pixels each. Reads and writes up to kRowOverrun bytes from a pixel on;
+// `columns_memory` is scratch memory.
 REVIT_INLINE void resample_horizontal(const ResizeAxis& axis, int32_t n_out, const uint8_t* const* in,
                                       uint8_t* const* out, [[maybe_unused]] uint8_t* columns_memory) {
 #if REVIT_LANES >= 8
@@ -120,7 +121,7 @@ REVIT_INLINE void resample_horizontal(const ResizeAxis& axis, int32_t n_out, con
     const __m256i rows[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
                              _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
     for (int r = 0; r < 4; ++r) {
-      // Sixteen bytes for twelve: the next pixels overwrite the rest.
+      // Stores sixteen bytes, of which twelve count: the next pixels overwrite the rest.
       const __m256i packed = _mm256_shuffle_epi8(rows[r], drop_fourth);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r] + 3 * x), _mm256_castsi256_si128(packed));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r + 4] + 3 * x), _mm256_extracti128_si256(packed, 1));
@@ -158,7 +159,7 @@ REVIT_INLINE void resample_vertical_portable(const TapPair* pairs, int32_t n_tap
   }
 }
 
-// `n_bytes` of `out`: the weighted sum of the rows `taps`, to which a row is appended where their number is odd.
+// Writes `n_bytes` of `out`, the weighted sum of the rows `taps`. If their number is odd, `taps` has one row more.
 REVIT_INLINE void resample_vertical(const TapPair* pairs, int32_t n_taps, const uint8_t* const* taps, int64_t n_bytes,
                                     uint8_t* out) {
 #if REVIT_LANES >= 8
@@ -215,7 +216,7 @@ REVIT_INLINE void emit_row<uint8_t>(const ResizeArgs& args, int32_t y, const uin
   }
 }
 
-// Source row `y` as packed RGB: the image's own where it is packed and may be overrun, else a copy.
+// Source row `y` as packed RGB: the image's own row if it is packed and may be overrun, else a copy.
 REVIT_INLINE const uint8_t* packed_row(const ResizeArgs& args, int32_t y, uint8_t* copy) {
   const uint8_t* row = args.image + y * args.stride_y;
   const int64_t bytes_after = (args.height - 1 - y) * args.stride_y;
@@ -226,14 +227,14 @@ REVIT_INLINE const uint8_t* packed_row(const ResizeArgs& args, int32_t y, uint8_
   return copy;
 }
 
-// The scratch memory of one call, and what is kept in it.
+// Layout of the scratch memory of one call.
 struct ResizeScratch {
   int64_t ring_rows;
   int64_t row_bytes;
   int64_t column_bytes;
 
-  // The ring holds the taps of an output row, the source rows that its block has in excess and, where there is no
-  // vertical pass and rows are used where they lie, the other output rows of a block.
+  // The ring holds the taps of an output row and the source rows that its block has in excess. Without a vertical pass,
+  // rows are used in place, so the ring also holds the other output rows of a block.
   explicit ResizeScratch(const ResizeArgs& args)
       : ring_rows(args.vertical.max_taps + 2 * kRowBlock),
         row_bytes(3 * static_cast<int64_t>(args.width > args.out_width ? args.width : args.out_width) + kRowOverrun),

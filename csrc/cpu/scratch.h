@@ -1,4 +1,4 @@
-// Memory that outlives a call: fresh pages cost more than the work done in them.
+// Memory that is kept from call to call, because fresh pages cost more than the work done in them.
 #pragma once
 
 #include <cstddef>
@@ -23,16 +23,16 @@ class Scratch {
       const size_t size = bytes >= kHugeFrom ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
       alignment_ = bytes >= kHugeFrom ? kHugePage : 64;
       data_ = static_cast<char*>(::operator new(size, std::align_val_t{alignment_}));
-      size_ = size;  // not before there is memory: the next call may come after one that found none
+      size_ = size;  // set only once there is memory: the next call may follow a failed one
 #if defined(__linux__)
-      // A pass over panels in small pages spends a seventh of its time looking up their addresses.
+      // A pass over panels in small pages spends a seventh of its time on address translation.
       if (alignment_ == kHugePage) madvise(data_, size_, MADV_HUGEPAGE);
 #endif
     }
     return data_;
   }
 
-  // Gives the memory back where it is more than `bytes`.
+  // Frees the memory if it is more than `bytes`.
   void shrink(size_t bytes) {
     if (size_ > bytes) release();
   }

@@ -15,8 +15,8 @@ struct AddArgs {
   int64_t n;
 };
 
-// out[c] = (sum over i in [0, n_rows) of x[row(i)][c]) / divisor, for n_channels channels of rows that stand `stride`
-// elements apart; row(i) is rows[i], or i where `rows` is null. No rows: zero.
+// out[c] = (sum over i in [0, n_rows) of x[row(i)][c]) / divisor, for n_channels channels. Rows are `stride` elements
+// apart; row(i) is rows[i], or i if `rows` is null. Without rows the result is zero.
 struct SumRowsArgs {
   const void* x;
   const int64_t* rows;

@@ -1,8 +1,8 @@
 // Row arithmetic behind token assembly and mean pooling (see tokens.h for the formulas).
 //
-// Every channel is added up alone: blocks of kSumBlock rows, whose sums are added in turn with the rounding error of
-// each addition kept and added at the end. The order depends on the number of rows only, and the error
-// hardly grows with it.
+// Every channel is summed by itself, in blocks of kSumBlock rows. The sums of the blocks are added in order; the
+// rounding error of each addition is kept and added at the end. The order depends only on the number of rows, and the
+// error hardly grows with it.
 
 constexpr int64_t kSumBlock = 8;
 
@@ -30,7 +30,7 @@ void divide_elements(const DivideArgs& args) {
   for (; i < args.n; ++i) narrow(widen(x[i]) / divisor, out + i);
 }
 
-// kVectors vectors of channels, from channel c on.
+// Sums kVectors vectors of channels, from channel c on.
 template <class T, int kVectors>
 REVIT_INLINE void sum_rows_vectors(const SumRowsArgs& args, int64_t c) {
   using C = Compute<T>;

@@ -1,4 +1,4 @@
-// Element types that the CPU kernels read and write, and the arithmetic type each is computed in.
+// Element types that the CPU kernels read and write, and the type in which each is computed.
 #pragma once
 
 #include <cstdint>

@@ -139,7 +139,7 @@ REVIT_INLINE void store(BFloat16* p, Vec<float, N> v) {
   const Vec<uint32_t, N> quiet_nan = broadcast<uint32_t, N>(0x7fc0u);
   rounded = v != v ? quiet_nan : rounded;
 #if REVIT_F16C
-  if constexpr (N == 8) {  // the compiler masks first what cannot saturate
+  if constexpr (N == 8) {  // the compiler would first mask values that cannot saturate
     const __m256i wide = reinterpret_cast<__m256i>(rounded);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
@@ -165,12 +165,13 @@ REVIT_INLINE void store(Float16* p, Vec<float, N> v) {
   for (int i = 0; i < N; ++i) narrow(v[i], p + i);
 }
 
-// The nearest integers, halfway the even one; any for what int32 does not hold. No multiplication that makes v can be
-// contracted with the rounding, as it could with an addition of 1.5 * 2^23: every instruction set rounds the same.
+// The nearest integers, halfway the even ones; undefined for values that int32 does not hold. A multiplication that
+// computes v cannot be contracted with this rounding, as it could with an addition of 1.5 * 2^23. So every instruction
+// set rounds the same.
 template <int N>
 REVIT_INLINE Vec<int32_t, N> round_to_int(Vec<float, N> v) {
 #if REVIT_AVX512
-  // Masked by nothing: without a mask GCC 12 warns of its own header.
+  // The mask keeps all lanes: without a mask GCC 12 warns about its own header.
   if constexpr (N == 16) return reinterpret_cast<Vec<int32_t, N>>(_mm512_maskz_cvtps_epi32(0xffff, v));
 #elif REVIT_F16C
   if constexpr (N == 8) return reinterpret_cast<Vec<int32_t, N>>(_mm256_cvtps_epi32(v));
@@ -182,7 +183,7 @@ REVIT_INLINE Vec<int32_t, N> round_to_int(Vec<float, N> v) {
   return rounded;
 }
 
-// In every lane the product of the lower signed 16-bit halves plus that of the upper ones.
+// Every lane is the product of the lower signed 16-bit halves plus the product of the upper ones.
 template <int N>
 REVIT_INLINE Vec<int32_t, N> multiply_pairs(Vec<int32_t, N> a, Vec<int32_t, N> b) {
 #if REVIT_AVX512
@@ -204,7 +205,7 @@ REVIT_INLINE Vec<int32_t, N> multiply_pairs(Vec<int32_t, N> a, Vec<int32_t, N> b
   return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
 
-// Sum of the lanes by halving: a fixed order, whatever the instruction set makes of it.
+// Sums the lanes by halving, in an order that is the same for every instruction set.
 template <class T, int N>
 REVIT_INLINE T reduce_add(Vec<T, N> v) {
   if constexpr (N == 1) {
@@ -226,7 +227,7 @@ REVIT_INLINE T reduce_max(Vec<T, N> v) {
   }
 }
 
-// total += value; what rounding loses is added to `lost` (Knuth's TwoSum). C is a number or a vector.
+// total += value; the rounding error is added to `lost` (Knuth's TwoSum). C is a number or a vector.
 template <class C>
 REVIT_INLINE void add_exactly(C value, C* total, C* lost) {
   const C sum = *total + value;

@@ -1,4 +1,4 @@
-"""Why an image got its tokens: the decision, its evidence and its cost, one entry per image of an HTML or PNG sheet.
+"""Explains why each image got its number of tokens: decision, evidence and cost, one entry per image, as HTML or PNG.
 
 Needs Pillow: `pip install "revit-fast[cli]"`; PNG sheets also need matplotlib: `pip install "revit-fast[plot]"`.
 """

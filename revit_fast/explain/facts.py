@@ -22,7 +22,7 @@ from revit_fast.streaming.results import Result
 STAGES = ("decode", "assign", "pack", "forward")
 
 ENTROPY_BITS = 8
-"""Entropy of 256 grey values that are equally frequent: the end of the scale."""
+"""Entropy of 256 equally frequent grey values: the upper end of the scale."""
 
 
 class Length(NamedTuple):
@@ -30,11 +30,11 @@ class Length(NamedTuple):
 
     Attributes:
         grid: patches a side.
-        n_tokens: prefix tokens counted.
+        n_tokens: number of tokens, prefix tokens included.
         macs: multiply-adds of the model's forward pass.
         probability: the assigner's probability that this is the smallest sufficient length; None where the policy does
             not ask the assigner.
-        suffices: P(label <= length), the probability that this length is long enough; None likewise.
+        suffices: P(label <= length), the probability that this length is long enough; None where `probability` is.
         ms: milliseconds of packing and forward pass, for this image alone; None where it was not run at every length.
     """
 
@@ -93,7 +93,7 @@ def with_evidence(lengths: Sequence[Length], probabilities: np.ndarray) -> list[
 
 
 def total(lengths: Sequence[Length]) -> Length:
-    """What a pass at each of these lengths costs together; its grid is the longest's."""
+    """The total cost of one pass at each of these lengths; the grid of the result is the longest one."""
     return Length(max(n.grid for n in lengths), sum(n.n_tokens for n in lengths), sum(n.macs for n in lengths))
 
 
@@ -104,7 +104,7 @@ class Explanation:
     Attributes:
         index: place in the stream; some policies decide by it.
         name: name of the source, with characters that cannot be printed escaped.
-        error: why the image has no decision, and then the attributes below are empty; else None.
+        error: why the image has no decision; the attributes below are then empty. None if it has one.
         size: width and height of the upright image in pixels, as decoded.
         crop: the region that the model sees, (left, upper, right, lower) in pixels of that image.
         picture: the image with its crop and grid, see `draw_grid`.
@@ -149,7 +149,7 @@ class Explanation:
 
     @property
     def reason(self) -> str:
-        """Why the policy chose it."""
+        """Why the policy chose this length."""
         name, argument = self._spec
         if self.policy.threshold is not None:
             return self._reason_of_threshold(name, argument)
@@ -250,12 +250,12 @@ class Explanation:
 def explain(pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: int = 5) -> list[Explanation]:
     """What the pipeline decides for every image and why; decisions and classes are those of `pipe(sources)`.
 
-    Each image runs alone, twice: the time of its stages is that of the second run, in which nothing is set up any more.
+    Each image runs alone, and twice. The times of its stages are those of the second run, which has no setup to do.
 
     Args:
         pipe: the pipeline.
         sources: paths, bytes of encoded files, PIL images, uint8 arrays. A picture of each is kept, about 1 MB.
-        top_k: classes to list; 0 for none, where the weights mean nothing.
+        top_k: number of classes to list; 0 for none, for weights that are not trained.
     """
     check_sources(sources)
     if pipe.prep.aspect != "crop":
@@ -266,7 +266,7 @@ def explain(pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: in
 
 
 def summary(explanations: Sequence[Explanation]) -> str:
-    """How many images there are and what their grids save, on one line."""
+    """One line with the number of images and what their grids save."""
     decided = [e for e in explanations if e.error is None]
     n_failed = len(explanations) - len(decided)
     text = f"{len(explanations)} image{'s' * (len(explanations) != 1)}"
@@ -315,7 +315,7 @@ def _explanation(
 
 
 class _Run(NamedTuple):
-    """One image through every stage."""
+    """Results of every stage for one image."""
 
     image: np.ndarray
     grid: int
@@ -326,7 +326,7 @@ class _Run(NamedTuple):
 
 
 def _run(pipe: AdaptivePipeline, index: int, source: ImageSource, times: StageTimes) -> _Run:
-    """The stages of the pipeline on one image, whose place decides as in its stream."""
+    """Runs the stages of the pipeline on one image; `index` is its place in the stream, as policies see it."""
     prep = pipe.prep
     with times.span("decode"):
         image = prep.decode(source)

@@ -149,7 +149,7 @@ def _data_uri(picture: Image.Image) -> str:
 
 
 def meter(share: float, text: str, mark: float | None = None, begin: float = 0.0) -> str:
-    """A bar from `begin` over `share` of its track, its text beside it, and a mark at a share of the track."""
+    """A bar that starts at `begin` and covers `share` of its track, a text beside it, and a mark at share `mark`."""
     line = "" if mark is None else f'<i style="left:{mark:.2%}"></i>'
     bar = f'<b style="left:{begin:.2%};width:{share:.2%}"></b>'
     return f'<td><div class="meter"><span class="track" aria-hidden="true">{bar}{line}</span>{escape(text)}</div></td>'

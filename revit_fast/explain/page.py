@@ -1,7 +1,7 @@
-"""A page for the browser of this machine: images, the grid that each gets, and a slider that moves the budget.
+"""A web page for this machine: images, the grid that each gets, and a slider for the budget.
 
-An image is decoded, assigned and run at every length once, when it comes. Moving the slider only chooses anew; what the
-choice takes in packs is timed once it has been shown.
+Each new image is decoded, assigned and run at every length once. Moving the slider only repeats the choice. The time
+that the choice takes in packs is measured after the choice is shown.
 
 Needs gradio: `pip install "revit-fast[page]"`.
 """
@@ -28,12 +28,12 @@ from revit_fast.io.images import ImageError, ImageSource, on_one_line
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 HOST = "127.0.0.1"
-"""The loopback: the page asks nobody who they are, so it is for whoever sits at this machine."""
+"""The loopback address: the page has no login, so only users of this machine may reach it."""
 
 TITLE = "Just enough tokens"
 
 ROUNDS, TIMING_S = 3, 0.5
-"""Of timing: at least so many, and more as long as all take less than this. Medians are shown."""
+"""Timing runs at least `ROUNDS` rounds, and more until `TIMING_S` seconds have passed. Medians are shown."""
 
 CSS = f""".entries {{ {LIGHT}
 {STYLE} }}
@@ -42,18 +42,18 @@ CSS = f""".entries {{ {LIGHT}
 .summary table {{ margin: 0; }}
 .summary tbody th {{ width: 8.5rem; }}
 footer {{ display: none !important; }}"""
-"""Rules of a sheet's entries, kept from the rest of the page."""
+"""CSS of the page. The rules of a sheet's entries apply to the entries only."""
 
 
 class Seen(NamedTuple):
     """An image that went through every stage at every length.
 
     Attributes:
-        name: to call it by.
-        error: None, or why there is no more.
-        image: uint8 `[H, W, 3]` or `[H, W]`, decoded.
-        probabilities: float32 `[n_lengths]` of the assigner, the longest length first.
-        at: an explanation for each length, the longest first, as if that were the one that the image gets.
+        name: name to show.
+        error: why the image failed; the attributes below are then empty. None if it did not fail.
+        image: the decoded image, uint8 `[H, W, 3]` or `[H, W]`.
+        probabilities: the assigner's probabilities, float32 `[n_lengths]`, the longest length first.
+        at: one explanation per length, the longest first, as if the image got that length.
     """
 
     name: str
@@ -64,13 +64,13 @@ class Seen(NamedTuple):
 
 
 def look_at(pipe: AdaptivePipeline, source: ImageSource, name: str, *, top_k: int = 5) -> Seen:
-    """One image through every stage at every length; never an exception for an image that cannot be read.
+    """Runs one image through every stage at every length; an image that cannot be read gives a `Seen` with an error.
 
     Args:
         pipe: a pipeline with an assigner.
         source: a path, bytes of an encoded file, a PIL image or a uint8 array.
-        name: to call it by.
-        top_k: classes to list; 0 for none, where the weights mean nothing.
+        name: name to show.
+        top_k: number of classes to list; 0 for none, for weights that are not trained.
     """
     name = on_one_line(name)
     try:
@@ -98,11 +98,11 @@ def look_at(pipe: AdaptivePipeline, source: ImageSource, name: str, *, top_k: in
 
 
 def decide(pipe: AdaptivePipeline, seen: Sequence[Seen]) -> list[Explanation]:
-    """What the pipeline's policy gives every image, without running anything.
+    """The length that the pipeline's policy gives every image; nothing is run.
 
     Args:
-        pipe: the pipeline that saw the images, under a policy that asks the assigner alone.
-        seen: of `look_at`.
+        pipe: the pipeline that saw the images, with a policy that needs only the assigner's probabilities.
+        seen: results of `look_at`.
     """
     policy, explanations = pipe.prep.policy, []
     for index, entry in enumerate(seen):
@@ -115,10 +115,10 @@ def decide(pipe: AdaptivePipeline, seen: Sequence[Seen]) -> list[Explanation]:
 
 
 def time_packs(pipe: AdaptivePipeline, images: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Milliseconds from decoded images to logits in packs, medians of runs in turns.
+    """Times the path from decoded images to logits in packs; the two pipelines below take turns.
 
     Returns:
-        Under the pipeline's policy, assigner included; with the longest length for every image.
+        Median milliseconds with the pipeline's policy, assigner included, and with the longest length for every image.
     """
     pipes = pipe, pipe.with_policy(("fixed", pipe.prep.grids[0]))
     ms, end = [], time.perf_counter() + TIMING_S
@@ -135,14 +135,14 @@ def time_packs(pipe: AdaptivePipeline, images: Sequence[np.ndarray]) -> tuple[fl
 
 
 def first_budget(pipe: AdaptivePipeline) -> int:
-    """Patch tokens of an image that the pipeline's own threshold takes on held-out images; else half way.
+    """Mean patch tokens of held-out images at the policy's threshold; without one, half way between the lengths.
 
     Raises:
-        ValueError: where there is no assigner, or one that was never calibrated.
+        ValueError: if there is no assigner, or it was never calibrated.
     """
     lengths = pipe.model.lengths
     half_way = (lengths[0] + lengths[-1]) // 2
-    pipe.with_policy(("budget", half_way))  # says what is missing
+    pipe.with_policy(("budget", half_way))  # raises if something is missing
     threshold = pipe.prep.policy.threshold
     if threshold is None:
         return half_way
@@ -150,7 +150,7 @@ def first_budget(pipe: AdaptivePipeline) -> int:
 
 
 def totals_html(pipe: AdaptivePipeline, explanations: Sequence[Explanation]) -> str:
-    """A table of what this budget takes beside the longest length for every image."""
+    """A table that compares the cost of this budget with that of the longest length for every image."""
     said = f'<p class="soft">θ = {pipe.prep.policy.threshold:.4g}, by the assigner\'s held-out images.</p>'
     decided = [e for e in explanations if e.error is None]
     if not decided:
@@ -177,7 +177,7 @@ def times_html(pipe: AdaptivePipeline, images: Sequence[np.ndarray]) -> str:
 
 
 def _table(longest: str, columns: Mapping[str, Iterable[str]]) -> str:
-    """Columns of two cells: this budget, and the longest length for every image."""
+    """A table of two rows: this budget, and the longest length for every image."""
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("", *columns))
     chosen, other = ("".join(cells) for cells in zip(*columns.values(), strict=True))
     rows = (
@@ -188,18 +188,18 @@ def _table(longest: str, columns: Mapping[str, Iterable[str]]) -> str:
 
 
 def sheet_html(explanations: Sequence[Explanation]) -> str:
-    """An entry for every image, those that could not be read too."""
+    """One entry per image, including images that could not be read."""
     return f'{entries(explanations)}\n<p class="soft">{escape(LEGEND)}</p>' if explanations else ""
 
 
 def import_gradio() -> ModuleType:
-    """Gradio, kept from calling home: no analytics, no check for newer versions, no model hub, no proxy in between.
+    """Imports gradio without its network calls: no analytics, no check for newer versions, no model hub, no proxy.
 
     Raises:
-        ModuleNotFoundError: where it is missing.
+        ModuleNotFoundError: if it is missing.
     """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
-    for name in ("NO_PROXY", "no_proxy"):  # it greets its own server when that has started
+    for name in ("NO_PROXY", "no_proxy"):  # gradio sends a request to its own server at the start
         hosts = dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), HOST])
         os.environ[name] = ",".join(hosts)
     import gradio
@@ -218,28 +218,28 @@ def served(
     top_k: int = 5,
     open_browser: bool = False,
 ) -> Iterator[str]:
-    """A context in which the page is served on the loopback by threads of its own, never by a public link.
+    """A context that serves the page on the loopback from its own threads, never by a public link.
 
-    Uploaded files lie in a folder that nobody else can read and that is deleted at the end.
+    Uploaded files lie in a folder that other users cannot read. It is deleted at the end.
 
     Args:
         pipe: a pipeline with a calibrated assigner.
-        port: to listen on.
-        budget: patch tokens where the slider begins, see `first_budget`.
-        about: the model, in a few words of Markdown.
+        port: port to listen on.
+        budget: first value of the slider, in patch tokens, see `first_budget`.
+        about: a few words of Markdown about the model.
         samples: images to show on request, by their names.
-        top_k: classes to list of an image; 0 for none.
-        open_browser: show the page there.
+        top_k: number of classes to list for an image; 0 for none.
+        open_browser: whether to open the page in a browser.
 
     Yields:
-        The address.
+        The address of the page.
 
     Raises:
-        ModuleNotFoundError: where gradio is missing.
+        ModuleNotFoundError: if gradio is missing.
     """
     gr = import_gradio()
     with TemporaryDirectory(prefix="revit-fast-demo-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads  # components look it up when they are made
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # components read it when they are created
         page = _page(gr, pipe, budget, about, samples or {}, top_k)
         try:
             yield _launch(gr, page, port, open_browser)
@@ -303,8 +303,8 @@ def _page(
 
 
 def _launch(gr: ModuleType, page: Any, port: int, open_browser: bool) -> str:
-    """Serves the page in threads; its address."""
-    # Fonts are the system's: gradio's default ones come from elsewhere, or from files beside it.
+    """Serves the page in threads and returns its address."""
+    # System fonts, because gradio's default fonts come from the network or from files of its own.
     theme = gr.themes.Default(
         primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
     )

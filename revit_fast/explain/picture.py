@@ -1,4 +1,4 @@
-"""An image with the region that a model sees of it and the patches that it is cut into."""
+"""Draws an image with the region that the model sees and the patches of that region."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 PICTURE_PX = (560, 460)
-"""Width and height that a picture is scaled to fit in, small images up as well."""
+"""Width and height that a picture is scaled to fit in; small images are scaled up."""
 
 MAX_ASPECT = 2.5
-"""Of the part of an image that is shown: more would leave no room for the grid."""
+"""Largest aspect ratio of the part of an image that is shown; a larger one would leave no room for the grid."""
 
 OUTLINE = (255, 176, 0)
 LIGHT, DARK = (255, 255, 255), (0, 0, 0)
@@ -19,14 +19,14 @@ LIGHT, DARK = (255, 255, 255), (0, 0, 0)
 OUTLINE_PX = 3
 
 MIN_PATCH_PX = 8
-"""Patches smaller than this in the picture get lines without a dark edge, which would leave nothing of them."""
+"""Patches smaller than this in the picture get lines without a dark edge; the edges would cover them."""
 
 
 class Picture(NamedTuple):
     """A drawn picture.
 
     Attributes:
-        image: RGB.
+        image: the picture in RGB.
         is_cut: whether it leaves out the far ends of a very long image.
     """
 
@@ -35,14 +35,14 @@ class Picture(NamedTuple):
 
 
 def draw_grid(image: np.ndarray, crop: tuple[float, float, float, float], grid: int) -> Picture:
-    """The image scaled to `PICTURE_PX`, what the model does not see dimmed, the rest outlined and cut into patches.
+    """Scales the image to `PICTURE_PX`, dims what the model does not see, outlines the rest and draws its patches.
 
-    A line is light with a dark edge, so that it shows on any image; it lies on the pixel next to the border of two
+    A line is light with a dark edge, so that it shows on any image. It lies on the pixel next to the border of two
     patches.
 
     Args:
         image: uint8 `[H, W, 3]`, `[H, W, 1]` or `[H, W]`.
-        crop: what the model sees, (left, upper, right, lower) in its pixels.
+        crop: the region that the model sees, (left, upper, right, lower) in pixels of the image.
         grid: patches a side.
     """
     pixels = np.repeat(
@@ -52,7 +52,7 @@ def draw_grid(image: np.ndarray, crop: tuple[float, float, float, float], grid: 
     left, upper, right, lower = window = _window(width, height, crop)
     scale = min(PICTURE_PX[0] / (right - left), PICTURE_PX[1] / (lower - upper))
     size = tuple(max(1, round(scale * side)) for side in (right - left, lower - upper))
-    # Single pixels of a small image are shown as such.
+    # The nearest filter keeps the single pixels of a small image visible.
     method = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.BICUBIC
     scaled = Image.fromarray(pixels).resize(size, method, box=window, reducing_gap=3.0)
     x, y = (
@@ -68,7 +68,7 @@ def draw_grid(image: np.ndarray, crop: tuple[float, float, float, float], grid: 
 
 
 def _window(width: int, height: int, crop: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """What is shown of an image: all of it, unless it is very long."""
+    """The part of an image that is shown: all of it, unless it is very long."""
     limit = MAX_ASPECT * min(width, height)
     window = []
     for size, low, high in ((width, crop[0], crop[2]), (height, crop[1], crop[3])):
@@ -85,7 +85,7 @@ def _pixel(position: np.ndarray, size: int) -> np.ndarray:
 
 
 def _dimmed(pixels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Grey and low in contrast outside, so that it differs from bright and from dark images inside."""
+    """Makes the outside grey and low in contrast, so that it differs from bright and dark images alike."""
     rows, columns = _pixel(y[[0, -1]], len(pixels)), _pixel(x[[0, -1]], pixels.shape[1])
     inside = np.s_[rows[0] : rows[1] + 1, columns[0] : columns[1] + 1]
     dimmed = np.repeat(0.35 * pixels.mean(axis=2, keepdims=True) + 40, 3, axis=2)

@@ -17,7 +17,7 @@ from revit_fast.explain.picture import PICTURE_PX
 from revit_fast.io.atomic import replaced
 
 MAX_IMAGES = 200
-"""Entries of a sheet: Pillow and other programs take a larger picture for a decompression bomb."""
+"""Maximum entries of a sheet. Pillow and other programs take a larger picture for a decompression bomb."""
 
 COLOURS = dict(re.findall(r"--(\w+): (#\w+)", LIGHT))
 """The colours of the HTML sheet, by their names there."""
@@ -29,7 +29,7 @@ WIDTH = FACTS + FACTS_PX + LEFT
 
 
 def write_png(path: str | PathLike, explanations: Sequence[Explanation]) -> None:
-    """Draws one picture, `WIDTH` pixels wide and as high as its entries take; written all or nothing.
+    """Draws one picture, `WIDTH` pixels wide and as high as its entries, and writes it all or nothing.
 
     Raises:
         ImportError: without matplotlib.
@@ -52,12 +52,12 @@ def write_png(path: str | PathLike, explanations: Sequence[Explanation]) -> None
 
 
 def _drawn(draw, content) -> np.ndarray:
-    """What `draw` puts on a page, uint8 `[H, WIDTH, 3]`; `draw` returns H."""
+    """Renders a drawing as uint8 `[H, WIDTH, 3]`; the function `draw` returns H."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(dpi=72, facecolor=COLOURS["page"])  # a font's point is a pixel
-    canvas = FigureCanvasAgg(figure)  # no window system, whatever is configured
+    figure = Figure(dpi=72, facecolor=COLOURS["page"])  # one point of a font is one pixel
+    canvas = FigureCanvasAgg(figure)  # needs no window system, whatever is configured
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     height = round(draw(axes, content))
@@ -105,7 +105,7 @@ def _facts(axes, e: Explanation) -> float:
 
 
 def _table(axes, y, title, names: Sequence[str], columns: Sequence[Column], names_px: float, chosen=None) -> float:
-    """A row of bars for every name; returns where it ends, as `_write` does."""
+    """Draws a row of bars for every name; returns where the table ends, as `_write` does."""
     width = (FACTS_PX - names_px) / len(columns)
     places = [(FACTS + names_px + i * width, column) for i, column in enumerate(columns)]
     ends = [_write(axes, FACTS, y, title, names_px, 14, "soft")]
@@ -134,7 +134,7 @@ def _box(axes, x: float, y: float, width: float, height: float, colour: str, **s
 
 
 def _write(axes, x: float, y: float, text: str, width: float, size: int, colour="text", weight="normal") -> float:
-    """Writes a text on as many lines as its width takes; returns where the next line would begin."""
+    """Writes a text on as many lines as `width` requires; returns where the next line would begin."""
     n = max(len(text), 1)
     while True:
         lines = textwrap.wrap(text, n)

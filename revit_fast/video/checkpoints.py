@@ -2,8 +2,8 @@
 
 | file | holds |
 | --- | --- |
-| `config.json` | Hugging Face's configuration; ours also `grids`, the configured lengths |
-| `model.safetensors` | the weights under Hugging Face's or our names; norms of ours have a leading length axis |
+| `config.json` | Hugging Face's configuration; in our folders also `grids`, the configured lengths |
+| `model.safetensors` | the weights under Hugging Face's or our names; our norms have a leading length axis |
 | `preprocessor_config.json` | mean, std, sizes and filter of Hugging Face's image processor; may be absent |
 """
 
@@ -24,15 +24,15 @@ from revit_fast.video.transformers_import import config_from_transformers, confi
 CONFIG, MODEL, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 
 FILTERS = {2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers of filters, in which image processors name them."""
+"""Names of the filters by Pillow's numbers, which image processors use."""
 
 
 class Checkpoint(NamedTuple):
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
-        model: in evaluation mode; its `pretrained_cfg` has mean, std, crop_pct and interpolation.
-        classes: names of the classes in the order of the logits; None where they are not said.
+        model: the model in evaluation mode; its `pretrained_cfg` has mean, std, crop_pct and interpolation.
+        classes: names of the classes in the order of the logits; None unless the folder names every class.
     """
 
     model: TimeSformer
@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
-    """Whether this is a folder whose configuration is a TimeSformer's."""
+    """Whether the folder's configuration is that of a TimeSformer."""
     try:
         config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,14 +49,14 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
 
 
 def read_folder(folder: str | os.PathLike) -> Checkpoint:
-    """The model of a folder.
+    """Reads the model and the class names of a folder.
 
-    Without `grids` in its configuration the lengths are those of 14, 10 and 7 patches a side, in proportion to the
-    model's own grid; norms are repeated for each.
+    If the configuration has no `grids`, the lengths are those of 14, 10 and 7 patches a side, in proportion to the
+    model's own grid. Norms of one length are repeated for each length.
 
     Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: where a file cannot be read, or describes what is not supported; the message names the file.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file cannot be read or describes an unsupported feature; the message names the file or folder.
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
@@ -74,15 +74,15 @@ def read_folder(folder: str | os.PathLike) -> Checkpoint:
 
 
 def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence[str] | None = None) -> None:
-    """Writes a folder that `read_folder` and `revit-fast predict` take, all or nothing.
+    """Writes a folder that `read_folder` and `revit-fast predict` can read, all or nothing.
 
     Args:
-        folder: to be made, or a TimeSformer's to be replaced as a whole.
+        folder: a new or empty folder, or one that holds a TimeSformer, which is replaced as a whole.
         model: the model; its `pretrained_cfg` says how frames are prepared.
         classes: a name for every class, in the order of the logits.
 
     Raises:
-        ValueError: for a folder that holds something else, or another number of names.
+        ValueError: if the folder holds something else, or the number of names is not the number of classes.
     """
     folder = Path(folder)
     if folder.exists() and not is_checkpoint(folder) and not (folder.is_dir() and not any(folder.iterdir())):
@@ -124,7 +124,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _settings(processor: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """mean, std, crop_pct and interpolation of an image processor; what it does not say is the authors'."""
+    """mean, std, crop_pct and interpolation of an image processor; missing values are the authors' (`SETTINGS`)."""
     size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     shorter, cropped = size.get("shortest_edge"), crop.get("height")
     settings = dict(SETTINGS)

@@ -1,15 +1,16 @@
-"""The pack of clips: frames of all clips as one tensor of patch rows, and the order of rows that each attention wants.
+"""The pack of clips: frames of all clips as one tensor of patch rows, and the row order that each attention needs.
 
 A clip of F frames at a grid of n patches has three orders of rows:
 
-| order | rows | who wants it |
+| order | rows | used by |
 | --- | --- | --- |
-| frames | frame after frame, each its n patches | the resize, the embedding |
-| stream | patch after patch, each its F frames; behind all clips a class token for each | temporal attention, layers |
-| space | frame after frame, each a copy of the class token, then its n patches | spatial attention |
+| frames | frame after frame, n patches each | the resize, the embedding |
+| stream | patch after patch, F frames each; after all clips one class token per clip | temporal attention, layers |
+| space | frame after frame: a copy of the class token, then the n patches | spatial attention |
 
-Layers other than attention work on rows alone, so the stream stays as it is: temporal attention reads it in place (a
-patch's frames are a sequence there), spatial attention reads one gather of it and is gathered back.
+Layers other than attention process each row by itself, so rows stay in the order of the stream. Temporal attention
+reads the stream in place, because the frames of a patch are one sequence there. Spatial attention reads a gathered
+copy, and a second gather brings its result back.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ Grid = tuple[int, int]
 
 
 class ClipLayout(NamedTuple):
-    """What layers need to know of a pack of clips besides its rows. T = Tp + B: patch rows, then class tokens.
+    """Layouts and index tensors that the layers need besides the rows. T = Tp + B: patch rows, then class tokens.
 
     Attributes:
-        stream: of the stream, for norms: B sequences of a clip's patch rows, then B of one class token.
-        temporal: of the stream, for temporal attention: a sequence of F rows for every patch; class tokens are padding.
-        spatial: of the rows in space order: a sequence for every frame, or in joint attention for every clip.
-        classes: of class tokens alone, B sequences of one row.
-        class_queries: of one class token for each sequence of `spatial`.
-        from_frames: int64 `[Tp]`, rows of the frames order in the order of the stream.
+        stream: layout of the stream for norms: B sequences of a clip's patch rows, then B sequences of a class token.
+        temporal: layout of the stream for temporal attention: per patch a sequence of F rows; class tokens are padding.
+        spatial: layout of the rows in space order: one sequence per frame, or one per clip in joint attention.
+        classes: layout of the class tokens alone: B sequences of one row.
+        class_queries: layout of the class tokens' queries: one row for each sequence of `spatial`.
+        from_frames: int64 `[Tp]`, for each patch row of the stream its row in the order of frames.
         time: int64 `[Tp]`, the frame of each patch row of the stream, counted within its clip.
-        to_space: int64 `[Ts]`, rows of the stream in space order.
-        to_stream: int64 `[T]`, rows of the space order in the order of the stream, for a class token its first copy.
-        class_rows: int64 `[n_copies]`, copies of the class tokens in space order, clip after clip.
-        copies: int32 `[B + 1]`, cumulative copies of every clip.
-        n_patch_rows: Tp.
+        to_space: int64 `[Ts]`, for each row in space order its row in the stream.
+        to_stream: int64 `[T]`, for each row of the stream its row in space order; for a class token its first copy.
+        class_rows: int64 `[n_copies]`, rows of the class tokens' copies in space order, clip after clip.
+        copies: int32 `[B + 1]`, cumulative number of copies per clip.
+        n_patch_rows: Tp, the number of patch rows.
     """
 
     stream: Layout
@@ -65,14 +66,14 @@ class ClipLayout(NamedTuple):
 def clip_layout(
     grids: tuple[Grid, ...], n_frames: tuple[int, ...], lengths: tuple[int, ...], joint: bool, device: torch.device
 ) -> ClipLayout:
-    """The layout of clips, built on the host once and shared by all packs of the same shapes.
+    """The layout of a pack of clips, built on the host once and shared by all packs of the same shapes.
 
     Args:
         grids: (rows, columns) of patches of every clip.
-        n_frames: frames of every clip.
-        lengths: configured lengths, in patches of a frame; a clip has the index of the nearest.
+        n_frames: number of frames of every clip.
+        lengths: configured lengths, in patches per frame; a clip gets the index of the nearest.
         joint: whether spatial attention sees a clip as one sequence instead of a frame at a time.
-        device: of the index tensors.
+        device: device of the index tensors.
     """
     n_patches = [h * w for h, w in grids]
     n_rows = [n * f for n, f in zip(n_patches, n_frames, strict=True)]
@@ -80,7 +81,7 @@ def clip_layout(
     from_frames, time, to_space, to_stream, class_rows = [], [], [], [], []
     row = space_row = 0
     for clip, (n, frames) in enumerate(zip(n_patches, n_frames, strict=True)):
-        # In the order of the stream: [n, F] and, in what spatial attention takes for a sequence, [sequences, rows].
+        # Rows of the stream: `stream` is [n, F]; `sequences`, those of spatial attention, is [sequences, rows].
         stream = row + np.arange(n * frames).reshape(n, frames)
         from_frames.append(row + np.arange(n * frames).reshape(frames, n).T.ravel())
         time.append(np.tile(np.arange(frames), n))
@@ -128,12 +129,12 @@ class PackedClips:
     """Clips of any grids and frame counts as one tensor of patch rows.
 
     Attributes:
-        frames: patch rows of the frames of all clips, clip after clip; a sequence of it is a frame.
-        n_frames: frames of every clip, at least 1; those of a clip have one grid.
+        frames: patch rows of all frames, clip after clip; each sequence is one frame.
+        n_frames: number of frames of every clip, at least 1; all frames of a clip have the same grid.
 
     Raises:
-        TypeError: where `frames` is no `PackedBatch`.
-        ValueError: where it holds tokens or has no grids, or where frames and clips do not fit together.
+        TypeError: if `frames` is not a `PackedBatch`.
+        ValueError: if it holds tokens or has no grids, or if its frames do not match `n_frames`.
     """
 
     frames: PackedBatch
@@ -202,17 +203,17 @@ class PackedClips:
         boxes: Sequence[tuple[float, float, float, float] | None] | None = None,
         **options,
     ) -> PackedClips:
-        """Resizes, normalises and packs decoded clips, each frame straight into its rows.
+        """Resizes, normalises and packs decoded clips; each frame is written straight into its rows.
 
         Args:
             clips: uint8 arrays or CPU tensors `[F, H, W, 3]`.
-            sizes: pixels of every clip, (height, width) or a square's side, multiples of `patch_size`.
+            sizes: target size of every clip in pixels, (height, width) or a square's side, multiples of `patch_size`.
             patch_size: P, in pixels.
-            boxes: region of every clip's frames, None for the whole; by default whole frames.
+            boxes: region of every clip's frames, None for the whole frame; by default whole frames.
             **options: further arguments of `ops.resize_patchify`.
 
         Raises:
-            TypeError, ValueError: for any argument that is not as above.
+            TypeError, ValueError: if an argument is not as described above.
         """
         clips = list(clips)
         for i, clip in enumerate(clips):

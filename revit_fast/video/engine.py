@@ -1,4 +1,4 @@
-"""`optimize`: an inference copy of a TimeSformer that runs over weights packed once, on the CPU."""
+"""`optimize`: an inference copy of a TimeSformer that runs on weights packed once for the CPU."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ PLAIN = (
     *(SpaceTimeBlock, Attention, Mlp, PatchEmbed, TALLayerNorm),
     *(nn.Conv2d, nn.Dropout, nn.Identity, nn.Linear, nn.ModuleList),
 )
-"""Modules that packed code stands in for; besides them activations that have a name."""
+"""Modules that packed code replaces. It also replaces activations that have a name."""
 
 
 PAGE, PADDING = 1024, 32
-"""float32 values of 4 KiB: rows that lie a multiple of it apart share sets of the first cache. The MLP's hidden rows,
-which often do, are so many zeros longer."""
+"""In float32 values. Rows whose distance is a multiple of `PAGE` (4 KiB) share sets of the L1 cache. The MLP's hidden
+rows often have such a distance; they then get `PADDING` zeros more."""
 
 
 class PackedBlock(NamedTuple):
     """The linear layers of a block.
 
     Attributes:
-        temporal_qkv: of temporal attention; None in joint attention.
-        temporal_out: its projection and the layer behind it in one, as nothing stands between them; likewise.
-        qkv: of spatial attention.
-        proj: of spatial attention.
-        fc1: of the MLP.
-        fc2: of the MLP.
-        activation: of the MLP.
+        temporal_qkv: queries, keys and values of temporal attention; None in joint attention.
+        temporal_out: temporal attention's projection merged with the linear layer that follows it directly; None in
+            joint attention.
+        qkv: queries, keys and values of spatial attention.
+        proj: output projection of spatial attention.
+        fc1: first layer of the MLP.
+        fc2: second layer of the MLP.
+        activation: activation of the MLP.
     """
 
     temporal_qkv: PackedWeight | None
@@ -59,16 +60,16 @@ class PackedBlock(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What is derived from a model's parameters.
+    """Packed weights that are derived from a model's parameters.
 
     Attributes:
         isa: instruction set that the weights are packed for.
         snapshot: tells whether the parameters are still the same.
         embed: the patch embedding.
-        blocks: one entry a block.
-        last_q: queries of the last block's spatial attention, which pooled tokens alone have; None without blocks.
-        last_kv: its keys and values.
-        head: the head; None where there is none.
+        blocks: one entry per block.
+        last_q: queries of the last block's spatial attention, computed for class tokens only; None without blocks.
+        last_kv: keys and values of the last block's spatial attention; None without blocks.
+        head: the head; None for a model without one.
     """
 
     isa: str
@@ -91,7 +92,7 @@ def _packed_block(block: SpaceTimeBlock) -> PackedBlock:
         temporal_qkv = packed(block.temporal_attn.qkv)
         temporal_out = pack_weight(weight @ proj.weight.double(), weight @ proj.bias.double() + fc.bias.double())
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-    padding = PADDING if fc1.out_features % PAGE == 0 else 0  # every activation leaves zeros as they are
+    padding = PADDING if fc1.out_features % PAGE == 0 else 0  # every activation maps 0 to 0
     return PackedBlock(
         temporal_qkv,
         temporal_out,
@@ -152,12 +153,12 @@ class OptimizedTimeSformer(InferenceCopy, TimeSformer):
         self._forget()
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor:
-        """Logits as of `TimeSformer.forward`, without autograd."""
+        """The logits of `TimeSformer.forward`, without autograd."""
         with torch.inference_mode(False), torch.no_grad():
             return super().forward(x)
 
     def forward_features(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor | list[Tensor]:
-        """Tokens as of `TimeSformer.forward_features`, without autograd."""
+        """The tokens of `TimeSformer.forward_features`, without autograd."""
         with torch.inference_mode(False), torch.no_grad():
             return super().forward_features(x)
 
@@ -174,7 +175,7 @@ class OptimizedTimeSformer(InferenceCopy, TimeSformer):
             return packed
 
     def _position_table(self, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
-        with self._lock:  # learning grids moves rows
+        with self._lock:  # learning grids moves rows of the table
             return super()._position_table(grids)
 
     def _embed_rows(self, rows: Tensor, normalization: Tensor | None) -> Tensor:
@@ -184,7 +185,7 @@ class OptimizedTimeSformer(InferenceCopy, TimeSformer):
         return packed_linear(rows.float(), embed)
 
     def _folded_embedding(self, normalization: Tensor) -> PackedWeight:
-        self._current()  # forgets what was folded of other parameters
+        self._current()  # drops the folded weights if parameters have changed
         key = tuple(normalization.flatten().tolist())
         with self._lock:
             if self._folded is None or self._folded[0] != key:
@@ -220,7 +221,7 @@ class OptimizedTimeSformer(InferenceCopy, TimeSformer):
         q, k, v = self._heads(packed_linear(h, weights.qkv), 3)
         attended = _attention(q, k, v, layout.spatial)
         rows = attended.index_select(0, layout.to_stream)
-        # The projection of a mean is the mean of projections.
+        # Averaging before the projection is enough: the projection of a mean is the mean of the projections.
         rows[layout.n_patch_rows :] = mean_pool(attended.index_select(0, layout.class_rows), layout.copies)
         return self._mlp(block, weights, x, packed_linear(rows, weights.proj), layout.stream)
 
@@ -239,7 +240,7 @@ class OptimizedTimeSformer(InferenceCopy, TimeSformer):
     def _spatial_rows(
         self, block: SpaceTimeBlock, weights: PackedBlock, x: Tensor, delta: Tensor | None, layout: ClipLayout
     ) -> tuple[Tensor, Tensor]:
-        """What spatial attention reads, in its order, and the stream after temporal attention."""
+        """The rows that spatial attention reads, in space order, and the stream after temporal attention."""
         if weights.temporal_qkv is not None:
             h, x = add_and_norm(block.temporal_norm1, x, delta, layout.stream)
             q, k, v = self._heads(packed_linear(h, weights.temporal_qkv), 3)
@@ -260,23 +261,24 @@ class OptimizedTimeSformer(InferenceCopy, TimeSformer):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, keys: Layout | None = None) -> Tensor:
-    """Attention as rows `[Tq, C]`; `keys` is the layout of k and v where it is another."""
+    """Attention output as rows `[Tq, C]`; `keys` is the layout of k and v if it differs from that of q."""
     cu_seqlens_k = None if keys is None else keys.cu_seqlens
     work = {"tiles": layout.tiles, "tile_counts": layout.tile_counts}
     return varlen_attention(q, k, v, layout.cu_seqlens, cu_seqlens_k, **work).flatten(1)
 
 
 def optimize(model: TimeSformer) -> OptimizedTimeSformer:
-    """An inference copy of `model`: same calls, same results within rounding, `model` itself untouched.
+    """An inference copy of `model`: same calls, same results within rounding; `model` itself is unchanged.
 
-    On a CPU in float32 every linear layer runs on weights packed once, temporal attention's projection and the layer
-    behind it are one, and a clip's result is bitwise the same whatever else is in its pack. Elsewhere, and without the
-    C++ extension, the copy runs the model's own code. Changed parameters are noticed. Several threads may call the copy
-    concurrently. The process keeps freed memory from the first copy on, see `revit_fast.io.memory.keep_freed_pages`.
+    On a CPU in float32 every linear layer runs on weights packed once, and temporal attention's projection is merged
+    with the layer after it. A clip's result is then bitwise the same whatever else is in its pack. Elsewhere, and
+    without the C++ extension, the copy runs the model's own code. The copy notices changed parameters. Several threads
+    may call it concurrently. The process keeps freed memory from the first copy on, see
+    `revit_fast.io.memory.keep_freed_pages`.
 
     Raises:
-        TypeError: where `model` is no `TimeSformer`.
-        ValueError: for a model with hooks, or with modules in the place of its own, that packed code would not run.
+        TypeError: if `model` is not a `TimeSformer`.
+        ValueError: if the model has hooks or replaced modules, which packed code would not run.
     """
     if type(model) not in (TimeSformer, OptimizedTimeSformer):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.video.TimeSformer, got {type(model).__name__}")

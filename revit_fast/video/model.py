@@ -1,8 +1,8 @@
 """TimeSformer on clips of several lengths: every grid and frame count of a batch in one packed forward pass.
 
-The model is "Is Space-Time Attention All You Need for Video Understanding?" (arXiv 2102.05095); parameters have the
-names of its authors' code, norms a leading length axis (TAL-LN, arXiv 2307.02092), and results are those of Hugging
-Face's `TimesformerModel`.
+The model is that of "Is Space-Time Attention All You Need for Video Understanding?" (arXiv 2102.05095). Parameters have
+the names of its authors' code. Norms have a leading length axis (TAL-LN, arXiv 2307.02092). Results are those of
+Hugging Face's `TimesformerModel`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from revit_fast.video.transformers_import import config_from_transformers, names
 ATTENTION_TYPES = ("divided_space_time", "joint_space_time")
 
 SETTINGS = {"mean": (0.45,) * 3, "std": (0.225,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
-"""How the authors' frames are prepared, under timm's names."""
+"""How the authors prepare frames, under timm's names."""
 
 NORM_PARAMETER = re.compile(r"(^|\.)(temporal_norm1|norm1|norm2|norm)\.(weight|bias)$")
 
 
 class SpaceTimeBlock(nn.Module):
-    """Temporal attention, spatial attention and MLP, each behind a norm; without the first in joint attention.
+    """Temporal attention, spatial attention and MLP, each after a norm; joint attention has no temporal part.
 
-    The residual stream travels as the pair (x, delta) whose sum it is, as in `layers.Block`.
+    The residual stream is passed as a pair (x, delta) and is their sum, as in `layers.Block`.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class SpaceTimeBlock(nn.Module):
     def forward(
         self, x: Tensor, delta: Tensor | None, layout: ClipLayout, pooled: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Maps the stream x + delta (delta None: x alone) `[T, C]` to the next such pair.
+        """Maps the stream x + delta `[T, C]` (x alone if delta is None) to the next such pair.
 
-        With `pooled` that of the class tokens alone, `[B, C]`, and nothing is computed that only others need.
+        With `pooled` it returns the pair of the class tokens alone, `[B, C]`, and computes only what they need.
         """
         if self.divided:
             h, x = add_and_norm(self.temporal_norm1, x, delta, layout.stream)
             delta = self.temporal_fc(self.temporal_attn(h, layout.temporal))
-            delta[layout.n_patch_rows :] = 0  # time leaves class tokens as they are
+            delta[layout.n_patch_rows :] = 0  # temporal attention does not change class tokens
         h, x = add_and_norm(self.norm1, x, delta, layout.stream)
         h = h.index_select(0, layout.to_space)
         rows = layout.stream
@@ -92,7 +92,7 @@ class SpaceTimeBlock(nn.Module):
 
 
 def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    """norm(x + delta) and x + delta, delta None standing for zero."""
+    """norm(x + delta) and x + delta; a delta of None means zero."""
     return (norm(x, layout), x) if delta is None else norm(delta, layout, residual=x)
 
 
@@ -100,14 +100,14 @@ class TimeSformer(nn.Module):
     """A Vision Transformer for clips with attention over time and space, at several lengths.
 
     Takes `Tensor [B, F, 3, H, W]`, a list of tensors `[F_i, 3, h_i, w_i]` of mixed sizes and frame counts, or
-    `PackedClips`; every side a multiple of the patch size. Each clip uses the LayerNorm parameters of the configured
-    length nearest to the patches of a frame, ties to the longer. Position embeddings of another grid are resampled as
-    in timm (bicubic, antialiased; Hugging Face takes the nearest), time embeddings of another frame count by the
-    nearest, as Hugging Face does.
+    `PackedClips`. Every side is a multiple of the patch size. Each clip uses the LayerNorm parameters of the configured
+    length nearest to the patches of a frame, ties to the longer. For another grid, position embeddings are resampled as
+    in timm (bicubic, antialiased; Hugging Face takes the nearest). For another frame count, time embeddings are
+    resampled by the nearest, as in Hugging Face.
 
     Args:
-        grids: configured square token grids of a frame, strictly decreasing; index 0 is the longest. Default: the
-            square of `base_grid`.
+        grids: configured square token grids of a frame, strictly decreasing; index 0 is the longest. Default: one
+            square grid with the longer side of `base_grid`.
         base_grid: (rows, columns) of the grid that `pos_embed` is stored for.
         num_frames: frames that `time_embed` is stored for.
         patch_size: P in pixels.
@@ -121,10 +121,10 @@ class TimeSformer(nn.Module):
         attention_type: "divided_space_time" (over a patch's frames, then over a frame's patches) or
             "joint_space_time" (over all patches of a clip).
         act_layer: activation of the MLP, see `layers.make_activation`.
-        eps: of every norm.
+        eps: epsilon of every norm.
 
     Raises:
-        ValueError: for grids that do not decrease, heads that do not divide the channels, or another attention.
+        ValueError: if grids do not decrease, heads do not divide the channels, or the attention type is unknown.
     """
 
     def __init__(
@@ -183,8 +183,10 @@ class TimeSformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The authors' initialisation: truncated normal weights; zero biases, time embeddings and, behind the first
-        block, temporal projections, so that a model begins as one without time."""
+        """The authors' initialisation: truncated normal weights; zero biases and time embeddings.
+
+        Temporal projections after the first block are zero too, so that a model begins as one without time.
+        """
         for name, parameter in self.named_parameters():
             if name in ("cls_token", "pos_embed") or (name.endswith(".weight") and not NORM_PARAMETER.search(name)):
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -195,17 +197,17 @@ class TimeSformer(nn.Module):
 
     @classmethod
     def from_transformers(cls, model: nn.Module, grids: Sequence[int] | None = None) -> TimeSformer:
-        """A TimeSformer with the weights of a Hugging Face model, its LayerNorms repeated for every length.
+        """A TimeSformer with the weights of a Hugging Face model; its LayerNorms are repeated for every length.
 
         At the model's own grid and frame count the result equals the Hugging Face model's.
 
         Args:
-            model: a `TimesformerModel` (then without a head) or `TimesformerForVideoClassification`.
+            model: a `TimesformerModel` (the result has no head) or `TimesformerForVideoClassification`.
             grids: configured token grids, strictly decreasing; default: the model's own grid alone.
 
         Raises:
-            TypeError: where `model` is none of these.
-            ValueError: where it uses a feature that is not supported; the message names it.
+            TypeError: if `model` is neither.
+            ValueError: if it uses a feature that is not supported; the message names it.
         """
         try:
             from transformers import TimesformerForVideoClassification, TimesformerModel
@@ -226,13 +228,13 @@ class TimeSformer(nn.Module):
         """A TimeSformer with weights under Hugging Face's or our own names, in evaluation mode.
 
         Args:
-            state_dict: of a `TimesformerModel`, a `TimesformerForVideoClassification` or a `TimeSformer`.
-            config: of the Hugging Face model as a mapping (`config.to_dict()`, or what `config.json` holds); what it
-                leaves out has Hugging Face's default.
+            state_dict: weights of a `TimesformerModel`, a `TimesformerForVideoClassification` or a `TimeSformer`.
+            config: configuration of the Hugging Face model as a mapping (`config.to_dict()`, or the content of
+                `config.json`); missing entries have Hugging Face's defaults.
             grids: configured token grids, strictly decreasing; default: the model's own grid alone.
 
         Raises:
-            ValueError: for a feature that is not supported, or weights that do not fit the configuration.
+            ValueError: if a feature is not supported, or the weights do not fit the configuration.
         """
         state_dict = names_from_transformers(state_dict)
         head = state_dict.get("head.weight")
@@ -245,10 +247,10 @@ class TimeSformer(nn.Module):
 
         Args:
             state_dict: the weights.
-            source: what to call them in an error.
+            source: name of the weights in error messages.
 
         Raises:
-            ValueError: where names or shapes do not fit; the message lists them.
+            ValueError: if names or shapes do not fit; the message lists them.
         """
         converted = names_from_transformers(state_dict)
         for name, value in converted.items():
@@ -262,10 +264,10 @@ class TimeSformer(nn.Module):
         return names | {name for name, _ in self.named_parameters() if NORM_PARAMETER.search(name)}
 
     def pack(self, x: Tensor | Sequence[Tensor] | PackedClips) -> PackedClips:
-        """Any input of the model as `PackedClips`.
+        """Converts any input of the model to `PackedClips`.
 
         Raises:
-            TypeError, ValueError: naming the clip and what is wrong with it.
+            TypeError, ValueError: if the input does not fit; the message names the clip and what is wrong with it.
         """
         if isinstance(x, PackedClips):
             return x
@@ -289,7 +291,7 @@ class TimeSformer(nn.Module):
         return self._logits(self._class_tokens(self._embed(clips, layout), layout))
 
     def forward_features(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor | list[Tensor]:
-        """All tokens after the norm: the class token, then patch after patch, each its frames (Hugging Face's order).
+        """All tokens after the norm: the class token, then patch after patch, F frames each (Hugging Face's order).
 
         Returns:
             `[B, 1 + n * F, C]` for a tensor, else a list with `[1 + n_i * F_i, C]` for every clip.
@@ -334,7 +336,7 @@ class TimeSformer(nn.Module):
         return self.patch_embed(rows, normalization).to(self.pos_embed.dtype)
 
     def _time_embedding(self, n_frames: Sequence[int], layout: ClipLayout) -> Tensor:
-        """The time embedding of every patch row of the stream, `[Tp, C]`; those of another frame count the nearest."""
+        """Time embeddings of the stream's patch rows, `[Tp, C]`; resampled by the nearest for another frame count."""
         counts = sorted(set(n_frames))
         tables = [self.time_embed.transpose(1, 2)] * len(counts)
         tables = [
@@ -368,7 +370,7 @@ class TimeSformer(nn.Module):
 
 
 def check_attention_type(attention_type: str) -> None:
-    """Raises a ValueError for an attention that there is none of, and says what to do instead."""
+    """Raises a ValueError for an unknown attention type; the message says what to use instead."""
     if attention_type == "space_only":
         raise ValueError(
             "attention_type: 'space_only' has no time: it is a ViT on every frame by itself; give its frames as images "

@@ -1,4 +1,4 @@
-"""From a stream of clips to logits, each at the grid that a policy gives it: the image pipeline over `PackedClips`."""
+"""From a stream of clips to logits; a policy chooses the grid of each clip. The image pipeline over `PackedClips`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from revit_fast.video.reader import ClipSource, read_clip
 def clip_macs(model: TimeSformer, n_patches: int, n_frames: int) -> int:
     """Multiply-adds of a forward pass over one clip: linear layers and the products of attention.
 
-    Every block counts in full, though the last computes for the class token alone.
+    Every block counts in full, although the last one computes only what the class token needs.
 
     Args:
         model: the model.
-        n_patches: of a frame.
-        n_frames: of the clip.
+        n_patches: patches of a frame.
+        n_frames: frames of the clip.
     """
     n_rows, c = n_patches * n_frames, model.embed_dim
     linear = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2 and "norm" not in name)
@@ -41,10 +41,11 @@ def clip_macs(model: TimeSformer, n_patches: int, n_frames: int) -> int:
 
 
 class ClipPreprocessor(AdaptivePreprocessor):
-    """Clips to one `PackedClips`, each frame resized straight into its place at the grid that its clip is assigned.
+    """Packs clips into one `PackedClips`; each frame is resized straight into its rows, at the grid of its clip.
 
-    A clip has one grid. The assigner, which knows images, is asked about every frame that the model will see, and the
-    mean of its probabilities (for the policy "entropy", of the frames' entropies) decides. That is ours, not a paper's.
+    A clip has one grid. The assigner works on images, so it is asked about every frame that the model will see. The
+    mean of its probabilities decides, or for the policy "entropy" the mean of the frames' entropies. This rule is ours,
+    not a paper's.
 
     Args:
         tla: see `AdaptivePreprocessor`.
@@ -52,7 +53,7 @@ class ClipPreprocessor(AdaptivePreprocessor):
         **options: further arguments of `AdaptivePreprocessor`.
 
     Raises:
-        TypeError, ValueError: as `AdaptivePreprocessor`, and for fewer frames than one.
+        TypeError, ValueError: as in `AdaptivePreprocessor`, and if `n_frames` is below 1.
     """
 
     def __init__(self, tla: TokenLengthAssigner | None = None, *, n_frames: int = 8, **options) -> None:
@@ -67,12 +68,12 @@ class ClipPreprocessor(AdaptivePreprocessor):
 
     @classmethod
     def for_model(cls, model: TimeSformer, tla: TokenLengthAssigner | None = None, **options) -> ClipPreprocessor:
-        """A preprocessor with the grids, frames, patch size and settings (mean, std, crop, interpolation) of a model.
+        """A preprocessor with a model's grids, frame count, patch size and settings (mean, std, crop, interpolation).
 
         Args:
-            model: the model that clips are for.
+            model: the model that will run on the clips.
             tla: the assigner.
-            **options: arguments of the constructor that take the place of the model's.
+            **options: arguments of the constructor that replace the model's values.
         """
         n_frames = options.get("n_frames", model.num_frames)
         own = input_settings(model) | {
@@ -89,11 +90,11 @@ class ClipPreprocessor(AdaptivePreprocessor):
         return read_clip(source, self.n_frames)
 
     def calibrate(self, images: Sequence, labels: Sequence[int] | Tensor | None = None) -> None:
-        """Refuses: an assigner is calibrated on images."""
+        """Always raises a ValueError: an assigner is calibrated on images."""
         raise ValueError("images: an assigner is calibrated on images; use AdaptivePreprocessor.calibrate on frames")
 
     def _evidence(self, clips: Sequence[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The means over the frames of every clip."""
+        """The evidence for every clip: the mean over its frames."""
         ends = np.cumsum([len(clip) for clip in clips])[:-1]
         found = super()._evidence([frame for clip in clips for frame in clip])
         return tuple(
@@ -102,7 +103,7 @@ class ClipPreprocessor(AdaptivePreprocessor):
         )
 
     def pack(self, clips: Sequence[np.ndarray], grids: Sequence[int]) -> PackedClips:
-        """Decoded clips, each at its grid, as one pack of patch rows."""
+        """Packs decoded clips, each at its grid, as patch rows."""
         sizes = [grid * self.patch_size for grid in grids]
         boxes = [eval_box(*clip.shape[1:3], size, self.crop_pct) for clip, size in zip(clips, sizes, strict=True)]
         lengths = [grid * grid for grid in self.grids]
@@ -110,7 +111,7 @@ class ClipPreprocessor(AdaptivePreprocessor):
 
 
 class ClipPipeline(AdaptivePipeline):
-    """Clips to logits, each at the number of tokens that its preprocessor's policy gives it.
+    """Turns clips into logits; the preprocessor's policy chooses the number of tokens of each clip.
 
     The same as `AdaptivePipeline`, over a `TimeSformer` and a `ClipPreprocessor`; sources are paths, bytes or uint8
     frames `[F, H, W, 3]`.
@@ -138,11 +139,11 @@ def pipeline(
         assigner: a `TokenLengthAssigner`, or a file that one was saved to.
         policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
-        token_budget: tokens of a pack at most.
+        token_budget: maximum number of tokens of a pack.
         **options: further arguments of `ClipPreprocessor` (n_frames, mean, ...).
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: for what cannot be loaded or does not fit together.
+        TypeError, ValueError, FileNotFoundError: if something cannot be loaded, or the parts do not fit together.
     """
     if isinstance(assigner, (str, PathLike)):
         assigner = TokenLengthAssigner.load(assigner)

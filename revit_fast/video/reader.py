@@ -1,4 +1,4 @@
-"""Decoding clips to uint8 frames spread evenly over them. Files need PyAV: `pip install "revit-fast[video]"`."""
+"""Decodes clips to uint8 frames spread evenly over each clip. Files need PyAV: `pip install "revit-fast[video]"`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:  # arrays need no PyAV, and it is imported where it is first n
 CLIPS = Kind("a clip", "clips", (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"))
 
 CONTAINERS = "avi,matroska,mov,mp4,m4a,3gp,3g2,mj2,webm"
-"""Formats that may be read, whatever a file is called: never FFmpeg's playlists, which open other files."""
+"""Formats that may be read, whatever the file is called. FFmpeg's playlists are excluded: they open other files."""
 
 ClipSource = "str | os.PathLike | bytes | np.ndarray | Source"
-"""What stands for a clip: a path, the bytes of a file, or uint8 frames `[F, H, W, 3]`."""
+"""A clip given as a path, as the bytes of a file, or as uint8 frames `[F, H, W, 3]`."""
 
 
 class ClipError(ImageError):
-    """A source that is no clip that can be read; the text is the reason, without the source's name."""
+    """A source cannot be read as a clip; the text is the reason, without the source's name."""
 
 
 def spread(n_total: int, n_frames: int) -> list[int]:
-    """Indices of `n_frames` frames over all of a clip of `n_total`.
+    """Indices of `n_frames` frames spread evenly over a clip of `n_total` frames.
 
-    Source: `sample_frame_indices` of Hugging Face's examples for TimeSformer, over the whole clip instead of a window
-    of it.
+    Source: `sample_frame_indices` of Hugging Face's examples for TimeSformer, applied to the whole clip instead of a
+    window.
 
     Raises:
-        ClipError: where the clip has fewer frames.
+        ClipError: if the clip has fewer frames.
     """
     if n_total < n_frames:
         raise ClipError(f"has {n_total} frames, and the model takes {n_frames}; give a longer clip, or fewer frames")
@@ -82,14 +82,14 @@ def _read(file: str | bytes, n_frames: int) -> np.ndarray:
         frames = _frames_at(file, spread(declared, n_frames))
         if len(frames) == n_frames:
             return _stacked(frames)
-    # The container does not say, or says more than there is.
+    # The declared number is missing, too small, or larger than the number of frames in the file.
     with _opened(file) as container:
         n_total = sum(1 for _ in container.decode(video=0))
     return _stacked(_frames_at(file, spread(n_total, n_frames)))
 
 
 def _frames_at(file: str | bytes, indices: Sequence[int]) -> list[np.ndarray]:
-    """The frames at increasing indices; those that the file has."""
+    """The frames at increasing indices, as far as the file has them."""
     wanted, frames = set(indices), []
     with _opened(file) as container:
         for i, frame in enumerate(container.decode(video=0)):
@@ -109,7 +109,7 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
 
 def _upright_rgb(frame: VideoFrame) -> np.ndarray:
     pixels = frame.to_ndarray(format="rgb24")
-    turns = getattr(frame, "rotation", 0) // 90 % 4  # PyAV 14 and later; counter-clockwise, as numpy's
+    turns = getattr(frame, "rotation", 0) // 90 % 4  # PyAV 14 and later; counter-clockwise, as in numpy
     return np.rot90(pixels, turns) if turns else pixels
 
 
@@ -117,7 +117,7 @@ def _upright_rgb(frame: VideoFrame) -> np.ndarray:
 def _opened(file: str | bytes) -> Iterator[InputContainer]:
     import av
 
-    # File names with a colon are none of FFmpeg's protocols.
+    # The prefix keeps FFmpeg from reading a file name with a colon as a protocol.
     target = f"file:{file}" if isinstance(file, str) else io.BytesIO(file)
     with av.open(target, options={"format_whitelist": CONTAINERS}) as container:
         if not container.streams.video:
@@ -127,7 +127,7 @@ def _opened(file: str | bytes) -> Iterator[InputContainer]:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """What decoders raise, as `ClipError`."""
+    """Turns the errors that decoders raise into `ClipError`."""
     try:
         yield
     except ClipError:
@@ -138,13 +138,13 @@ def _reasons() -> Iterator[None]:
         raise ClipError('decoding needs PyAV: pip install "revit-fast[video]"') from error
     except FileNotFoundError as error:
         raise ClipError(os_reason(error)) from error
-    except ValueError as error:  # FFmpeg's of what it cannot take for one of the formats
+    except ValueError as error:  # FFmpeg's error for content in none of the formats
         raise ClipError(
             f"not an AVI, Matroska, WebM, MP4 or QuickTime clip, or damaged: {_first_line(error)}"
         ) from error
     except OSError as error:
         raise ClipError(os_reason(error)) from error
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
+    except Exception as error:  # a damaged file can make decoders raise any error
         raise ClipError(_first_line(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Reads configuration and weight names of Hugging Face's TimeSformer, and refuses by name what ours does not have."""
+"""Translates configurations and weight names of Hugging Face's TimeSformer; refuses unsupported features by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULTS = {
     "attention_type": "divided_space_time",
     "drop_path_rate": 0,
 }
-"""Of `TimesformerConfig`: `config.json` leaves out what equals them."""
+"""Defaults of `TimesformerConfig`; `config.json` leaves out values that equal them."""
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -57,11 +57,11 @@ NAMES = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
-"""Patterns in Hugging Face's parameter names, in turn, and what ours has in their place."""
+"""Patterns in Hugging Face's parameter names and our replacements, applied in this order."""
 
 
 def names_from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under our names; those that are ours already stay."""
+    """A state dict under our names; names that are ours already stay."""
     converted = {}
     for name, value in state_dict.items():
         for pattern, ours in NAMES:
@@ -71,10 +71,10 @@ def names_from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def config_from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `TimeSformer` that give the architecture of a `TimesformerConfig`, but its classes.
+    """Arguments of `TimeSformer` for the architecture of a `TimesformerConfig`, except the number of classes.
 
     Raises:
-        ValueError: for another kind of model, or a feature that is not supported; the message names it.
+        ValueError: if the model is of another kind, or a feature is not supported; the message names it.
     """
     kind = config.get("model_type", "timesformer")
     _require(kind == "timesformer", f"model_type={kind!r}")
@@ -102,10 +102,10 @@ def config_from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to_transformers(model: nn.Module) -> dict[str, Any]:
-    """The `TimesformerConfig`, as a mapping, of a `TimeSformer`.
+    """The `TimesformerConfig` of a `TimeSformer`, as a mapping.
 
     Raises:
-        ValueError: for a grid of the position embeddings that is no square.
+        ValueError: if the grid of the position embeddings is not square.
     """
     rows, columns = model.base_grid
     _require(rows == columns, f"base_grid={model.base_grid} that is no square")
