@@ -1,7 +1,7 @@
 """Position embeddings of many token grids from one stored table.
 
 Resampling is a linear map, whether bicubic and antialiased (timm's `resample_abs_pos_embed`) or linear along each side
-of the grid, so the tables of all grids together are a matrix product with the stored table. They are built once for
+of the grid, so the tables of all grids together are one matrix product with the stored table. They are built once for
 inference and are differentiable in training.
 """
 

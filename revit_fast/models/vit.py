@@ -377,7 +377,7 @@ class ReViT(Pretrained, nn.Module):
         registers. A pooler and a mask token are left out.
 
         Args:
-            vit: a model of one of the classes in `transformers_import.KINDS`.
+            vit: a model of one of the classes in `models.from_transformers.KINDS`.
             grids: configured token grids, strictly decreasing.
             processor: the model's image processor, or the content of its `preprocessor_config.json`; without it
                 `pretrained_cfg` describes DeiT's preprocessing.
