@@ -1,12 +1,12 @@
 """Attention over packed sequences: softmax(scale · q kᵀ) v within every sequence and head.
 
-Layout: q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with any strides but a contiguous last dimension; sequence b owns rows
-`cu_seqlens[b]` to `cu_seqlens[b + 1]`; lse `[Hq, Tq]` float32, natural logarithm. A program computes one tile of the
-work list, 64 rows of one sequence, for one head. Tiles whose sequence has few keys hold all of them at once (the short
-schedule); the others walk over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135). Which is
-chosen, and with which tiles, is in `kernels/schedules.py` and depends on the sequence's own length alone.
+Layout: q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with a contiguous last dimension and any other strides; sequence b owns
+rows `cu_seqlens[b]` to `cu_seqlens[b + 1]`; lse `[Hq, Tq]` float32, natural logarithm. A program computes one tile of
+the work list, 64 rows of one sequence, for one head. Tiles whose sequence has few keys hold all of them at once (the
+short schedule); the others loop over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135).
+`kernels/schedules.py` chooses the schedule and its tiles; the choice depends only on the sequence's own length.
 
-Head dimensions and key counts that are no power of two are cut into parts that are: see `kernels/parts.py`.
+Head dimensions and key counts that are not powers of two are cut into parts that are, see `kernels/parts.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _exponential(s, m, scale, EXACT: tl.constexpr):
 def _store_rows(
     out, lse, row, n_rows, begin, head, n_heads, n_rows_all, parts, m, total, scale, PARTS, HEAD_DIM: tl.constexpr
 ):
-    """Divides by the softmax's sum and writes out and lse. Rows that saw no key: 0 and -inf."""
+    """Divides by the softmax's sum and writes out and lse. Rows that saw no key get 0 and -inf."""
     seen = total != 0
     scaled = scale_parts(parts, tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None])
     base = out + (begin.to(tl.int64) * n_heads + head) * HEAD_DIM
@@ -69,9 +69,10 @@ def attention_short_forward_kernel(
     SCALE_Q: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile whose keys are known to be few: all held at once, or in a few blocks laid out in the code.
+    """Computes one tile of a sequence with few keys: holds all keys at once, or works on a few unrolled blocks.
 
-    A part of a block is (start, width, whether it needs a mask): every sequence of the class has FULL_KEYS keys.
+    A part of a block is (start, width, whether it needs a mask). Every sequence of the class has at least FULL_KEYS
+    keys.
     """
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
@@ -85,7 +86,7 @@ def attention_short_forward_kernel(
     k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
     v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
 
-    if n_k < FULL_KEYS:  # no tile of this class: a list of another pack
+    if n_k < FULL_KEYS:  # not a tile of this class: the list is of another pack
         return
     first_row = tl.load(tile + 1)
     for step in range(n_steps(first_row, n_q, TILE, BLOCK_M)):
@@ -129,7 +130,7 @@ def _online_softmax_step(
     q_rows, acc, m, total, k_block, v_block, stride_kt, stride_vt, rows, key, n_k, diagonal, scale,
     DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Takes one block of keys, from `key` on, into the running maximum m, sum and weighted values."""
+    """Adds one block of keys, from `key` on, to the running maximum m, sum and weighted values."""
     keys = tl.arange(0, BLOCK_N)
     s = inner(q_rows, load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED))
     if RAGGED:
@@ -152,7 +153,7 @@ def attention_streaming_forward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile that walks over blocks of keys: whole blocks without masks, then what is left or on the diagonal."""
+    """Computes one tile over blocks of keys: whole blocks without masks, then the rest and the diagonal with masks."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
     if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
@@ -250,8 +251,8 @@ def _forward_kernel(schedule: Schedule):
 def _split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     """Factors of q and of the scores whose product is the scale.
 
-    Float32 queries take all of it, which spares the scores a rounding. Others take its sign, as masked scores of -inf
-    must stay so, for which the factor of the scores must not be zero either.
+    Float32 queries get the whole scale, which saves a rounding of the scores. Other queries get only its sign: the
+    factor of the scores must then be positive, so that masked scores of -inf stay -inf.
     """
     if dtype == torch.float32:
         return scale, 1.0

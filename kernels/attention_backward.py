@@ -1,11 +1,11 @@
 """Gradients of attention over packed sequences, without atomics; layout as in `kernels/attention.py`.
 
-With P the probabilities, recomputed from lse, and delta the row sums of P · grad_out vᵀ, which are those of
-grad_out · out, less the gradient of lse:
+P are the probabilities, recomputed from lse. delta are the row sums of P · grad_out vᵀ, which equal those of grad_out ·
+out, minus the gradient of lse. Then
 grad_v = Pᵀ grad_out, dS = P · (grad_out vᵀ - delta), grad_q = scale · dS k, grad_k = scale · dSᵀ q.
 
-Float32 gradients are held to the accuracy of a softmax that kept P: a float32 lse has too few digits for that, so the
-rows of P are normalised anew (EXACT), at the price of a second look at the keys.
+Float32 gradients must be as accurate as those of a softmax that keeps P. A float32 lse has too few digits for that, so
+the rows of P are normalised again (EXACT), which costs a second pass over the keys.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from .tiles import Tiles, zero_padding
 
 @triton.jit
 def _load_lse(lse, offset, rows, n_rows):
-    """lse of query rows; beyond the last +inf, which makes their probabilities zero."""
+    """lse of query rows; rows after the last get +inf, which makes their probabilities zero."""
     return tl.load(lse + offset + rows, mask=rows < n_rows, other=float("inf"))
 
 
 @triton.jit
 def _probabilities(s, lse, seen, scale, MASK: tl.constexpr, EXACT: tl.constexpr):
     """exp(scale s - lse), zero where a mask says that the key is not seen; lse broadcasts against s."""
-    if EXACT:  # the difference is small where the probability is not: taken first, it keeps the digits of large scores
+    if EXACT:  # large probabilities have small differences; subtracting first keeps the digits of large scores
         p = tl.exp2((s * scale - lse) * 1.4426950408889634)
     else:
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse * 1.4426950408889634)
@@ -56,7 +56,7 @@ def _scores_step(
     q_rows, grad_rows, lse_rows, k_block, v_block, stride_kt, stride_vt, rows, key, keys, n_k, diagonal, scale,
     DIM_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of one block of keys, the gradients that reach them, and the keys."""
+    """Probabilities of one block of keys, the gradients of the probabilities, and the keys."""
     k_rows = load_parts(k_block, keys, n_k - key, stride_kt, DIM_PARTS, HEAD_DIM, RAGGED)
     v_rows = load_parts(v_block, keys, n_k - key, stride_vt, DIM_PARTS, HEAD_DIM, RAGGED)
     seen = visible(rows[:, None], key + keys[None, :], n_k, diagonal, CAUSAL)
@@ -91,8 +91,10 @@ def attention_grad_q_backward_kernel(
     CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries, over all keys at once (KEY_PARTS) or block by block; and their delta, the sum
-    of grad_out · out less the gradient of lse, which the gradient of the keys needs too."""
+    """Gradient of one tile of queries, over all keys at once (KEY_PARTS) or block by block.
+
+    It also stores their delta, the sum of grad_out · out minus the gradient of lse: the gradient of the keys needs it.
+    """
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
     if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
@@ -199,7 +201,7 @@ def attention_grad_kv_backward_kernel(
     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one key head, summed over its query heads and their rows in order.
-    Scores are kept transposed, keys by queries, so that both products take them as they are."""
+    Scores are kept transposed, keys by queries, so that both products use them directly."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
     if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
@@ -239,7 +241,7 @@ def attention_grad_kv_backward_kernel(
                 lse_rows = _load_lse(lse, lse_offset, rows, n_q)
                 delta_rows = tl.load(delta + lse_offset + rows, mask=rows < n_q, other=0.0)
                 seen = visible(rows[None, :], keys[:, None], n_k, diagonal, CAUSAL)
-                # Beyond the last key a row is never stored; only the diagonal needs a mask.
+                # Rows after the last key are never stored, so only the diagonal needs a mask.
                 p = _probabilities(inner(k_rows, q_rows), lse_rows[None, :], seen, scale, CAUSAL, SCALE_Q)
                 if SCALE_Q:
                     p *= tl.load(normalizer + lse_offset + rows, mask=rows < n_q, other=0.0)[None, :]
@@ -328,7 +330,7 @@ def varlen_attention_backward(
     """The op `revit_fast::varlen_attention_backward`: gradients of q, k and v, without atomics.
 
     Self-attention of sequences that fit one tile takes one pass. All others take two: one over tiles of queries, then
-    one over tiles of keys, each of which recomputes the scores rather than share sums between programs.
+    one over tiles of keys. Each pass recomputes the scores, so that programs share no sums.
     """
     grad_out, q, k, v, out = (rows_contiguous(t) for t in (grad_out, q, k, v, out))
     lse = lse.contiguous()
@@ -351,7 +353,7 @@ def varlen_attention_backward(
         "SCALE_Q": q.dtype == torch.float32,
     }
     strides = [stride for t in (grad_out, q, k, v) for stride in t.stride()[:2]]
-    # As in the forward pass, float32 queries take the scale and spare the scores a rounding.
+    # As in the forward pass, float32 queries get the scale, which saves a rounding of the scores.
     factors = (scale, 1.0) if q.dtype == torch.float32 else (1.0, scale)
     rows = (q.shape[0], k.shape[0], query_tiles.n_sequences)
     plan = schedules.backward(target, head_dim, q.dtype, self_attention, n_heads != n_key_heads)

@@ -1,8 +1,8 @@
-"""How a kernel meets a GPU: the target that launch choices are made for, and the one door through which all launch.
+"""Launches kernels: the target GPU that launch choices are made for, and the one function that launches all kernels.
 
 Everything a launcher decides is a pure function of the target, the arguments' dtypes and shapes, and host-known counts.
-`record` therefore lets a machine without a GPU see every launch that a chip would get, from fake tensors: the
-machine-code tests compile exactly those.
+From fake tensors, `record` therefore collects every launch that a chip would get, on a machine without a GPU. The
+machine-code tests compile exactly those launches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """A chip as launch choices see it.
+    """The properties of a chip that launch choices depend on.
 
     Attributes:
         name: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
@@ -55,7 +55,7 @@ TARGETS = {
 
 
 INTERPRETER = replace(TARGETS["sm_90"], name="interpreter")
-"""Triton's interpreter, which has registers without end but takes milliseconds for every operation."""
+"""Triton's interpreter, which has unlimited registers but takes milliseconds for every operation."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _device_target(index: int | None) -> Target:
     if torch.version.hip:
         return TARGETS["gfx942"]
     major, minor = torch.cuda.get_device_capability(index)
-    # A chip between two that are tuned for takes the choices of the lower; sm_89 has the small shared memory of sm_120.
+    # A chip between two tuned ones uses the choices of the lower one; sm_89 has the small shared memory of sm_120.
     if (major, minor) in ((8, 6), (8, 9)):
         return TARGETS["sm_120"]
     known = [t for t in TARGETS.values() if t.backend == "cuda" and t.arch <= 10 * major]
@@ -101,9 +101,9 @@ def _device_target(index: int | None) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target whose launch choices fit `device`; that of `assume_target` where one is assumed.
+    """The target whose launch choices fit `device`, or the target of `assume_target` if one is assumed.
 
-    CPU tensors are met in Triton's interpreter only.
+    CPU tensors occur only in Triton's interpreter.
     """
     if _assumed is not None:
         return _assumed
@@ -112,7 +112,7 @@ def target_of(device: torch.device) -> Target:
 
 @contextlib.contextmanager
 def assume_target(target: Target | str) -> Iterator[Target]:
-    """Makes every launch choice for `target`, whatever the device."""
+    """Makes every launch choice for `target`, whatever the device is."""
     global _assumed
     before, _assumed = _assumed, TARGETS[target] if isinstance(target, str) else target
     try:
@@ -134,7 +134,7 @@ def record(target: Target | str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any):
-    """Runs `kernel` over `grid` with the run-time `arguments` in order; nothing for an empty grid."""
+    """Runs `kernel` over `grid` with the run-time `arguments` in order; does nothing for an empty grid."""
     if 0 in grid:
         return
     if _recorded is not None:
@@ -158,14 +158,16 @@ def launch(kernel, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, n
 
 
 _compiled: dict[tuple, Any] = {}
-"""What `triton.jit` found for a launch, by all that it would look at: binding arguments, rendering them as text and
-checking globals takes it several times as long as the launch itself, which a forward pass repeats for every layer.
+"""Compiled kernels of earlier launches, by everything that `triton.jit` would look at.
 
-Not on ROCm, where Triton also looks at how much memory is behind a pointer."""
+It binds arguments, renders them as text and checks globals, which takes several times as long as the launch itself. A
+forward pass would repeat this for every layer. The table is not used on ROCm, where Triton also looks at how much
+memory is behind a pointer.
+"""
 
 
 def _specialization(argument: Any) -> Any:
-    """What Triton specializes a kernel's code on for this argument."""
+    """The property of this argument that Triton specializes a kernel's code on."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
@@ -174,7 +176,7 @@ def _specialization(argument: Any) -> Any:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes a GPU the current one, at no cost where it is."""
+    """Makes a GPU the current one, at no cost if it already is."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -9,8 +9,8 @@ With s the row (or the sum of the row and its residual, as rounded to the dtype 
     grad_x = rstd (h - mean(h) - xhat mean(h xhat)) + grad_sum
     grad_weight[l] = sum over rows of length l of grad_y xhat,  grad_bias[l] = the same sum of grad_y
 
-Rows are `[T, C]`, those from `cu_seqlens[-1]` on are padding: never read, all their results zero. Arithmetic is in
-float32; a program holds its rows whole, in registers, so that each is read once.
+Rows are `[T, C]`; those from `cu_seqlens[-1]` on are padding, which is never read and whose results are zero.
+Arithmetic is in float32. A program holds whole rows in registers, so that each row is read once.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from .pack import readable, row_stride, search_bits, sequence_of
 from .rounding import rounded
 
 MAX_CHANNELS = 16384
-"""Longest row that 32 warps hold in registers, twice, without spilling."""
+"""Longest row that 32 warps can hold twice in registers without spilling."""
 
 VALUES_PER_THREAD = 32
-"""Of a row that has a warp or more to itself. Rows that share a warp have half as many: more made ptxas spill."""
+"""Values per thread of a row with its own warps. Rows that share a warp have half as many: more made ptxas spill."""
 
 
 def _tile(target: Target, n_channels: int) -> tuple[int, int, int]:
     """Rows and columns of one program and its warps.
 
-    One warp where its registers hold a row: sums across warps would cost a barrier each. Short rows share it.
+    One warp works on a row if its registers can hold it: every sum across warps would cost a barrier. Short rows share
+    a warp.
     """
     block = triton.next_power_of_2(n_channels)
     of_a_warp = VALUES_PER_THREAD * target.warp_size
@@ -90,13 +91,13 @@ def tal_layer_norm_kernel(
         tl.store(_rows(total, first, local, C) + cols, as_stored, mask=write)
         s = as_stored.to(tl.float32)
 
-    # The first mean is off by the rounding of a long sum. What is left of it in the centred row corrects both the mean
-    # and the variance (Chan, Golub and LeVeque, 1983), so that rows far from zero keep the accuracy of centred ones.
+    # The first mean has the rounding error of a long sum. The mean of the centred row corrects both the mean and the
+    # variance (Chan, Golub and LeVeque, 1983), so that rows far from zero are as accurate as centred ones.
     estimate = tl.sum(s, axis=1) / C
     centred = tl.where(cols < C, s - estimate[:, None], 0.0)
     correction = tl.sum(centred, axis=1) / C
     variance = tl.sum(centred * centred, axis=1) / C - correction * correction
-    # Correctly rounded: chips have no more than an approximation of 1 / sqrt, and rows of little variance show it.
+    # These are correctly rounded: chips only approximate 1 / sqrt, which is visible in rows with little variance.
     deviation = tl.sqrt_rn(tl.maximum(variance, 0.0) + eps)
     scale = tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)
 
@@ -136,9 +137,9 @@ def tal_layer_norm_backward_kernel(
 ):
     """grad_x of one part, and the part's share of grad_weight and grad_bias.
 
-    The pack is cut at every multiple of `part_rows` and where a sequence begins, so that a part knows one length. The
-    parts of sequence b (the padding rows count as the last one) are numbered from `cu_seqlens[b] // part_rows + b` on:
-    no two parts share a number, and what is left between them are parts without rows.
+    The pack is cut at every multiple of `part_rows` and where a sequence begins, so that a part has only one length.
+    The parts of sequence b (the padding rows count as the last one) are numbered from `cu_seqlens[b] // part_rows + b`
+    on. No two parts share a number; the unused numbers are parts without rows.
     """
     part = tl.program_id(0)
     sequence = sequence_of(part, cu_seqlens, n_sequences, n_bits, part_rows, 1)
@@ -154,7 +155,7 @@ def tal_layer_norm_backward_kernel(
     local = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_C)[None, :]
     in_row = cols < C
-    # Masks are compared as vectors: the interpreter of Triton 3.9 takes a vector and a scalar truth for integers.
+    # Masks are compared as vectors: Triton 3.9's interpreter treats a vector and a scalar boolean as integers.
     row_in_pack = sequence + local * 0 < n_sequences
     w = tl.load(weight + length * C + cols, mask=in_row & (sequence + cols * 0 < n_sequences), other=0.0).to(tl.float32)
     sum_weight = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -168,13 +169,13 @@ def tal_layer_norm_backward_kernel(
         s = tl.load(_rows(x, first, local, X_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         centre = tl.load(mean + rows, mask=exists & row_in_pack, other=0.0)[:, None]
         scale = tl.load(rstd + rows, mask=exists & row_in_pack, other=0.0)[:, None]
-        # The mean was rounded when it was stored: what is left of it goes, as in the forward pass.
+        # The stored mean is rounded. The remaining mean is subtracted, as in the forward pass.
         centred = tl.where(in_row, s - centre, 0.0)
         correction = tl.sum(centred, axis=1, keep_dims=True) / C
         xhat = tl.where(in_row, (centred - correction) * scale, 0.0)
         sum_weight += grad * xhat
         sum_bias += grad
-        # mean((h - mean(h)) xhat) is mean(h xhat), without what rounding leaves of mean(h) mean(xhat).
+        # mean((h - mean(h)) xhat) is mean(h xhat) without the rounding error of mean(h) mean(xhat).
         h = grad * w
         h = tl.where(in_row, h - tl.sum(h, axis=1, keep_dims=True) / C, 0.0)
         mean_hx = tl.sum(h * xhat, axis=1, keep_dims=True) / C
@@ -216,7 +217,7 @@ def tal_layer_norm_backward_reduce_kernel(
         mask = counts[:, None] & in_row[None, :]
         sum_weight += tl.load(sums, mask=mask, other=0.0)
         sum_bias += tl.load(sums + C, mask=mask, other=0.0)
-    # The last step in float64: too few additions to be slow, and all of them where a pack is small.
+    # The last step is in float64. It has too few additions to be slow; for a small pack it has all of them.
     sum_weight = tl.sum(sum_weight.to(tl.float64), axis=0).to(tl.float32)
     sum_bias = tl.sum(sum_bias.to(tl.float64), axis=0).to(tl.float32)
     out = length * C + cols
@@ -233,7 +234,7 @@ def tal_layer_norm(
     eps: float,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the op of that name."""
+    """Launches the op of the same name."""
     y, _, mean, rstd = _forward(x, None, weight, bias, cu_seqlens, length_index, eps)
     return y, mean, rstd
 
@@ -248,7 +249,7 @@ def tal_layer_norm_residual(
     eps: float,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the op of that name."""
+    """Launches the op of the same name."""
     return _forward(x, residual, weight, bias, cu_seqlens, length_index, eps)
 
 
@@ -288,7 +289,7 @@ def _forward(x, residual, weight, bias, cu_seqlens, length_index, eps):
 
 
 def _part_rows(n_rows: int) -> int:
-    """Rows of one part: enough parts for a GPU, then as few as that leaves, as each writes two rows of sums."""
+    """Rows of one part: enough parts to fill a GPU but not more, because each part writes two rows of sums."""
     return min(max(triton.next_power_of_2(triton.cdiv(n_rows, 1024)), 4), 64)
 
 
@@ -303,10 +304,10 @@ def tal_layer_norm_backward(
     length_index: Tensor,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the op of that name.
+    """Launches the op of the same name.
 
-    One pass over the rows gives grad_x and sums per part, a second kernel adds up those: rows are read once, for the
-    sums cost 16 / (3 part_rows) of a 16-bit row's traffic, a second reading 2 / 3.
+    One pass over the rows gives grad_x and the sums per part; a second kernel adds up these sums. Rows are read only
+    once because the sums cost 16 / (3 part_rows) of a 16-bit row's traffic, while a second reading would cost 2 / 3.
     """
     n_rows, n_channels = x.shape
     n_lengths, n_sequences = weight.shape[0], length_index.shape[0]

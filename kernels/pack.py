@@ -1,4 +1,4 @@
-"""What the kernels over packed rows share: whose row it is, and rows that are read 16 bytes at a time."""
+"""Shared parts of the kernels over packed rows: the sequence of a row, and rows that are read 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ VECTOR_BYTES = 16
 def sequence_of(position, cu_seqlens, n_sequences, n_bits, unit=1, gap=0):
     """Index of the sequence at each `position`, n_sequences for padding, by binary search.
 
-    Sequence b begins at `cu_seqlens[b] // unit + b * gap`. With the defaults positions are rows; `gap` counts what is
-    put before (or after) the rows of every sequence, `unit` makes positions those of blocks of rows. Of several
-    sequences that begin at a position it is the last: a sequence of no length owns nothing.
+    Sequence b begins at `cu_seqlens[b] // unit + b * gap`. With the defaults, positions are rows. `gap` is the number
+    of positions put before (or after) the rows of every sequence; `unit` makes positions count blocks of rows. If
+    several sequences begin at a position, the result is the last: an empty sequence owns nothing.
 
     Args:
         position: int32, of any shape.
-        cu_seqlens: int32 `[n_sequences + 1]`; whatever it holds, the result is in [0, n_sequences].
+        cu_seqlens: int32 `[n_sequences + 1]`; whatever its values are, the result is in [0, n_sequences].
         n_sequences: B.
-        n_bits: bits of B, which are the steps of the search (`search_bits`).
+        n_bits: number of bits of B, which is the number of steps of the search (`search_bits`).
         unit: rows of a block.
         gap: positions added per sequence.
     """
@@ -36,15 +36,15 @@ def sequence_of(position, cu_seqlens, n_sequences, n_bits, unit=1, gap=0):
 
 
 def search_bits(n_sequences: int) -> int:
-    """Steps of `sequence_of`."""
+    """Number of steps of `sequence_of`."""
     return n_sequences.bit_length()
 
 
 def readable(t: torch.Tensor) -> torch.Tensor:
-    """The matrix itself where its rows load in vectors as wide as those of a contiguous one, else a contiguous copy.
+    """The matrix itself if its rows load in vectors as wide as those of a contiguous one, else a contiguous copy.
 
-    The width decides which thread holds which channel, and with it the order of a reduction: a slice of a pack must
-    be added up as the pack is, so no kernel is ever given less alignment than a fresh tensor has.
+    The width decides which thread holds which channel and therefore the order of a reduction. A slice of a pack must be
+    summed in the same order as the pack, so no kernel ever gets less alignment than a new tensor has.
     """
     n_channels, itemsize = t.shape[1], t.element_size()
     if not t.is_contiguous():
@@ -55,5 +55,5 @@ def readable(t: torch.Tensor) -> torch.Tensor:
 
 
 def row_stride(t: torch.Tensor) -> int:
-    """Elements from one row to the next; of a single row the stride says nothing."""
+    """Elements from one row to the next; the stride of a single row has no meaning."""
     return t.stride(0) if t.shape[0] > 1 else t.shape[1]

@@ -1,6 +1,6 @@
-"""What the attention kernels share: rows as parts of the head dimension, and their products.
+"""Shared parts of the attention kernels: rows as parts of the head dimension, and their products.
 
-Extents that are no power of two, head dimensions as 80 and key counts as 208, are cut into parts that are: 64 + 16, and
+Extents that are not powers of two, such as head dimension 80 and 208 keys, are cut into parts that are: 64 + 16, and
 128 + 64 + 16. A part is a pair (start, width); a tensor of rows is a tuple of tensors, one per part.
 """
 
@@ -27,7 +27,7 @@ def n_elements(nested, i):
 
 @triton.jit
 def sequence_rows(cu_seqlens, sequence, n_rows):
-    """First row and end of a sequence, clamped to the rows that there are."""
+    """First row and end of a sequence, clamped to the existing rows."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), n_rows)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), n_rows)
     return begin, end - begin
@@ -35,9 +35,9 @@ def sequence_rows(cu_seqlens, sequence, n_rows):
 
 @triton.jit
 def n_steps(first, n, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of a tile that begins at row `first` of n and hold any row."""
+    """Number of blocks that hold any row, in a tile that begins at row `first` of n."""
     if BLOCK == TILE:
-        steps: tl.constexpr = 1  # which the compiler takes for no loop at all
+        steps: tl.constexpr = 1  # the compiler then generates no loop
     else:
         steps = tl.cdiv(tl.minimum(n - first, TILE), BLOCK)
     return steps
@@ -95,7 +95,7 @@ def multiply_rows(parts, factor):
     """parts · factor in their own dtype."""
     scaled = ()
     for i in tl.static_range(len(parts)):
-        # By way of float32: the interpreter cannot make a bfloat16 constant.
+        # This goes by way of float32 because the interpreter cannot make a bfloat16 constant.
         scaled = scaled + ((parts[i].to(tl.float32) * factor).to(parts[i].dtype),)
     return scaled
 
@@ -103,7 +103,7 @@ def multiply_rows(parts, factor):
 @triton.jit
 def _dot(a, b, acc):
     """a b + acc; acc float32 or None."""
-    if INTERPRETED:  # whose product takes the bits of a bfloat16 for an integer
+    if INTERPRETED:  # the interpreter's product reads the bits of a bfloat16 as an integer
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
@@ -111,8 +111,8 @@ def _dot(a, b, acc):
 @triton.jit
 def _inner_part(a, b, acc):
     """a bᵀ + acc; acc float32 or None."""
-    # A GPU adds float32 products in the order of the depth, so that a bᵀ and b aᵀ hold the same bits, as the backward
-    # passes expect of scores that they compute both ways. NumPy's matrix product does not, on every processor.
+    # A GPU adds float32 products in the order of the depth, so a bᵀ and b aᵀ have the same bits. The backward passes
+    # rely on this because they compute scores both ways. NumPy's matrix product does not do so on every processor.
     if INTERPRETED and a.dtype == tl.float32:
         s = tl.sum(a[:, None, :] * b[None, :, :], 2)
         if acc is not None:
@@ -142,7 +142,7 @@ def add_outer(parts, weights, rows):
 
 @triton.jit
 def visible(rows, keys, n_keys, diagonal, CAUSAL: tl.constexpr):
-    """Whether a query row sees a key: keys that there are, up to the diagonal (aligned bottom right) if causal."""
+    """Whether a query row sees a key: any existing key, if causal only up to the diagonal (aligned bottom right)."""
     seen = keys < n_keys
     if CAUSAL:
         seen = seen & (keys <= rows + diagonal)

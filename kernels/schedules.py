@@ -21,7 +21,7 @@ Parts = tuple[tuple[int, int], ...]
 
 
 def parts_of(extent: int, widest: int = 256) -> Parts:
-    """Cuts an extent, rounded up to a multiple of 16, into (start, width), widths being powers of two, widest first."""
+    """Cuts an extent, rounded up to a multiple of 16, into (start, width); widths are powers of two, widest first."""
     extent = -(-extent // 16) * 16
     parts, start = [], 0
     while start < extent:

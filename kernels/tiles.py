@@ -15,8 +15,11 @@ def attention_tiles_kernel(
     cu_seqlens_q, cu_seqlens_k, tiles, n_rows_q, n_rows_k, n_sequences, n_slots,
     KEY_CLASSES: tl.constexpr, PADDING: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Work list from the offsets alone. Tile j of sequence b has slot cu_seqlens[b] // TILE + b + j, which no other
-    tile has; slots between hold no work, class -1. Padding rows are one more sequence."""
+    """Computes the work list from the offsets alone.
+
+    Tile j of sequence b has slot cu_seqlens[b] // TILE + b + j, which no other tile has. Unused slots have class -1 and
+    no work. Padding rows are one more sequence.
+    """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.zeros((BLOCK,), tl.int32)
     step = 1
@@ -51,7 +54,7 @@ def attention_padding_kernel(
     N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr,
     PADDING: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of padding rows: zero, and an lse of -inf."""
+    """Writes one tile of padding rows: zeros, and an lse of -inf."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     if tl.load(tile + 2) != PADDING:
         return
@@ -72,11 +75,12 @@ class Tiles:
 
     Args:
         cu_seqlens: offsets of the rows that the tiles divide.
-        n_rows: rows in all, padding included.
+        n_rows: number of rows, including padding.
         cu_seqlens_k: offsets of the keys, which choose the class.
-        n_rows_k: rows of the keys.
+        n_rows_k: number of rows of the keys.
         tiles: the pack's list, or None to derive one on the device.
-        counts: tiles of each class on the host, for a list that is sorted by class; empty where they are not known.
+        counts: number of tiles of each class on the host, for a list that is sorted by class; empty if they are not
+            known.
     """
 
     def __init__(self, cu_seqlens, n_rows, cu_seqlens_k, n_rows_k, tiles, counts):
@@ -93,7 +97,7 @@ class Tiles:
         self.rows = tiles
 
     def of(self, first_class: int, last_class: int) -> tuple[int, int]:
-        """First row of the list, and how many, that may hold tiles of these classes."""
+        """First row and number of rows of the list that may hold tiles of these classes."""
         if not self.counts:
             return 0, self.rows.shape[0]
         return sum(self.counts[:first_class]), sum(self.counts[first_class : last_class + 1])

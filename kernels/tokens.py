@@ -1,12 +1,12 @@
 """Assembly of packed token sequences from embedded patches, and mean pooling; forward and backward.
 
 `patches` is `[Tp, C]`, `cu_seqlens` counts patches. Sequence b of the assembled tokens begins at
-`cu_seqlens[b] + b n_prefix`: its prefix tokens, then each patch plus its row of the position table,
-`pos_offset[b] + i` for patch i. Padding rows are never read and come out zero.
+`cu_seqlens[b] + b n_prefix`. It holds its prefix tokens, then each patch plus its row of the position table,
+`pos_offset[b] + i` for patch i. Padding rows are never read and their results are zero.
 
-This is the epilogue of the patch embedding less its bias: the matrix product that makes `patches` adds the bias for
-nothing, here it would be one more operand. The kernels move memory: their programs take rows by columns of the result
-and gather. Sums are in float32.
+This is the epilogue of the patch embedding without its bias: the matrix product that computes `patches` adds the bias
+at no cost, and here it would be one more operand. The kernels move memory: each program gathers a block of rows and
+columns of the result. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ THREADS = 128
 """Threads of one program, whatever the size of a warp."""
 
 TILE_BYTES = 8192
-"""Result of one program of the kernels that gather: four 16-byte accesses for each thread."""
+"""Result bytes of one program of the kernels that gather: four 16-byte accesses for each thread."""
 
 
 def _tile(t: Tensor) -> tuple[int, int]:
-    """Rows and columns of one program that gathers: columns that divide C where it has a power of two to offer."""
+    """Rows and columns of one program that gathers; the columns divide C if C is a multiple of 64."""
     n_channels = t.shape[1]
     divisor = n_channels & -n_channels
     columns = min(divisor if divisor >= 64 else triton.next_power_of_2(n_channels), 512)
@@ -76,7 +76,7 @@ def patch_embed_assemble_kernel(
     positions = tl.load(
         pos_table + position[:, None].to(tl.int64) * C + cols, mask=has_position[:, None] & in_row, other=0.0
     )
-    # At most one of patch and prefix token is not zero here, so that the sums round once.
+    # At most one of patch and prefix token is not zero here, so the sums round once.
     out = of_patches.to(tl.float32) + positions.to(tl.float32) + tokens_of_prefix.to(tl.float32)
     tl.store(
         tokens + rows[:, None].to(tl.int64) * C + cols,
@@ -126,7 +126,7 @@ def patch_embed_table_backward_kernel(
     SEQUENCES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A row of grad_prefix or grad_pos_table: the sum, over sequences in their order, of the token it was added to."""
+    """A row of grad_prefix or grad_pos_table: the sum, over sequences in order, of the gradients of its tokens."""
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = cols < C
@@ -178,7 +178,7 @@ def mean_pool_kernel(
         rows = first + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & in_row[None, :]
         total += tl.load(x + rows[:, None].to(tl.int64) * X_STRIDE + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    # In two steps: rounding grows with the additions made one after another.
+    # The sum has two steps because rounding errors grow with the number of successive additions.
     total = tl.sum(tl.reshape(total, (ROWS // 8, 8, BLOCK_C)), axis=0)
     mean = tl.div_rn(tl.sum(total, axis=0), tl.maximum(end - begin, 1).to(tl.float32))
     tl.store(out + sequence.to(tl.int64) * C + cols, rounded(mean, out.dtype.element_ty), mask=in_row)
@@ -217,7 +217,7 @@ def mean_pool_backward_kernel(
 def assemble_tokens(
     patches: Tensor, prefix: Tensor, pos_table: Tensor, pos_offset: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
-    """Launches the op of that name."""
+    """Launches the op of the same name."""
     (n_patches, n_channels), n_sequences, n_prefix = patches.shape, pos_offset.shape[0], prefix.shape[0]
     n_rows = n_patches + n_sequences * n_prefix
     patches, prefix, pos_table = readable(patches), readable(prefix.contiguous()), readable(pos_table.contiguous())
@@ -240,7 +240,7 @@ def assemble_tokens(
 def assemble_tokens_backward(
     grad_tokens: Tensor, pos_table: Tensor, pos_offset: Tensor, cu_seqlens: Tensor, n_prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the op of that name."""
+    """Launches the op of the same name."""
     (n_rows, n_channels), n_sequences, n_positions = grad_tokens.shape, pos_offset.shape[0], pos_table.shape[0]
     n_patches = n_rows - n_sequences * n_prefix
     grad_tokens = readable(grad_tokens)
@@ -274,16 +274,17 @@ def assemble_tokens_backward(
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
-    """Launches the op of that name."""
+    """Launches the op of the same name."""
     (n_rows, n_channels), n_sequences = x.shape, cu_seqlens.shape[0] - 1
     x = readable(x)
     out = x.new_empty(n_sequences, n_channels)
-    # Few sequences need many programs: columns of one cache line, and as many rows at once as there are threads.
+    # Few sequences need many programs, so each program takes the columns of one cache line and as many rows at a time
+    # as it has threads.
     columns = 128 // x.element_size()
     launch(
         mean_pool_kernel,
         (n_sequences, triton.cdiv(n_channels, columns)),
-        *(x, cu_seqlens, out, n_rows, min(skip, n_rows)),  # no more: a kernel adds it to an offset
+        *(x, cu_seqlens, out, n_rows, min(skip, n_rows)),  # bounded: a kernel adds it to an offset
         num_warps=THREADS // target_of(x.device).warp_size,
         X_STRIDE=row_stride(x),
         C=n_channels,
@@ -294,7 +295,7 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
 
 
 def mean_pool_backward(grad_out: Tensor, cu_seqlens: Tensor, skip: int, n_rows: int) -> Tensor:
-    """Launches the op of that name."""
+    """Launches the op of the same name."""
     n_sequences, n_channels = grad_out.shape
     grad_out = readable(grad_out)
     grad_x = grad_out.new_empty(n_rows, n_channels)

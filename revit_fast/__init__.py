@@ -53,7 +53,7 @@ _HOMES = {
     "save_bundle": "streaming.bundle",
     "set_attention_backend": "ops._backends",
 }
-"""The module that each public name comes from: the command line answers `--help` without loading torch."""
+"""The module of each public name, loaded on first use: `--help` on the command line does not load torch."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What importing the package sets up: modules under their old names, and the operators as soon as torch is there."""
+"""Set-up when the package is imported: modules under their old names, and the operators once torch is imported."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ MOVED = {
     "trace": ("io.trace",),
     "transformers_import": ("models.from_transformers",),
 }
-"""Modules up to 0.1 and where their content is now. Pickles name modules: what was pickled then loads by this table."""
+"""Modules up to 0.1 and where their content is now. Pickles contain module names, so old ones need this table."""
 
 
 class _Moved(ModuleType):
-    """A module under its old name; what is asked of it comes from the modules that hold its content now."""
+    """A module under its old name. Its attributes come from the modules that hold its content now."""
 
     def __init__(self, name: str, homes: tuple[str, ...]) -> None:
         super().__init__(f"{PACKAGE}.{name}", f"The old name of {', '.join(f'{PACKAGE}.{home}' for home in homes)}.")
         self.__dict__["_homes"] = homes
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):  # those are asked of every module of the process, and must not load these
+        if not name.startswith("__"):  # tools read dunder names of all modules: no loading then
             for home in self._homes:
                 module = import_module(f"{PACKAGE}.{home}")
                 if hasattr(module, name):
@@ -70,7 +70,7 @@ class _Moved(ModuleType):
 
 
 class _OperatorsWithTorch(MetaPathFinder, Loader):
-    """Registers the operators when torch is imported after this package: no other import is needed for them."""
+    """Registers the operators when torch is imported after this package, so that they need no other import."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torch":
@@ -87,20 +87,19 @@ class _OperatorsWithTorch(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if (
-            not _is_importing()
-        ):  # a module of the package that imports torch imports the operators itself if it needs them
+        # A module of the package that imports torch imports the operators itself if it needs them.
+        if not _is_importing():
             import_module(f"{PACKAGE}.ops")
 
 
 def _is_importing() -> bool:
-    """Whether an import of a module of the package has begun and has not ended."""
+    """Whether the import of any module of the package is in progress."""
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{PACKAGE}.")]
     return any(getattr(module.__spec__, "_initializing", False) for module in modules)
 
 
 def set_up() -> None:
-    """Called once, by the package."""
+    """Registers the old module names and arranges the import of the operators. The package calls it once."""
     sys.modules.update({f"{PACKAGE}.{name}": _Moved(name, homes) for name, homes in MOVED.items()})
     for variable, module in (("REVIT_FAST_MALLOC", "io.memory"), ("REVIT_FAST_ISA", "ops")):
         if os.environ.get(variable):
@@ -112,7 +111,7 @@ def set_up() -> None:
 
 
 def submodule(name: str) -> ModuleType | None:
-    """A module of the package by its present or its old name, loaded where it is not yet."""
+    """The module of the package with this current or old name, imported if necessary; None if there is none."""
     if name in MOVED:
         return sys.modules[f"{PACKAGE}.{name}"]
     found = PathFinder.find_spec(f"{PACKAGE}.{name}", sys.modules[PACKAGE].__path__)

@@ -1,4 +1,4 @@
-"""Versions of this package and of what it runs on, for reports and bug reports. torch is imported when asked for."""
+"""Versions of this package and of its environment, for reports and bug reports. torch is imported only when needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def versions() -> dict[str, Any]:
 
 
 def attempt(probe: Callable[[], Any], default: Any = None) -> Any:
-    """The result of `probe`, or `default` where it raises an error, whatever it is: an installation may be broken."""
+    """The result of `probe`, or `default` if it raises any exception: an installation may be broken."""
     try:
         return probe()
     except Exception:
@@ -36,7 +36,7 @@ def attempt(probe: Callable[[], Any], default: Any = None) -> Any:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,12 +1,12 @@
-"""flash-attn 2's functions for packed sequences, by its own names and arguments, on CPU and GPU.
+"""flash-attn 2's functions for packed sequences with the same names and arguments, on CPU and GPU.
 
 `import flash_attn` becomes `from revit_fast import flash_attn_compat as flash_attn`. Signatures and semantics are those
-of `flash_attn/flash_attn_interface.py` in flash-attn 2.8; the work is that of `revit_fast.ops.varlen_attention`, which
-also takes float32 and float64 and any head_dim from 1 to 256.
+of `flash_attn/flash_attn_interface.py` in flash-attn 2.8; `revit_fast.ops.varlen_attention` does the work and also
+takes float32 and float64 and any head_dim from 1 to 256.
 
-Differences: what is not computed here (dropout, windows, soft caps, ALiBi, paged keys) is refused by name; the
-log-sum-exp of a query that sees no key is `-inf`, where flash-attn 2 writes `+inf`; and gradients flow through the
-log-sum-exp, where flash-attn drops them.
+Differences: features that are not supported (dropout, windows, soft caps, ALiBi, paged keys) raise an error that names
+them; the log-sum-exp of a query that sees no key is `-inf`, where flash-attn 2 writes `+inf`; and gradients flow
+through the log-sum-exp, where flash-attn drops them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def flash_attn_varlen_func(
         block_table: must be None.
 
     Returns:
-        out `[total_q, nheads, headdim]`. With `return_attn_probs`, as flash-attn does, a triple: out, softmax_lse
-        `[nheads, total_q]` in float32, and an empty tensor, which stands for probabilities kept for dropout alone.
+        out `[total_q, nheads, headdim]`. With `return_attn_probs` a triple, as in flash-attn: out, softmax_lse
+        `[nheads, total_q]` in float32, and an empty tensor in place of the probabilities, which only dropout needs.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
@@ -98,12 +98,12 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` of keys and values in one tensor, which is read in place.
+    """`flash_attn_varlen_func` for keys and values in one tensor, which is read without a copy.
 
     Args:
         q: `[total_q, nheads, headdim]`.
         kv: `[total_k, 2, nheads_k, headdim]`.
-        cu_seqlens_q: see `flash_attn_varlen_func`, as for all that follow.
+        cu_seqlens_q: see `flash_attn_varlen_func` for this and all later arguments.
         cu_seqlens_k: offsets into kv.
         max_seqlen_q: a bound on the queries of any sequence.
         max_seqlen_k: a bound on the keys of any sequence.
@@ -152,13 +152,13 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` of queries, keys and values in one tensor, which is read in place.
+    """`flash_attn_varlen_func` for queries, keys and values in one tensor, which is read without a copy.
 
     Args:
         qkv: `[total, 3, nheads, headdim]`.
         cu_seqlens: int32 `[batch_size + 1]`, offsets into qkv.
         max_seqlen: a bound on the rows of any sequence.
-        dropout_p: see `flash_attn_varlen_func`, as for all that follow; must be 0.
+        dropout_p: see `flash_attn_varlen_func` for this and all later arguments; must be 0.
         softmax_scale: factor on the scores.
         causal: whether the mask is causal.
         window_size: must be (-1, -1).

@@ -1,4 +1,4 @@
-"""The token grids of a model: how many patches a side its images may have.
+"""The token grids of a model: the numbers of patches per side that its images may have.
 
 Imports neither torch nor NumPy, so that the command line can read its defaults without them.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 DEFAULT_GRIDS = (14, 10, 7)
-"""Patches a side of the three lengths, the longest first."""
+"""Patches per side for each of the three lengths, the longest first."""
 
 
 def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
@@ -25,14 +25,14 @@ def check_grids(grids: Sequence[int]) -> tuple[int, ...]:
 
 
 def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int, ...]:
-    """Square grids in the proportions of `grids`, the longest with about as many tokens as `base_grid`.
+    """Square grids in the proportions of `grids`; the largest has about as many tokens as `base_grid`.
 
-    Grids that come out equal are one, so that small images have fewer lengths.
+    Equal grids are merged, so small images have fewer lengths.
     """
     factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
     return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
 
 
 def nearest_lengths(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """The index of the length nearest to each count, ties to the longer; `packing.nearest_length` for tensors."""
+    """Index of the length nearest to each count; ties go to the longer. For tensors see `packing.nearest_length`."""
     return [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]

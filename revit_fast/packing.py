@@ -1,4 +1,4 @@
-"""The pack: many sequences of different lengths as one tensor of rows, and everything kernels need to know of it.
+"""The pack: many sequences of different lengths as one tensor of rows, and everything kernels need to know about it.
 
 Rows of sequence `b` are `data[cu_seqlens[b] : cu_seqlens[b + 1]]`; rows beyond `cu_seqlens[-1]` are padding. Lengths
 are known on the host when a pack is made, so its index tensors are built here once and no kernel reads them back.
@@ -28,7 +28,7 @@ T = TypeVar("T")
 def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """`lru_cache` of functions that make tensors.
 
-    Within a `FakeTensorMode` nothing is kept or taken: its tensors have no values, and belong to it alone.
+    A `FakeTensorMode` bypasses the cache: its tensors have no values and belong to that mode only.
     """
 
     def cached(make: Callable[..., T]) -> Callable[..., T]:
@@ -48,7 +48,7 @@ class WorkList(NamedTuple):
 
     Attributes:
         tiles: int32 `[n_tiles, 3]`: sequence, first row within it, class.
-        counts: tiles of each class, on the host: kernels are launched once per class, over exactly its tiles.
+        counts: number of tiles of each class, on the host: kernels are launched once per class, over exactly its tiles.
     """
 
     tiles: Tensor
@@ -58,17 +58,18 @@ class WorkList(NamedTuple):
 def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None, n_padding: int = 0) -> WorkList:
     """Tiles that cover every row of every sequence.
 
-    A class is the index of the first of `KEY_CLASSES` that the sequence's keys fit, else `STREAMING`; within a class
-    tiles follow the order of the rows. A tile and its class depend on the sequence's own lengths alone, so an image is
-    computed alike in every pack. Padding rows count as one more sequence at the end, of class `PADDING`.
+    A class is the index of the first of `KEY_CLASSES` that the sequence's keys fit into, else `STREAMING`. Within a
+    class, tiles follow the order of the rows. A tile and its class depend only on the lengths of its sequence, so an
+    image is computed in the same way in every pack. Padding rows count as one more sequence at the end, of class
+    `PADDING`.
 
     Args:
         seqlens_q: rows (queries) per sequence.
-        seqlens_k: keys per sequence; by default the same.
-        n_padding: padding rows behind the sequences.
+        seqlens_k: keys per sequence; by default equal to `seqlens_q`.
+        n_padding: padding rows after the sequences.
 
     Returns:
-        The list, its tensor on the CPU.
+        The work list; its tensor is on the CPU.
     """
     lengths = np.array([*seqlens_q, n_padding], dtype=np.int64)
     keys = lengths if seqlens_k is None else np.array([*seqlens_k, 0], dtype=np.int64)
@@ -94,9 +95,9 @@ def cumulative(seqlens: Sequence[int]) -> Tensor:
 
 
 def nearest_length(counts: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Index into `lengths` (strictly decreasing) of the one nearest to each count; ties go to the longer.
+    """Index into `lengths` (strictly decreasing) of the length nearest to each count; ties go to the longer.
 
-    Plain tensor arithmetic, so that compiled code can derive it without reading lengths on the host.
+    This is plain tensor arithmetic, so compiled code can compute it without reading lengths on the host.
 
     Args:
         counts: integer tensor `[B]`, patches per sequence (prefix tokens not counted).
@@ -147,7 +148,7 @@ def patch_rows(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[
 
 
 class Layout(NamedTuple):
-    """What kernels need to know of a pack besides its rows; the fields are those of `PackedBatch`."""
+    """What kernels need to know about a pack besides its rows; the fields are those of `PackedBatch`."""
 
     cu_seqlens: Tensor
     length_index: Tensor
@@ -170,7 +171,7 @@ def _index_tensors(
 ) -> tuple[Layout, Tensor | None]:
     """Layout and `grid_hw` of a pack, shared by all packs of the same lengths."""
     index = nearest_lengths(_patch_counts(seqlens, n_prefix), lengths)
-    with torch.inference_mode(False):  # a pack made for inference must serve training too
+    with torch.inference_mode(False):  # a pack made in inference mode must also work in training
         grid_hw = None
         if grids is not None:
             grid_hw = torch.tensor(grids, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device)
@@ -180,7 +181,7 @@ def _index_tensors(
 
 
 def _shared(normalization: Tensor, device: torch.device) -> Tensor:
-    """A CPU normalization on `device`: one tensor for all packs of the same values, so that it is folded once."""
+    """A CPU normalization on `device`: all packs with the same values share one tensor, so it is folded only once."""
     return _shared_values(tuple(map(tuple, normalization.tolist())), normalization.dtype, device)
 
 
@@ -201,14 +202,14 @@ class PackedBatch:
         data: `[T, ...]` rows of all sequences, one after another; rows from `cu_seqlens[-1]` on are padding.
         cu_seqlens: int32 `[B + 1]`, first row of each sequence, then the end of the last.
         length_index: int32 `[B]`, index of the configured length nearest to each sequence's patch count.
-        tiles: int32 `[n_tiles, 3]`, the work list (see `work_list`), its rows sorted by class.
-        tile_counts: tiles of each class, on the host.
+        tiles: int32 `[n_tiles, 3]`, the work list (see `work_list`), sorted by class.
+        tile_counts: number of tiles of each class, on the host.
         seqlens: the lengths on the host. Compiled code must not read them: it would be recompiled for every batch.
         lengths: the configured lengths (in patches, strictly decreasing) that `length_index` points into.
-        n_prefix: prefix tokens that every sequence starts with and `cu_seqlens` counts; 0 for a batch of patch rows.
+        n_prefix: prefix tokens at the start of every sequence, included in `cu_seqlens`; 0 for a batch of patch rows.
         grids: patch grid (rows, columns) of every sequence on the host; None where it is not known.
-        grid_hw: int32 `[B, 2]`, the same on the device.
-        normalization: float32 `[2, 3]`, mean and std (of pixels in [0, 1]) that the rows still await, for uint8 rows.
+        grid_hw: int32 `[B, 2]`, the grids on the device.
+        normalization: float32 `[2, 3]`, mean and std (of pixels in [0, 1]) that must still be applied to uint8 rows.
     """
 
     data: Tensor
@@ -251,7 +252,7 @@ class PackedBatch:
         n_prefix: int = 0,
         normalization: Tensor | None = None,
     ) -> PackedBatch:
-        """Wraps rows that already stand one sequence after another.
+        """Wraps rows that are already in order, one sequence after another.
 
         Args:
             data: `[T, ...]`, T at least the sum of `seqlens`; further rows are padding.
@@ -259,7 +260,7 @@ class PackedBatch:
             grids: patch grid (rows, columns) of every sequence; by default square where the patch count is a square.
             lengths: configured lengths in patches, strictly decreasing; by default those of grids (14, 10, 7).
             n_prefix: prefix tokens included in every sequence.
-            normalization: `[2, 3]` mean and std that uint8 rows await.
+            normalization: `[2, 3]` mean and std that must still be applied to uint8 rows.
 
         Raises:
             TypeError, ValueError: for lengths that are negative, that exceed the data, or that contradict `grids`.
@@ -309,7 +310,7 @@ class PackedBatch:
         """Concatenates tensors `[n_i, ...]` (same trailing shape, dtype and device) into one pack.
 
         Args:
-            items: one tensor per sequence; an empty list cannot tell its row shape and is refused.
+            items: one tensor per sequence; an empty list raises an error because its row shape is unknown.
             grids: see `from_rows`.
             lengths: see `from_rows`.
             n_prefix: see `from_rows`.
@@ -359,7 +360,7 @@ class PackedBatch:
         return replace(self, **moved, normalization=normalization, _layouts={})
 
     def without_padding(self) -> PackedBatch:
-        """The same sequences without the padding rows behind them."""
+        """The same sequences without the padding rows after them."""
         n_rows = sum(self.seqlens)
         if n_rows == self.data.shape[0]:
             return self
@@ -387,16 +388,16 @@ class PackedBatch:
         )
 
     def with_data(self, data: Tensor) -> PackedBatch:
-        """The same layout over other rows `[T, ...]`."""
+        """The same layout with other rows `[T, ...]`."""
         if data.shape[0] != self.data.shape[0]:
             raise ValueError(f"data: expected {self.data.shape[0]} rows, got {data.shape[0]}")
         return replace(self, data=data, _layouts={})
 
     def layout(self, n_prefix: int) -> Layout:
-        """Layout of this batch once every sequence starts with `n_prefix` prefix tokens.
+        """Layout of this batch after `n_prefix` prefix tokens are put before every sequence.
 
-        Built on the host once and kept. Compiled code derives it from `cu_seqlens` instead and leaves the work list to
-        the kernels, so that no batch's lengths become a guard.
+        It is built on the host once and kept. Compiled code instead derives it from `cu_seqlens` and leaves the work
+        list to the kernels, so that no lengths become guards.
         """
         if n_prefix == self.n_prefix:
             return Layout(self.cu_seqlens, self.length_index, self.tiles, self.tile_counts)
@@ -409,14 +410,14 @@ class PackedBatch:
             return Layout(self.cu_seqlens + n_prefix * sequence, self.length_index, None)
         if n_prefix not in self._layouts:
             seqlens = [n + n_prefix for n in self.seqlens]
-            with torch.inference_mode(False):  # what inference leaves behind must serve training too
+            with torch.inference_mode(False):  # tensors kept from inference must also work in training
                 work = work_list(seqlens, n_padding=self.data.shape[0] - sum(self.seqlens))
                 cu_seqlens, tiles = cumulative(seqlens).to(self.device), work.tiles.to(self.device)
             self._layouts[n_prefix] = Layout(cu_seqlens, self.length_index, tiles, work.counts)
         return self._layouts[n_prefix]
 
     def with_tokens(self, data: Tensor, n_prefix: int) -> PackedBatch:
-        """The batch once embedded: `data` `[T + B * n_prefix, C]` holds prefix tokens and patches of every sequence."""
+        """The embedded batch: `data` `[T + B * n_prefix, C]` holds prefix tokens and patches of every sequence."""
         layout = self.layout(n_prefix)
         added = n_prefix - self.n_prefix
         return replace(

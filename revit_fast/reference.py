@@ -1,6 +1,6 @@
-"""The truth of every op in plain PyTorch: any float dtype, any device, differentiable, one sequence at a time.
+"""A reference for every op in plain PyTorch: any float dtype, any device, differentiable, one sequence at a time.
 
-Written to be read beside the formulas, not to be fast. Tests compare every kernel with these functions in float64.
+The code follows the formulas and is not meant to be fast. Tests compare every kernel with these functions in float64.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def tal_layer_norm(
         residual: `[T, C]` added to x first.
 
     Returns:
-        y `[T, C]`, zero on padding rows; with `residual` also x + residual (of padding rows too: zero).
+        y `[T, C]`, zero on padding rows; with `residual` also x + residual, which is zero there too.
     """
     total = x if residual is None else x + residual
     ys, sums = [], []
@@ -111,7 +111,7 @@ def assemble_tokens(
 
     Args:
         patches: `[Tp, C]` embedded patches.
-        prefix: `[n_prefix, C]`, the same tokens for every sequence, their own position embedding included.
+        prefix: `[n_prefix, C]`, the same tokens for every sequence, with their position embeddings added.
         pos_table: `[R, C]`, position embeddings of several grids, one grid after another.
         pos_offset: `[B]`, row of `pos_table` where the grid of each sequence starts.
         cu_seqlens: `[B + 1]` of `patches`.
@@ -127,7 +127,7 @@ def assemble_tokens(
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
-    """Mean over the rows of every sequence, its first `skip` rows left out; `[B, C]`, zero where no row is left."""
+    """Mean over the rows of every sequence except its first `skip`: `[B, C]`, zero where no row is left."""
     means = []
     for rows in segments(cu_seqlens):
         kept = x[rows][skip:]
@@ -136,13 +136,13 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """The activation of that name: "none", "gelu", "gelu_tanh", "silu" or "relu"."""
+    """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu" or "relu"."""
     functions = {"gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu, "relu": F.relu}
     return x if name == "none" else functions[name](x)
 
 
 class BlockWeights(NamedTuple):
-    """Weights of a transformer block: (weight, bias) pairs, those of norms `[n_lengths, C]`."""
+    """Weights of a transformer block as (weight, bias) pairs; those of norms are `[n_lengths, C]`."""
 
     norm1: tuple[Tensor, Tensor]
     qkv: tuple[Tensor, Tensor]
@@ -170,7 +170,7 @@ def vit_forward(
     n_pooled: int,
     round_rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Patch rows to tokens after the final norm: embedding, pre-norm transformer blocks, norm.
+    """Maps patch rows to tokens after the final norm: embedding, pre-norm transformer blocks, norm.
 
     Args:
         rows: `[Tp, K]` patch rows.
@@ -184,10 +184,10 @@ def vit_forward(
         norm: norm after the blocks; empty tensors for none.
         blocks: weights of every block.
         n_heads: attention heads.
-        eps: of every norm.
+        eps: added to the variance in every norm.
         activation: see `activate`.
-        n_pooled: leading tokens of every sequence that are returned; 0: all.
-        round_rows: what becomes of rows before a block's linear layer multiplies them; None: nothing.
+        n_pooled: number of leading tokens of every sequence to return; 0 for all.
+        round_rows: function applied to the input rows of every linear layer of a block; None for no change.
 
     Returns:
         `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`.
@@ -215,7 +215,7 @@ def vit_forward(
 
 
 RESIZE_WEIGHT_BITS = 22
-"""Fraction bits of a resampling weight, as in Pillow: 32 bits less 8 of the value, less 2 of headroom."""
+"""Fraction bits of a resampling weight, as in Pillow: 32 bits minus 8 for the value and 2 of headroom."""
 
 
 def resize_taps(n_in: int, begin: float, end: float, n_out: int, *, bicubic: bool) -> tuple[Tensor, Tensor]:
@@ -224,13 +224,14 @@ def resize_taps(n_in: int, begin: float, end: float, n_out: int, *, bicubic: boo
     Args:
         n_in: pixels of the input.
         begin: left edge of the region to resize; half-pixel centres, so pixel i covers [i, i + 1).
-        end: right edge of it.
+        end: right edge of the region.
         n_out: pixels of the output.
-        bicubic: a = -0.5; otherwise the triangle. Both are widened where the region shrinks (antialiasing).
+        bicubic: whether the filter is bicubic with a = -0.5; otherwise it is the triangle. Both filters are widened
+            where the region shrinks (antialiasing).
 
     Returns:
-        int64 `[n_out]`, the first input of each output, and int64 `[n_out, max_taps]`, the weights of it and those
-        that follow, zero from the last tap on.
+        int64 `[n_out]`, the first input of each output, and int64 `[n_out, max_taps]`, the weights of this input and of
+        the following ones, zero after the last tap.
     """
     begin, end = (torch.tensor(edge, dtype=torch.float32) for edge in (begin, end))
     scale = float(end - begin) / n_out
@@ -274,7 +275,7 @@ def resize_patchify(
     *,
     bicubic: bool = True,
 ) -> Tensor:
-    """Resizes as Pillow 13 does, looks every value up in its channel's table and cuts the images into patch rows.
+    """Resizes as Pillow 13 does, looks up every value in its channel's table and cuts the images into patch rows.
 
     Args:
         images: uint8 `[H, W, 3]` or `[H, W, 1]`.
@@ -291,7 +292,7 @@ def resize_patchify(
     for image, (left, upper, right, lower), (height, width) in zip(images, boxes, sizes, strict=True):
         vertical = 0, *resize_taps(image.shape[0], upper, lower, height, bicubic=bicubic)
         horizontal = 1, *resize_taps(image.shape[1], left, right, width, bicubic=bicubic)
-        # Pillow 13 begins with the vertical pass where it shrinks the image by far more, whatever the box.
+        # Pillow 13 starts with the vertical pass if that shrinks the image far more, whatever the box is.
         shrink_y, shrink_x = image.shape[0] - height, image.shape[1] - width
         passes = (vertical, horizontal) if shrink_y > max(0, 2 * shrink_x) else (horizontal, vertical)
         for dim, first, weight in passes:

@@ -6,12 +6,11 @@
     model = timm.create_model("revit_small_patch16_224", num_classes=10, drop_path_rate=0.1)
 
 The models are `revit_fast.ReViT` with the architectures and data settings of timm's ViT, distilled DeiT and DINOv2, and
-of LV-ViT, which timm does not have. They go through timm's builder, so whatever timm does with a model it does with
-these: optimizer groups, feature extraction (`features_only=True`, also `feature_cls="fx"`), checkpoints, averages.
-There are no pretrained weights; a checkpoint of the plain ViT serves as a start. `torch.jit.script` is not supported;
-`torch.compile` is.
+of LV-ViT, which timm does not have. timm's builder makes them, so timm's features work with them: optimizer groups,
+feature extraction (`features_only=True`, also `feature_cls="fx"`), checkpoints, averages. There are no pretrained
+weights; a checkpoint of the plain ViT can serve as a start. `torch.jit.script` is not supported; `torch.compile` is.
 
-Where timm itself has been loaded anew, `importlib.reload` of this module registers the models again.
+If timm itself has been reloaded, `importlib.reload` of this module registers the models again.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ NEUTRAL: dict[str, tuple] = {
     "fix_init": (False,),
     "use_naflex": (False,),
 }
-"""Arguments of timm's `VisionTransformer` that ReViT does not have, and the values that ask nothing of it."""
+"""Arguments of timm's `VisionTransformer` that ReViT does not have, and their values that change nothing."""
 
 
 def make_revit(
@@ -96,10 +95,10 @@ def make_revit(
         grids: configured token grids; by default those of `native_px`, scaled to the grid of `img_size`.
         patch_size: side of the patches in pixels.
         embed_dim: channels C.
-        mlp_ratio: width of the MLP by `embed_dim`.
-        pre_norm: a norm between embedding and blocks; the embedding then has no bias.
-        device: to create the model on.
-        dtype: of its parameters.
+        mlp_ratio: width of the MLP divided by `embed_dim`.
+        pre_norm: whether there is a norm between embedding and blocks; the embedding then has no bias.
+        device: device to create the model on.
+        dtype: dtype of the parameters.
         kwargs: arguments of `ReViT`.
 
     Raises:
@@ -122,7 +121,7 @@ def make_revit(
     }
     with contextlib.nullcontext() if device is None else torch.device(device):
         model = ReViT(**options | kwargs)
-    # timm writes state dicts as they are, and safetensors refuses other than contiguous tensors.
+    # timm writes state dicts unchanged, and safetensors accepts only contiguous tensors.
     model.patch_embed.proj.weight.data = model.patch_embed.proj.weight.data.contiguous()
     model.register_load_state_dict_pre_hook(adapt_state_dict)
     return model.to(dtype=dtype)
@@ -147,10 +146,10 @@ def _grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
 
 
 def adapt_state_dict(model: ReViT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Lets `load_state_dict` take a plain ViT's weights, other base grids and other numbers of classes.
+    """Lets `load_state_dict` accept a plain ViT's weights, other base grids and other numbers of classes.
 
-    A pre-hook of `load_state_dict`, which is all that timm calls for `checkpoint_path`. Norm parameters are repeated
-    for every length and position embeddings resampled; a head for other classes is not loaded, with a warning.
+    This is a pre-hook because timm calls only `load_state_dict` for `checkpoint_path`. Norm parameters are repeated for
+    every length and position embeddings are resampled. A head for other classes is not loaded, with a warning.
     """
     inner = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     adapted = model.convert_state_dict(inner)
@@ -172,9 +171,10 @@ def adapt_state_dict(model: ReViT, state_dict: dict[str, Tensor], prefix: str, *
 
 
 def filter_state_dict(state_dict: dict[str, Tensor], model: ReViT) -> dict[str, Tensor]:
-    """The weights that `pretrained=True` found in a given file, in the shapes of the model.
+    """Converts the weights that `pretrained=True` reads from a given file to the shapes of the model.
 
-    Takes what timm's ViTs take, also the original files of DeiT-III and DINOv2 and other patch sizes, or a ReViT's own.
+    Accepts a ReViT's weights and all that timm's ViTs accept, including original files of DeiT-III and DINOv2 and other
+    patch sizes.
     """
     if any(isinstance(v, Tensor) and v.dim() == 2 and NORM_PARAMETER.search(name) for name, v in state_dict.items()):
         return model.convert_state_dict(state_dict)  # a ReViT's: timm might misread a grid that is not square
@@ -182,7 +182,7 @@ def filter_state_dict(state_dict: dict[str, Tensor], model: ReViT) -> dict[str, 
 
 
 def _create(variant: str, arguments: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The model `variant`, or its feature extractor, by timm's builder."""
+    """The model `variant`, or its feature extractor, made by timm's builder."""
     arguments = arguments | kwargs
     extractor = arguments.get("feature_cls", "getter")
     if extractor not in ("getter", "fx", FeatureGetterNet, FeatureGraphNet):
@@ -233,7 +233,7 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
                 variants[f"revit_{size}_distilled_patch16_{px}"] = arguments | {"distilled": True}, cfg
         if size != "tiny":
             arguments = widths | {"patch_size": 14, "native_px": 518, "init_values": 1e-5}
-            # As timm's: trained without labels, so there is no head unless num_classes is given.
+            # As in timm: DINOv2 is trained without labels, so there is no head unless num_classes is given.
             variants[f"revit_{size}_patch14_dinov2"] = arguments, _cfg(518, num_classes=0)
             variants[f"revit_{size}_patch14_reg4_dinov2"] = arguments | registers, _cfg(518, num_classes=0)
     for size in ("s", "m", "l"):
@@ -258,7 +258,7 @@ def _entry_point(name: str, arguments: dict[str, Any]) -> Callable[..., nn.Modul
 
 with warnings.catch_warnings():
     for _variant, (_arguments, _) in VARIANTS.items():
-        # Where this module is loaded anew, it replaces nothing of others.
+        # When this module is reloaded, it replaces only its own models.
         if timm.models.is_model_in_modules(_variant, ["timm_models"]):
             warnings.filterwarnings("ignore", message=f"Overwriting {_variant} in registry")
         globals()[_variant] = register_model(_entry_point(_variant, _arguments))

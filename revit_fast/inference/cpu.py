@@ -1,8 +1,8 @@
-"""Running a model's forward pass on the CPU in one op, over weights packed once.
+"""Runs a model's forward pass on the CPU in one op, with weights that are packed once.
 
 Blocks run fused (csrc/vit_forward.cpp): norms, projections, the MLP and residual sums of a tile of rows never leave the
-cache of the core that computes them. What that changes for a caller: hooks of submodules would not run, nor modules put
-in the place of a block's own, so a model that has any is refused by name.
+cache of the core that computes them. Hooks of submodules would not run, nor would modules that replace a block's own. A
+model with such hooks or modules raises an error that names them.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ PARTS = {
     Attention: {"qkv": nn.Linear, "proj": nn.Linear},
     Mlp: {"fc1": nn.Linear, "fc2": nn.Linear},
 }
-"""The modules that fused code stands in for, and what each of them must be."""
+"""The modules that fused code replaces, and the type that each of them must have."""
 
 
 def check_fusable(model: ReViT) -> None:
-    """Raises a ValueError that names what the fused forward pass cannot stand in for, and what to change."""
+    """Raises a ValueError if the fused forward pass cannot replace a module; it names the module and what to change."""
     _check_parts(model, "", ReViT)
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"
@@ -98,13 +98,13 @@ def _gathered(weights: ViTWeights) -> ViTWeights:
 
 
 class Packed(NamedTuple):
-    """What is derived from a model's parameters.
+    """Data derived from a model's parameters.
 
     Attributes:
         isa: instruction set that the weights are packed for.
         snapshot: tells whether the parameters are still the same.
-        stem: the convolutional stem with its norms folded in, where there is one.
-        weights: all but stem and head.
+        stem: the convolutional stem with its norms folded in, or None.
+        weights: the packed weights without stem and head.
         heads: a function from rows to logits for each head.
     """
 
@@ -122,7 +122,7 @@ def _norm(module: nn.Module) -> TokenNorm:
 
 
 def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
-    """The layer with what scales its result folded in."""
+    """The packed layer with the scale of its result folded in."""
     if isinstance(scale, LayerScale):
         gamma = scale.gamma.double()
     elif isinstance(scale, ResidualScale):
@@ -134,11 +134,12 @@ def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWe
 
 
 def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
-    """Packs a model's weights for the instruction set in use; raises a ValueError for one that cannot be fused.
+    """Packs a model's weights for the instruction set in use; raises a ValueError if they cannot be fused.
 
     Args:
         model: the model.
-        dtype: of the packed weights of the blocks; None for that of the model, in which embedding and head are packed.
+        dtype: dtype of the packed weights of the blocks; None for that of the model. Embedding and head are always
+            packed in the model's dtype.
     """
     check_fusable(model)
     outer = model.pos_embed.dtype
@@ -187,7 +188,7 @@ def serves(model: ReViT) -> bool:
 
 
 def n_pooled(model: ReViT) -> int:
-    """Leading tokens of every sequence that the head reads; 0: all tokens."""
+    """Number of leading tokens of every sequence that the head reads; 0 for all tokens."""
     if model.global_pool != "token" or model.aux_head is not None:
         return 0
     return 2 if model.distilled else 1
@@ -198,9 +199,9 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
 
     Args:
         model: the model.
-        packed: its weights.
-        tokens: the first `n_pooled` of every sequence after the final norm, or all.
-        layout: of all tokens.
+        packed: its packed weights.
+        tokens: the first `n_pooled` tokens of every sequence after the final norm, or all tokens.
+        layout: layout of all tokens.
     """
     token_labels = 0.0
     if model.aux_head is not None:
@@ -219,11 +220,11 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
 
 
 class FusedForward:
-    """The forward pass of a model on the CPU; several threads may call it at a time.
+    """The forward pass of a model on the CPU; several threads may call it concurrently.
 
     Args:
-        model: the model; changed parameters are noticed and packed again.
-        dtype: of the packed weights of the blocks, see `pack_model`.
+        model: the model; if its parameters change, they are packed again.
+        dtype: dtype of the packed weights of the blocks, see `pack_model`.
     """
 
     def __init__(self, model: ReViT, dtype: torch.dtype | None = None) -> None:
@@ -248,7 +249,7 @@ class FusedForward:
     def _tokens(self, images: PatchRows, n_pooled: int) -> tuple[Packed, Tensor, Tensor]:
         model = self._model
         seqlens = [h * w for h, w in images.grids]
-        with self._lock:  # what is derived from the parameters; the work itself needs no turns
+        with self._lock:  # guards only the derived data; the forward pass needs no lock
             packed = self._current()
             weights = packed.weights
             if images.normalization is not None and packed.stem is None:

@@ -1,16 +1,18 @@
-"""Replaying a model's forward pass from CUDA graphs instead of launching kernels one by one.
+"""Replays a model's forward pass from CUDA graphs instead of launching kernels one by one.
 
 A graph replays fixed shapes, so batches are rounded up to buckets:
 
-- Patch rows: multiples of 128 up to 1,024, then eight sizes an octave, so that beyond 1,024 rows less than 12.5 % of
-  the real rows are added. What is added is padding, whose result every op leaves zero.
-- Sequences: as many slots as the bucket holds sequences of the shortest configured length (doubled where a batch of
-  smaller images needs more). Slots without an image are sequences of no patches. `assemble_tokens` still writes their
-  prefix tokens, but the layout of the tokens ends before them: for every later op they are padding and cost no tile.
-- Tiles of each class: grown to what the bucket's batches needed so far, rounded up; a class never met launches nothing.
+- Patch rows: multiples of 128 up to 1,024, then eight sizes per octave, so that beyond 1,024 rows less than 12.5 % of
+  the real rows are added. The added rows are padding; every op leaves their results zero.
+- Sequences: one slot for each sequence of the shortest configured length that fits into the bucket (doubled if a batch
+  of smaller images needs more). Slots without an image are sequences without patches. `assemble_tokens` still writes
+  their prefix tokens, but the layout of the tokens ends before them: for every later op they are padding and cost no
+  tile.
+- Tiles of each class: the most that the bucket's batches have needed so far, rounded up. A class that has not occurred
+  launches nothing.
 
-Everything up to the replay is host arithmetic on lengths that the host knows: no device memory is read back, and all
-index tensors of a batch travel in one copy.
+Everything up to the replay is host arithmetic on lengths that the host knows: no device memory is read back, and one
+copy transfers all index tensors of a batch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from revit_fast.models.vit import Inputs, PatchRows, ReViT
 from revit_fast.packing import Layout, work_list
 
 MAX_ROWS = 16384
-"""Patch rows of the largest bucket: what a graph may hold on to in memory grows with it."""
+"""Patch rows of the largest bucket. The memory that a graph keeps grows with it."""
 
 MAX_GRAPHS = 48
 """Graphs kept; the least recently used one goes first. A stream of all batch sizes up to `MAX_ROWS` needs 40."""
@@ -50,7 +52,10 @@ class Bucket(NamedTuple):
 
 
 def round_up(n: int, step: int, steps_per_octave: int) -> int:
-    """`n` rounded up to a multiple of `step`, and of its power of two over `steps_per_octave` (both powers of two)."""
+    """Rounds `n` up to a multiple of `step` and of its octave over `steps_per_octave`.
+
+    The octave is the largest power of two below `n`. Both arguments are powers of two.
+    """
     octave = 1 << max(n - 1, 0).bit_length() >> 1
     step = max(step, octave // steps_per_octave)
     return -(-n // step) * step
@@ -61,7 +66,7 @@ def bucket_of(n_rows: int, n_sequences: int, shortest: int) -> Bucket:
 
     Args:
         n_rows: patch rows of the batch.
-        n_sequences: its images.
+        n_sequences: number of images of the batch.
         shortest: patches of the shortest configured length.
     """
     rows = round_up(max(n_rows, 1), 128, 8)
@@ -72,13 +77,13 @@ def bucket_of(n_rows: int, n_sequences: int, shortest: int) -> Bucket:
 
 
 def tile_capacity(counts: Sequence[int], known: Sequence[int] | None, n_tokens: int, n_sequences: int) -> tuple:
-    """Tiles of each class that a graph has room for: at least `counts` and what is known, with room to grow.
+    """Number of tiles of each class that a graph has room for: at least `counts` and `known`, with room to grow.
 
     Args:
         counts: tiles of each class of the batch at hand.
-        known: the capacity that the batch did not fit; None for the bucket's first batch.
-        n_tokens: rows of tokens in the bucket, which bound the tiles of any batch.
-        n_sequences: its slots.
+        known: the capacity that was too small for the batch; None for the bucket's first batch.
+        n_tokens: token rows of the bucket; they bound the number of tiles of any batch.
+        n_sequences: slots of the bucket.
     """
     known = known or (0,) * len(counts)
     fewest_keys = (1, *(keys + 1 for keys in KEY_CLASSES), n_tokens + 1)  # the last: padding is one sequence
@@ -97,7 +102,7 @@ class Index(NamedTuple):
 
     Attributes:
         patch_cu_seqlens: int32 `[S + 1]` of the patch rows; slots without an image are empty.
-        cu_seqlens: the same of the tokens, which ends behind the last real token.
+        cu_seqlens: int32 `[S + 1]` of the tokens; it ends after the last real token.
         length_index: int32 `[S]`.
         pos_offset: int32 `[S]`.
         tiles: int32 `[n_tiles, 3]`, class by class; rows without work have class -1.
@@ -111,7 +116,7 @@ class Index(NamedTuple):
 
     @staticmethod
     def slices(bucket: Bucket, capacity: Sequence[int]) -> list[slice]:
-        """Where each part lies."""
+        """The slice of the vector for each tensor."""
         slots = bucket.n_sequences
         sizes = (slots + 1, slots + 1, slots, slots, 3 * sum(capacity))
         begins = accumulate((-(-size // 4) * 4 for size in sizes[:-1]), initial=0)
@@ -119,20 +124,20 @@ class Index(NamedTuple):
 
     @classmethod
     def over(cls, vector: np.ndarray | Tensor, bucket: Bucket, capacity: Sequence[int]) -> Index:
-        """The parts of `vector`."""
+        """The index tensors as views of `vector`."""
         parts = [vector[part] for part in cls.slices(bucket, capacity)]
         return cls(*parts[:-1], parts[-1].reshape(-1, 3))
 
 
 class Batch(NamedTuple):
-    """What the host knows of a batch.
+    """What the host knows about a batch.
 
     Attributes:
         seqlens: patches of every image.
-        length_index: index of the configured length of each.
+        length_index: index of the configured length of each image.
         pos_offset: first row of each image's grid in the position table.
         n_prefix: prefix tokens of a sequence.
-        bucket: where the batch belongs.
+        bucket: bucket of the batch.
     """
 
     seqlens: list[int]
@@ -143,16 +148,16 @@ class Batch(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Real tokens."""
+        """Number of real tokens."""
         return sum(self.seqlens) + self.n_prefix * len(self.seqlens)
 
     @property
     def n_token_rows(self) -> int:
-        """Rows of tokens in the bucket, padding included."""
+        """Number of token rows of the bucket, including padding."""
         return self.bucket.n_rows + self.n_prefix * self.bucket.n_sequences
 
     def work(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Tiles over the tokens of the bucket, prefix tokens of empty slots being padding, and the count per class."""
+        """Tiles over the bucket's tokens (prefix tokens of empty slots are padding), and their number per class."""
         n_padding = self.n_token_rows - self.n_tokens
         work = work_list([n + self.n_prefix for n in self.seqlens], n_padding=n_padding)
         return work.tiles.numpy(), work.counts
@@ -176,7 +181,7 @@ class Batch(NamedTuple):
 
 
 class GraphKey(NamedTuple):
-    """What decides a batch's graph: its bucket, the dtype of its rows, whether they await their normalisation."""
+    """Selects a batch's graph: its bucket, the dtype of its rows, and whether they must still be normalised."""
 
     bucket: Bucket
     dtype: torch.dtype
@@ -187,9 +192,9 @@ class Graph(NamedTuple):
     """A forward pass over static memory.
 
     Attributes:
-        capacity: tiles of each class.
+        capacity: number of tiles of each class.
         index: the vector that a batch's index tensors are copied to.
-        replay: computes the output from what the static memory holds.
+        replay: computes the output from the content of the static memory.
     """
 
     capacity: tuple[int, ...]
@@ -198,7 +203,7 @@ class Graph(NamedTuple):
 
 
 class CudaGraphs:
-    """Captures functions as CUDA graphs; they share one memory pool, as no two run at a time.
+    """Captures functions as CUDA graphs. They share one memory pool because no two run at the same time.
 
     No test executes this: `docs/gpu.md` says what has run on a GPU.
     """
@@ -210,7 +215,7 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def turn(self):
-        """The device's turn: a call on another stream than the one before waits for it, as they share memory."""
+        """Gives the device to one call: it waits for the previous call's stream, because both share memory."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             if self.stream is not None and self.stream != stream:
@@ -259,7 +264,7 @@ class DirectCalls:
 
 
 BACKENDS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraphs}
-"""Device type -> what captures on it; on any other device an optimised model runs eagerly."""
+"""The class that captures graphs, by device type; on any other device an optimised model runs eagerly."""
 
 
 def _version(t: Tensor) -> int:
@@ -267,13 +272,13 @@ def _version(t: Tensor) -> int:
 
 
 class GraphCache:
-    """Runs a model through graphs, one a bucket and row dtype, over static memory that they share.
+    """Runs a model through graphs, one per bucket and row dtype, over static memory that they share.
 
     Args:
         model: the model; its parameters may change later, which drops the graphs.
         backend: `CudaGraphs`, or a stand-in.
         max_rows: patch rows of the largest bucket.
-        max_graphs: graphs kept.
+        max_graphs: number of graphs kept.
     """
 
     def __init__(self, model: ReViT, backend: Any, max_rows: int, max_graphs: int) -> None:
@@ -293,7 +298,7 @@ class GraphCache:
         self._folded_source: Any = None
 
     def bucket(self, images: PatchRows) -> Bucket | None:
-        """The batch's bucket; None for a batch that no graph serves: without images, or beyond the largest bucket."""
+        """The batch's bucket; None if no graph serves the batch: it has no images or exceeds the largest bucket."""
         bucket = bucket_of(images.rows.shape[0], len(images.grids), self._model.lengths[-1])
         return bucket if images.grids and bucket.n_rows <= self._max_rows else None
 
@@ -317,7 +322,7 @@ class GraphCache:
         return Batch(seqlens, nearest_lengths(seqlens, model.lengths), offsets, model.num_prefix_tokens, bucket)
 
     def _fill(self, images: PatchRows, bucket: Bucket) -> GraphKey:
-        """Brings rows, position table and folded embedding into static memory."""
+        """Copies rows, position table and folded embedding into static memory."""
         model, rows = self._model, images.rows
         # The copy converts float rows to the model's dtype; pixels stay bytes.
         dtype = torch.uint8 if rows.dtype == torch.uint8 else model.pos_embed.dtype
@@ -334,7 +339,7 @@ class GraphCache:
     def _fill_table(self, table: Tensor) -> None:
         if table is self._table_source:
             return
-        if self._table is None or self._table.shape[0] < table.shape[0]:  # grids were met for which there is no room
+        if self._table is None or self._table.shape[0] < table.shape[0]:  # there is no room for new grids
             self._table = table.new_zeros(2 * table.shape[0], table.shape[1])
             self.graphs.clear()
         self._table[: table.shape[0]].copy_(table)
@@ -358,7 +363,7 @@ class GraphCache:
         self._folded_source = source
 
     def _graph(self, key: GraphKey, batch: Batch, counts: Sequence[int]) -> Graph:
-        """The batch's graph: a kept one with room for its tiles, else a new one."""
+        """The batch's graph: an existing one with room for its tiles, else a new one."""
         graph = self.graphs.get(key)
         if graph is None or any(count > room for count, room in zip(counts, graph.capacity, strict=True)):
             known = None if graph is None else graph.capacity

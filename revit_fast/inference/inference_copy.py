@@ -1,4 +1,4 @@
-"""What optimised copies of models have in common."""
+"""The base class of optimised copies of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`optimize`: an inference copy of a model, fused over packed weights on a CPU, replayed from CUDA graphs on a GPU."""
+"""`optimize`: an inference copy of a model, fused with packed weights on a CPU, replayed from CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
         self._fused = FusedForward(self, self._packed_dtype)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
-        """Logits as of `ReViT.forward`, without autograd."""
+        """Logits as in `ReViT.forward`, without autograd."""
         return self._as_given(self._logits(x), x)
 
     def _logits(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
@@ -86,7 +86,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
 
 
 def check_integer_device(device: torch.device) -> None:
-    """Raises a ValueError where there are no kernels for int8 weights."""
+    """Raises a ValueError if there are no kernels for int8 weights."""
     if device.type != "cpu":
         raise ValueError(
             f"dtype: torch.int8 is served on the CPU only, and the model is on {device}; use bfloat16 there"
@@ -96,42 +96,44 @@ def check_integer_device(device: torch.device) -> None:
 def optimize(
     model: ReViT, dtype: torch.dtype | None = None, *, max_rows: int = MAX_ROWS, max_graphs: int = MAX_GRAPHS
 ) -> OptimizedReViT:
-    """An inference copy of `model`: same calls, same results within rounding, `model` itself untouched.
+    """An inference copy of `model` with the same methods and, within rounding, the same results; `model` is unchanged.
 
-    On a CPU `forward` and `forward_features` run fused, over weights that the first call packs (the copy then holds
-    them twice: packed, and as its parameters). An image's result is bitwise the same whatever else is in its batch.
-    bfloat16 weights take half the memory and are widened as they are read: all arithmetic stays in float32. Several
-    threads may call the copy concurrently.
+    On a CPU `forward` and `forward_features` run fused. The first call packs the weights; the copy then holds them
+    twice, packed and as its parameters. An image's result is bitwise the same whatever else is in its batch. bfloat16
+    weights take half the memory. They are widened when they are read, so all arithmetic is in float32. Several threads
+    may call the copy concurrently.
 
-    int8, on a CPU only, trades accuracy for speed and a quarter of the memory: the weights of the blocks are rounded to
-    symmetric 8-bit integers, with a scale for every output, and so is each row that meets them, with a scale for every
-    part of at most 512 values (`ops.packed_linear`); sums of their products are exact within a part. Embedding,
-    attention, norms, residuals, activations and head stay in float32, as do the parameters, and whatever does not run
-    fused. docs/notes/cpu-engine.md says what it costs and gains; check your own model's accuracy.
+    int8, on a CPU only, is faster and takes a quarter of the memory, but is less accurate. The weights of the blocks
+    are rounded to symmetric 8-bit integers, with a scale for every output. Each row that is multiplied by them is
+    rounded too, with a scale for every part of at most 512 values (`ops.packed_linear`). Sums of products are exact
+    within a part. Embedding, attention, norms, residuals, activations and head stay in float32, as do the parameters
+    and everything that does not run fused. docs/notes/cpu-engine.md lists costs and gains; check the accuracy of your
+    own model.
 
-    On a GPU the forward pass is replayed from CUDA graphs, so that launching costs one call. A graph is captured when a
-    batch of a new shape comes; shapes are rounded up, see `inference.cuda_graphs`. A batch may stay on the CPU, best as
-    uint8 rows: these are copied once, and their normalisation is folded into the embedding. Hooks run at capture only;
-    batches beyond `max_rows` and every other method run eagerly. Calls from several threads take turns.
+    On a GPU the forward pass is replayed from CUDA graphs, so one call launches all kernels. A graph is captured for
+    the first batch of a new shape; shapes are rounded up, see `inference.cuda_graphs`. A batch may be on the CPU,
+    ideally as uint8 rows: these are copied once, and their normalisation is folded into the embedding. Hooks run only
+    at capture. Batches beyond `max_rows` and all other methods run eagerly. Calls from several threads run one after
+    another.
 
-    float64 models, other methods and code under `torch.compile` run the model's own code, and so does a CPU without the
-    C++ extension. Changed parameters (`load_state_dict`, `.to`, in-place updates, new modules) are noticed; writes
-    through `.data` that keep its memory are not. Pickles and deep copies hold parameters only and derive the rest anew.
+    float64 models, other methods, code under `torch.compile` and a CPU without the C++ extension use the model's own
+    code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules), but not writes
+    through `.data` that keep its memory. Pickles and deep copies contain only the parameters and derive the rest again.
 
-    The process keeps freed memory from the first copy on, see `revit_fast.io.memory.keep_freed_pages`.
+    From the first copy on, the process keeps freed memory, see `revit_fast.io.memory.keep_freed_pages`.
 
     Args:
         model: the model to copy.
-        dtype: float32, bfloat16 or float16 of the copy; by default that of the model. Or int8 for the packed weights of
-            a copy in float32.
-        max_rows: patch rows (padding included) of the largest batch that is captured. The graphs share one memory pool,
-            about what the largest of them needs.
-        max_graphs: graphs kept, the least recently used going first.
+        dtype: dtype of the copy, float32, bfloat16 or float16; by default that of the model. int8 means a float32 copy
+            with packed weights in int8.
+        max_rows: patch rows (padding included) of the largest batch that is captured. The graphs share one memory pool
+            of about the size that the largest of them needs.
+        max_graphs: number of graphs kept; the least recently used one is dropped first.
 
     Raises:
-        TypeError: where `model` is no `ReViT`, or for another dtype.
-        ValueError: for bounds below 1; for int8 elsewhere than on a CPU; on a CPU for float16, and for a model with
-            hooks or modules in the place of its own that fused code would not run (names them).
+        TypeError: if `model` is not a `ReViT`, or for another dtype.
+        ValueError: for bounds below 1; for int8 on any device but a CPU; on a CPU for float16, and for a model with
+            hooks or replaced modules that fused code would not run (the message names them).
     """
     if type(model) not in (ReViT, OptimizedReViT):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")

@@ -1,4 +1,4 @@
-"""Noticing that a module's parameters changed, for what is derived from them and kept."""
+"""Notices changes of a module's parameters, so that data derived from them can be updated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Snapshot:
         return [t._version for t in self._versioned]
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether nothing has changed."""
         return (
             all(table.get(name) is value for table, name, value in self._slots)
             and self._read_pointers() == self._pointers

@@ -1,4 +1,4 @@
-"""Layers of a packed ViT. They work on rows `[T, C]` and the `Layout` that says whose rows they are."""
+"""Layers of a packed ViT. They work on rows `[T, C]` and a `Layout` that says which sequence each row belongs to."""
 
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.block import Block, DropPath, LayerScale, ResidualScale

@@ -12,11 +12,11 @@ from revit_fast.packing import Layout
 
 
 class Queries(NamedTuple):
-    """The rows that a layer's result is wanted for, where that is not all of them.
+    """The rows for which a layer computes its result, if these are not all rows.
 
     Attributes:
         rows: int `[Tq]`, indices of the rows, sequence after sequence.
-        layout: their own layout.
+        layout: layout of these rows.
     """
 
     rows: Tensor
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         num_heads: heads.
         head_dim: channels of a head.
         qkv_bias: whether query, key and value have a bias.
-        proj_bias: whether the output projection has one.
+        proj_bias: whether the output projection has a bias.
         proj_drop: dropout after the projection.
     """
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, layout: Layout, queries: Queries | None = None) -> Tensor:
-        """`[T, C]`, or `[Tq, C]` for the rows of `queries` only, which still attend to all rows of their sequence."""
+        """`[T, C]`, or `[Tq, C]` for the rows of `queries` only; they still attend to all rows of their sequence."""
         if queries is None:
             q, k, v = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
             out = ops.varlen_attention(q, k, v, layout.cu_seqlens, tiles=layout.tiles, tile_counts=layout.tile_counts)

@@ -1,4 +1,4 @@
-"""The transformer block, and what scales or drops its branches."""
+"""The transformer block, and the modules that scale or drop its branches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerScale(nn.Module):
 
 
 class ResidualScale(nn.Module):
-    """Divides what a branch adds to the residual stream (LV-ViT, arXiv 2104.10858: `skip_lam`)."""
+    """Divides the output that a branch adds to the residual stream (LV-ViT, arXiv 2104.10858: `skip_lam`)."""
 
     def __init__(self, divisor: float) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def _branch_scale(dim: int, init_values: float | None, divisor: float) -> nn.Mod
 class Block(nn.Module):
     """Pre-norm transformer block over packed rows.
 
-    The residual stream travels as the pair (x, delta) whose sum it is, so that every addition is fused into the norm
+    The residual stream is passed as a pair (x, delta) and is their sum. This way every addition is fused into the norm
     that follows it.
     """
 
@@ -99,14 +99,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Maps the stream x + delta (delta None: x alone) to the next such pair.
+        """Maps the stream x + delta (or x alone if delta is None) to the next such pair.
 
         Args:
-            x: `[T, C]`; or `[B, N, C]` alone, for sequences of one length, and then the next stream is returned so
-                (for code that wants a block's features, as torch.fx does).
+            x: `[T, C]`; or `[B, N, C]` alone, for sequences of one length. The next stream is then returned in this
+                shape (for code that reads a block's features, such as torch.fx).
             delta: `[T, C]` not yet added to x.
-            layout: of x.
-            queries: rows that the result is wanted for; the pair returned then has these rows only.
+            layout: layout of x.
+            queries: rows to compute the result for; the returned pair then has only these rows.
         """
         if x.dim() == 3:
             rows, delta = self.forward(x.flatten(0, 1), None, layout)

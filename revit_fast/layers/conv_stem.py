@@ -1,8 +1,9 @@
 """LV-ViT's convolutional stem ("All Tokens Matter", arXiv 2104.10858) before the patch embedding of packed images.
 
-Its last convolution has a kernel as large as its stride: it is a linear embedding of patches, of the features that the
-convolutions before it make of an image. So an image's patch rows are put together to the image, the convolutions run
-on it, and what they give is cut into rows again, which go through the model as any image's patch rows do.
+The kernel of its last convolution is as large as its stride: this is a linear embedding of patches of the features that
+the earlier convolutions compute. The stem therefore assembles an image from its patch rows, runs the earlier
+convolutions on it, and cuts their features into rows again. These rows pass through the model like the patch rows of an
+image.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 from revit_fast.layers.patch_embed import PatchEmbed, patchify, unpatchify
 
 CONVOLUTIONS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-"""Names of the stem's convolutions and of the norms behind them."""
+"""Names of the stem's convolutions and of the norms after them."""
 
 
 class ConvStem(PatchEmbed):
     """Three convolutions at half the resolution, then the linear embedding of patches of their features.
 
-    Parameters have the names and shapes of the official `PatchEmbed4_2`. An image's border is padded with zeros, so no
-    image sees another. In training, batch norms take their statistics over the images of one grid at a time, and update
-    their running averages once for each grid of a batch.
+    Parameters have the names and shapes of the official `PatchEmbed4_2`. Each image is padded with zeros at its border,
+    so no image sees another. In training, batch norms compute statistics over the images of one grid at a time, and
+    update their running averages once for each grid of a batch.
 
     Args:
         patch_size: P in pixels, even.
@@ -70,21 +71,21 @@ class ConvStem(PatchEmbed):
         return x
 
     def feature_rows(self, rows: Tensor, grids: Sequence[tuple[int, int]], normalization: Tensor | None) -> Tensor:
-        """Rows `[T, (P/2)*(P/2)*stem_chans]` that the embedding takes.
+        """Feature rows `[T, (P/2)*(P/2)*stem_chans]`, the input of the embedding.
 
-        In evaluation on a CPU the convolutions run on one image at a time, which costs nothing there and gives it the
-        same bits in every batch; elsewhere on all images of a grid.
+        In evaluation on a CPU the convolutions run on one image at a time, which costs nothing there and gives an image
+        the same bits in every batch. Otherwise they run on all images of a grid together.
 
         Args:
-            rows: `[T, P*P*in_chans]` patch rows; those beyond the grids are padding and become zero.
+            rows: `[T, P*P*in_chans]` patch rows; rows after those of the grids are padding and become zero.
             grids: (rows, columns) of every image.
-            normalization: `[2, in_chans]` mean and std that uint8 rows await.
+            normalization: `[2, in_chans]` mean and std that must still be applied to uint8 rows.
         """
         alone = not self.training and rows.device.type == "cpu"
         return _uncompiled(_packed_features)(self.features, rows, grids, normalization, self, alone)
 
     def folded(self) -> FoldedStem:
-        """The convolutions in evaluation, each with the norm behind it folded in."""
+        """The convolutions for evaluation, each with the norm after it folded in."""
         folded = []
         for convolution, norm in CONVOLUTIONS:
             conv, bn = getattr(self, convolution), getattr(self, norm)
@@ -112,20 +113,20 @@ class FoldedStem(NamedTuple):
     convolutions: list[FoldedConvolution]
 
     def features(self, images: Tensor) -> Tensor:
-        """As of `ConvStem`, in float32."""
+        """As `ConvStem.features`, in float32."""
         x = images.float()
         for weight, bias, stride, padding in self.convolutions:
             x = F.conv2d(x, weight, bias, stride, padding).relu_()
         return x
 
     def feature_rows(self, rows: Tensor, grids: Sequence[tuple[int, int]], normalization: Tensor | None) -> Tensor:
-        """As of `ConvStem`, in float32, one image at a time."""
+        """As `ConvStem.feature_rows`, in float32, one image at a time."""
         return _uncompiled(_packed_features)(self.features, rows, grids, normalization, self.stem, alone=True)
 
 
 def _uncompiled(function: Callable) -> Callable:
-    """The function as compiled code is to call it, which would else be compiled anew for every mix of grids."""
-    # Not a decorator, which would import the compiler with this module.
+    """Excludes the function from compilation, which would otherwise recompile it for every mix of grids."""
+    # This is not a decorator because a decorator would import the compiler together with this module.
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
@@ -157,7 +158,7 @@ def _packed_features(
 
 
 def _normalised(rows: Tensor, normalization: Tensor) -> Tensor:
-    """uint8 rows `[T, P*P*C]` as ToTensor and Normalize give them, in float32."""
+    """Normalises uint8 rows `[T, P*P*C]` as ToTensor and Normalize do, in float32."""
     mean, std = normalization.to(rows.device, torch.float32)
     pixels = rows.view(rows.shape[0], -1, mean.shape[0]).float()
     return ((pixels / 255 - mean) / std).flatten(1)

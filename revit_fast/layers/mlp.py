@@ -7,11 +7,11 @@ from functools import partial
 from torch import Tensor, nn
 
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "relu": nn.ReLU}
-"""Activations by the names that files and kernels have for them."""
+"""Activations by the names that files and kernels use for them."""
 
 
 def make_activation(activation: str | type[nn.Module] | partial) -> nn.Module:
-    """The module that a constructor, or a name in `ACTIVATIONS`, stands for."""
+    """Makes the module from its constructor or its name in `ACTIVATIONS`."""
     if not isinstance(activation, str):
         return activation()
     if activation not in ACTIVATIONS:
@@ -20,7 +20,7 @@ def make_activation(activation: str | type[nn.Module] | partial) -> nn.Module:
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """The name of an activation in `ACTIVATIONS`; None for another."""
+    """The name of an activation in `ACTIVATIONS`; None if it has none there."""
     if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
         return "gelu_tanh"
     names = {nn.GELU: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -28,7 +28,7 @@ def activation_name(act: nn.Module) -> str | None:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between; parameters as in timm."""
+    """Two linear layers with an activation between them; parameters as in timm."""
 
     def __init__(self, dim: int, hidden: int, act: nn.Module, bias: bool = True, drop: float = 0.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LayerNorm with parameters of its own for every token length."""
+"""LayerNorm with separate parameters for every token length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revit_fast.packing import Layout
 
 
 class TALLayerNorm(nn.Module):
-    """Token-length-aware LayerNorm (ReViT, arXiv 2307.02092): affine parameters of its own for every length.
+    """Token-length-aware LayerNorm (ReViT, arXiv 2307.02092): separate affine parameters for every length.
 
     Args:
         n_lengths: number of configured lengths.
@@ -25,7 +25,7 @@ class TALLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_lengths, dim))
 
     def forward(self, x: Tensor, layout: Layout, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalised rows `[T, C]`, with `residual` also x + residual, both in its dtype."""
+        """Normalised rows `[T, C]`; with `residual` also x + residual, and both have the dtype of `residual`."""
         if residual is not None:
             x = x.to(residual.dtype)
         return ops.tal_layer_norm(

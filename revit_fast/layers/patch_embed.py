@@ -18,14 +18,14 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(rows: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Rows `[B*gh*gw, P*P*C]` as images `[B, C, gh*P, gw*P]`, which lie in channels-last memory."""
+    """Rows `[B*gh*gw, P*P*C]` as images `[B, C, gh*P, gw*P]` in channels-last memory."""
     (h, w), p = grid, patch_size
     patches = rows.reshape(-1, h, w, p, p, rows.shape[1] // (p * p)).permute(0, 1, 3, 2, 4, 5)
     return patches.reshape(-1, h * p, w * p, patches.shape[-1]).permute(0, 3, 1, 2)
 
 
 class FoldedEmbedding(NamedTuple):
-    """A patch embedding that takes raw pixels, their normalisation folded in.
+    """A patch embedding of raw pixels, with their normalisation folded in.
 
     Attributes:
         weight: `[C, P*P*3]`.
@@ -39,12 +39,12 @@ class FoldedEmbedding(NamedTuple):
 class PatchEmbed(nn.Module):
     """Linear embedding of patch rows `[T, P*P*3]`.
 
-    Parameters have the names and shapes of timm's convolution; `proj.weight` `[C, 3, P, P]` lies in channels-last
-    memory, where it is the matrix `[C, P*P*3]` that the rows need, without a copy.
+    Parameters have the names and shapes of timm's convolution; `proj.weight` `[C, 3, P, P]` is in channels-last memory,
+    so that it is the matrix `[C, P*P*3]` for the rows without a copy.
 
     Attributes:
         patch_size: (P, P).
-        grid_size: (rows, columns) of the grid that position embeddings are stored for, under timm's name.
+        grid_size: (rows, columns) of the grid that position embeddings are stored for; the name is timm's.
         num_patches: patches of that grid.
     """
 
@@ -57,14 +57,14 @@ class PatchEmbed(nn.Module):
         self.proj.weight.data = self.proj.weight.data.contiguous(memory_format=torch.channels_last)
 
     def fold(self, normalization: Tensor) -> FoldedEmbedding:
-        """The embedding of raw uint8 rows that await this (mean, std) `[2, 3]` of pixels in [0, 1]."""
+        """The embedding of raw uint8 rows, with this (mean, std) `[2, 3]` of pixels in [0, 1] folded in."""
         weight, bias = self.proj.weight, self.proj.bias
         mean, std = normalization.to(weight.dtype).view(2, 1, -1, 1, 1)
         shift = -(weight * (mean / std)).sum(dim=(1, 2, 3))
         return FoldedEmbedding(self._matrix(weight / (255 * std)), shift if bias is None else bias + shift)
 
     def forward(self, rows: Tensor, normalization: Tensor | FoldedEmbedding | None = None) -> Tensor:
-        """Embeds normalised rows, or raw uint8 rows whose normalization is folded into the weights, here or before."""
+        """Embeds normalised rows, or raw uint8 rows whose normalization is folded into the weights, here or earlier."""
         if isinstance(normalization, Tensor):
             normalization = self.fold(normalization)
         weight, bias = self.matrix() if normalization is None else normalization

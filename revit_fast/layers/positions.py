@@ -1,8 +1,8 @@
 """Position embeddings of many token grids from one stored table.
 
 Resampling is a linear map, whether bicubic and antialiased (timm's `resample_abs_pos_embed`) or linear along each side
-of the grid, so the tables of all grids together are one matrix product with the stored table: built once for inference,
-differentiable in training.
+of the grid, so the tables of all grids together are one matrix product with the stored table. They are built once for
+inference and are differentiable in training.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_EXTRA_GRIDS = 128
-"""Grids beyond the configured ones that are remembered: photographs of all shapes take fewer under three budgets."""
+"""How many grids besides the configured ones are kept: photographs of all shapes need fewer under three budgets."""
 
 
 def resample(patches: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:
-    """Embeddings `[old tokens, C]` of a grid resampled to `[new tokens, C]`; unchanged where the grid stays."""
+    """Resamples the embeddings `[old tokens, C]` of a grid to `[new tokens, C]`; unchanged if both grids are equal."""
     if old_hw == new_hw:
         return patches
     maps = patches.t().reshape(1, -1, *old_hw)
@@ -28,14 +28,15 @@ def resample(patches: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) 
 
 
 class Resampling(NamedTuple):
-    """How the embeddings of any grid follow from the stored ones, as in timm's ViTs and `NaFlexVit`.
+    """How the embeddings of any grid are computed from the stored ones, as in timm's ViTs and `NaFlexVit`.
 
     Attributes:
         base_grid: (rows, columns) of the grid that embeddings are stored for.
-        factorized: embeddings are stored for the rows of the grid and, behind them, for its columns; a patch has the
-            sum of its row's and its column's (NaViT, arXiv 2307.06304). Each side is resampled linearly.
-        keep_aspect: both sides are resampled alike: to a square of the longer one, of which the grid is the upper left
-            part. Else each side is stretched to its own length.
+        factorized: whether embeddings are stored for the rows of the grid, followed by those for its columns. The
+            embedding of a patch is then the sum of its row's and its column's (NaViT, arXiv 2307.06304). Each side is
+            resampled linearly.
+        keep_aspect: whether both sides are resampled by the same factor, to a square with the longer side; the grid is
+            its upper left part. Otherwise each side is stretched to its own length.
     """
 
     base_grid: tuple[int, int]
@@ -55,24 +56,24 @@ class Resampling(NamedTuple):
             rows, columns = stored.split(self.base_grid)
             rows, columns = _resample_line(rows, height)[: grid[0]], _resample_line(columns, width)[: grid[1]]
             return (rows.unsqueeze(1) + columns).flatten(0, 1)
-        if grid == self.base_grid:  # stays as it is, also where the square of its longer side would not
+        if grid == self.base_grid:  # unchanged, even if a resampled square would change it
             return stored
         square = resample(stored, self.base_grid, (height, width))
         return square.unflatten(0, (height, width))[: grid[0], : grid[1]].flatten(0, 1)
 
 
 def _resample_line(embeddings: Tensor, length: int) -> Tensor:
-    """Embeddings `[old length, C]` of one side resampled linearly to `[length, C]`."""
+    """Resamples the embeddings `[old length, C]` of one side linearly to `[length, C]`."""
     if embeddings.shape[0] == length:
         return embeddings
     return F.interpolate(embeddings.t().unsqueeze(0), size=length, mode="linear", align_corners=False)[0].t()
 
 
 class PositionTables:
-    """Tables of the configured grids and of those met since, one grid after another.
+    """Tables of the configured grids and of later ones, one grid after another.
 
     Args:
-        resampling: from the stored table.
+        resampling: how embeddings are computed from the stored table.
         grids: the configured grids.
     """
 
@@ -88,14 +89,14 @@ class PositionTables:
         self._cache: tuple[tuple, Tensor, Tensor] | None = None
 
     def learn(self, grids: Iterable[tuple[int, int]]) -> None:
-        """Makes `grids` known; when too many have been met, all but the configured ones and these are forgotten."""
+        """Adds `grids` to the known ones. If there are too many, only these and the configured ones are kept."""
         new = [grid for grid in dict.fromkeys(grids) if grid not in self._first_row and 0 not in grid]
         if not new:
             return
         if len(self._first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
             self._forget()
             new = list(dict.fromkeys([*self.configured, *new]))
-        with torch.inference_mode(False), torch.no_grad():  # what inference leaves behind must serve training too
+        with torch.inference_mode(False), torch.no_grad():  # tensors kept from inference must also work in training
             identity = torch.eye(self._matrix.shape[1], dtype=torch.float64, device="cpu")
             for grid in new:
                 self._first_row[grid] = self._matrix.shape[0]
@@ -105,7 +106,7 @@ class PositionTables:
         self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def offsets(self, grid_hw: Tensor) -> Tensor:
-        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for one not known.
+        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for an unknown grid.
 
         An empty grid needs no rows and starts at 0.
         """
@@ -115,7 +116,7 @@ class PositionTables:
         return torch.where(same.any(dim=1), offset, torch.where(grid_hw.prod(dim=1) == 0, 0, -1).to(torch.int32))
 
     def _known_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Known grids and their offsets on `device`, copied there once: a copy in every forward would wait for it."""
+        """Known grids and their offsets on `device`, copied once: a copy in every forward pass would wait for it."""
         if torch.compiler.is_compiling():
             return self._grid_hw.to(device), self._offset.to(device)
         if device not in self._placed:
@@ -124,15 +125,15 @@ class PositionTables:
         return self._placed[device]
 
     def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
-        """`offsets` on the host, for grids that are known."""
+        """`offsets` on the host, for known grids."""
         return [0 if 0 in grid else self._first_row[grid] for grid in grids]
 
     def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
         """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.
 
-        Without autograd the table is kept for as long as `pos_embed` stays the same, and grows with the grids. Its
-        values are compared on the CPU, as a write through `.data` leaves no trace; elsewhere its version must do, as a
-        comparison would wait for the device.
+        Without autograd the table is kept while `pos_embed` stays the same, and grows with the grids. On the CPU the
+        values of `pos_embed` are compared, because a write through `.data` leaves its version unchanged. On other
+        devices only the version is checked, because a comparison would wait for the device.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and pos_embed.requires_grad):
             return self._build(pos_embed, n_prefix)
@@ -150,10 +151,10 @@ class PositionTables:
         return self._cache[2]
 
     def _build(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
-        """The table from `first_row` on."""
+        """Builds the table from `first_row` on."""
         stored = wide_patches(pos_embed, n_prefix)
         n_rows = [h * w for (h, w), first in self._first_row.items() if first >= first_row]
-        # A product for each grid: in one of all, a grid's bits would depend on what other grids there are.
+        # Each grid has its own product: in a joint product, a grid's bits would depend on the other grids.
         parts = self._matrix[first_row:].to(stored).split(n_rows)
         return torch.cat([part @ stored for part in parts]).to(pos_embed.dtype)
 

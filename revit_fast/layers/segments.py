@@ -1,4 +1,4 @@
-"""Rows of a pack by the sequence that they belong to."""
+"""Which sequence each row of a pack belongs to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def sequences_of_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def sequence_max(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
-    """Largest value of every channel within each sequence, but for its first `skip` rows.
+    """Largest value of every channel within each sequence, without its first `skip` rows.
 
     Args:
         x: `[T, C]`.
@@ -21,11 +21,11 @@ def sequence_max(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
         skip: leading rows of every sequence to leave out.
 
     Returns:
-        `[B, C]`, zero for a sequence of which no row is left.
+        `[B, C]`, zero for a sequence without remaining rows.
     """
     n_sequences = cu_seqlens.shape[0] - 1
     sequence = sequences_of_rows(x, cu_seqlens)
     rows = torch.arange(x.shape[0], device=x.device)
-    sequence = torch.where(rows < cu_seqlens[sequence] + skip, n_sequences, sequence)  # one more: rows left out
+    sequence = torch.where(rows < cu_seqlens[sequence] + skip, n_sequences, sequence)  # last slot: skipped rows
     out = x.new_zeros(n_sequences + 1, x.shape[1])
     return out.scatter_reduce(0, sequence.unsqueeze(1).expand_as(x), x, "amax", include_self=False)[:-1]

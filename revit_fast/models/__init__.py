@@ -1,1 +1,1 @@
-"""The model: its classes, others' weights, and folders that hold a saved one."""
+"""The model: its classes, weights from other libraries, and folders that hold a saved model."""

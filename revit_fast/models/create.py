@@ -1,4 +1,4 @@
-"""Models by timm's names of their architectures."""
+"""Creates models from timm's architecture names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revit_fast.models.vit import ReViT
 def create_model(
     name: str, grids: Sequence[int] = DEFAULT_GRIDS, weights: str | Path | None = None, **kwargs: Any
 ) -> ReViT:
-    """A ReViT of a timm ViT's architecture.
+    """A ReViT with the architecture of a timm ViT.
 
     Args:
         name: timm's name of a ViT or DeiT, for instance "deit_small_patch16_224".
@@ -24,7 +24,7 @@ def create_model(
 
     Raises:
         ImportError: where timm is not installed.
-        TypeError: for `pretrained`: weights come from a file.
+        TypeError: for `pretrained`, because weights come from a file.
         ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
     """
     try:

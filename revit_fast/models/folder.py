@@ -39,7 +39,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @runtime_checkable
 class Assigner(Protocol):
-    """What a folder needs of a `TokenLengthAssigner`."""
+    """The part of a `TokenLengthAssigner` that a folder uses."""
 
     grids: tuple[int, ...]
     description: str
@@ -59,9 +59,9 @@ def write_folder(
     policy: Any = None,
     card: str | None = None,
 ) -> None:
-    """Writes a folder, all or nothing: a process that is killed meanwhile leaves the folder as it was.
+    """Writes a folder, all or nothing: if the process is killed meanwhile, the folder stays as it was.
 
-    Assigner and policy must have been checked. Arguments as of `save_bundle`.
+    The caller must have checked assigner and policy. The arguments are those of `save_bundle`.
     """
     folder = Path(folder)
     check_replaceable(folder)
@@ -82,7 +82,7 @@ def write_folder(
 
     with replaced_folder(folder) as new:
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))  # save_file would let nobody else read it
+        (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))  # only the owner could read a file of save_file
         if assigner is not None:
             assigner.save(new / ASSIGNER)
         (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -91,7 +91,7 @@ def write_folder(
 
 
 def check_assigner(assigner: Any, grids: tuple[int, ...]) -> None:
-    """Refuses what is no assigner, or one of other grids than the model's."""
+    """Raises an error unless `assigner` is an assigner with the model's grids."""
     if not isinstance(assigner, Assigner):
         raise TypeError(f"tla: expected a TokenLengthAssigner or None, got {type(assigner).__name__}")
     if assigner.grids != grids:
@@ -102,12 +102,12 @@ def check_assigner(assigner: Any, grids: tuple[int, ...]) -> None:
 
 
 def default_policy(model: nn.Module, assigner: Assigner | None) -> Any:
-    """The policy where none is given: what the assigner finds most probable, or the longest grid."""
+    """The default policy: the length that the assigner finds most probable, or the longest grid without an assigner."""
     return ("fixed", model.grids[0]) if assigner is None else "argmax"
 
 
 def complete_settings(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every setting of the preprocessing: as given, else of the model's `pretrained_cfg`, else DeiT's."""
+    """Every setting of the preprocessing: the given one, else that of the model's `pretrained_cfg`, else DeiT's."""
     unknown = sorted(set(given or {}) - set(SETTINGS))
     if unknown:
         raise ValueError(f"settings: expected {', '.join(SETTINGS)}, got {', '.join(unknown)}")
@@ -116,7 +116,7 @@ def complete_settings(model: nn.Module, given: Mapping[str, Any] | None) -> dict
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuses a folder that holds something else than a saved model."""
+    """Raises an error if the folder holds anything other than a saved model."""
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"folder: {folder} exists and is no bundle; give a new or empty folder, or a bundle")
 
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of `config.json`, checked as far as it can be without the model.
 
     Raises:
-        ValueError: where the file cannot be read, is of another program or version, or lacks something.
+        ValueError: if the file cannot be read, comes from another program or version, or is incomplete.
     """
     path = folder / CONFIG
     try:
@@ -155,13 +155,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_model(
     folder: Path, kind: type[M], arguments: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
 ) -> M:
-    """The model of a folder, in evaluation mode; its `pretrained_cfg` holds the settings, and `label_names`.
+    """The model of a folder, in evaluation mode; its `pretrained_cfg` holds the settings and `label_names`.
 
     Args:
-        folder: holds the model.
+        folder: folder that holds the model.
         kind: `ReViT` or a subclass.
-        arguments: of its constructor, in the place of those that were saved.
-        config: of `read_config`, where it has been read already.
+        arguments: constructor arguments that replace the saved ones.
+        config: result of `read_config`, if the file has been read already.
 
     Raises:
         FileNotFoundError: where a file is missing.
@@ -200,13 +200,13 @@ def read_model(
 
 
 def _class_names(model: nn.Module) -> Sequence[str]:
-    """Names of the classes that the model brings, or else their numbers."""
+    """Names of the model's classes, or their numbers if it has no names."""
     names = model.pretrained_cfg.get("label_names") or ()
     return names if len(names) == model.num_classes else range(model.num_classes)
 
 
 def _as_json(policy: Any) -> Any:
-    spec = getattr(policy, "spec", policy)  # of a Policy, or itself
+    spec = getattr(policy, "spec", policy)  # a Policy's spec, or the spec itself
     try:
         return json.loads(json.dumps(spec))
     except TypeError:
@@ -221,7 +221,7 @@ def _keep_other_files(old: Path, new: Path) -> None:
 
 
 def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str, Any]) -> str:
-    """The model card: what is true of the folder by construction, then its own text."""
+    """The model card: facts derived from the model and its settings, then the text given by the user."""
     settings, classes = config["settings"], config["classes"]
     rows = [
         f"| {grid}x{grid} | {grid * model.patch_size} | {n + model.num_prefix_tokens} | "

@@ -1,4 +1,4 @@
-"""Reads a timm `VisionTransformer` or `NaFlexVit`, and refuses by name what ReViT does not have."""
+"""Reads a timm `VisionTransformer` or `NaFlexVit`. Features that ReViT does not have raise an error that names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def require(condition: bool, feature: str) -> None:
-    """Refuses a model that has `feature` where `condition` does not hold."""
+    """Raises an error that `feature` is not supported unless `condition` holds."""
     if not condition:
         raise ValueError(f"vit: {feature} is not supported by ReViT")
 
@@ -71,7 +71,7 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
 
 
 def weights_from_timm(vit: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model that `config_from_timm` reads, under the names of a `VisionTransformer`."""
+    """The state dict of a model that `config_from_timm` accepts, with the names of a `VisionTransformer`."""
     weights = vit.state_dict()
     if not hasattr(vit, "embeds"):
         return weights
@@ -96,7 +96,7 @@ NORMS = ("norm_pre", "norm1", "norm2", "norm", "fc_norm")
 
 
 def _embedding(vit: nn.Module) -> dict[str, Any]:
-    """What a `VisionTransformer` does before its blocks."""
+    """Arguments of `ReViT` for the part of a `VisionTransformer` before its blocks."""
     require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
     embed = vit.patch_embed
     require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
@@ -111,14 +111,14 @@ def _embedding(vit: nn.Module) -> dict[str, Any]:
 
 
 def _naflex_embedding(vit: nn.Module) -> dict[str, Any]:
-    """What a `NaFlexVit` does before its blocks."""
+    """Arguments of `ReViT` for the part of a `NaFlexVit` before its blocks."""
     embeds = vit.embeds
     require(vit.rope is None, "rotary position embedding (rope_type)")
     require(embeds.pos_embed_type != "none", "a model without position embedding (pos_embed='none')")
     require(not embeds.pos_embed_use_grid_sample, "sampling of position embeddings (pos_embed_use_grid_sample)")
     require(embeds.norm_input is None, "a norm of the patches (input_norm_layer)")
     factorized = embeds.pos_embed_type == "factorized"
-    if not factorized:  # the other is always resampled linearly
+    if not factorized:  # factorized embeddings are always resampled linearly
         mode = embeds.pos_embed_interp_mode
         require(mode == "bicubic", f"pos_embed_interp_mode={mode!r}")
         require(getattr(embeds, "pos_embed_antialias", True), "pos_embed_antialias=False")

@@ -1,8 +1,8 @@
-"""Reads transformers' ViT, DeiT and DINOv2 models, and refuses by name what ReViT does not have.
+"""Reads transformers' ViT, DeiT and DINOv2 models. Features that ReViT does not have raise an error that names them.
 
-A model's configuration says what it computes; its state dict is renamed to timm's names. The modules of a ViT have one
+A model's configuration gives its architecture; its state dict is renamed to timm's names. The modules of a ViT have one
 set of names in version 4 of transformers (`encoder.layer.0.attention.attention.query`) and another in version 5
-(`layers.0.attention.q_proj`); both are known.
+(`layers.0.attention.q_proj`); both are supported.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ KINDS = {
     "Dinov2WithRegistersModel": {},
     "Dinov2WithRegistersForImageClassification": {"global_pool": "token_avg"},
 }
-"""Classes that are known, and what each asks of `ReViT` beside its configuration."""
+"""Supported classes, and the arguments of `ReViT` that each needs besides those from its configuration."""
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
-"""Activations that ReViT has, by transformers' names and by its own."""
+"""Activations that ReViT has: transformers' names and ReViT's own."""
 
 LEFT_OUT = re.compile(r"embeddings\.mask_token$|pooler\.")
-"""What plays no part in features and logits."""
+"""Weights that do not affect features and logits."""
 
 NAMES = [
     (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
@@ -54,7 +54,7 @@ NAMES = [
     (r"^(cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
 ]
-"""Patterns of transformers' names and timm's in their place, applied in this order."""
+"""Patterns of transformers' names and their replacements by timm's names, applied in this order."""
 
 
 def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", width // config.num_attention_heads),
         "hidden_dim": int(width * config.mlp_ratio) if is_dino else config.intermediate_size,
         "qkv_bias": config.qkv_bias,
-        # Weights of the scales are loaded; what they would start from matters to new ones only.
+        # The weights of the scales are loaded; their initial value matters only for new models.
         "init_values": (float(config.layerscale_value) or 1.0) if is_dino else None,
         "reg_tokens": getattr(config, "num_register_tokens", 0),
         "no_embed_class": hasattr(config, "num_register_tokens"),
@@ -97,14 +97,15 @@ def state_dict_from_transformers(state_dict: Mapping[str, Tensor], config: Mappi
     """The weights of a plain ViT under timm's names.
 
     Args:
-        state_dict: of a model of transformers.
-        config: what `config_from_transformers` gave for it.
+        state_dict: state dict of a model of transformers.
+        config: result of `config_from_transformers` for the model.
     """
     renamed = {_renamed(name): value for name, value in state_dict.items() if not LEFT_OUT.search(name)}
     token = renamed.pop("embeddings.distillation_token", None)
     if token is not None:
         renamed["dist_token" if config.get("distilled") else "reg_token"] = token
-    if config["no_embed_class"]:  # registers enter after the positions: that of the class token becomes part of it
+    # Registers are inserted after positions are added, so the class token's position becomes part of the token.
+    if config["no_embed_class"]:
         positions = renamed["pos_embed"]
         renamed |= {"cls_token": renamed["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
     for name in [name for name in renamed if ".attn.q." in name]:
@@ -120,7 +121,7 @@ def settings_from_processor(processor: Any) -> dict[str, Any]:
         processor: the processor, or the content of its `preprocessor_config.json`.
 
     Raises:
-        TypeError: for something else.
+        TypeError: if `processor` is neither.
         ValueError: for a setting that revit-fast's preprocessing does not have; the message names it.
     """
     if not isinstance(processor, Mapping):
@@ -153,11 +154,11 @@ def settings_from_processor(processor: Any) -> dict[str, Any]:
 
 
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-"""Of Pillow's numbers, those that revit-fast has."""
+"""Names of the interpolations that revit-fast has, by Pillow's numbers."""
 
 
 def class_names(vit: nn.Module) -> list[str] | None:
-    """Names of the classes in the order of the logits; None where they are transformers' own LABEL_0, LABEL_1, ..."""
+    """Names of the classes in the order of the logits; None for the placeholders LABEL_0, LABEL_1, ..."""
     names = [str(vit.config.id2label.get(i, f"LABEL_{i}")) for i in range(vit.config.num_labels)]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
@@ -195,7 +196,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _side(processor: Mapping[str, Any], name: str) -> int:
-    """Pixels of the shorter side that `size` or `crop_size` stands for."""
+    """The shorter side in pixels that `size` or `crop_size` describes."""
     size = processor.get(name)
     if isinstance(size, int):
         return size

@@ -1,13 +1,13 @@
-"""Where saved models are found: folders, models that the package ships, repositories of the Hugging Face Hub.
+"""Finds saved models: in folders, among those that the package ships, in repositories of the Hugging Face Hub.
 
-The files of a saved model (`folder`) have the names that the Hub knows: what `fit` writes and the commands take can be
-uploaded as it is, assigner included. Weights are read from safetensors only.
+The files of a saved model (`folder`) have the names that the Hub expects: a folder that `fit` writes and the commands
+take can be uploaded unchanged, including the assigner. Weights are read from safetensors only.
 
-`ReViT` has the methods of huggingface_hub's `PyTorchModelHubMixin` but does not inherit from it. That base class would
-make the package import huggingface_hub, and a subclass with it would be another model than `from_timm` returns and
-`optimize` takes. Its loading ignores a missing configuration and tensors of other names, and falls back to pickles; its
-saving removes the old configuration before it writes the new one. Only uploads go through a mixin, made for each.
-Folders are written and read without huggingface_hub.
+`ReViT` has the methods of huggingface_hub's `PyTorchModelHubMixin` but does not inherit from it. With that base class
+the package would have to import huggingface_hub, and a subclass with it would not be the class that `from_timm` returns
+and `optimize` takes. The mixin's loading ignores a missing configuration and tensors of other names, and falls back to
+pickles. Its saving removes the old configuration before it writes the new one. Only uploads use the mixin, with a new
+instance for each upload. Folders are written and read without huggingface_hub.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SHIPPED = Path(__file__).parents[1] / "zoo"
 """The folder of the models that the package ships."""
 
 SCHEME = "hf-hub:"
-"""Marks a repository where a folder may be meant, as in timm: `hf-hub:user/name` or `hf-hub:user/name@revision`."""
+"""Prefix that marks a repository and not a folder, as in timm: `hf-hub:user/name` or `hf-hub:user/name@revision`."""
 
 PARTS = ("tla", "classes", "settings", "policy", "card")
-"""What a folder holds beside the model; arguments of `save_bundle`."""
+"""Contents of a folder besides the model, as named by the arguments of `save_bundle`."""
 
 M = TypeVar("M", bound="Pretrained")
 
 
 class Pretrained:
-    """The methods of a `ReViT` that save it, load it, and bring it to the Hub."""
+    """The methods of a `ReViT` that save it, load it, and upload it to the Hub."""
 
     def save_pretrained(
         self,
@@ -47,13 +47,13 @@ class Pretrained:
 
         Args:
             save_directory: a new or empty folder, or a saved model to replace; other files in it are kept.
-            push_to_hub: also upload it.
+            push_to_hub: whether to upload the folder too.
             repo_id: "user/name" of the repository; by default the folder's name.
-            **options: tla (the assigner), classes, settings, policy (with an assigner) and card, as of `save_bundle`;
-                with `push_to_hub` also those of an upload.
+            **options: tla (the assigner), classes, settings, policy (with an assigner) and card, see `save_bundle`;
+                with `push_to_hub` also the options of an upload.
 
         Returns:
-            The address of the upload, where there was one.
+            The address of the upload; None without one.
 
         Raises:
             TypeError, ValueError: for an unknown option; see `save_bundle`.
@@ -66,13 +66,13 @@ class Pretrained:
         return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes to the Hub, in one commit.
+        """Uploads the files that `save_pretrained` writes to the Hub, in one commit.
 
         Args:
-            repo_id: "user/name" of the repository, which is made where there is none.
-            **options: tla (the assigner), classes, settings, policy (with an assigner) and card, as of `save_bundle`;
-                and of `huggingface_hub.ModelHubMixin.push_to_hub`: commit_message, private, token, branch, create_pr,
-                allow_patterns, ignore_patterns, delete_patterns.
+            repo_id: "user/name" of the repository, which is created if it does not exist.
+            **options: tla (the assigner), classes, settings, policy (with an assigner) and card, see `save_bundle`; and
+                options of `huggingface_hub.ModelHubMixin.push_to_hub`: commit_message, private, token, branch,
+                create_pr, allow_patterns, ignore_patterns, delete_patterns.
 
         Returns:
             The address of the commit.
@@ -113,17 +113,17 @@ class Pretrained:
         local_files_only: bool = False,
         **arguments: Any,
     ) -> M:
-        """A saved model, in evaluation mode; `revit_fast.load` also brings its assigner and policy.
+        """A saved model, in evaluation mode; `revit_fast.load` also loads its assigner and policy.
 
         Args:
             pretrained_model_name_or_path: a folder; the name of a model that the package ships; or a repository of the
-                Hub, "user/name", with or without "hf-hub:" before it and "@revision" behind it.
+                Hub, "user/name", with or without the prefix "hf-hub:" and the suffix "@revision".
             revision: branch, tag or commit of the repository.
             cache_dir: where downloads are kept; by default huggingface_hub's.
-            token: of the Hub; by default that of the login.
-            force_download: download again what is there.
-            local_files_only: take what is there.
-            **arguments: arguments of the constructor that replace the saved ones: drop_path_rate, ...
+            token: access token of the Hub; by default that of the login.
+            force_download: whether to download files again that are already there.
+            local_files_only: whether to use only files that are already there.
+            **arguments: constructor arguments that replace the saved ones, for example drop_path_rate.
 
         Raises:
             FileNotFoundError: where a file is missing.
@@ -148,7 +148,7 @@ def find_bundle(name_or_folder: str | os.PathLike) -> Path:
         name_or_folder: see `revit_fast.streaming.bundle.read_bundle`.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if there is none.
         ImportError, OSError: see `download`.
     """
     if isinstance(name_or_folder, str) and name_or_folder.startswith(SCHEME):
@@ -168,7 +168,7 @@ def find_bundle(name_or_folder: str | os.PathLike) -> Path:
 
 
 def is_bundle(name_or_folder: str | os.PathLike) -> bool:
-    """Whether this is a path, a repository or the name of a shipped model, rather than that of a timm architecture."""
+    """Whether this is a path, a repository or the name of a shipped model, and not that of a timm architecture."""
     return _is_path(name_or_folder) or name_or_folder.startswith(SCHEME) or name_or_folder in shipped_names()
 
 
@@ -186,13 +186,14 @@ def download(repo_id: str, *, revision: str | None = None, **options: Any) -> Pa
     """The folder that holds a repository's files, downloaded now or earlier.
 
     Args:
-        repo_id: "user/name", with or without "hf-hub:" before it and "@revision" behind it.
+        repo_id: "user/name", with or without the prefix "hf-hub:" and the suffix "@revision".
         revision: branch, tag or commit.
-        **options: of `huggingface_hub.snapshot_download`: cache_dir, token, force_download, local_files_only, ...
+        **options: options of `huggingface_hub.snapshot_download`: cache_dir, token, force_download, local_files_only,
+            ...
 
     Raises:
         ImportError: where huggingface_hub is not installed.
-        OSError: where the Hub does not give it; the message says why.
+        OSError: if the Hub does not provide the repository; the message says why.
     """
     name, _, tail = repo_id.removeprefix(SCHEME).partition("@")
     hub = _huggingface_hub(f"{repo_id!r} is no folder here, and repositories of the Hub need")
@@ -207,7 +208,7 @@ def download(repo_id: str, *, revision: str | None = None, **options: Any) -> Pa
 
 
 def _uploader(write: Callable[[Path], None]):
-    """huggingface_hub's mixin over what `write` puts into a folder."""
+    """An instance of huggingface_hub's mixin that uploads the files that `write` puts into a folder."""
 
     class Uploader(_huggingface_hub("push_to_hub needs").PyTorchModelHubMixin):
         def _save_pretrained(self, save_directory: Path) -> None:

@@ -1,11 +1,11 @@
-"""LV-ViT ("All Tokens Matter", arXiv 2104.10858) as a ReViT: its architectures, and models of the official weights.
+"""LV-ViT ("All Tokens Matter", arXiv 2104.10858) as a ReViT: its architectures, and models with the official weights.
 
 LV-ViT differs from DeiT in a convolutional stem (`ConvStem`), in branches that are divided by a constant before
 they are added to the residual stream, in an MLP of three times the width, and in projections of queries, keys and
-values without bias. State dicts have the official names, norm parameters a leading length axis.
+values without bias. State dicts have the official names; norm parameters have a leading length axis.
 
-The official models were trained with a second head that classifies every patch token; at inference half the largest
-of its logits is added to the class token's. Here that head is off unless `aux_head=True` asks for it.
+The official models were trained with a second head that classifies every patch token; at inference half the largest of
+its logits is added to the class token's. Here that head is off unless `aux_head=True`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "m": SHARED | {"embed_dim": 512, "depth": 20, "num_heads": 8, "stem_chans": 64, "residual_scale": 2.0},
     "l": SHARED | {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem_chans": 128, "residual_scale": 3.0},
 }
-"""Arguments of `ReViT` by the size's letter."""
+"""Arguments of `ReViT` by the letter of the size."""
 
 CROP_PCT = {"t": 0.9, "s": 0.9, "m": 1.0, "l": 1.0}
 MLP_RATIO = 3
@@ -69,18 +69,19 @@ def from_lvvit_state_dict(
 ) -> ReViT:
     """A ReViT in evaluation mode with the weights of an official LV-ViT, its LayerNorms repeated for every length.
 
-    At any single grid the result equals the original's at that input size. Architecture is read from the shapes.
+    For images of a single grid the result equals that of the original at that input size. The architecture is read from
+    the shapes.
 
     Args:
-        state_dict: of the official `LV_ViT` with its stem `PatchEmbed4_2` or `PatchEmbed4_2_128`.
+        state_dict: state dict of the official `LV_ViT` with its stem `PatchEmbed4_2` or `PatchEmbed4_2_128`.
         grids: configured token grids, strictly decreasing.
         num_heads: attention heads; by default those of the official model of this width.
-        residual_scale: its `skip_lam`; likewise.
-        aux_head: add half the largest token-label logits, as the original does at inference; by default they are left
-            out.
+        residual_scale: its `skip_lam`; by default that of the same official model.
+        aux_head: whether to add half the largest token-label logits, as the original does at inference.
 
     Raises:
-        ValueError: where weights are missing, are of another architecture, or do not say how many heads there are.
+        ValueError: if weights are missing or are of another architecture, or if the number of heads is not given by
+            them.
     """
     expected = ["pos_embed", "patch_embed.conv1.weight", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
     expected += ["blocks.0.attn.proj.weight", *["aux_head.weight"] * aux_head]

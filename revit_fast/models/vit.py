@@ -1,7 +1,7 @@
-"""ReViT: one Vision Transformer for several token lengths, every length of a batch in one packed forward pass.
+"""ReViT: one Vision Transformer for several token lengths; one packed forward pass computes all lengths of a batch.
 
 The method is "Make A Long Image Short" (arXiv 2307.02092); names, meanings and state-dict keys are those of timm's
-`VisionTransformer`, norm parameters with a leading length axis.
+`VisionTransformer`; norm parameters have a leading length axis.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from revit_fast.models.weights import load_fitting, read_checkpoint
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, PackedBatch, image_grid, nearest_length, patch_rows
 
-# torch.fx cannot trace what checks its arguments or makes tensors of a size that it does not know.
+# torch.fx cannot trace functions that check their arguments or make tensors of a size that it does not know.
 fx.wrap("assemble_tokens")
 fx.wrap("mean_pool")
 fx.wrap("sequence_max")
@@ -45,12 +45,13 @@ class Inputs(NamedTuple):
     """A batch on its way into the model.
 
     Attributes:
-        rows: `[Tp, P*P*3]` patch rows; of a model with a convolutional stem, those of its features.
+        rows: `[Tp, P*P*3]` patch rows; for a model with a convolutional stem, the rows of its features.
         cu_seqlens: int32 `[B + 1]` of the patches.
-        layout: of the tokens, prefix tokens included.
+        layout: layout of the tokens, including prefix tokens.
         pos_table: `[R, C]` position embeddings of several grids, one after another.
         pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
-        normalization: `[2, 3]` mean and std that uint8 rows await, or an embedding with it folded in.
+        normalization: `[2, 3]` mean and std that must still be applied to uint8 rows, or an embedding with them folded
+            in.
     """
 
     rows: Tensor
@@ -62,12 +63,12 @@ class Inputs(NamedTuple):
 
 
 class PatchRows(NamedTuple):
-    """Patch rows of a batch and what the host knows of them.
+    """Patch rows of a batch and what the host knows about them.
 
     Attributes:
         rows: `[Tp, P*P*3]`, one image after another, without padding.
         grids: (rows, columns) of every image.
-        normalization: `[2, 3]` mean and std that uint8 rows await.
+        normalization: `[2, 3]` mean and std that must still be applied to uint8 rows.
     """
 
     rows: Tensor
@@ -84,14 +85,14 @@ def uniform_inputs(
     n_prefix: tuple[int, int],
     lengths: Sequence[int],
 ) -> Inputs:
-    """Inputs for images of one size by tensor arithmetic alone, so that a compiler sees no host-side packing.
+    """Inputs for images of one size by tensor arithmetic only, so that a compiler sees no packing on the host.
 
     Args:
         x: `[B, C, gh*P, gw*P]`.
         pos_embed: the model's stored position embeddings.
         patch_size: P in pixels.
-        resampling: of `pos_embed` to other grids.
-        n_prefix: prefix tokens, and how many of them `pos_embed` has rows for.
+        resampling: how `pos_embed` is resampled to other grids.
+        n_prefix: number of prefix tokens, and the number of those that have a row in `pos_embed`.
         lengths: the configured lengths.
     """
     grid_h, grid_w = image_grid(x[0], patch_size, "x")
@@ -106,7 +107,7 @@ def uniform_inputs(
 
 @fx.wrap
 def rows_apart(rows: Tensor, layout: Layout) -> Layout:
-    """Layout of pooled rows: one for every sequence of `layout`."""
+    """Layout of pooled rows, one row for every sequence of `layout`."""
     sequences = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=torch.int32)
     return Layout(sequences, layout.length_index, None)
 
@@ -115,8 +116,9 @@ class ReViT(Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
-    every side a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length nearest
-    to its number of patches, ties to the longer. Any grid may come; position embeddings are resampled to it as in timm.
+    every side must be a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length
+    nearest to its number of patches; ties go to the longer. An image may have any grid; position embeddings are
+    resampled to it as in timm.
 
     Args:
         grids: configured square token grids, strictly decreasing; index 0 is the longest.
@@ -133,7 +135,7 @@ class ReViT(Pretrained, nn.Module):
         hidden_dim: width of the MLP; default 4 * embed_dim.
         qkv_bias, proj_bias, mlp_bias, patch_bias: which linear layers have a bias.
         init_values: initial LayerScale; None for no LayerScale.
-        residual_scale: what the blocks' branches are divided by before they are added (LV-ViT's `skip_lam`).
+        residual_scale: divisor of the blocks' branches before they are added (LV-ViT's `skip_lam`).
         stem_chans: channels of LV-ViT's convolutional stem, see `ConvStem`; None: patches are embedded directly.
         aux_head: LV-ViT's token-label head: half the largest of its logits over the patch tokens is added to those of
             the class token.
@@ -141,14 +143,14 @@ class ReViT(Pretrained, nn.Module):
         reg_tokens: number of register tokens.
         distilled: DeiT's distillation token and second head.
         no_embed_class: prefix tokens carry no position embedding.
-        pos_factorized: position embeddings are stored for rows and columns apart, see `Resampling`.
-        pos_keep_aspect: position embeddings of both sides are resampled alike, see `Resampling`.
+        pos_factorized: position embeddings are stored separately for rows and columns, see `Resampling`.
+        pos_keep_aspect: position embeddings of both sides are resampled by the same factor, see `Resampling`.
         pre_norm: a norm between embedding and blocks.
         final_norm: a norm after the blocks.
-        fc_norm: apply the final norm after pooling; default: where global_pool is "avg".
+        fc_norm: apply the final norm after pooling; default: if global_pool is "avg".
         pool_include_prefix: "avg" pools the prefix tokens too.
         act_layer: activation of the MLP: its constructor, or one of the names in `layers.ACTIVATIONS`.
-        eps: of every norm.
+        eps: added to the variance in every norm.
         drop_rate, pos_drop_rate, proj_drop_rate: dropout before the head, of the embedding, after projections.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
     """
@@ -258,7 +260,7 @@ class ReViT(Pretrained, nn.Module):
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
         use_fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
-        # Which norms there are does not follow from a pooling that reset_classifier may change.
+        # fc_norm is stored because reset_classifier may change the pooling that it defaults to.
         self._arguments = arguments | {"grids": self.grids, "base_grid": self.base_grid, "fc_norm": use_fc_norm}
         self.norm = norm() if final_norm and not use_fc_norm else nn.Identity()
         self.fc_norm = norm() if final_norm and use_fc_norm else nn.Identity()
@@ -272,7 +274,7 @@ class ReViT(Pretrained, nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments that give this architecture, as JSON values; `from_config` takes them.
+        """The constructor's arguments for this architecture as JSON values; `from_config` accepts them.
 
         Raises:
             ValueError: for an activation that has no name in `layers.ACTIVATIONS`.
@@ -296,7 +298,7 @@ class ReViT(Pretrained, nn.Module):
 
     @classmethod
     def unsaid_arguments(cls, config: Mapping[str, Any]) -> list[str]:
-        """Arguments of a subclass's own that `config` leaves out: the model that was saved may have had others."""
+        """Arguments that only the subclass has and `config` lacks: the saved model may have had other values."""
         rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         named = {n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind not in rest}
         return sorted(named - set(inspect.signature(ReViT.__init__).parameters) - set(config))
@@ -315,7 +317,7 @@ class ReViT(Pretrained, nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels that the head reads, under timm's name."""
+        """Number of channels that the head reads; the name is timm's."""
         return self.embed_dim * (2 if self.global_pool == "token_avg" else 1)
 
     def _linear_head(self) -> nn.Module:
@@ -343,8 +345,8 @@ class ReViT(Pretrained, nn.Module):
     def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
         """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, LayerNorms repeated for every length.
 
-        At any single grid the result equals the timm model at that input size (with `dynamic_img_size=True`), that of a
-        `NaFlexVit` also at any grid that is not square.
+        For images of a single grid the result equals that of the timm model at that input size (with
+        `dynamic_img_size=True`). For a `NaFlexVit` this is also true of grids that are not square.
 
         Args:
             vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling; or a
@@ -352,14 +354,14 @@ class ReViT(Pretrained, nn.Module):
             grids: configured token grids, strictly decreasing.
 
         Raises:
-            TypeError: where `vit` is neither.
-            ValueError: where it uses a feature that ReViT does not have; the message names it.
+            TypeError: if `vit` is neither.
+            ValueError: if it uses a feature that ReViT does not have; the message names it.
         """
         from revit_fast.models.from_timm import config_from_timm, weights_from_timm
 
         model = cls(grids=grids, **config_from_timm(vit))
         parameter = next(vit.parameters())
-        # In its dtype before the weights come: float32 would round those of a float64 model.
+        # The dtype is set before the weights are loaded: float32 would round those of a float64 model.
         model = model.to(device=parameter.device, dtype=parameter.dtype)
         model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
         model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
@@ -369,21 +371,21 @@ class ReViT(Pretrained, nn.Module):
     def from_transformers(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS, *, processor: Any = None) -> ReViT:
         """A ReViT with the weights of a ViT, DeiT or DINOv2 of transformers, its LayerNorms repeated for every length.
 
-        At the grid that its position embeddings are stored for, the result equals that of `vit`: `forward` its logits
-        (of a model without classifier: its class token), `forward_features` its `last_hidden_state`. At other grids
-        position embeddings are resampled as in timm, with antialiasing, which transformers does for DINOv2 with
-        registers only. A pooler and a mask token are left out.
+        At the grid that the position embeddings are stored for, the results equal those of `vit`: `forward` returns its
+        logits (its class token if it has no classifier), `forward_features` its `last_hidden_state`. At other grids
+        position embeddings are resampled as in timm, with antialiasing; transformers does this only for DINOv2 with
+        registers. A pooler and a mask token are left out.
 
         Args:
-            vit: a model of one of the classes in `transformers_import.KINDS`.
+            vit: a model of one of the classes in `models.from_transformers.KINDS`.
             grids: configured token grids, strictly decreasing.
-            processor: the model's image processor, or the content of its `preprocessor_config.json`; what
-                `pretrained_cfg` says of preprocessing is DeiT's without it.
+            processor: the model's image processor, or the content of its `preprocessor_config.json`; without it
+                `pretrained_cfg` describes DeiT's preprocessing.
 
         Raises:
-            ImportError: where transformers is not installed.
-            TypeError: where `vit` is no model of transformers, or `processor` something else.
-            ValueError: where either uses a feature that is not supported; the message names it.
+            ImportError: if transformers is not installed.
+            TypeError: if `vit` is not a model of transformers, or `processor` is something else.
+            ValueError: if either uses a feature that is not supported; the message names it.
         """
         from revit_fast.models import from_transformers as source
 
@@ -395,10 +397,10 @@ class ReViT(Pretrained, nn.Module):
         return model.train(vit.training)
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of a plain ViT in the shapes of this model; that of a ReViT passes unchanged.
+        """Converts the state dict of a plain ViT to the shapes of this model; that of a ReViT stays unchanged.
 
-        Norm parameters are repeated for every length and position embeddings resampled to the base grid. A token-label
-        head is left out where this model has none.
+        Norm parameters are repeated for every length and position embeddings are resampled to the base grid. A
+        token-label head is left out if this model has none.
         """
         converted = {}
         for name, value in state_dict.items():
@@ -415,7 +417,7 @@ class ReViT(Pretrained, nn.Module):
         n_prefix = self._n_prefix_embedded
         side = math.isqrt(max(value.shape[1] - n_prefix, 0))
         if side * side != value.shape[1] - n_prefix or self.resampling.factorized:
-            return value  # left for the caller to report
+            return value  # the caller reports the error
         patches = resample(wide_patches(value, n_prefix), (side, side), self.base_grid).to(value.dtype)
         return torch.cat([value[:, :n_prefix], patches.unsqueeze(0)], dim=1)
 
@@ -432,8 +434,8 @@ class ReViT(Pretrained, nn.Module):
         """Loads the state dict of a plain ViT or of a ReViT.
 
         Args:
-            state_dict: of either.
-            source: what to call it in an error.
+            state_dict: state dict of either.
+            source: name of the state dict in errors.
 
         Raises:
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
@@ -465,7 +467,7 @@ class ReViT(Pretrained, nn.Module):
         return (self.head, self.head_dist) if self.distilled else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for `num_classes` classes (0: none), and another pooling where `global_pool` is given."""
+        """Sets a new head for `num_classes` classes (0: none), and another pooling if `global_pool` is given."""
         if global_pool is not None:
             self._check_pool(global_pool, isinstance(self.fc_norm, TALLayerNorm))
             self.global_pool = global_pool
@@ -481,7 +483,7 @@ class ReViT(Pretrained, nn.Module):
 
     @property
     def _n_prefix_embedded(self) -> int:
-        """Prefix tokens that `pos_embed` has rows for."""
+        """Number of prefix tokens that have a row in `pos_embed`."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
     def _prefix(self) -> Tensor:
@@ -494,7 +496,7 @@ class ReViT(Pretrained, nn.Module):
         """Any input of the model as a `PackedBatch` of patch rows without padding.
 
         Raises:
-            TypeError, ValueError: naming the image and what is wrong with it.
+            TypeError, ValueError: for an invalid input; the message names the image and what is wrong with it.
         """
         if isinstance(x, PackedBatch):
             # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
@@ -547,7 +549,7 @@ class ReViT(Pretrained, nn.Module):
         return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization)
 
     def _stemmed(self, images: PatchRows) -> PatchRows:
-        """The rows that the embedding takes: of a convolutional stem's features where there is one."""
+        """The input rows of the embedding: the rows of a convolutional stem's features if there is a stem."""
         if not isinstance(self.patch_embed, ConvStem):
             return images
         rows = images.rows.to(self.pos_embed.device, non_blocking=True)  # an optimised copy takes batches on the CPU
@@ -570,9 +572,9 @@ class ReViT(Pretrained, nn.Module):
             raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
 
     def _finite_rows(self, batch: PackedBatch) -> Tensor:
-        """The batch's rows; compiled code, which cannot cut padding off, zeroes it where gradients are wanted."""
+        """The batch's rows. Compiled code cannot cut off padding, so it zeroes padding if gradients are needed."""
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-            return batch.data  # the token ops zero what comes of padding
+            return batch.data  # the token ops zero the results of padding
         rows = torch.arange(batch.data.shape[0], device=batch.device).unsqueeze(1)
         return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)
 
@@ -603,7 +605,7 @@ class ReViT(Pretrained, nn.Module):
         return x if delta is None else x + delta
 
     def _pooled_tokens(self, layout: Layout) -> Queries:
-        """The tokens that "token" pooling reads: class token, and distillation token where there is one."""
+        """The tokens that "token" pooling reads: class token, and distillation token if there is one."""
         n = 2 if self.distilled else 1
         starts = layout.cu_seqlens[:-1]
         token = torch.arange(n, device=starts.device, dtype=starts.dtype)
@@ -613,7 +615,7 @@ class ReViT(Pretrained, nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` in the given order (two tensors for a distilled model in distilled training).
 
-        Without pooling logits are those of every token: `[B, N, num_classes]` for an image tensor, else rows
+        Without pooling there are logits for every token: `[B, N, num_classes]` for an image tensor, else rows
         `[T, num_classes]`. With class-token pooling the last block computes only what the head reads: its queries are
         the pooled tokens.
         """
@@ -629,9 +631,9 @@ class ReViT(Pretrained, nn.Module):
         return logits.view(x.shape[0], self.num_prefix_tokens + n_patches, logits.shape[1])
 
     def _trace(self, x: fx.Proxy) -> fx.Proxy:
-        """`forward` for images of one size as torch.fx traces it: `[B, N, C]` stands between the blocks.
+        """`forward` for images of one size as torch.fx traces it, with `[B, N, C]` between the blocks.
 
-        Blocks, norms and the embedding are to be leaves of the trace.
+        Blocks, norms and the embedding must be leaves of the trace.
         """
         inputs = self._uniform_inputs(x)
         tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
@@ -647,7 +649,7 @@ class ReViT(Pretrained, nn.Module):
         return logits if self.global_pool else logits.view(x.shape[0], -1, logits.shape[1])
 
     def _run(self, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
-        """The forward pass from its inputs on: work of the device alone, whose shapes are those of the inputs."""
+        """The forward pass on prepared inputs. It runs on the device only; the inputs' shapes determine all shapes."""
         tokens, delta, layout = self._embed(inputs), None, inputs.layout
         reads_few = self.global_pool == "token" and self.aux_head is None
         queries = self._pooled_tokens(layout) if reads_few else None
@@ -671,13 +673,13 @@ class ReViT(Pretrained, nn.Module):
         return logits if pre_logits else self._add_token_labels(logits, tokens, layout)
 
     def _add_token_labels(self, logits: Tensor, tokens: Tensor, layout: Layout) -> Tensor:
-        """The class token's logits, with those of the token-label head where there is one."""
+        """The class token's logits, plus those of the token-label head if there is one."""
         if self.aux_head is None:
             return logits
         return logits + 0.5 * sequence_max(self.aux_head(tokens), layout.cu_seqlens, self.num_prefix_tokens)
 
     def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Rows that the head reads, of all tokens `[T, C]`; with "token" pooling the last block has chosen them."""
+        """Pools tokens `[T, C]` to the rows that the head reads; with "token" pooling the last block does it."""
         if not self.global_pool:
             return tokens
         mean = mean_pool(tokens, cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
@@ -686,7 +688,7 @@ class ReViT(Pretrained, nn.Module):
         return torch.cat([tokens.index_select(0, cu_seqlens[:-1]), mean], dim=1)
 
     def _head(self, pooled: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of pooled rows: one a sequence, two for a distilled model, all where there is no pooling."""
+        """Logits of pooled rows: one per sequence, two for a distilled model, all tokens without pooling."""
         if isinstance(self.fc_norm, TALLayerNorm):
             pooled = self.fc_norm(pooled, rows_apart(pooled, layout) if self.global_pool else layout)
         pooled = self.head_drop(pooled)
@@ -717,7 +719,7 @@ class ReViT(Pretrained, nn.Module):
         return self._add_and_norm(tokens, delta, inputs.layout)
 
     def forward_head(self, x: Tensor | PackedBatch, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Pools and classifies what `forward_features` returned; with `pre_logits` only pools."""
+        """Pools and classifies the result of `forward_features`; with `pre_logits` it only pools."""
         shape = x.shape[:2] if isinstance(x, Tensor) and not self.global_pool else None
         if isinstance(x, Tensor):
             seqlens = (x.shape[1],) * x.shape[0]
@@ -728,12 +730,12 @@ class ReViT(Pretrained, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what features after chosen blocks do not need, as timm's feature extraction does.
+        """Removes the modules that features after chosen blocks do not need, as timm's feature extraction does.
 
         Args:
-            indices: blocks to keep and all before them (see `forward_intermediates`).
+            indices: blocks to keep, with all blocks before them (see `forward_intermediates`).
             prune_norm: also remove the norm after the blocks.
-            prune_head: also remove the head, its norm and (but for a distilled model) the pooling.
+            prune_head: also remove the head, its norm and (except in a distilled model) the pooling.
 
         Returns:
             The chosen blocks, counted from the first.

@@ -35,9 +35,9 @@ def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
     """Loads a state dict whose names and shapes are those of the module.
 
     Args:
-        module: to load into.
+        module: module to load into.
         state_dict: its parameters and buffers.
-        source: what to call it in an error.
+        source: name of the state dict in errors.
 
     Raises:
         ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
@@ -67,11 +67,11 @@ def _read(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ImportError('weights: reading .safetensors needs safetensors: pip install "revit-fast[timm]"') from None
-    except UnpicklingError as error:  # PyTorch's text would have the reader unpickle whatever is in the file
+    except UnpicklingError as error:  # PyTorch's text would tell the user to unpickle whatever is in the file
         raise ValueError(
             f"weights: {path} cannot be read as a checkpoint of tensors: it holds other objects, or torch.save did not "
             "write it; save the state dict alone: torch.save(model.state_dict(), path)"
         ) from error
-    except Exception as error:  # the readers raise whatever their parsers do
+    except Exception as error:  # the readers raise any exception of their parsers
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights: {path} cannot be read as a checkpoint of tensors: {reason}") from error

@@ -1,13 +1,13 @@
-"""Whose kernels compute attention on CUDA tensors: ours in Triton, those of flash-attn, or those of PyTorch.
+"""Selects the kernels that compute attention on CUDA tensors: ours in Triton, those of flash-attn or of PyTorch.
 
-The choice is read whenever the op runs, inside its CUDA implementation: compiled graphs keep no trace of it. It is one
-variable of the process rather than a context variable because autograd runs CUDA backward passes on threads of its own,
-which do not see the caller's context; PyTorch's own `sdpa_kernel` sets process-wide flags too.
+The op's CUDA implementation reads the choice at every call, so compiled graphs do not depend on it. It is one variable
+of the process and not a context variable, because autograd runs CUDA backward passes on its own threads, which do not
+see the caller's context. PyTorch's own `sdpa_kernel` sets process-wide flags too.
 
 Only the public functions of flash-attn and PyTorch are called. Their backward entry points are private, have changed
 their arguments from release to release, and take the log-sum-exp in layouts that differ with version, GPU and vendor.
-The backward pass therefore runs the public function again and differentiates it: nine matrix products instead of seven
-in a training step, and no release can change what a gradient is made of unnoticed.
+The backward pass therefore runs the public function again and differentiates it: this takes nine matrix products
+instead of seven in a training step, but no release can change the gradients unnoticed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from revit_fast.kernels.constants import KEY_CLASSES, PADDING, STREAMING
 
 OLDEST_TRITON = (3, 6)
 
-# Early releases pad lse per sequence, and later ones are other packages; these return it as [nheads, total_q].
+# Earlier releases pad lse per sequence, later ones are other packages. The releases between return [nheads, total_q].
 OLDEST_FLASH_ATTN, FLASH_ATTN_END = (2, 7), (3,)
 
 
@@ -37,7 +37,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def require_triton() -> None:
-    """Raises ImportError, naming the fix, where Triton is missing or older than the kernels need."""
+    """Raises an ImportError that names the fix if Triton is missing or older than the kernels need."""
     oldest = ".".join(map(str, OLDEST_TRITON))
     fix = f'pip install "triton>={oldest}" (Windows: triton-windows), or move to the CPU'
     try:
@@ -83,19 +83,19 @@ _selected = "triton"
 def set_attention_backend(name: str) -> AbstractContextManager[None]:
     """Selects the kernels that compute attention on CUDA tensors; by default "triton".
 
-    Takes effect at once, for the whole process and all its threads. What it returns may be used in a `with` statement,
-    whose end restores the former backend::
+    It takes effect at once, for the whole process and all its threads. The returned context manager may be used in a
+    `with` statement, which restores the previous backend at its end::
 
         with rf.set_attention_backend("torch"):
             loss = model(batch).sum()
-            loss.backward()  # the backward pass uses what is selected when it runs
+            loss.backward()  # the backward pass uses the backend selected when it runs
 
-    CPU tensors are served by the C++ kernels and float64 by the PyTorch reference, whatever is selected. All backends
-    honour the pack contract for padding and empty sequences, but only "triton" promises an image the same bits in every
-    pack. "flash_attn" and "torch" compute in float16 and bfloat16, have no gradient of the log-sum-exp, and compute
-    the forward pass once more in the backward; what they cannot serve is an error that says so, never another backend
-    in silence. Where neither `max_seqlen` nor a work list bounds the lengths, they launch for one sequence of all rows.
-    Call it outside compiled functions; they follow it without being compiled again.
+    CPU tensors always use the C++ kernels, and float64 tensors the PyTorch reference. All backends keep the pack
+    contract for padding and empty sequences, but only "triton" gives an image the same bits in every pack. "flash_attn"
+    and "torch" compute in float16 and bfloat16, have no gradient of the log-sum-exp, and repeat the forward pass in the
+    backward pass. Calls that they do not support raise an error that says so; no other backend runs silently instead.
+    If neither `max_seqlen` nor a work list bounds the lengths, they launch for one sequence of all rows. Call this
+    function outside compiled functions; they use the new backend without recompilation.
 
     Args:
         name: "triton", our kernels; "flash_attn", `flash_attn.flash_attn_varlen_func` of flash-attn 2.7 and later 2.x;
@@ -106,7 +106,7 @@ def set_attention_backend(name: str) -> AbstractContextManager[None]:
 
     Raises:
         ValueError: for another name.
-        ImportError: where the backend is not installed or too old; names the fix.
+        ImportError: if the backend is not installed or too old; the message names the fix.
     """
     if name not in _REQUIREMENTS:
         raise ValueError(f"name: expected one of {', '.join(map(repr, _REQUIREMENTS))}, got {name!r}")
@@ -130,7 +130,7 @@ def _restored(name: str):
 
 
 def selected_implementation(op: str) -> Callable | None:
-    """The function that serves the op of this name in place of our Triton kernel; None where that serves it."""
+    """The function that replaces our Triton kernel for the op of this name; None if our kernel is used."""
     if _selected == "triton" or op not in _IMPLEMENTATIONS:
         return None
     return functools.partial(_IMPLEMENTATIONS[op], _selected)
@@ -158,7 +158,7 @@ def _flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
 def _torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal):
     from torch.nn.attention import varlen
 
-    # torch 2.11 takes fewer key heads without being told.
+    # torch 2.11 accepts fewer key heads without this option.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
     return varlen.varlen_attn(
         q,
@@ -181,20 +181,20 @@ _FUNCTIONS = {"flash_attn": _flash_attn, "torch": _torch_varlen}
 def _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, tile_counts):
     """The backend's out `[Tq, Hq, D]` and lse `[Hq, Tq]`, unspecified for rows that see no key; differentiable in out.
 
-    Brings every request of the op into the form that the backends take.
+    Converts every request of the op to the form that the backends accept.
     """
     head_dim = q.shape[2]
-    if scale <= 0:  # they keep a running maximum of the unscaled scores
+    if scale <= 0:  # the backends keep a running maximum of the unscaled scores
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     q, k, v = (_vectorizable(t) for t in (q, k, v))
     longest = _longest(tile_counts) if cu_seqlens_k is cu_seqlens_q else None
     max_seqlen_q = next(n for n in (max_seqlen_q, longest, q.shape[0]) if n is not None)
     max_seqlen_k = next(n for n in (max_seqlen_k, longest, k.shape[0]) if n is not None)
-    # With one query per sequence flash-attn regroups the rows by heads and then takes every row for a sequence.
+    # With one query per sequence flash-attn regroups the rows by heads and then treats every row as a sequence.
     max_seqlen_q, max_seqlen_k = max(max_seqlen_q, 2), max(max_seqlen_k, 2)
     options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
     out, lse = _FUNCTIONS[backend](q, k, v, *options)
-    if lse.shape != (q.shape[1], q.shape[0]):  # PyTorch pads it on some ROCm builds
+    if lse.shape != (q.shape[1], q.shape[0]):  # PyTorch pads lse on some ROCm builds
         raise RuntimeError(
             f'attention backend "{backend}": expected lse of shape [{q.shape[1]}, {q.shape[0]}] (heads, rows), got '
             f'{list(lse.shape)}; use set_attention_backend("triton") with this version'
@@ -203,15 +203,15 @@ def _attend(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
 
 
 def _longest(tile_counts) -> int | None:
-    """A bound on the keys of any sequence by the classes of a work list; None where they set none."""
+    """A bound on the keys of any sequence from the classes of a work list; None if they give none."""
     classes = [i for i, n_tiles in enumerate(tile_counts[:PADDING]) if n_tiles]
     return KEY_CLASSES[classes[-1]] if classes and classes[-1] < STREAMING else None
 
 
 def _vectorizable(t: Tensor) -> Tensor:
-    """`t` with a head_dim that is a multiple of 8, every row on a 16-byte boundary: what 128-bit loads need.
+    """`t` with a head_dim that is a multiple of 8 and every row on a 16-byte boundary, as 128-bit loads need.
 
-    Zeros behind the head dimension change no score, and the zero outputs behind it are cut off.
+    Zeros after the head dimension change no score; the outputs there are zero and are cut off.
     """
     if t.shape[2] % 8:
         return F.pad(t, (0, -t.shape[2] % 8))
@@ -237,12 +237,12 @@ def _all_rows_matter(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tile_counts) ->
 
 
 def _left_out(cu_seqlens: Tensor, cu_seqlens_other: Tensor, n_rows: int, causal: bool = False) -> Tensor:
-    """Rows that meet no row of the other side: padding, or of a sequence that has none (`causal`: none they may see).
+    """Rows without a partner on the other side: padding, or in a sequence that has none (`causal`: none that they see).
 
     Args:
-        cu_seqlens: offsets of the rows in question.
+        cu_seqlens: offsets of the rows to check.
         cu_seqlens_other: offsets of the keys, for queries; of the queries, for keys.
-        n_rows: rows in all.
+        n_rows: number of all rows.
         causal: whether query i sees keys up to i + Lk - Lq only.
 
     Returns:
@@ -250,7 +250,7 @@ def _left_out(cu_seqlens: Tensor, cu_seqlens_other: Tensor, n_rows: int, causal:
     """
     rows = torch.arange(n_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     ends = cu_seqlens[1:]
-    sequence = torch.searchsorted(ends, rows, right=True)  # padding rows: one past the last
+    sequence = torch.searchsorted(ends, rows, right=True)  # padding rows get one past the last
     n_other = F.pad(cu_seqlens_other.diff(), (0, 1))[sequence]
     # The last row of a sequence sees all keys, the one before it all but one, and so on.
     n_needed = F.pad(ends, (0, 1), value=n_rows)[sequence] - rows if causal else 1

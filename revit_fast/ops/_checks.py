@@ -1,4 +1,4 @@
-"""Checks of what every packed op takes: rows, `cu_seqlens` and per-sequence indices."""
+"""Checks of the arguments that all packed ops take: rows, `cu_seqlens` and per-sequence indices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_rows(name: str, value: Tensor, axes: str = "[T, C]") -> None:
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor, shape: tuple | None = None) -> None:
-    """Raises unless `value` is a tensor with the dtype and device of `other`, and `shape` where that is given."""
+    """Raises unless `value` is a tensor with the dtype and device of `other`, and `shape` if that is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
     if value.dtype != other.dtype:

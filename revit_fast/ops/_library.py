@@ -1,4 +1,4 @@
-"""The op library: the C++ extension where it was built, the plain-PyTorch reference behind the same schemas where not.
+"""The op library: the C++ extension if it was built, otherwise the plain-PyTorch reference with the same schemas.
 
 Kernels are chosen by PyTorch's dispatcher: CPU from the extension, CUDA from `revit_fast.kernels`.
 """
@@ -70,11 +70,11 @@ else:
 
 
 reference_ops: dict[str, Callable] = {}
-"""Every op as a function over `revit_fast.reference`, on any device."""
+"""Every op as a function that uses `revit_fast.reference`, on any device."""
 
 
 def register_fallback(name: str, function: Callable) -> None:
-    """Registers `function`, made of `revit_fast.reference`, as op `name`'s CPU kernel where there is no extension."""
+    """Registers `function`, which uses `revit_fast.reference`, as op `name`'s CPU kernel if there is no extension."""
     reference_ops[name] = function
     if not HAS_EXTENSION:
         _fallback.impl(name, function, "CPU")
@@ -97,7 +97,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def call_backward(name: str, *args):
-    """Calls the backward op `name` for autograd; differentiating what it returns is an error.
+    """Calls the backward op `name` for autograd; differentiating its result raises an error.
 
     The ops have no second derivatives, and PyTorch would treat their results as constants: a gradient penalty would
     silently have no effect.

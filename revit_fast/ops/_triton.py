@@ -1,4 +1,4 @@
-"""The Triton kernels behind the ops' CUDA key (which is ROCm's too), imported when an op first meets such a tensor."""
+"""Registers the Triton kernels for the ops' CUDA key (also ROCm's); they are imported when an op first needs them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KERNELS = {
     "mean_pool": "tokens",
     "mean_pool_backward": "tokens",
 }
-"""Module of `revit_fast.kernels` with the function of each op: its name is the op's, its arguments the schema's."""
+"""Module of `revit_fast.kernels` with the function of each op; it has the op's name and the schema's arguments."""
 
 
 @functools.cache
 def load(module: str) -> ModuleType:
-    """Imports a module of `revit_fast.kernels`; raises ImportError, naming the fix, where Triton cannot serve it."""
+    """Imports a module of `revit_fast.kernels`; raises an ImportError that names the fix if Triton is unusable."""
     _backends.require_triton()
     return importlib.import_module(f"revit_fast.kernels.{module}")
 
@@ -36,7 +36,7 @@ def load(module: str) -> ModuleType:
 def _launcher(name: str, module: str) -> Callable:
     def launch(*args):
         floating = next(a for a in args if isinstance(a, Tensor))
-        if floating.dtype == torch.float64:  # not a GPU's trade: the reference serves gradient checks
+        if floating.dtype == torch.float64:  # no kernel computes float64: gradient checks use the reference
             return _library.reference_ops[name](*args)
         implementation = _backends.selected_implementation(name) or getattr(load(module), name)
         return implementation(*args)
@@ -45,11 +45,11 @@ def _launcher(name: str, module: str) -> Callable:
 
 
 def register(key: str = "CUDA", library: torch.library.Library | None = None) -> None:
-    """Puts the kernels behind a dispatch key; "CPU" is for Triton's interpreter, where they run on CPU tensors.
+    """Registers the kernels for a dispatch key; "CPU" is for Triton's interpreter, where they run on CPU tensors.
 
     Args:
         key: dispatch key.
-        library: what keeps the registration alive; by default it lasts as long as the process.
+        library: library that keeps the registration alive; by default it lasts as long as the process.
     """
     for name, module in KERNELS.items():
         (library or _implementations).impl(name, _launcher(name, module), key)

@@ -33,22 +33,24 @@ def varlen_attention(
 
     Semantics are those of `flash_attn_varlen_func` (flash-attention 2). A sequence's result is bitwise the same
     whatever else is in the pack. Rows beyond `cu_seqlens[-1]` are padding: their output and gradient are zero. The
-    inputs may be strided views, such as the parts of one `[T, 3, H, D]` tensor; only the last dimension should be
-    contiguous, or the tensor is copied. On CUDA tensors `revit_fast.set_attention_backend` selects whose kernels run.
+    inputs may be strided views, such as the parts of one `[T, 3, H, D]` tensor; a tensor whose last dimension is not
+    contiguous is copied. On CUDA tensors `revit_fast.set_attention_backend` selects the kernels that run.
 
     Args:
         q: `[Tq, Hq, D]`, float32, bfloat16, float16 or float64; D from 1 to 256.
         k: `[Tk, Hkv, D]`, of q's dtype; query head h reads key head `h // (Hq // Hkv)`.
         v: `[Tk, Hkv, D]`, of q's dtype.
         cu_seqlens_q: int32 `[B + 1]`, first row of every sequence in q, then the end of the last.
-        cu_seqlens_k: the same for k and v; by default that of q.
+        cu_seqlens_k: the same for k and v; by default `cu_seqlens_q`.
         max_seqlen_q: a bound on the rows of any sequence in q. On the CPU it is only checked.
         max_seqlen_k: the same for k and v.
         scale: factor on the scores; by default `D ** -0.5`.
         causal: query i of a sequence sees keys up to `i + Lk - Lq` (aligned bottom right).
         return_lse: whether to return the log-sum-exp of the scores too.
-        tiles: work list of the pack (`PackedBatch.tiles`); it may save deriving one and never changes the result.
-        tile_counts: tiles of each class (`PackedBatch.tile_counts`), so that no program is launched without work.
+        tiles: work list of the pack (`PackedBatch.tiles`); it may save the op from deriving one and never changes the
+            result.
+        tile_counts: number of tiles of each class (`PackedBatch.tile_counts`), so that no program is launched without
+            work.
 
     Returns:
         out `[Tq, Hq, D]` of q's dtype, zero for queries that see no key. With `return_lse` also lse `[Hq, Tq]`, float32
@@ -57,7 +59,7 @@ def varlen_attention(
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for shapes, head counts, devices or a scale that do not fit together.
-        RuntimeError: on the CPU, for contents of `cu_seqlens` that are no offsets into the rows.
+        RuntimeError: on the CPU, if the values of `cu_seqlens` are not offsets into the rows.
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
@@ -148,7 +150,7 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if grad_lse is not None:  # where no key is seen lse is a constant, though of -inf a gradient is often NaN
+    if grad_lse is not None:  # lse is constant where no key is seen, but the gradient of its -inf is often NaN
         grad_lse = grad_lse.masked_fill(torch.isneginf(lse), 0.0)
     grads = _library.call_backward(
         "varlen_attention_backward",

@@ -26,9 +26,9 @@ def tal_layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Token-length-aware LayerNorm: row i of sequence b becomes `norm(x_i) * weight[l] + bias[l]`, l = length_index[b].
 
-    The residual form reads both summands once and returns their sum too, so that a pre-norm block costs one pass.
-    Statistics are kept in float32 (float64 for float64 rows) and stay accurate for rows whose mean is large beside
-    their deviation. The norm is that of the sum as rounded to the dtype of `x`, as in eager PyTorch.
+    The residual form reads both summands once and returns their sum too, so that a pre-norm block needs one pass.
+    Statistics are kept in float32 (float64 for float64 rows) and stay accurate for rows whose mean is large compared
+    with their deviation. The sum is rounded to the dtype of `x` before it is normalised, as in eager PyTorch.
 
     Args:
         x: `[T, C]` rows of the pack; rows beyond `cu_seqlens[-1]` are padding.
@@ -38,15 +38,15 @@ def tal_layer_norm(
         length_index: int32 `[B]`, row of `weight` and `bias` of each sequence.
         eps: added to the variance; not negative.
         residual: `[T, C]` in the dtype of `x`, added to it first.
-        tiles: the work list of the pack (`revit_fast.packing.work_list`), for kernels that want it.
+        tiles: the work list of the pack (`revit_fast.packing.work_list`), for kernels that use it.
 
     Returns:
         y `[T, C]`, or `(y, x + residual)` where a residual is given; zero on padding rows.
 
     Raises:
-        TypeError: for an argument that is no tensor or has another dtype.
+        TypeError: for an argument that is not a tensor or has another dtype.
         ValueError: for shapes or devices that do not belong together, or an eps that is negative or not finite.
-        RuntimeError: for contents of `cu_seqlens` or `length_index` out of range (on the CPU).
+        RuntimeError: for values of `cu_seqlens` or `length_index` that are out of range (on the CPU).
 
     Source: TAL-LN of "Make A Long Image Short" (arXiv 2307.02092); statistics as in `torch.nn.functional.layer_norm`.
     """
@@ -154,7 +154,7 @@ def _fallback_residual(x, residual, weight, bias, cu_seqlens, length_index, eps,
 
 
 def _fallback_backward(grad_y, grad_sum, x, weight, mean, rstd, cu_seqlens, length_index, tiles):
-    """The formula itself: the forward that autograd would differentiate needs eps, which a backward is not given."""
+    """Evaluates the formula directly: autograd would need the forward pass and its eps, which is not given here."""
     n_rows = int(cu_seqlens[-1])
     sequence_rows = cu_seqlens.diff().long()
     length = length_index.long().repeat_interleave(sequence_rows)

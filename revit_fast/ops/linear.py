@@ -1,4 +1,4 @@
-"""Linear layers on weights that were packed once, for inference on the CPU."""
+"""Linear layers with weights that are packed once, for inference on the CPU."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from revit_fast import reference
 from revit_fast.ops import _checks, _library
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
-"""Names by the number that the kernels know them by (`Activation` in csrc/cpu/linear.h)."""
+"""Names of the activations, indexed by the kernels' numbers for them (`Activation` in csrc/cpu/linear.h)."""
 
 FLOAT_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 PACKED_DTYPES = (*FLOAT_PACKED_DTYPES, torch.int8)
 
 MAX_CHAIN, CHAIN_UNIT = 512, 32
-"""The longest part of a row that is quantized under one scale, and what its length is a multiple of."""
+"""The longest part of a row that is quantized with one scale, and the unit that its length is a multiple of."""
 
 LINE = 64
 """Bytes of a cache line."""
 
 LARGEST = 127
-"""Integers are symmetric, [-127, 127]."""
+"""The largest integer: the range is symmetric, [-127, 127]."""
 
 LEAST_SCALED = 2.0**-119
 """Rows whose largest value is below this are quantized to zero."""
@@ -36,12 +36,12 @@ class PackedWeight(NamedTuple):
     """A linear layer's weight as the CPU kernels read it.
 
     Attributes:
-        panels: float32 `[N / p, K, p]`, panels of p columns of the transposed weight, p being that of the instruction
-            set in use (`cpu_panel`); or bfloat16 or int8 `[N / p, K / 2, p, 2]`, two depths side by side. Zero beyond N
-            and K.
-        bias: float32 `[N]`, N rounded up to whole panels, zero beyond; with int8 panels `[2, N]`, in the second row the
-            scales: weight `[n, k]` is the integer times scale n.
-        n_out: N.
+        panels: float32 `[N / p, K, p]`, panels of p columns of the transposed weight, where p depends on the
+            instruction set in use (`cpu_panel`); or bfloat16 or int8 `[N / p, K / 2, p, 2]` with two depths side by
+            side. Zero beyond N and K.
+        bias: float32 `[N]` with N rounded up to whole panels, zero beyond; with int8 panels `[2, N]`, where the second
+            row holds the scales: weight `[n, k]` is the integer times scale n.
+        n_out: N, the number of outputs.
     """
 
     panels: Tensor
@@ -60,12 +60,12 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     Args:
         weight: `[N, K]` of any float dtype, on the CPU.
         bias: `[N]`; None for zero.
-        dtype: float32, bfloat16 or int8 of the packed weight. bfloat16 is widened as it is read, so products are
-            float32's. int8 is symmetric with a scale for every row of the weight, max |W| / 127; `packed_linear` then
-            rounds x to integers too, see there.
+        dtype: dtype of the packed weight: float32, bfloat16 or int8. bfloat16 is widened when it is read, so products
+            are in float32. int8 is symmetric with the scale max |W| / 127 for every row of the weight; `packed_linear`
+            then rounds x to integers too, see there.
 
     Raises:
-        TypeError: for a dtype that is not one of these, or an argument that is no tensor.
+        TypeError: for a dtype that is not one of these, or an argument that is not a tensor.
         ValueError: for shapes that do not belong together, or a weight without rows or columns.
     """
     _checks.check_rows("weight", weight, "[N, K]")
@@ -105,7 +105,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chain_length(depth: int) -> int:
-    """Values of a row of `depth` that share a scale (`chain_of` in csrc/cpu/linear.inl.h)."""
+    """Number of values that share a scale in a row of `depth` values (`chain_of` in csrc/cpu/linear.inl.h)."""
     n_chains = max(1, -(-depth // MAX_CHAIN))
     return -(-depth // (n_chains * CHAIN_UNIT)) * CHAIN_UNIT
 
@@ -120,7 +120,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chain)).unflatten(1, (-1, chain))
     largest = padded.abs().amax(2)
     scaled = (largest >= LEAST_SCALED) & largest.isfinite()
-    whole = torch.full_like(largest, LARGEST)  # a number divided by a tensor would be times its reciprocal
+    whole = torch.full_like(largest, LARGEST)  # number / tensor would multiply by a reciprocal
     inverse = torch.where(scaled, whole / largest, 0)
     integers = (padded * inverse.unsqueeze(2)).round().nan_to_num(0)
     scale = torch.where(scaled, largest / LARGEST, torch.where(largest.isfinite(), 0, torch.nan))
@@ -128,7 +128,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """Rows `[T, K]` as int8 weights meet them: their integers times their scales, in the dtype of x."""
+    """Rows `[T, K]` as rounded for int8 weights: their integers times their scales, in the dtype of x."""
     integers, scale = quantize_rows(x)
     scale = scale.repeat_interleave(chain_length(x.shape[1]), 1)[:, : x.shape[1]]
     return integers.to(x.dtype) * scale.to(x.dtype)
@@ -137,14 +137,15 @@ def round_rows(x: Tensor) -> Tensor:
 def huge_pages(n_bytes: int) -> Tensor:
     """Zeroed memory, uint8 `[n_bytes]`, on pages of 2 MiB where the system has them.
 
-    A forward pass reads all weights front to back; on pages of 4 KiB a seventh of its time goes into their addresses.
+    A forward pass reads all weights front to back; with pages of 4 KiB, address translation takes a seventh of its
+    time.
     """
     page = 2 << 20
-    # Private: shared memory, the default, gets pages of 4 KiB.
+    # The memory is private because shared memory, the default, gets pages of 4 KiB.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, n_bytes + page, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     return flat.narrow(0, -flat.data_ptr() % page, n_bytes)
@@ -158,17 +159,17 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def unpack_weight(panels: Tensor, n_out: int, depth: int) -> Tensor:
-    """The weight `[N, K]` that was packed; of int8 panels the integers."""
+    """The weight `[N, K]` that was packed; for int8 panels its integers."""
     rows = panels.permute(0, 2, 1) if panels.dim() == 3 else panels.permute(0, 2, 1, 3)
     return rows.reshape(rows.shape[0] * rows.shape[1], -1)[:n_out, :depth]
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> Tensor:
-    """activation(x Wᵀ + b) on a packed weight; a row's result is bitwise the same in every batch.
+    """activation(x Wᵀ + b) with a packed weight; a row's result is bitwise the same in every batch.
 
-    On an int8 weight a row of x is rounded to 8-bit integers first, under one scale for every part of at most 512
-    values (max |x| / 127, ties to even), the products are summed exactly as integers within each part, and the parts
-    added in float32. A row that holds an infinity or NaN gives NaN; one below 2^-119 counts as zero.
+    With an int8 weight, a row of x is first rounded to 8-bit integers, with one scale for every part of at most 512
+    values (max |x| / 127, ties to even). The products are summed exactly as integers within each part, and the parts
+    are added in float32. A row that holds an infinity or NaN gives NaN; a row below 2^-119 counts as zero.
 
     Args:
         x: float32 `[T, K]` on the CPU.
@@ -198,7 +199,7 @@ def _(x, panels, bias, n_out, activation):
 
 
 def unpacked(panels: Tensor, bias: Tensor, n_out: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight `[N, K]` and bias `[N]` of a packed layer, int8 ones scaled."""
+    """Weight `[N, K]` and bias `[N]` of a packed layer; int8 weights are scaled."""
     weight = unpack_weight(panels, n_out, depth).to(dtype)
     if panels.dtype != torch.int8:
         return weight, bias[:n_out].to(dtype)

@@ -1,4 +1,4 @@
-"""8-bit images of any sizes to normalised patch rows of one pack, bit-equal to Pillow's resize."""
+"""Resizes 8-bit images of any sizes to normalised patch rows of one pack, bit-equal to Pillow's resize."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_MEAN, _NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 STACKED_BYTES = 1 << 14
-"""Images of one shape that have at most so many bytes are copied into one array: a tensor for each costs more."""
+"""Images of one shape with at most this many bytes are copied into one array; one tensor for each would cost more."""
 
 
 def resize_patchify(
@@ -47,17 +47,18 @@ def resize_patchify(
         sizes: pixels to resize to, multiples of `patch_size`: one (height, width) or int (a square) for all images, or
             a list of these, one per image.
         patch_size: P, in pixels.
-        mean: of each channel, of pixels in [0, 1]; by default 0.
-        std: of each channel, likewise; by default 1.
+        mean: mean of each channel, for pixels in [0, 1]; by default 0.
+        std: standard deviation of each channel, likewise; by default 1.
         boxes: (left, upper, right, lower) of the region to resize, in source pixels, fractions allowed: one for all
-            images or a list, one per image, None in it or for it meaning the whole image.
+            images or a list with one per image. None, for all or in the list, means the whole image.
         interpolation: "bicubic" or "bilinear", both antialiased.
-        dtype: of the rows: float32, bfloat16 or float16 for normalised pixels, or uint8 for pixels that still await
-            the normalisation, which is then handed on in `PackedBatch.normalization`.
+        dtype: dtype of the rows: float32, bfloat16 or float16 for normalised pixels, or uint8 for pixels that must
+            still be normalised; `PackedBatch.normalization` then holds the normalisation.
         lengths: configured lengths in patches, see `PackedBatch.from_rows`.
 
     Returns:
-        A pack of rows `[sum(gh * gw), P * P * 3]`, each a patch's pixel rows, pixel columns and channels.
+        A pack of rows `[sum(gh * gw), P * P * 3]`, each with the pixels of a patch in the order rows, columns,
+        channels.
 
     Raises:
         TypeError, ValueError: for any argument that is not as above.
@@ -94,7 +95,7 @@ def resize_patchify(
 
 
 class _Borrowed:
-    """Read-only memory (of a decoder, of a file map) in the guise of writable memory, which torch insists on."""
+    """Presents read-only memory (of a decoder or a file map) as writable memory, which torch requires."""
 
     __slots__ = ("__array_interface__", "array")
 
@@ -113,19 +114,19 @@ def _image_tensors(images: list[np.ndarray | Tensor]) -> list[Tensor]:
     if len(images) > 1 and isinstance(first, np.ndarray) and 0 < first.nbytes <= STACKED_BYTES:
         shape, dtype = first.shape, first.dtype
         if all(isinstance(i, np.ndarray) and i.shape == shape and i.dtype == dtype for i in images):
-            first = _image_tensor(first, 0)  # refuses what is wrong with all of them
+            first = _image_tensor(first, 0)  # checks one image for all of them
             return list(torch.from_numpy(np.concatenate(images)).view(len(images), *first.shape).unbind())
     return [_image_tensor(image, i) for i, image in enumerate(images)]
 
 
 def _image_tensor(image: np.ndarray | Tensor, i: int) -> Tensor:
-    """The image as a uint8 CPU tensor `[H, W, 3]` or `[H, W, 1]` on the same memory, if its strides allow."""
+    """The image as a uint8 CPU tensor `[H, W, 3]` or `[H, W, 1]` on the same memory if its strides allow it."""
     shape = getattr(image, "shape", None)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise TypeError(f"images[{i}]: expected uint8, got {image.dtype}; {_how_to_convert(image.dtype.kind)}")
         if image.ndim == 2:
-            image = image[..., None]  # a fraction of the time that torch's unsqueeze takes
+            image = image[..., None]  # takes a fraction of the time of torch's unsqueeze
         if min(image.strides, default=0) < 0:
             image = image.copy()
         elif not image.flags.writeable:
@@ -176,13 +177,13 @@ def _size_table(sizes, n_images: int, patch_size: int) -> np.ndarray:
             f"sizes: expected one per image ({n_images}) or one for all as an int or a tuple (height, width), "
             f"got {len(sizes)}"
         )
-    with suppress(ValueError):  # ragged: ints among pairs
+    with suppress(ValueError):  # a ragged list has ints among pairs
         table = np.array(sizes)
         table = np.stack([table, table], axis=1) if table.ndim == 1 else table
         legal = table.dtype.kind in "iu" and table.shape == (n_images, 2)
         if legal and table.min() >= 1 and not (table % patch_size).any():
             return table.astype(np.int64)
-    # One by one, to name what is wrong: for many images that takes longer than their resizing.
+    # Check one by one to name what is wrong; for many images this takes longer than their resizing.
     return np.array([_size(size, f"sizes[{i}]", patch_size) for i, size in enumerate(sizes)])
 
 
@@ -221,7 +222,7 @@ def _box_table(boxes, images: Sequence[Tensor]) -> np.ndarray:
         table = np.array(whole, dtype=np.float64)
         if table.shape == (len(sides), 4) and _legal(table, np.array(sides)).all():
             return table.repeat(repeats, axis=0)
-    # One by one, to name what is wrong.
+    # Check one by one to name what is wrong.
     table = np.array([_box(box, side, i) for i, (box, side) in enumerate(zip(whole, sides, strict=True))])
     return table.repeat(repeats, axis=0)
 
@@ -265,7 +266,7 @@ def _channels(values: Sequence[float] | None, name: str, default: tuple[float, .
 
 @cached_tensors(maxsize=32)
 def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """Normalised value of each channel and 8-bit value, `[3, 256]`: ToTensor and Normalize, then one rounding."""
+    """Normalised value for each channel and 8-bit value, `[3, 256]`: ToTensor and Normalize, then one rounding."""
     values = torch.arange(256, dtype=torch.uint8, device="cpu").to(torch.float32).div(255)
     columns = torch.tensor([mean, std], dtype=torch.float32, device="cpu").unsqueeze(-1)
     return values.expand(3, 256).sub(columns[0]).div(columns[1]).to(dtype)

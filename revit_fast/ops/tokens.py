@@ -22,16 +22,16 @@ def assemble_tokens(
             be 0. A sequence without patches gets them too.
         pos_table: `[R, C]`, position embeddings of several grids, one grid after another.
         pos_offset: int32 `[B]`, row of `pos_table` where the grid of each sequence starts.
-        cu_seqlens: int32 `[B + 1]` of `patches`: prefix tokens not counted.
+        cu_seqlens: int32 `[B + 1]` of `patches`, without prefix tokens.
 
     Returns:
         `[Tp + B * n_prefix, C]`, zero on the padding rows, which stay at the end.
 
     Raises:
-        TypeError: for an argument that is no tensor or has another dtype than `patches` (int32 for the indices).
+        TypeError: for an argument that is not a tensor or has another dtype than `patches` (int32 for the indices).
         ValueError: for shapes or devices that do not belong together.
         RuntimeError: for a `pos_offset` that is negative or whose grid exceeds `pos_table` (names the sequence), or
-            bad contents of `cu_seqlens` (on the CPU).
+            invalid values of `cu_seqlens` (on the CPU).
 
     Source: `timm.models.VisionTransformer._pos_embed`, packed.
     """
@@ -54,12 +54,12 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
         skip: leading rows of every sequence to leave out.
 
     Returns:
-        `[B, C]`, zero for a sequence of which no row is left. Added up in float32 (float64 for float64 rows).
+        `[B, C]`, zero for a sequence without remaining rows. Sums are in float32 (float64 for float64 rows).
 
     Raises:
-        TypeError: for an argument that is no tensor, has another dtype, or a `skip` that is no int.
+        TypeError: for an argument that is not a tensor or has another dtype, or a `skip` that is not an int.
         ValueError: for shapes or devices that do not belong together, or a negative `skip`.
-        RuntimeError: for bad contents of `cu_seqlens` (on the CPU).
+        RuntimeError: for invalid values of `cu_seqlens` (on the CPU).
 
     Source: `global_pool="avg"` of `timm.models.VisionTransformer`, packed.
     """

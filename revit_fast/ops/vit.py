@@ -41,19 +41,19 @@ class BlockWeights(NamedTuple):
 
 
 class ViTWeights(NamedTuple):
-    """Weights of a packed ViT but its head.
+    """Weights of a packed ViT without its head.
 
     Attributes:
         embed: patch embedding `[C, P*P*3]`, in float32 or bfloat16.
         norm_pre: norm between embedding and blocks, or `NO_NORM`.
         norm: norm after the blocks, or `NO_NORM`.
-        blocks: one entry a block.
+        blocks: one entry per block.
         prefix: float32 `[n_prefix, C]`, prefix tokens with their position embeddings added.
         n_heads: attention heads.
         head_dim: channels of a head.
         n_lengths: configured lengths.
-        eps: of every norm.
-        activation: of the MLP, one of `ACTIVATIONS`.
+        eps: added to the variance in every norm.
+        activation: activation of the MLP, one of `ACTIVATIONS`.
     """
 
     embed: PackedWeight
@@ -68,7 +68,7 @@ class ViTWeights(NamedTuple):
     activation: str
 
     def tensors(self) -> list[Tensor]:
-        """All packed tensors in the order of the op."""
+        """All packed tensors in the order that the op takes."""
         flat = [self.embed.panels, self.embed.bias, *self.norm_pre, *self.norm]
         for block in self.blocks:
             for part in block:
@@ -77,7 +77,7 @@ class ViTWeights(NamedTuple):
 
 
 def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedWeight:
-    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a panel of their own."""
+    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a new panel."""
     width = weight.shape[0] // 3
     padding = -width % cpu_panel()
     parts = [torch.nn.functional.pad(part, (0, 0, 0, padding)) for part in weight.view(3, width, -1)]
@@ -95,7 +95,7 @@ def vit_forward(
     weights: ViTWeights,
     n_pooled: int,
 ) -> Tensor:
-    """Patch rows of a pack to tokens after the final norm; an image's are bitwise the same in every pack.
+    """Maps patch rows of a pack to tokens after the final norm; an image's tokens are bitwise the same in every pack.
 
     Args:
         rows: `[Tp, P*P*3]` patch rows, float or uint8, without padding rows, on the CPU.
@@ -103,16 +103,16 @@ def vit_forward(
         length_index: int32 `[B]`.
         pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
         pos_table: float32 `[R, C]`, position embeddings of several grids, one grid after another.
-        weights: the model's, packed for the instruction set in use.
-        n_pooled: leading tokens of every sequence that the head reads: only these are returned, and the last block
-            computes nothing else. 0: all tokens.
+        weights: weights of the model, packed for the instruction set in use.
+        n_pooled: number of leading tokens of every sequence that the head reads: only these are returned, and the last
+            block computes nothing else. 0 for all tokens.
 
     Returns:
         float32 `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`. No gradient flows through it.
 
     Raises:
         TypeError, ValueError: for arguments of another dtype or shape.
-        RuntimeError: for contents of the index tensors, or panels of another instruction set.
+        RuntimeError: for invalid values of the index tensors, or panels of another instruction set.
     """
     if not isinstance(rows, Tensor) or rows.dim() != 2 or (rows.dtype not in (torch.uint8, *_checks.FLOAT_DTYPES)):
         raise TypeError(f"rows: expected a float or uint8 tensor [Tp, P*P*3], got {_checks.describe(rows)}")
