@@ -266,7 +266,7 @@ def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
     """Runs an experiment and writes its report, all or nothing.
 
     The files in `output / name` are `results.json` (every number), `config.json` (the configuration of its first
-    run), `README.md` and, where matplotlib is installed, the plot.
+    run), `README.md` and, if matplotlib is installed, the plot.
 
     Returns:
         The folder.

@@ -71,7 +71,7 @@ def _outcome(run: Run) -> dict[str, Any]:
 
 
 def first_update(steps: Sequence[int], accuracy: Sequence[float], target: float) -> int | None:
-    """The first logged update whose accuracy is at least the target; None where there is none."""
+    """The first logged update whose accuracy is at least the target; None if there is none."""
     return next((step for step, value in zip(steps, accuracy, strict=False) if value >= target), None)
 
 

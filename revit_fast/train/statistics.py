@@ -11,7 +11,7 @@ from scipy.stats import binomtest, norm
 def mcnemar(right: np.ndarray, reference: np.ndarray) -> float:
     """Two-sided p-value of McNemar's exact test that two classifiers are right equally often.
 
-    It is the binomial test on the images where only one of the two is right: each of them is with probability one half.
+    It is the binomial test on the images where only one classifier is right: either one is, with probability one half.
 
     Args:
         right: bool `[N]`, whether one classifier is right.
