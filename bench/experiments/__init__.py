@@ -1,4 +1,4 @@
-"""Experiments on the parts of the method, each into a report: see `python -m bench.experiments list`."""
+"""Experiments on the parts of the method, each with a report: see `python -m bench.experiments list`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = (
     "robustness",
     "lengths",
 )
-"""In the order of their numbers; `get` gives their modules."""
+"""Names of the experiments in the order of their numbers; `get` gives their modules."""
 
 
 def get(name: str) -> ModuleType:

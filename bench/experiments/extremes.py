@@ -37,7 +37,7 @@ DECILES = 10
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Shares of lengths of every kind of images; accuracy and shares by decile."""
+    """Shares of lengths for every kind of images; accuracy and shares by decile."""
     test = pixels_of(lab.source.test)
     kinds = extreme_images(N_EXTREME[lab.scale_name], test[0].shape[0])
     decile = parts_of(complexity(test), DECILES)
@@ -71,7 +71,7 @@ def mean_tokens(values: dict[str, Any], kind: str) -> list[float]:
 
 
 def tokens_by_decile(values: dict[str, Any]) -> list[list[float | None]]:
-    """For every decile the mean patch tokens that the assigners choose, over seeds."""
+    """Mean patch tokens that the assigners choose, by decile and seed."""
     grids, rows = values["grids"], values["deciles"]["shares"]
 
     def tokens(row: list, d: int) -> float | None:
@@ -81,13 +81,13 @@ def tokens_by_decile(values: dict[str, Any]) -> list[list[float | None]]:
 
 
 def loss_by_decile(values: dict[str, Any]) -> list[tuple[list, list]]:
-    """For every decile the accuracies over seeds at the shortest and at the longest length."""
+    """Accuracies over seeds at the shortest and at the longest length, for every decile."""
     rows = values["deciles"]["accuracy"]
     return [([row[-1][d] for row in rows], [row[0][d] for row in rows]) for d in range(DECILES)]
 
 
 def fall_off(values: dict[str, Any]) -> int | None:
-    """The first decile from which on the shortest length is worse than the longest in every one, shown over seeds."""
+    """The first decile from which on, in all deciles, the shortest length is shown to be worse than the longest."""
     effects = [paired(short, long) for short, long in loss_by_decile(values)]
     worse = [effect.shown and effect.mean < 0 for effect in effects]
     first = DECILES
@@ -97,7 +97,7 @@ def fall_off(values: dict[str, Any]) -> int | None:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     grids, rows = values["grids"], []
     for kind, shares in values["shares"].items():
         m = values["measures"][kind]
@@ -151,7 +151,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     names = [f"{g}x{g}" for g in values["grids"]]
     kinds = list(values["shares"])
     bars, lines = [], []

@@ -1,4 +1,4 @@
-"""Experiment 8: whether images of like complexity get like lengths whatever their category."""
+"""Experiment 8: whether images of similar complexity get similar lengths, whatever their category."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OURS = (
 )
 
 PARTS = 5
-"""Of the range of either measure; strata are their pairs."""
+"""Number of parts of the range of each measure; strata are pairs of parts."""
 
 ALPHA = 0.05
 WHAT = {
@@ -35,7 +35,7 @@ WHAT = {
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Shares of lengths by category, and tests with and without matched complexity, for every seed."""
+    """Shares of lengths by category, and tests with and without matching of complexity, for every seed."""
     pixels, categories = pixels_of(lab.source.test), lab.source.test.labels
     bits, edges = entropy(pixels), edge_density(pixels)
     strata = parts_of(bits, PARTS) * PARTS + parts_of(edges, PARTS)
@@ -78,7 +78,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     findings, blocks = [], []
     grids = values["grids"]
     for name, what in WHAT.items():
@@ -118,7 +118,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     found = []
     for name, what in WHAT.items():
         series = [

@@ -1,8 +1,8 @@
 """Images whose sufficient token length is known by construction.
 
 The class of an image is the direction of a grating. Its difficulty is how fine the grating is. The part of every
-pattern that resizing to a shorter length would keep is removed, so that what is left of it at that length is smaller
-than the rounding of pixels. Classes can then be told apart at the sufficient length and at longer ones only.
+pattern that resizing to a shorter length would keep is removed, so that the rest at that length is smaller than the
+rounding of pixels. Classes can then be distinguished only at the sufficient length and at longer ones.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ BACKGROUND = 12.0
 
 
 ITERATIONS = 200
-"""Of `without_coarse` at most."""
+"""Largest number of iterations of `without_coarse`."""
 
 MAX_LEFT = 0.005
-"""Of a grating's amplitude that a length may show of it which should not: a fifth of a grey level, below the noise."""
+"""Largest share of a grating's amplitude at a length that should not show it: a fifth of a grey level, below noise."""
 
 
 def make_synthetic(
@@ -41,26 +41,26 @@ def make_synthetic(
     n_classes: int = 4,
     interpolation: str = "bicubic",
 ) -> tuple[ArrayImages, np.ndarray]:
-    """A set of images, the same number of every class and length up to one, in random order.
+    """A set of images in random order, with the same number for every class and length up to one.
 
     Images have the pixels of the longest length. Phase, frequency within its band, contrast, brightness, slow waves
-    behind and noise differ from image to image and say nothing of the class. They are made to be seen whole: use a
-    preprocessing with crop_pct 1 and the same interpolation.
+    behind and noise differ from image to image and say nothing about the class. The model must see the whole images:
+    use a preprocessing with crop_pct 1 and the same interpolation.
 
     Args:
-        n: images.
-        grids: the model's, strictly decreasing.
+        n: number of images.
+        grids: grids of the model, strictly decreasing.
         patch_size: P of the model, in pixels.
         seed: the same seed gives the same images.
         n_classes: directions of gratings, 2 to 6.
-        interpolation: of the model's preprocessing, "bicubic" or "bilinear".
+        interpolation: interpolation of the model's preprocessing, "bicubic" or "bilinear".
 
     Returns:
         The images, and int64 `[n]`: the index of the smallest length that shows the class, 0 the longest.
 
     Raises:
-        ValueError: for other numbers; for grids that no pattern can be lost to while the next longer shows it: more
-            than three, or close together.
+        ValueError: for other numbers; for grids (more than three, or close together) for which no pattern can be shown
+            at one length and lost at the next shorter one.
     """
     grids = check_grids(grids)
     if n < 1:
@@ -84,8 +84,8 @@ def make_synthetic(
 def directions(n_classes: int) -> np.ndarray:
     """Directions of the gratings, `[n_classes, 2]` as (x, y); the larger component is 1, the other at least 3/4.
 
-    Resizing treats the axes apart, and keeps nothing of a pattern where it keeps nothing along one of them. Slanted
-    gratings, fine along both, can be lost to several shorter lengths at a time.
+    Resizing treats the axes separately, and keeps nothing of a pattern if it keeps nothing along one of them. Slanted
+    gratings are fine along both axes, and can be lost at several shorter lengths.
     """
     angle = np.linspace(-1, 1, (n_classes + 1) // 2) if n_classes > 2 else np.zeros(1)
     angle = np.repeat(np.pi / 4 + angle * (np.pi / 4 - np.arctan(0.75)), 2)[:n_classes]
@@ -94,7 +94,7 @@ def directions(n_classes: int) -> np.ndarray:
 
 
 def band(length: int, sides: Sequence[int]) -> tuple[float, float]:
-    """Cycles per image of the gratings that this length is the smallest to show."""
+    """Range of cycles per image of the gratings for which this length is the smallest that shows them."""
     finest = sides[length] / 2
     coarsest = sides[length + 1] / 2 if length + 1 < len(sides) else finest / 2
     return coarsest + 0.4 * (finest - coarsest), coarsest + 0.75 * (finest - coarsest)
@@ -105,10 +105,10 @@ def gratings_at(frequency: np.ndarray, phase: np.ndarray, labels: np.ndarray, n_
 
     Args:
         frequency: cycles per image, `[n]`, of the finer component.
-        phase: in radians, `[n]`.
-        labels: which direction, `[n]`.
+        phase: phase in radians, `[n]`.
+        labels: index of the direction, `[n]`.
         n_classes: number of directions.
-        side: in pixels.
+        side: side in pixels.
     """
     position = (np.arange(side) + 0.5) / side
     cycles = frequency[:, None] * directions(n_classes)[labels]
@@ -117,7 +117,7 @@ def gratings_at(frequency: np.ndarray, phase: np.ndarray, labels: np.ndarray, n_
 
 
 def _gratings(labels, n_classes, length, sides, interpolation, rng) -> np.ndarray:
-    """Gratings `[n, S, S]` that length `length` shows and shorter ones do not."""
+    """Gratings `[n, S, S]` that length `length` shows and shorter lengths do not."""
     n = len(labels)
     frequency, phase = rng.uniform(*band(length, sides), n), rng.uniform(0, 2 * np.pi, n)
     patterns = gratings_at(frequency, phase, labels, n_classes, sides[0])
@@ -137,8 +137,8 @@ def _gratings(labels, n_classes, length, sides, interpolation, rng) -> np.ndarra
 def without_coarse(patterns: np.ndarray, sides: Sequence[int], interpolation: str = "bicubic") -> np.ndarray:
     """The part of patterns `[n, S, S]` that becomes zero when it is resized to any of `sides`.
 
-    Resizing is X -> R X R', so P X P' with the projection P onto the rows of R is what it keeps. Taking that away for
-    one size after another, again and again, leads to what none of them keeps (von Neumann's alternating projections).
+    Resizing is X -> R X R'. It keeps P X P', where P is the projection onto the rows of R. Repeated subtraction of this
+    part for one size after another leads to the part that no size keeps (von Neumann's alternating projections).
     """
     kept = [_row_projection(patterns.shape[1], side, interpolation) for side in sides]
     for _ in range(ITERATIONS if len(sides) > 1 else 1):
@@ -163,7 +163,7 @@ def _row_projection(side_in: int, side_out: int, interpolation: str) -> np.ndarr
 
 
 def _background(n: int, side: int, rng) -> np.ndarray:
-    """Brightness and one slow wave in any direction, `[n, side, side]`: every length shows them alike."""
+    """Brightness and one slow wave in a random direction, `[n, side, side]`; every length shows them alike."""
     position = (np.arange(side) + 0.5) / side
     cycles = rng.uniform(-1.5, 1.5, (n, 2, 1, 1))
     phase, amplitude = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.uniform(0, BACKGROUND, (n, 1, 1))

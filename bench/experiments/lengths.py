@@ -1,4 +1,4 @@
-"""Experiment 11: how many lengths, and what it costs to train them in parallel."""
+"""Experiment 11: the number of lengths, and the cost of training them in parallel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMUNICATION_ROUNDS = {"full": 150, "quick": 2}
 
 
 def name_of(grids: tuple[int, ...] | list[int]) -> str:
-    """What a set of grids is called in the results."""
+    """The name of a set of grids in the results."""
     return ", ".join(map(str, grids))
 
 
@@ -67,7 +67,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     sets, findings, rows = values["sets"], [], []
     every = sorted({g for s in sets.values() for g in s["grids"]}, reverse=True)
     shortest_set = next(iter(sets.values()))
@@ -117,7 +117,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def communication_shares(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Share of a full update that each kind of communication adds, by rounds: 1 - without / with."""
+    """Share of a full update's time that each kind of communication adds, for every round: 1 - without / with."""
     both = np.array(seconds["both"])
     return {
         "gradients and logits": (1 - np.array(seconds["none"]) / both).tolist(),
@@ -143,7 +143,7 @@ def _communication_findings(c: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     series, times = [], []
     for name, s in values["sets"].items():
         series.append(over_seeds(name, [g * g for g in s["grids"]], s["accuracy"], 100))

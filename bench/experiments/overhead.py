@@ -1,4 +1,4 @@
-"""Experiment 6: what training all lengths costs, and when inference has paid for it."""
+"""Experiment 6: the cost of training all lengths, and when inference has saved as much."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def _adaptive_accuracy(lab: Lab, run: Run) -> float:
 
 
 def break_even(values: dict[str, Any]) -> dict[str, float | None]:
-    """Seconds that training takes more, that an image saves, and the images after which they are equal.
+    """The additional seconds of training, the seconds saved per image, and the number of images for break-even.
 
-    The last is None where an image saves nothing.
+    The last is None if an image saves nothing.
     """
     update = {name: float(np.median(s)) for name, s in values["update_seconds"].items()}
     image = {name: float(np.median(s)) / values["inference_images"] for name, s in values["inference_seconds"].items()}
@@ -78,7 +78,7 @@ def break_even(values: dict[str, Any]) -> dict[str, float | None]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     update = {name: float(np.median(s)) for name, s in values["update_seconds"].items()}
     even, peak = break_even(values), values["peak_mib"]
     ratios = np.array(values["update_seconds"]["all"]) / np.array(values["update_seconds"]["longest"])
@@ -132,7 +132,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     names = list(values["update_seconds"])
     update = [1e3 * float(np.median(values["update_seconds"][name])) for name in names]
     found = [Panel("Time of an update", "trained at", "ms", [Series("median", names, update)], "bar")]

@@ -1,4 +1,4 @@
-"""Experiment 10: what self-distillation does to robustness."""
+"""Experiment 10: the effect of self-distillation on robustness."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH = 250
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Accuracy `[seed][length]` of either variant on every kind of images."""
+    """Accuracy `[seed][length]` of both variants on every kind of images."""
     steps = PGD_STEPS[lab.scale_name]
     images = lab.source.test.subset(range(min(lab.scale.n_attack, len(lab.source.test))))
     pixels, target = pixels_of(images), torch.from_numpy(images.labels)
@@ -47,7 +47,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def _of_run(run: Run, changed: dict, pixels: list, target: torch.Tensor, steps: int) -> dict[str, list]:
-    """Accuracy by length of one model on every kind of images; None of a run that diverged."""
+    """Accuracy by length of one model on every kind of images; None for a run that diverged."""
     kinds = [*changed, *(f"{a} {e}" for a in ("FGSM", "PGD") for e in EPSILONS)]
     if run.diverged is not None:
         return {kind: [None] * len(GRIDS) for kind in kinds}
@@ -69,7 +69,7 @@ def _of_run(run: Run, changed: dict, pixels: list, target: torch.Tensor, steps: 
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     accuracy, blocks, findings = values["accuracy"], [], []
     groups = {"clean": ["clean"], "corruptions, mean": [], "FGSM, mean": [], "PGD, mean": []}
     for kind in accuracy["TLSD"]:
@@ -100,7 +100,7 @@ def _mean_of(found: dict[str, list], kinds: list[str], length: int) -> list[floa
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     found = []
     for attack in ("FGSM", "PGD"):
         series = []

@@ -28,7 +28,7 @@ DONE = "done.json"
 """Result of a finished run; it is the last file to be written."""
 
 NORMS = ("tal", "shared")
-"""LayerNorms with parameters of every length's own, and LayerNorms whose lengths share them."""
+"""LayerNorms with separate parameters for every length, and LayerNorms with shared parameters."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Run:
     """A finished training run.
 
     Attributes:
-        folder: of its files, see `Trainer`.
-        config: its choices.
-        n_classes: of its model.
-        accuracy: on the test part at the end, `[n_lengths]`, the longest first; None where it diverged.
-        diverged: why training was given up, where the loss was not finite; else None.
+        folder: folder of its files, see `Trainer`.
+        config: configuration of the run.
+        n_classes: number of classes of its model.
+        accuracy: accuracy on the test part at the end, `[n_lengths]`, the longest first; None if it diverged.
+        diverged: reason why training was stopped, if the loss was not finite; else None.
     """
 
     folder: Path
@@ -51,16 +51,16 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, float]]:
-        """Rows of its log by update."""
+        """Rows of the run's log by update."""
         return read_rows(self.folder / STEPS)
 
     @property
     def epochs(self) -> list[dict[str, float]]:
-        """Rows of its log by epoch."""
+        """Rows of the run's log by epoch."""
         return read_rows(self.folder / EPOCHS)
 
     def model(self) -> ReViT:
-        """The trained model, in evaluation mode, with its preprocessing as timm configuration.
+        """The trained model in evaluation mode, with its preprocessing as timm configuration.
 
         Raises:
             ValueError: for a run that diverged.
@@ -97,7 +97,7 @@ def train_cached(
     Args:
         config: choices of the run; its `data` names the images and must change with them.
         train: images to train on.
-        test: to evaluate on after every epoch.
+        test: images to evaluate on after every epoch.
         runs: folder of all runs.
         terminal: where progress is printed; None: nowhere.
         norms: one of `NORMS`.
@@ -132,7 +132,7 @@ def train_cached(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lets one process work on a run at a time; another one waits and then finds the run finished."""
+    """Lets only one process at a time work on a run; another one waits and then finds the run finished."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

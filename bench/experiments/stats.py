@@ -1,4 +1,4 @@
-"""Statistics over seeds and raters, from which reports claim effects."""
+"""Statistics over seeds and raters, on which the claims of reports are based."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Spread(NamedTuple):
     """Values over seeds.
 
     Attributes:
-        mean: of the values; None where there are none.
+        mean: mean of the values; None if there are none.
         sd: their standard deviation (n - 1); None for fewer than two.
-        n: values.
+        n: number of values.
     """
 
     mean: float | None
@@ -31,10 +31,10 @@ class Effect(NamedTuple):
     """Mean of the differences between two variants, paired by seed.
 
     Attributes:
-        mean: of the differences; None where no seed has both.
-        low: end of the 95 % t interval; None for fewer than two pairs.
-        high: its other end.
-        n: pairs.
+        mean: mean of the differences; None if no seed has both variants.
+        low: lower end of the 95 % t interval; None for fewer than two pairs.
+        high: its upper end.
+        n: number of pairs.
     """
 
     mean: float | None
@@ -58,7 +58,7 @@ class Effect(NamedTuple):
 
 
 def spread(values: Sequence[float | None]) -> Spread:
-    """Mean and standard deviation of the values that are there."""
+    """Mean and standard deviation of the values that are not None."""
     found = np.array([v for v in values if v is not None], dtype=np.float64)
     sd = float(found.std(ddof=1)) if len(found) > 1 else None
     return Spread(float(found.mean()) if len(found) else None, sd, len(found))
@@ -68,8 +68,8 @@ def paired(values: Sequence[float | None], reference: Sequence[float | None], re
     """The differences `values - reference`, seed by seed, with Student's interval of their mean.
 
     Args:
-        values: of one variant by seed; seeds that lack either value (a run that diverged) are left out.
-        reference: of the other.
+        values: values of one variant by seed; seeds that lack either value (a run that diverged) are left out.
+        reference: values of the other variant.
         resolution: step to which values are rounded. The interval is wider by one step on either side, so that equal
             rounded values do not look certain.
     """
@@ -99,11 +99,11 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Cohen's kappa: agreement of two raters beyond chance; None where all ratings are the same category.
+    """Cohen's kappa: agreement of two raters beyond chance; None if all ratings are the same category.
 
     Args:
         a: int `[N]`, categories that one rater gives.
-        b: int `[N]`, those of the other.
+        b: int `[N]`, categories that the other gives.
     """
     if len(np.unique([a, b])) < 2:
         return None
@@ -112,7 +112,7 @@ def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def fleiss_kappa(ratings: np.ndarray) -> float | None:
-    """Fleiss' kappa of `[n_raters, N]` categories; None for one rater, or where all ratings are the same category."""
+    """Fleiss' kappa of `[n_raters, N]` categories; None for one rater, or if all ratings are the same category."""
     if len(ratings) < 2 or len(np.unique(ratings)) < 2:
         return None
     counts, _ = inter_rater.aggregate_raters(ratings.T)
@@ -124,8 +124,8 @@ class Association(NamedTuple):
 
     Attributes:
         statistic: Pearson's chi-square, summed over strata.
-        p: of the permutation test.
-        cramers_v: size of the association in the table of all strata, 0 to 1; 0 where either variable is constant.
+        p: p-value of the permutation test.
+        cramers_v: size of the association in the table of all strata, 0 to 1; 0 if either variable is constant.
     """
 
     statistic: float
@@ -140,14 +140,14 @@ def association(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> Association:
-    """Whether lengths depend on the category, by permuting categories within strata.
+    """Tests whether lengths depend on the category, by permuting categories within strata.
 
     Args:
         categories: int `[N]`.
         lengths: int `[N]`.
         strata: int `[N]`: images of one stratum are alike in all but the category; None: one stratum.
-        n_permutations: that p is estimated from; it is at least 1 / (n_permutations + 1).
-        seed: of the permutations.
+        n_permutations: number of permutations that p is estimated from; p is at least 1 / (n_permutations + 1).
+        seed: seed of the permutations.
     """
     strata = np.zeros(len(categories), dtype=np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
     k, m, s = int(categories.max()) + 1, int(lengths.max()) + 1, int(strata.max()) + 1

@@ -27,7 +27,7 @@ KINDS = {"model": "on the model's labels", "known": "on the known lengths"}
 
 
 def make_source(lab: Lab) -> Source:
-    """Parts of synthetic images, each of a seed of its own."""
+    """Parts of synthetic images, each with its own seed."""
     s = lab.scale
     sizes = {"train": min(s.n_train, 6000), "label": min(s.n_label, 3000), "test": min(s.n_test, 3000)}
     made = {part: make_synthetic(n, GRIDS, 4, i, N_CLASSES) for i, (part, n) in enumerate(sizes.items())}
@@ -63,7 +63,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     accuracy, grids = values["assigner_accuracy"], values["grids"]
     chance = max(values["known_shares"])
     names = [f"{g}x{g}" for g in grids]
@@ -95,7 +95,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     names = [f"{g}x{g}" for g in values["grids"]]
     series = []
     for kind, what in KINDS.items():

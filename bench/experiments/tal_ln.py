@@ -1,4 +1,4 @@
-"""Experiment 1: LayerNorms of every length's own, or shared."""
+"""Experiment 1: separate LayerNorms for every length, or shared ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS = "the comparison with shared norms of the same start, order of images and 
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Accuracy `[seed][length]` with either kind of norms."""
+    """Accuracy `[seed][length]` with both kinds of norms."""
     found = {norms: lab.trained(norms=norms) for norms in NORMS}
     model, _ = build_model(found["tal"][0].config, found["tal"][0].n_classes)
     total = sum(p.numel() for p in model.parameters())
@@ -32,7 +32,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     rows, findings = [], []
     for i, grid in enumerate(values["grids"]):
         tal, shared = ([row[i] for row in values["accuracy"][norms]] for norms in NORMS)
@@ -47,7 +47,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     x = [f"{g}x{g}" for g in values["grids"]]
     names = {"tal": "TAL-LN", "shared": "shared"}
     series = [over_seeds(names[norms], x, values["accuracy"][norms], 100) for norms in NORMS]

@@ -26,11 +26,11 @@ from revit_fast.train.trainer import Trainer
 
 PROBE_IMAGES, PROBE_CLASSES, PROBE_PX = 512, 10, 28
 CLEAR_PEAK = "5"
-"""What is written to clear_refs so that Linux resets a process's peak of memory."""
+"""Value that is written to clear_refs so that Linux resets a process's peak of memory."""
 
 
 def stepper(config: TrainConfig, images: ImageSet) -> Callable[[], None]:
-    """A function that makes the next update of a run of its own, loading of images included."""
+    """A function that makes the next update of a separate run, including the loading of images."""
     torch.manual_seed(config.seed)
     model, _ = build_model(config, len(images.classes))
     trainer = Trainer(model, images, config, terminal=None)
@@ -39,7 +39,7 @@ def stepper(config: TrainConfig, images: ImageSet) -> Callable[[], None]:
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
-    """Epoch after epoch."""
+    """The batches of one epoch after another, without end."""
     epoch = 0
     while True:
         yield from loader.epoch(epoch)
@@ -47,17 +47,17 @@ def endless(loader: TrainLoader) -> Iterator[Batch]:
 
 
 def probe_images() -> ArrayImages:
-    """Noise: time and memory do not depend on what is seen."""
+    """Images of noise: time and memory do not depend on the pixels."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (PROBE_IMAGES, PROBE_PX, PROBE_PX), dtype=np.uint8)
     return ArrayImages(pixels, np.arange(PROBE_IMAGES) % PROBE_CLASSES, [str(c) for c in range(PROBE_CLASSES)])
 
 
 def in_process(kind: str, config: TrainConfig, n_processes: int = 1, **options: Any) -> dict[str, Any]:
-    """Runs `MEASURES[kind](config, **options)` in new processes; the result of the first of them.
+    """Runs `MEASURES[kind](config, **options)` in new processes; returns the result of the first of them.
 
     Raises:
-        RuntimeError: where a process fails, with the end of what it said.
+        RuntimeError: if a process fails; the message has the end of its output.
     """
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"] if n_processes > 1 else []
@@ -76,7 +76,7 @@ def in_process(kind: str, config: TrainConfig, n_processes: int = 1, **options: 
 
 
 def memory(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Memory that training takes beyond the model and the libraries: `peak_mib`, None where Linux does not tell."""
+    """Memory that training takes beyond the model and the libraries: `peak_mib`, None if Linux does not report it."""
     step = stepper(config, probe_images())
     before = _status_kib("VmRSS")
     try:
@@ -101,12 +101,12 @@ def communication(config: TrainConfig, steps: int) -> dict[str, Any]:
     """Seconds of updates in length-parallel mode, with and without its two kinds of communication.
 
     The processes start every update together; an update takes as long as the slowest process. Without communication a
-    process keeps its own gradient, and takes its own logits for the teacher's: the work is the same, the sum is not.
-    The kinds take turns, in changing order.
+    process keeps its own gradient and uses its own logits as the teacher's: the work is the same, the result is not.
+    The kinds take turns in changing order.
 
     Returns:
-        `seconds`: of every kind, a list over updates of the slowest process's; `own`: seconds of every process
-        without communication, median over updates.
+        `seconds`: for every kind, the slowest process's seconds in each update; `own`: seconds of every process without
+        communication, median over updates.
     """
     world = World("length-parallel", len(config.grids))
     try:
@@ -118,14 +118,14 @@ def communication(config: TrainConfig, steps: int) -> dict[str, Any]:
         kinds = {"both": (True, True), "gradients": (True, False), "logits": (False, True), "none": (False, False)}
         slowest: dict[str, list[float]] = {kind: [] for kind in kinds}
         own: list[list[float]] = []
-        rng = np.random.default_rng(0)  # all processes agree on the order
+        rng = np.random.default_rng(0)  # the same order in all processes
         for n in range(steps + 1):
             for kind in rng.permutation(list(kinds)):
                 seconds = _update_seconds(trainer, next(batches), *kinds[kind])
                 found = [torch.zeros(1, dtype=torch.float64) for _ in range(world.size)]
                 dist.all_gather(found, torch.tensor([seconds], dtype=torch.float64))
                 every = [value.item() for value in found]
-                if n:  # the first warms caches and connections
+                if n:  # the first round warms caches and connections
                     slowest[kind].append(max(every))
                     own += [every] if kind == "none" else []
         threads, first = torch.get_num_threads(), world.is_first
@@ -153,7 +153,7 @@ MEASURES: Mapping[str, Callable[..., dict[str, Any]]] = {"memory": memory, "comm
 
 
 def main() -> None:
-    """Does the task in the first argument and prints what was found."""
+    """Does the task in the first argument and prints the result."""
     task = json.loads(sys.argv[1])
     found = MEASURES[task["kind"]](TrainConfig.from_dict(task["config"]), **task["options"])
     if found:

@@ -28,7 +28,7 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 
 def report(values: dict[str, Any]) -> list[str]:
-    """Blocks of the report."""
+    """Blocks of the report in Markdown."""
     accuracy, findings = values["accuracy"], []
     heads, rows, differences = ["grid"], [], []
     heads += ["TLSD off" if name == OFF else f"τ = {name}" for name in accuracy]
@@ -48,7 +48,7 @@ def report(values: dict[str, Any]) -> list[str]:
 
 
 def panels(values: dict[str, Any]) -> list[Panel]:
-    """What is drawn."""
+    """Panels of the plot."""
     x = [f"{g}x{g}" for g in values["grids"]]
     series = [
         over_seeds("TLSD off" if name == OFF else f"τ = {name}", x, found, 100)

@@ -1,4 +1,4 @@
-"""Reports of experiments: Markdown made of numbers alone, and a plot of the same numbers."""
+"""Reports of experiments: Markdown made only from numbers, and a plot of the same numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number with so many decimals; "-" where there is none."""
+    """A number with `digits` decimals; "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -29,7 +29,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def mean_spread(values: Sequence[float | None], scale: float = 1.0, digits: int = 2) -> str:
-    """`mean ± standard deviation` of the values over seeds that are there."""
+    """`mean ± standard deviation` of the values over seeds that are not None."""
     s: Spread = spread(values)
     if s.mean is None:
         return "-"
@@ -42,7 +42,7 @@ def accuracies(values: Sequence[float | None]) -> str:
 
 
 def effect_cell(effect: Effect, scale: float = 1.0, digits: int = 2) -> str:
-    """`+1.20 [+0.40, +2.00]`, in bold where zero is excluded."""
+    """`+1.20 [+0.40, +2.00]`, in bold if the interval excludes zero."""
     if effect.mean is None:
         return "-"
     text = f"{scale * effect.mean:+.{digits}f}"
@@ -53,7 +53,7 @@ def effect_cell(effect: Effect, scale: float = 1.0, digits: int = 2) -> str:
 
 
 def finding(what: str, effect: Effect, unit: str = "points", scale: float = 100.0, digits: int = 2) -> str:
-    """A sentence that claims an effect only where the interval over seeds excludes zero."""
+    """A sentence that claims an effect only if the interval over seeds excludes zero."""
     if effect.mean is None:
         return f"- {what}: no seed gave both values, so nothing can be said."
     size = f"{scale * effect.mean:+.{digits}f} {unit}".rstrip()
@@ -68,7 +68,7 @@ def finding(what: str, effect: Effect, unit: str = "points", scale: float = 100.
 
 
 def compare(what: str, values: Sequence[float | None], reference: Sequence[float | None], **options: Any) -> str:
-    """`finding` of the paired differences."""
+    """`finding` for the paired differences."""
     return finding(what, paired(values, reference), **options)
 
 
@@ -77,9 +77,9 @@ class Series:
     """Points of a panel.
 
     Attributes:
-        label: in the legend.
+        label: label in the legend.
         x: numbers, or names of bars.
-        y: None leaves a gap.
+        y: numbers; None leaves a gap.
         error: half the length of error bars, or None.
     """
 

@@ -24,7 +24,7 @@ from revit_fast.version import __version__
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; every subcommand sets `command`, the module whose `run` is called."""
+    """The parser. Every subcommand sets `command`, the name of the module whose `run` is called."""
     parser = argparse.ArgumentParser(prog="revit-fast", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -152,6 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     # A command imports torch, timm and Pillow here, so that --help and usage errors need not wait for them.
     command = import_module(f"revit_fast.cli.{args.command}")
-    if args.command != "env":  # it shows the allocator as a program finds it
+    if args.command != "env":  # `env` shows the allocator in its original state
         keep_freed_pages()
     return command.run(args)

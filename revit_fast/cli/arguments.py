@@ -1,6 +1,6 @@
-"""What the commands share: options, the checks of their values, and the error for arguments that cannot work.
+"""Parts that all commands share: options, the checks of their values, and the error for arguments that cannot work.
 
-The module imports neither torch nor NumPy, so that `--help` and usage errors come at once.
+The module imports neither torch nor NumPy, so that `--help` and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ EXTRA_MODULES = {
 """Modules that commands need, and the extra of revit-fast that installs each."""
 
 MAX_THREADS = 1024
-"""Largest value of --threads. OpenMP cannot start some ten thousand threads, and ends the process."""
+"""Largest value of --threads. OpenMP cannot start about ten thousand threads, and ends the process."""
 
 
 class UsageError(Exception):
-    """Arguments that cannot work together with the model or the files; exit code 2."""
+    """The arguments do not fit the model or the files; exit code 2."""
 
     @classmethod
     def of(cls, error: Exception, option: str | None = None, /, **options: str) -> UsageError:
-        """The usage error for an error that a function of the package raised; it names the option, not the argument.
+        """Turns an error that a function of the package raised into a usage error that names the option.
 
         Args:
             error: an error whose message begins with the name of an argument, a colon and a space.
-            option: the option to name where `options` lack the argument; None: the message stays as it is.
+            option: the option to name if `options` lack the argument; None: the message stays as it is.
             **options: the option that each argument comes from.
         """
         name, _, said = str(error).partition(": ")
@@ -77,7 +77,7 @@ def _at_most(limit: int, value: int) -> int:
 
 
 def budget(text: str) -> dict[str, float]:
-    """A number of tokens, or of multiply-adds as in `2.5gmacs`."""
+    """A budget in tokens, or in multiply-adds as in `2.5gmacs`."""
     number, unit = (text[:-5], "mean_gmacs") if text.lower().endswith("gmacs") else (text, "mean_tokens")
     try:
         value = float(number)
@@ -89,7 +89,7 @@ def budget(text: str) -> dict[str, float]:
 
 
 def drop(text: str) -> float:
-    """Percentage points, as a share."""
+    """Percentage points, converted to a share."""
     try:
         value = float(text)
     except ValueError:
@@ -104,7 +104,7 @@ def _grid(text: str) -> int | str:
 
 
 def _policy(text: str) -> str | tuple[str, object]:
-    """`name` or `name:argument` as `policies.make_policy` takes it."""
+    """`name` or `name:argument` in the form that `policies.make_policy` takes."""
     name, colon, argument = text.partition(":")
     if not colon and name in ("argmax", "cycle", "random", "entropy"):
         return name
@@ -248,14 +248,14 @@ def add_goal(p: argparse.ArgumentParser, required: bool) -> None:
 
 def check_file(option: str, path: str) -> None:
     """Raises a usage error, before anything is computed, for a file that cannot be written."""
-    is_device = os.path.exists(path) and not os.path.isfile(path)  # /dev/null is written to in its place
+    is_device = os.path.exists(path) and not os.path.isfile(path)  # a device such as /dev/null cannot be replaced
     written = path if is_device else os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path) or not os.access(written, os.W_OK):
         raise UsageError(f"{option}: cannot write {path}; give a file in a folder that can be written to")
 
 
 def check_free(host: str, port: int, options: str = "--host, --port") -> None:
-    """Raises a usage error where no server can listen: a server would try for a while and fail in another place."""
+    """Raises a usage error if no server can listen there; a server would only fail later and in another place."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -266,7 +266,7 @@ def check_free(host: str, port: int, options: str = "--host, --port") -> None:
 
 
 def refuse_cluster_options(args: argparse.Namespace) -> None:
-    """Raises a usage error for options that mean nothing where everything runs in this process."""
+    """Raises a usage error for options that have no meaning if everything runs in this process."""
     for name in ("workers", "address"):
         if getattr(args, name) is not None:
             raise UsageError(f"--{name}: everything runs in this process; give --engine ray for a cluster")
@@ -275,10 +275,10 @@ def refuse_cluster_options(args: argparse.Namespace) -> None:
 def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Parses arguments and runs a command; errors that a user can mend become one line on stderr.
+    """Parses arguments and runs a command; errors that a user can correct become one line on stderr.
 
     Args:
-        parser: of the arguments; its `prog` begins the lines.
+        parser: parser of the arguments; its `prog` begins the lines.
         run: the command, which returns the exit code.
         argv: arguments without the program's name; by default those of the process.
 

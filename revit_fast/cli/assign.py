@@ -10,7 +10,7 @@ from revit_fast.cli.report import open_results, write_results
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast assign`; 0, or 1 if any image failed."""
+    """Runs `revit-fast assign`; returns 0, or 1 if any image failed."""
     with open_results(args) as stream:
         pipe = build_pipeline(args)
         try:

@@ -1,4 +1,4 @@
-"""`revit-fast calibrate`: the threshold of a bundle, by a budget or by the accuracy that may be lost."""
+"""`revit-fast calibrate`: sets the threshold of a bundle by a budget or by the accuracy that may be lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast calibrate`; 0, or 1 if any image could not be read."""
+    """Runs `revit-fast calibrate`; returns 0, or 1 if any image could not be read."""
     import numpy as np
 
     from revit_fast.adaptive.policies import smallest_sufficient

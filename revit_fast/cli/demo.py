@@ -1,4 +1,4 @@
-"""`revit-fast demo`: a page in the browser on which images get their grids."""
+"""`revit-fast demo`: a page in the browser that shows which grids images get."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ N_SAMPLES = 12
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast demo` until SIGINT; 0."""
-    page.import_gradio()  # where it is missing, main says what to install
+    """Runs `revit-fast demo` until SIGINT; returns 0."""
+    page.import_gradio()  # if it is missing, main says what to install
     if os.environ.get("GRADIO_SHARE", "").lower() == "true":
         raise UsageError("GRADIO_SHARE: this page is for this machine alone and never shared; unset it")
     check_free(page.HOST, args.port, "--port")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def described(name: str, pipe: AdaptivePipeline) -> str:
-    """The model in a line of Markdown."""
+    """A line of Markdown that describes the model."""
     grids = ", ".join(f"{g} × {g}" for g in pipe.model.grids)
     text = f"Model `{name}`, {grids} patches of {pipe.model.patch_size} px"
     if pipe.classes is None:
@@ -60,7 +60,7 @@ def described(name: str, pipe: AdaptivePipeline) -> str:
 
 
 def samples_of(name: str, pipe: AdaptivePipeline) -> dict[str, np.ndarray]:
-    """Test images that lie beside a shipped model, the first ones; none for other models."""
+    """The first of the test images that are stored beside a shipped model; none for other models."""
     folder = SHIPPED / name / "images"
     if name not in shipped_names() or not folder.is_dir():
         return {}

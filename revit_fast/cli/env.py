@@ -1,4 +1,4 @@
-"""`revit-fast env`: what the installation consists of and what it can use."""
+"""`revit-fast env`: the parts of the installation and the backends that it can use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`revit-fast evaluate`: accuracy, cost and time of a bundle beside fixed lengths and simple baselines."""
+"""`revit-fast evaluate`: compares accuracy, cost and time of a bundle with fixed lengths and simple baselines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _numbers(text: str) -> list[float]:
         values = [-1.0]
     if not all(0.0 <= value <= 1.0 for value in values):
         raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1, such as 0.5,0.9, got {text!r}")
-    return list(dict.fromkeys(values))  # a policy has one row
+    return list(dict.fromkeys(values))  # one row per policy
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -51,11 +51,11 @@ def check_plot(path: str) -> None:
     if Path(path).suffix.lower() not in PLOTS:
         raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
     check_file("--plot", path)
-    import_module("matplotlib")  # where it is missing, main says what to install
+    import_module("matplotlib")  # if it is missing, main says what to install
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast evaluate`; 0, or 1 if any image could not be read."""
+    """Runs `revit-fast evaluate`; returns 0, or 1 if any image could not be read."""
     if args.json:
         check_file("--json", args.json)
     if args.plot:

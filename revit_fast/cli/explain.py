@@ -17,11 +17,11 @@ from revit_fast.io.images import Source, find_images
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast explain`; 0, or 1 if any image failed."""
+    """Runs `revit-fast explain`; returns 0, or 1 if any image failed."""
     sources = list(find_images(args.paths))
     check_output(args.output, sources)
     if Path(args.output).suffix.lower() == ".png":
-        import_module("matplotlib")  # where it is missing, main says what to install
+        import_module("matplotlib")  # if it is missing, main says what to install
     if not has_weights(args):
         print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
     pipe = build_pipeline(args)

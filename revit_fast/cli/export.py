@@ -1,4 +1,4 @@
-"""`revit-fast export`: a model as files for other runtimes."""
+"""`revit-fast export`: writes a model as files for other runtimes."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast export`; 0, or 1 where there is no C++ compiler."""
+    """Runs `revit-fast export`; returns 0, or 1 if there is no C++ compiler."""
     check_output(args)
     if args.format == "onnx":
-        for package in ("onnx", "onnxscript"):  # where one is missing, main says what to install
+        for package in ("onnx", "onnxscript"):  # if one is missing, main says what to install
             import_module(package)
 
     from revit_fast.cli.pipelines import warn_of_random_weights
@@ -84,7 +84,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def open_model(args: argparse.Namespace) -> Bundle:
-    """The model with what belongs to it: that of a bundle, or one of timm's without an assigner."""
+    """The bundle to export: the one that is given, or a timm model without an assigner."""
     from revit_fast.cli.pipelines import load_bundle, load_model, read_labels
     from revit_fast.models.folder import default_policy
     from revit_fast.models.hub import is_bundle
@@ -128,7 +128,7 @@ def _aoti(args: argparse.Namespace, bundle: Bundle) -> None:
         )
 
     def write(path: str) -> None:
-        # A package belongs to this processor in any case: packed weights of its instruction set cost nothing more.
+        # A package runs on this kind of processor only, so weights may be packed for its instruction set.
         own = bundle.model
         program = export_packed(optimize(own)) if args.grid is None else export_single(own, args.grid)
         compile_package(program, path, _settings(bundle))
@@ -150,7 +150,7 @@ WRITERS = {"torch-export": _torch_export, "aoti": _aoti, "onnx": _onnx}
 
 
 def _reported(path: str, doing: str, write: Callable[[str], None]) -> None:
-    """Writes an output, and reports on stderr what is being done and which files there are in the end."""
+    """Writes an output, and reports the step and the written files on stderr."""
     print(f"{path}: {doing} ...", file=sys.stderr, flush=True)
     begin = time.perf_counter()
     write(path)

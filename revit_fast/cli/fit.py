@@ -1,4 +1,4 @@
-"""`revit-fast fit`: from labelled images to an adaptive model, in one go."""
+"""`revit-fast fit`: makes an adaptive model from labelled images, in one run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from revit_fast.cli.runs import KeyValues, add_run, configuration, exit_code
 from revit_fast.io.atomic import read_json, write_json
 
 GOAL = "fit.json"
-"""File in the folder of a run with the arguments of `fit` beside those of the training; `--resume` reads it."""
+"""File in a run's folder with the arguments of `fit` that are not those of the training; `--resume` reads it."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast fit`; exit codes as of `revit-fast train`."""
+    """Runs `revit-fast fit`; returns the exit codes of `revit-fast train`."""
     from revit_fast.train.fit import TRAIN, fit
     from revit_fast.train.run import BUNDLE
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def goal(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The arguments of `train.fit.fit`: those given, else those of the run that is resumed; its folder keeps them."""
+    """The arguments of `train.fit.fit`: the given ones, else those of the resumed run. They are saved in the folder."""
     given = {n: getattr(args, n) for n in ("assigner", "budget", "max_drop") if getattr(args, n) is not None}
     path, kept = folder / GOAL, {}
     if args.resume and path.is_file():

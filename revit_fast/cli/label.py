@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast label`; 0, or 1 if any image could not be read."""
+    """Runs `revit-fast label`; returns 0, or 1 if any image could not be read."""
     from revit_fast.train.labels import LengthLabels, predict_lengths
 
     check_file("--output", args.output)

@@ -1,4 +1,7 @@
-"""What the commands on a bundle and labelled images share. torch and the package are imported when a command runs."""
+"""Parts that the commands on a bundle and labelled images share.
+
+torch and the package are imported when a command runs.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def usage_errors(**options: str) -> Iterator[None]:
 
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
-    """The bundle, and the images with the classes in its order."""
+    """The bundle, and the images with classes in the bundle's order."""
     import numpy as np
     import torch
 
@@ -80,7 +83,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
 
 
 def folder_to_write(args: argparse.Namespace) -> str:
-    """The folder to write the bundle to; a bundle that is shipped or lies on the Hub is never changed."""
+    """The folder to write the bundle to; a bundle that is shipped or on the Hub is never changed."""
     from revit_fast.models.folder import check_replaceable
     from revit_fast.models.hub import SCHEME, SHIPPED, find_bundle
 

@@ -1,4 +1,4 @@
-"""From the arguments of a command to the pipeline that they describe."""
+"""Builds the pipeline that the arguments of a command describe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.video.reader import CLIPS
 
 MAX_WAIT_S = 1.0
-"""Seconds after which a batch runs though it is not full, so that results appear while files are still read."""
+"""Seconds after which a batch runs even if it is not full, so that results appear while files are still read."""
 
 
 def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> AdaptivePipeline:
@@ -94,7 +94,7 @@ def policy_of(args: argparse.Namespace, bundle: Bundle | None = None, longest: i
 
 
 def load_bundle(args: argparse.Namespace) -> Bundle:
-    """The bundle that --model names, with the weights of --weights where there are some."""
+    """The bundle that --model names, with the weights of --weights if given."""
     try:
         bundle = read_bundle(args.model)
         if args.weights:
@@ -106,7 +106,7 @@ def load_bundle(args: argparse.Namespace) -> Bundle:
 
 def load_model(args: argparse.Namespace) -> ReViT:
     """The model in evaluation mode; a wrong name or wrong weights raise a usage error."""
-    _, timm = (import_module(package) for package in ("PIL", "timm"))  # where one is missing, main says what to install
+    _, timm = (import_module(package) for package in ("PIL", "timm"))  # if one is missing, main says what to install
     if not timm.is_model(args.model) and os.path.isdir(args.model):
         raise UsageError(f"--model: timm knows no model {args.model!r}; for the folder here, give ./{args.model}")
     try:
@@ -128,7 +128,7 @@ def read_labels(path: str, n_classes: int) -> list[str]:
 
 
 def refuse_files_of(kind: Kind, args: argparse.Namespace, wanted_model: str) -> None:
-    """Raises a usage error for a path whose name says that it is of a kind that the model does not take."""
+    """Raises a usage error if the name of a path shows a kind of file that the model does not take."""
     taken = CLIPS if kind is IMAGES else IMAGES
     for path in args.paths:
         if kind.has_name(path):
@@ -144,7 +144,7 @@ def has_weights(args: argparse.Namespace) -> bool:
 
 
 def warn_of_random_weights(args: argparse.Namespace) -> None:
-    """Warns on stderr where the arguments name no weights."""
+    """Warns on stderr if the arguments name no weights."""
     if not has_weights(args):
         print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
 

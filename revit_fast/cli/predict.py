@@ -1,4 +1,4 @@
-"""`revit-fast predict`: image files to classes, in packed batches."""
+"""`revit-fast predict`: classifies image files in packed batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from revit_fast.video.reader import CLIPS
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast predict`; 0, or 1 if any image failed."""
+    """Runs `revit-fast predict`; returns 0, or 1 if any image failed."""
     if is_checkpoint(args.model):
         return import_module("revit_fast.cli.predict_clips").run(args)
     refuse_files_of(CLIPS, args, "a folder of a TimeSformer")

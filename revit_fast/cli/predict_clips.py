@@ -1,4 +1,4 @@
-"""`revit-fast predict` where --model is a folder of a TimeSformer: clips to classes."""
+"""`revit-fast predict` with a TimeSformer's folder as --model: classifies clips."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from revit_fast.video.reader import CLIPS
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast predict` on clips; 0, or 1 if any clip failed."""
+    """Runs `revit-fast predict` on clips; returns 0, or 1 if any clip failed."""
     if args.engine != "local":
         raise UsageError(f"--engine {args.engine}: clips are classified in one process; leave it out")
     refuse_files_of(IMAGES, args, "a ViT's name or a bundle")
-    import_module("av")  # where it is missing, main says what to install
+    import_module("av")  # if it is missing, main says what to install
     refuse_cluster_options(args)
     with open_results(args) as stream:
         pipe = build_pipeline(args)

@@ -1,4 +1,4 @@
-"""`revit-fast predict --engine ray`: image files to classes on a Ray cluster, into a folder of parts."""
+"""`revit-fast predict --engine ray`: classifies image files on a Ray cluster and writes a folder of parts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EVERY_S = 5.0
 
 
 def run_on_cluster(args: argparse.Namespace) -> int:
-    """Runs `revit-fast predict --engine ray`; 0, or 1 if any image failed."""
+    """Runs `revit-fast predict --engine ray`; returns 0, or 1 if any image failed."""
     if args.output is None:
         raise UsageError("--engine ray: give --output DIR, a folder that all workers see")
     if args.format != "table":
         raise UsageError(f"--format {args.format}: --engine ray writes parts, see --part-format parquet or jsonl")
     if args.trace:
         raise UsageError("--trace: --engine ray runs in other processes, which keep no trace")
-    import_module("ray.data")  # before the model is loaded; where it is missing, main says what to install
+    import_module("ray.data")  # before the model is loaded; if it is missing, main says what to install
     reported = time.perf_counter()
 
     def show(summary: Summary) -> None:

@@ -1,4 +1,4 @@
-"""What commands print of images: results as a table, JSON or CSV, and progress on stderr."""
+"""The output of commands on images: results as a table, JSON or CSV, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from revit_fast.streaming.results import Result
 
 @dataclass
 class Prediction:
-    """What is reported of one image: an error, or its grid, tokens, milliseconds and best classes."""
+    """The report of one image: an error, or its grid, tokens, milliseconds and best classes."""
 
     path: str
     error: str | None = None
@@ -48,8 +48,8 @@ class TableFormat:
     """Aligned lines; long paths are not cut, so that they can be copied.
 
     Args:
-        top_k: classes of an image.
-        grids: that the assigner gives probabilities for.
+        top_k: number of classes per image.
+        grids: grids for which the assigner gives probabilities.
     """
 
     def __init__(self, top_k: int, grids: Sequence[int] = ()):
@@ -73,7 +73,7 @@ class TableFormat:
 
 
 class JsonFormat:
-    """One array, one object a line: valid however early the run ends."""
+    """One JSON array with one object per line, which is valid even if the run ends early."""
 
     def __init__(self, top_k: int, grids: Sequence[int] = ()):
         self.top_k, self.grids, self.comma = top_k, grids, " "
@@ -100,7 +100,7 @@ class JsonFormat:
 
 
 class CsvFormat:
-    """A header and one row per image, errors in the last column."""
+    """A header and one row per image, with errors in the last column."""
 
     def __init__(self, top_k: int, grids: Sequence[int] = ()):
         self.top_k, self.grids = top_k, grids
@@ -146,7 +146,7 @@ def open_output(path: str | None) -> Iterator[TextIO]:
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Writes and flushes; characters that the stream's encoding lacks are escaped rather than fatal."""
+    """Writes and flushes; characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
@@ -156,7 +156,7 @@ class Progress:
     """Counts images and tokens, and reports them as plain lines every 100 images or 5 seconds.
 
     Args:
-        noun: what to call images.
+        noun: word for the images.
     """
 
     EVERY_IMAGES, EVERY_S = 100, 5.0
@@ -181,7 +181,7 @@ class Progress:
             self.say(f"{count} {self.noun}, {self.rates()}")
 
     def rates(self) -> str:
-        """Throughput so far, errors not counted."""
+        """Throughput so far, without errors."""
         seconds = max(time.perf_counter() - self.begin, 1e-9)
         images_per_s = (self.n_images - self.n_errors) / seconds
         return f"{images_per_s:.1f} {self.noun}/s, {self.n_tokens / seconds:.0f} tokens/s"
@@ -203,7 +203,7 @@ class Progress:
 
 
 class BarProgress(Progress):
-    """The same as a bar on a terminal."""
+    """Reports progress as a bar on a terminal."""
 
     def __init__(self, n_total: int, noun: str = "images"):
         super().__init__(noun)
@@ -211,7 +211,7 @@ class BarProgress(Progress):
         from rich.console import Console
 
         columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.description}"))
-        # rich would send whatever is printed to stdout to this console, even where stdout is a file.
+        # By default rich redirects stdout to this console, even if stdout is a file.
         self.bar = progress.Progress(
             *columns,
             progress.TimeRemainingColumn(),
@@ -241,7 +241,7 @@ class BarProgress(Progress):
 
 
 def open_results(args: argparse.Namespace) -> AbstractContextManager[TextIO]:
-    """Opens the stream for results; raises a usage error where it, or the file of --trace, cannot be written."""
+    """Opens the stream for results; raises a usage error if it, or the file of --trace, cannot be written."""
     if args.trace:
         check_file("--trace", args.trace)
     return open_output(args.output)
@@ -255,7 +255,7 @@ def write_results(
     top_k: int,
     kind: Kind = IMAGES,
 ) -> int:
-    """Writes the results of a pipeline's method over the files of the arguments; 0, or 1 if any of them failed."""
+    """Writes the results of a pipeline's method for the files of the arguments; returns 0, or 1 if any file failed."""
     ignore_pillow_warnings()
     asks_assigner = pipe.prep.policy.needs == "probabilities"
     text = FORMATS[args.format](top_k, pipe.prep.grids if asks_assigner else ())

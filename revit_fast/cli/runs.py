@@ -1,4 +1,4 @@
-"""What `train` and `fit` share: the options of a training run, its configuration and its exit code.
+"""Parts that `train` and `fit` share: the options of a training run, its configuration and its exit code.
 
 Functions that run something import torch and the package; the options need neither.
 """
@@ -22,11 +22,11 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     """Runs `work` with the threads of the arguments; prints an error on stderr and returns the exit code.
 
     Args:
-        args: of `train` or `fit`.
-        work: the run.
+        args: arguments of `train` or `fit`.
+        work: function that does the run.
 
     Returns:
-        0; 1 where the run failed; 130 where it was stopped and can be resumed.
+        0; 1 if the run failed; 130 if it was stopped and can be resumed.
 
     Raises:
         UsageError: for arguments that cannot work.
@@ -94,7 +94,7 @@ def add_run(p: argparse.ArgumentParser, output: str) -> None:
 
 
 def add_config(group: argparse._ArgumentGroup) -> None:
-    """An option for every field of `TrainConfig` but `data`; absent ones are None."""
+    """Adds an option for every field of `TrainConfig` except `data`; options that are not given are None."""
     texts = field_texts(TrainConfig)
     for f in fields(TrainConfig):
         if f.name == "data":
@@ -112,7 +112,7 @@ def field_texts(cls: type) -> dict[str, str]:
 
 
 class KeyValues(argparse.Action):
-    """`name=value ...` as a dict; values are Python literals, else text."""
+    """Parses `name=value ...` to a dict; values are Python literals, or else text."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         pairs = {}

@@ -1,4 +1,4 @@
-"""`revit-fast serve`: a model behind HTTP."""
+"""`revit-fast serve`: serves a model over HTTP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from revit_fast.cli.pipelines import build_pipeline, warn_of_random_weights
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast serve` until SIGINT or SIGTERM; 0."""
-    serve = import_module("revit_fast.deploy.http")  # where a package is missing, main says what to install
+    """Runs `revit-fast serve` until SIGINT or SIGTERM; returns 0."""
+    serve = import_module("revit_fast.deploy.http")  # if a package is missing, main says what to install
     import_module("ray.serve")
     warn_of_random_weights(args)
     check_free(args.host, args.port)

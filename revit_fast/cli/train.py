@@ -1,4 +1,4 @@
-"""`revit-fast train`: a multi-length ReViT from images."""
+"""`revit-fast train`: trains a multi-length ReViT on images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from revit_fast.cli.runs import add_run, configuration, exit_code
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast train`; 0, 1 where training failed, 130 where it was stopped and can be resumed."""
+    """Runs `revit-fast train`; returns 0, 1 if training failed, 130 if it was stopped and can be resumed."""
     from revit_fast.train.run import BUNDLE, train
 
     folder = Path(args.output)

@@ -1,4 +1,4 @@
-"""`revit-fast train-assigner`: an assigner for the model of a bundle."""
+"""`revit-fast train-assigner`: trains an assigner for the model of a bundle."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `revit-fast train-assigner`; 0, or 1 if any image could not be read."""
+    """Runs `revit-fast train-assigner`; returns 0, or 1 if any image could not be read."""
     import torch
 
     from revit_fast.adaptive.assigner import TokenLengthAssigner

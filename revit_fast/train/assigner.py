@@ -26,14 +26,14 @@ OBJECTIVES = ("label", "suffices")
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of training came to.
+    """The results of one epoch of training.
 
     Attributes:
-        epoch: from 1.
-        loss: mean over the training images, augmented.
-        held_out_loss: mean over the held-out images: the criterion that chooses the epoch that is kept.
-        held_out_accuracy: share of the held-out labels that argmax gives.
-        shares: of the held-out images that argmax gives each length, the longest first.
+        epoch: number of the epoch, from 1.
+        loss: mean loss over the augmented training images.
+        held_out_loss: mean loss over the held-out images; the epoch with the smallest one is kept.
+        held_out_accuracy: share of the held-out images whose label is the argmax.
+        shares: share of the held-out images to which argmax gives each length, the longest first.
     """
 
     epoch: int
@@ -48,9 +48,9 @@ class History:
     """The course of a training.
 
     Attributes:
-        epochs: in their order.
-        best: number of the epoch that was kept: that of the least held-out loss, the earlier on a tie.
-        label_shares: of the held-out images that have each label, the longest first.
+        epochs: results of the epochs in order.
+        best: number of the epoch that was kept: the one with the smallest held-out loss, the earlier on a tie.
+        label_shares: share of the held-out images that have each label, the longest first.
         held_out: places of the held-out images in the set.
     """
 
@@ -61,11 +61,11 @@ class History:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the assigner gives one length to all held-out images though their labels are of several."""
+        """Whether the assigner gives one length to all held-out images although their labels differ."""
         return max(self.epochs[self.best - 1].shares) == 1.0 and max(self.label_shares) < 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """All but the held-out places, as JSON values."""
+        """All values as JSON, except for the held-out places."""
         epochs = [asdict(epoch) for epoch in self.epochs]
         shares = {"label_shares": list(self.label_shares), "n_held_out": len(self.held_out)}
         return {"best": self.best, "collapsed": self.collapsed, **shares, "epochs": epochs}
@@ -91,34 +91,34 @@ def train_assigner(
 ) -> History:
     """Trains an assigner in place, keeps its best epoch, and calibrates it on the held-out images.
 
-    Thumbnails are made once, as they will be at inference; training runs on them. AdamW with a cosine schedule. The
-    same arguments, seed and number of threads give the same bits on one machine's CPU.
+    Thumbnails are made once, in the same way as at inference, and training runs on them. The optimizer is AdamW with a
+    cosine schedule. The same arguments, seed and number of threads give the same bits on one machine's CPU.
 
     Args:
-        tla: the assigner; its parameters are where training starts.
-        images: the set that labels are of.
+        tla: the assigner; training starts from its parameters.
+        images: the set that the labels belong to.
         labels: int `[N]`, index of the smallest sufficient length, 0 the longest; images with -1 are left out.
-        model: that the assigner is for: thumbnails then show the region that it sees (its crop); else whole images.
-        sufficiency: `[n_lengths, N]` in [0, 1], how well each length does for an image: bool, whether it is right, or
-            `Predictions.sufficiency`; for the objective "suffices".
-        objective: "label": cross-entropy with the labels (the paper's). "suffices": for every shorter length, binary
-            cross-entropy between P(label <= length) and its sufficiency, whatever the others are.
+        model: model of the assigner: thumbnails show the region that it sees (its crop); None: they show whole images.
+        sufficiency: `[n_lengths, N]` in [0, 1], how well each length does for an image: bool, whether its class is
+            right, or `Predictions.sufficiency`. Only the objective "suffices" uses it.
+        objective: "label": cross-entropy with the labels (the paper's). "suffices": binary cross-entropy between
+            P(label <= length) and the length's sufficiency, for every shorter length separately.
         epochs: passes over the training images.
-        batch_size: thumbnails of a step.
+        batch_size: thumbnails per step.
         lr: highest learning rate.
-        weight_decay: of AdamW, for weights of more than one dimension.
+        weight_decay: weight decay of AdamW, for weights of more than one dimension.
         balanced: weight images by the inverse share of their label, so that rare labels count as much as frequent ones.
-            Probabilities then are those of balanced labels, until the calibration; thresholds are found anew.
+            The probabilities before calibration are then those of balanced labels, and thresholds must be found anew.
         flip: mirror thumbnails at random.
         held_out_share: share of the images for choosing the epoch and for calibration.
-        seed: of the split, the order and the flips.
+        seed: seed of the split, the order and the flips.
         progress: called after every epoch.
 
     Returns:
         The course of training. The assigner is in evaluation mode.
 
     Raises:
-        ValueError: for labels or options that are not as above, and where the loss becomes NaN or infinite.
+        ValueError: if labels or options are not as described above, or the loss becomes NaN or infinite.
     """
     labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
     if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
@@ -145,7 +145,7 @@ def train_assigner(
     others = [p for p in tla.parameters() if p.dim() <= 1]
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr)
-    per_epoch = max(len(training) // batch_size, 1)  # a last, small batch would upset the norms' statistics
+    per_epoch = max(len(training) // batch_size, 1)  # a small last batch would distort the norms' statistics
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     history: list[Epoch] = []
     best_state, best = None, 0
@@ -199,21 +199,22 @@ def make_thumbnails(
 
 
 def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predictions: Predictions) -> np.ndarray:
-    """Calibrates an assigner on what its model makes of held-out images; pixels are held a few images at a time.
+    """Calibrates an assigner with its model's predictions for held-out images.
 
-    An image that no length gets right counts as one for the shortest: more tokens would not help it.
+    Only a few images are in memory at a time. The label of an image that no length classifies correctly is the shortest
+    length, because more tokens would not help.
 
     Args:
         tla: the assigner.
-        images: that neither was trained on.
-        model: that the assigner is for.
-        predictions: of the model for these images.
+        images: images that neither the model nor the assigner was trained on.
+        model: the assigner's model.
+        predictions: the model's predictions for these images.
 
     Returns:
-        Places of the images that could be read, in the order of the calibration.
+        Places of the readable images, in the order of the calibration.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if no image is readable.
     """
     places, rows = make_thumbnails(tla, images, model, np.flatnonzero(predictions.readable))
     if len(places) == 0:
@@ -225,7 +226,7 @@ def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predi
 
 @dataclass(frozen=True)
 class _LabelLoss:
-    """Cross-entropy with the labels, weighted by label, mean over images."""
+    """Mean over images of the cross-entropy with the labels, weighted by label."""
 
     weights: Tensor
 
@@ -235,13 +236,13 @@ class _LabelLoss:
 
 @dataclass(frozen=True)
 class _SufficesLoss:
-    """Binary cross-entropy of P(label <= length) with the length's sufficiency, mean over shorter lengths."""
+    """Mean over shorter lengths of the binary cross-entropy between P(label <= length) and the length's sufficiency."""
 
     weights: Tensor
 
     def __call__(self, logits: Tensor, labels: Tensor, enough: Tensor) -> Tensor:
         log_p = logits.log_softmax(dim=1)
-        # P(label <= length i) sums the probabilities of length i and all shorter ones; its complement, of longer ones.
+        # P(label <= length i) sums the probabilities of length i and all shorter ones; its complement sums the others.
         log_suffices = log_p.flip(1).logcumsumexp(1).flip(1)[:, 1:]
         log_fails = log_p.logcumsumexp(1)[:, :-1]
         shorter = enough[:, 1:]

@@ -1,7 +1,7 @@
-"""Augmentation: from decoded images to the longest views of a batch, by timm's transforms, and their mixture.
+"""Augmentation: makes the longest views of a batch from decoded images with timm's transforms, and mixes them.
 
-Whatever is random about an image follows from a row of `Draws` alone, and whatever is random about a batch's mixture
-from the seeds it is given: no result depends on what was augmented before.
+The random numbers of an image depend only on its row of `Draws`, and those of a batch's mixture only on the given
+seeds. No result depends on what was augmented before.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from revit_fast import ops
 from revit_fast.adaptive.crops import eval_box
 from revit_fast.train.config import TIMM_CROPS, Augment
 
-if TYPE_CHECKING:  # imported where timm's transforms need it
+if TYPE_CHECKING:  # the import happens where timm's transforms need it
     from PIL import Image
 
 
 class Draws(NamedTuple):
-    """All that is random about some images.
+    """The random numbers of some images.
 
     Attributes:
-        uniforms: float64 `[n, 3]` in [0, 1): row and column of the crop, flip.
-        seeds: uint32 `[n, 3]`: of the generators of Python, numpy and torch, which timm's transforms use.
+        uniforms: float64 `[n, 3]` in [0, 1), for the row and the column of the crop and for the flip.
+        seeds: uint32 `[n, 3]`, seeds of the generators of Python, NumPy and torch, which timm's transforms use.
     """
 
     uniforms: np.ndarray
@@ -38,24 +38,24 @@ class Draws(NamedTuple):
 
     @classmethod
     def of_epoch(cls, seed: int, epoch: int, n: int) -> Draws:
-        """Those of the first n images of a set in an epoch; row i does not depend on n."""
+        """The numbers of the first n images of a set in an epoch; row i does not depend on n."""
         uniforms = np.random.default_rng((seed, epoch, 1)).random((n, 3))
         seeds = np.random.default_rng((seed, epoch, 2)).integers(0, 2**32, (n, 3), dtype=np.uint32)
         return cls(uniforms, seeds)
 
     def at(self, index: Sequence[int] | np.ndarray) -> Draws:
-        """Those of the images at `index`."""
+        """The numbers of the images at `index`."""
         return Draws(self.uniforms[index], self.seeds[index])
 
 
 def batch_seeds(seed: int, epoch: int, batch: int) -> np.ndarray:
-    """uint32 `[3]`, seeds of the mixture of a batch."""
+    """Seeds of the mixture of a batch, uint32 `[3]`."""
     return np.random.default_rng((seed, epoch, 3, batch)).integers(0, 2**32, 3, dtype=np.uint32)
 
 
 @contextmanager
 def borrowed_generators() -> Iterator[None]:
-    """Lets the global generators of Python, numpy and torch be seeded, and puts them back as they were."""
+    """Context in which the global generators of Python, NumPy and torch may be seeded; it restores their states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -75,16 +75,16 @@ class Augmenter:
     """Makes the longest views of batches.
 
     Args:
-        augment: what to do.
-        image_px: side of the longest view.
-        n_classes: of the set.
-        mean: of each channel, of pixels in [0, 1]: RandAugment fills with it, erasing draws around it.
-        std: of each channel, likewise.
+        augment: choice of the augmentation.
+        image_px: side of the longest view, in pixels.
+        n_classes: number of classes of the set.
+        mean: mean of each channel for pixels in [0, 1]; RandAugment fills with it, and erasing draws around it.
+        std: standard deviation of each channel for pixels in [0, 1].
         interpolation: "bicubic" or "bilinear".
 
     Raises:
         ValueError: for a policy that timm does not know.
-        ImportError: where timm is needed and not installed.
+        ImportError: if timm is needed and not installed.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class Augmenter:
                 num_classes=n_classes,
             )
         elif augment.soft:
-            _timm("mixup")  # missing here rather than in a worker
+            _timm("mixup")  # a missing timm is reported here, not in a worker
 
     def views(self, images: Sequence[np.ndarray], draws: Draws) -> Tensor:
         """The longest view of every image, augmented.
 
         Args:
             images: uint8 arrays `[H, W, 3]` or `[H, W]`.
-            draws: what is random about them, a row per image.
+            draws: their random numbers, a row per image.
 
         Returns:
             uint8 `[B, image_px, image_px, 3]`.
@@ -139,9 +139,9 @@ class Augmenter:
             )
 
     def mixed(self, views: Tensor, labels: Tensor, seeds: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Views and targets of a batch, mixed by timm's `FastCollateMixup` where the recipe mixes.
+        """Views and targets of a batch, mixed by timm's `FastCollateMixup` if the recipe mixes.
 
-        The last image of an odd batch is mixed with the first, as if it came twice.
+        In a batch of odd size the last image is repeated, and its copy is mixed with the first.
 
         Args:
             views: uint8 `[B, image_px, image_px, 3]`.
@@ -162,7 +162,7 @@ class Augmenter:
         return mixed[: len(pairs)].permute(0, 2, 3, 1), target[: len(pairs)]
 
     def _cropped(self, images: Sequence[np.ndarray], uniforms: np.ndarray) -> Tensor:
-        """Views as evaluation sees them, cropped after padding and flipped."""
+        """Views as evaluation sees them, then padded, cropped and flipped."""
         px, pad = self.image_px, self.augment.pad if self.augment.crop == "pad" else 0
         boxes = [eval_box(*image.shape[:2], px, 1.0) for image in images]
         options = {"boxes": boxes, "interpolation": self.interpolation, "dtype": torch.uint8}
@@ -179,7 +179,7 @@ class Augmenter:
         return torch.from_numpy(padded[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]])
 
     def _one(self, image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """timm's transforms of one image."""
+        """Applies timm's transforms to one image."""
         _seed_generators(seeds)
         if self._transforms is not None:
             from PIL import Image
@@ -191,7 +191,7 @@ class Augmenter:
         return image if self._erasing is None else self._erased(image)
 
     def _erased(self, image: np.ndarray) -> np.ndarray:
-        """timm's erasing draws normalised values, which are put in as pixels."""
+        """Applies timm's erasing. It draws normalised values, which become pixels here."""
         canvas = torch.full((3, *image.shape[:2]), torch.nan)
         values = self._erasing(canvas).permute(1, 2, 0).numpy()
         erased = ~np.isnan(values)
@@ -204,7 +204,7 @@ class Augmenter:
 
 
 def _timm(module: str):
-    """A module of `timm.data`."""
+    """Imports a module of `timm.data`."""
     from importlib import import_module
 
     try:
@@ -244,5 +244,5 @@ def _timm_transforms(augment: Augment, image_px: int, mean: Sequence[float], int
 
 
 def _posterized(posterize: Callable, image: Image.Image, bits: int, **options) -> Image.Image:
-    """timm's op, which at full strength keeps no bits: black until Pillow 12, an error since."""
+    """timm's posterize. At full strength it keeps no bits, which gave black until Pillow 12 and is an error since."""
     return image.point(lambda _: 0) if bits < 1 else posterize(image, bits, **options)

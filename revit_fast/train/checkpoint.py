@@ -1,4 +1,4 @@
-"""The state of a run in one safetensors file: tensors, and what stands around them as JSON in its header."""
+"""The state of a run in one safetensors file: tensors, and all other values as JSON in its header."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from revit_fast.io.atomic import replaced
 
 FORMAT = "revit-fast training state 2"
 TENSOR = "\0tensor"
-"""Key of the JSON objects that stand in a tensor's place; no name of a parameter or option is it."""
+"""Key of the JSON objects that replace tensors; no parameter or option has this name."""
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes nested dicts and lists of tensors and JSON values, all or nothing.
 
     Raises:
-        OSError: where the file cannot be written; what was there stays.
-        TypeError: for a value that is neither.
+        OSError: if the file cannot be written; the previous file stays.
+        TypeError: for a value of another type.
     """
     from safetensors.torch import save_file
 
@@ -36,18 +36,18 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote.
+    """Reads a state that `save_state` wrote.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it holds something else.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds something else.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    data = path.read_bytes()  # at once: `safe_open` opens the path twice, and a run may replace the file in between
+    data = path.read_bytes()  # in one read: `safe_open` opens the path twice, and a run may replace it in between
     try:
         tensors = load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
@@ -59,13 +59,13 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _taken_apart(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """The value with every tensor moved to `tensors`."""
+    """The value with every tensor moved to `tensors` and replaced by its name."""
     if isinstance(value, Tensor):
-        # A copy of its own: safetensors refuses tensors that share memory, and unlike layouts (channels last).
+        # A separate copy: safetensors refuses tensors that share memory and other layouts (channels last).
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {TENSOR: name}
     if isinstance(value, Mapping):
-        # JSON's keys are text; optimizers number their parameters.
+        # JSON keys are strings, but optimizers number their parameters.
         return {
             "keys": list(value),
             "values": [_taken_apart(v, tensors, f"{name}.{k}" if name else str(k)) for k, v in value.items()],
@@ -93,4 +93,4 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
     with replaced(path) as temporary:
-        temporary.write_bytes(save(tensors))  # save_file would let nobody else read it
+        temporary.write_bytes(save(tensors))  # save_file's file is readable for its owner only

@@ -1,6 +1,6 @@
-"""What makes a training run: every choice in one record that is kept beside its results.
+"""The configuration of a training run: one record of all choices, which is saved with the results.
 
-The module imports neither torch nor NumPy: the command line reads its options off these records.
+The module imports neither torch nor NumPy, because the command line takes its options from these records.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODES = ("packed", "length-parallel")
 AMP = ("none", "bfloat16")
 
 BASE_LR, BASE_BATCH = 5e-4, 512
-"""DeiT's learning rate, and the images of a step that it is meant for (arXiv 2012.12877)."""
+"""DeiT's learning rate, and the batch size that it belongs to (arXiv 2012.12877)."""
 
 DISTILL_WEIGHT, TEMPERATURE = 0.5, 2.0
 """λ and τ of the self-distillation `losses.tlsd_loss`."""
@@ -36,33 +36,33 @@ CROPS = (*TIMM_CROPS, "pad", "none")
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to training images, with timm's names and meanings. The default is DeiT's recipe.
+    """The augmentation of training images, with timm's names and meanings. The default is DeiT's recipe.
 
-    Order: crop and flip, RandAugment or colour jitter, random erasing (all of an image), then mixup or cutmix (of a
-    batch, as one: timm's mode "batch"). All of it happens to the longest view, in eight-bit pixels, so that every view
-    shows the same image. Erasing with `re_mode="pixel"` therefore fills with noise clipped to the range of pixels, and
-    shorter views show it as their resize does, smoother.
+    The order is: crop and flip, RandAugment or colour jitter, and random erasing for each image; then mixup or cutmix
+    for the whole batch (timm's mode "batch"). All steps work on the eight-bit pixels of the longest view, so that every
+    view shows the same image. Erasing with `re_mode="pixel"` therefore fills with noise that is clipped to the range of
+    pixels. Shorter views are resized from the longest one, so their noise is smoother.
 
     Attributes:
         crop: "rrc", timm's random resized crop; "rkrc" or "rkrr", timm's other modes; "pad", torchvision's
             `RandomCrop(size, padding=pad)` with black borders, of the image as evaluation sees it at the longest view;
             "none", the image as evaluation sees it.
         pad: pixels of padding on every side for "pad".
-        scale: share of the image's area that a crop of timm's takes; None is its default for the mode.
-        ratio: aspect ratio of a crop of timm's; None is its default for the mode.
+        scale: range of the share of the image's area that timm's crops take; None: timm's default for the mode.
+        ratio: range of the aspect ratio of timm's crops; None: timm's default for the mode.
         hflip: probability of a horizontal flip.
         auto_augment: timm's policy, for instance "rand-m9-mstd0.5-inc1", "augmix-m3-w3" or "original"; or None.
-        color_jitter: strength, only used without `auto_augment`, as in timm; or None.
+        color_jitter: strength of the colour jitter, which is only used without `auto_augment`, as in timm; or None.
         re_prob: probability of random erasing.
         re_mode: "pixel", "rand" or "const".
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of cutmix, 0 for none.
         mix_prob: probability that a batch is mixed.
-        switch_prob: probability of cutmix, where both are active.
-        smoothing: of labels.
+        switch_prob: probability of cutmix instead of mixup, if both are active.
+        smoothing: label smoothing, in [0, 1).
 
     Raises:
-        ValueError: for a value that is not as above.
+        ValueError: if a value is not as described above.
     """
 
     crop: str = "rrc"
@@ -103,10 +103,10 @@ class Augment:
 
     @classmethod
     def none(cls, **changes) -> Augment:
-        """Images as evaluation sees them, whole labels.
+        """No augmentation: images as evaluation sees them, and labels without smoothing.
 
         Args:
-            **changes: attributes that differ from that.
+            **changes: attributes with other values.
         """
         off = {"crop": "none", "hflip": 0.0, "auto_augment": None, "color_jitter": None, "re_prob": 0.0}
         return replace(cls(), **off | {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0} | changes)
@@ -117,7 +117,7 @@ class Augment:
 
         Args:
             pad: pixels of padding on every side.
-            **changes: attributes that differ from that.
+            **changes: attributes with other values.
         """
         return cls.none(**{"crop": "pad", "pad": pad, "hflip": 0.5} | changes)
 
@@ -137,46 +137,47 @@ PRESETS = {"deit": Augment, "light": Augment.light, "none": Augment.none}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Choices of a training run; optimisation defaults are DeiT's (arXiv 2012.12877).
+    """The choices of a training run. The defaults of the optimisation are DeiT's (arXiv 2012.12877).
 
     Attributes:
-        data: images to train on, as `data.open_images` takes them.
+        data: path of the images to train on, see `datasets.open_images`.
         held_out_share: share of the training images that is kept for evaluation; 0: the data's own evaluation split is
             used.
         model: timm's name of a ViT or DeiT.
         model_kwargs: arguments of `timm.create_model` that change that architecture.
-        grids: token grids, strictly decreasing; every image is seen at all of them.
-        weights: `.safetensors` or `.pth` to start from, of a plain ViT or a ReViT; None: random weights.
+        grids: token grids, strictly decreasing; the model sees every image at all of them.
+        weights: `.safetensors` or `.pth` file of initial weights, of a plain ViT or a ReViT; None: random weights.
         epochs: passes over the images.
-        batch_size: images that a process draws and mixes at a time (in length-parallel mode: a group of processes).
+        batch_size: images that one process (in length-parallel mode: one group of processes) loads and mixes together.
         micro_batch: images of one pack. A batch passes through the model in several packs whose gradients are added, so
-            that the activations of a pack stay in the cache or fit the memory; None: on a CPU see
-            `trainer.cached_images`, on a GPU all images of the batch.
-        grad_accum_steps: batches of an update.
+            that the activations of a pack stay in the cache or fit the memory; None: on a CPU the number that
+            `trainer.cached_images` gives, on a GPU all images of the batch.
+        grad_accum_steps: batches of one update of the weights.
         mode: "packed": all lengths of an image in one pack; "length-parallel": each process has one length.
-        distill_weight: λ of TLSD, 0 for none.
-        temperature: τ of TLSD.
+        distill_weight: weight λ of the self-distillation (TLSD); 0: no distillation.
+        temperature: temperature τ of the self-distillation.
         opt: timm's name of the optimizer.
-        lr: learning rate; None: DeiT's, in proportion to the images of an update.
-        weight_decay: decay of matrices; norms, biases, tokens and position embeddings have none.
-        layer_decay: factor of the learning rate from a block to the one below it; None: no decay.
-        sched: timm's name of the schedule, stepped at every update; "plateau", which follows no plan, is not supported.
+        lr: learning rate; None: DeiT's, scaled in proportion to the images of an update.
+        weight_decay: weight decay of matrices; norms, biases, tokens and position embeddings have none.
+        layer_decay: factor by which the learning rate falls from a block to the block before it; None: no decay.
+        sched: timm's name of the schedule, which is stepped at every update; "plateau" is not supported, because it
+            depends on the course of a run.
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at the start of the warm-up.
-        min_lr: learning rate at the end.
-        clip_grad: largest norm of the gradient; None: not clipped.
+        min_lr: learning rate at the end of the run.
+        clip_grad: largest norm of the gradient; None: the gradient is not clipped.
         ema_decay: decay of the moving average of the weights; 0: no average.
         amp: "none" or "bfloat16": linear layers and attention in 16 bits, residual stream and parameters in float32.
         grad_checkpointing: recompute activations in the backward pass.
-        seed: seed of weights, order, augmentation and dropout.
-        augment: "preset" ("deit", "light" or "none") and changes to it, fields of `augment.Augment`.
-        mean: mean of each channel, of pixels in [0, 1]; None: the value of the model's timm configuration, also for
-            `std`, `crop_pct` and `interpolation`.
-        std: standard deviation of each channel, of pixels in [0, 1].
-        crop_pct: share of the shorter side that evaluation shows the model.
+        seed: seed of the initial weights, the order of the images, augmentation and dropout.
+        augment: "preset" ("deit", "light" or "none"), and fields of `config.Augment` that differ from it.
+        mean: mean of each channel for pixels in [0, 1]; None: the value of the model's timm configuration. The same
+            holds for `std`, `crop_pct` and `interpolation`.
+        std: standard deviation of each channel for pixels in [0, 1].
+        crop_pct: share of the image's shorter side that the model sees in evaluation.
         interpolation: "bicubic" or "bilinear".
-        workers: processes that decode and augment; 0: the training process does it.
-        checkpoint_steps: updates between checkpoints, beside those at the end of every epoch; 0: those alone.
+        workers: processes that decode and augment; 0: the training process does both.
+        checkpoint_steps: updates between additional checkpoints; 0: checkpoints only at the end of every epoch.
         log_steps: updates between lines of the log.
         max_unreadable: share of the images that may be unreadable.
     """
@@ -245,7 +246,7 @@ class TrainConfig:
         check_distillation(self.distill_weight, self.temperature)
 
     def learning_rate(self, images_per_update: int) -> float:
-        """The given learning rate, or DeiT's for an update of so many images."""
+        """The given learning rate, or DeiT's for an update of `images_per_update` images."""
         return BASE_LR * images_per_update / BASE_BATCH if self.lr is None else self.lr
 
     def augmentation(self) -> Augment:
@@ -264,7 +265,7 @@ class TrainConfig:
         return PRESETS[preset](**changes)
 
     def input_settings(self, model: ReViT) -> dict[str, Any]:
-        """mean, std, crop_pct and interpolation: as given, else the model's, as `AdaptivePreprocessor` takes them."""
+        """mean, std, crop_pct and interpolation for `AdaptivePreprocessor`: the given values, else the model's."""
         given = {name: getattr(self, name) for name in ("mean", "std", "crop_pct", "interpolation")}
         return input_settings(model) | {name: value for name, value in given.items() if value is not None}
 
@@ -279,13 +280,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The choices that `as_dict` gave.
+        """The configuration from the output of `as_dict`.
 
         Raises:
             ValueError: for an unknown name, or a value that is not legal.
         """
         values = dict(values)
-        if values.get("norms") == "tal":  # runs of up to 0.1 say so; there is no other kind any more
+        if values.get("norms") == "tal":  # versions up to 0.1 write it; there is no other kind any more
             del values["norms"]
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
@@ -293,7 +294,7 @@ class TrainConfig:
         return cls(**values)
 
     def with_changes(self, **changes: Any) -> TrainConfig:
-        """The same with other values."""
+        """A copy with other values of some fields."""
         return replace(self, **changes)
 
 
@@ -304,7 +305,7 @@ def _check_number(name: str, value: Any, least: float, whole: bool = False) -> N
 
 
 def check_distillation(distill_weight: float, temperature: float) -> None:
-    """Raises a ValueError for a weight or a temperature that TLSD cannot have."""
+    """Raises a ValueError if the weight is not in [0, 1] or the temperature is not positive and finite."""
     if not 0 <= distill_weight <= 1:
         raise ValueError(f"distill_weight: expected a number in [0, 1], got {distill_weight!r}")
     if not 0 < temperature < float("inf"):

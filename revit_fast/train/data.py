@@ -1,4 +1,4 @@
-"""Sets of labelled images: what they are, how they are opened, split and folded."""
+"""Sets of labelled images: their interface, classes, splits and folds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVAL_SPLITS = ("val", "validation", "valid", "test")
 
 
 class NoSplitError(ValueError):
-    """Images without the split that was asked for."""
+    """The images do not have the requested split."""
 
 
 class Sample(NamedTuple):
@@ -30,21 +30,21 @@ class Sample(NamedTuple):
 
 
 class ImageSet:
-    """Labelled images by place; labels are known without decoding any image.
+    """Labelled images, accessed by place. Labels are known without decoding any image.
 
-    A set must be picklable, as loaders hand it to their workers, and reading an image must not move what another
-    process reads.
+    A set must be picklable, because loaders send it to their workers. Reading an image must not affect another process
+    that reads, for example through a shared file offset.
 
     Args:
         labels: integers `[N]`, each an index into `classes`.
-        classes: names of the classes, each once.
+        classes: names of the classes, all different.
 
     Attributes:
-        labels: int64 `[N]`.
-        classes: tuple of names.
+        labels: class of every image, int64 `[N]`.
+        classes: names of the classes.
 
     Raises:
-        ValueError: for an empty set, a class named twice, or a label out of range, whose sample is named.
+        ValueError: for an empty set, a repeated class name, or a label out of range; the message names its sample.
     """
 
     labels: np.ndarray
@@ -79,12 +79,12 @@ class ImageSet:
         """Pixels of image `i`, uint8 `[H, W, 3]` or `[H, W]`, upright.
 
         Raises:
-            ImageError: with the reason, where it cannot be read.
+            ImageError: if the image cannot be read; the message gives the reason.
         """
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """What to call image `i` in a report; no two images of a set share it."""
+        """The name of image `i` in reports; it is unique in the set."""
         return f"image {i}"
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
@@ -115,16 +115,16 @@ class _Subset(ImageSet):
 
 
 class ArrayImages(ImageSet):
-    """Images that lie in memory.
+    """Images in memory.
 
     Args:
         images: uint8 array `[N, H, W, 3]` or `[N, H, W]`, or a list of arrays `[H, W, 3]` or `[H, W]` of any sizes.
         labels: integers `[N]`.
         classes: names of the classes.
-        names: of the images; by default "image 0", "image 1", ...
+        names: names of the images; by default "image 0", "image 1", ...
 
     Raises:
-        TypeError, ValueError: for other pixels, counts that differ, or as of `ImageSet`.
+        TypeError, ValueError: for other pixels or counts that differ, and as in `ImageSet`.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class ArrayImages(ImageSet):
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    """The names of classes as a tuple, after a check that there are some and none comes twice."""
+    """The names of classes as a tuple; raises an error if there are none or a name is repeated."""
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise TypeError(f"classes: expected a sequence of names, got {classes!r}")
     classes = tuple(classes)
@@ -169,7 +169,7 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """Names to try for a split, the one that was asked for first."""
+    """Names to try for a split, the requested one first."""
     if not isinstance(split, str) or not split:
         raise ValueError(f"split: expected a name such as 'train' or 'val', got {split!r}")
     for family in (TRAIN_SPLITS, EVAL_SPLITS):
@@ -187,17 +187,17 @@ def pick_split(found: Sequence[str], names: Sequence[str], path: str) -> str:
 
 
 def renumbered(labels: np.ndarray, own: Sequence[str], classes: tuple[str, ...] | None, path: str) -> np.ndarray:
-    """Labels of a set with class names of its own as indices into `classes`, which must be the same names."""
+    """Labels of a set that has its own class names, as indices into `classes`, which must be the same names."""
     if classes is None or tuple(own) == classes:
         return labels
     check_same_classes(own, classes, path)
     table = np.array([classes.index(name) for name in own])
     legal = (labels >= 0) & (labels < len(own))
-    return np.where(legal, table[np.where(legal, labels, 0)], labels)  # ImageSet names the sample of an illegal one
+    return np.where(legal, table[np.where(legal, labels, 0)], labels)  # ImageSet refuses illegal ones by name
 
 
 def check_same_classes(own: Sequence[str], classes: tuple[str, ...], path: str) -> None:
-    """Refuses a set whose classes are not those of `classes`, in any order."""
+    """Raises an error if a set's class names are not those of `classes`; their order may differ."""
     unknown = [name for name in own if name not in classes]
     missing = [name for name in classes if name not in own]
     if unknown or missing:
@@ -212,15 +212,15 @@ def _listed(names: Sequence[str], limit: int = 5) -> str:
 
 
 def split_off(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Holds out a share of a set, the same share of every class up to one image.
+    """Holds out a share of a set, with the same share of every class up to one image.
 
     Args:
         images: the set.
-        share: of the images to hold out, in (0, 1).
+        share: share of the images to hold out, in (0, 1).
         seed: the same seed gives the same split.
 
     Returns:
-        The rest and the held-out images, each in the order of the set.
+        The remaining images and the held-out images, each in the order of the set.
 
     Raises:
         ValueError: for a share outside (0, 1), or one that leaves either part empty.
@@ -232,14 +232,15 @@ def split_off(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, Imag
         raise ValueError(f"share: {share} of {len(images)} images leaves one part empty; give another share")
     rng = np.random.default_rng(seed)
     by_class = _by_class(images, rng)
-    # Evenly spaced places in the order of classes: every class gives its share rounded down or up, the sum is exact.
+    # The places are evenly spaced in the order of classes: every class gives its share, rounded down or up, and the
+    # total is exact.
     held = np.zeros(len(images), dtype=bool)
     held[by_class[((np.arange(n_held) + rng.random()) * (len(images) / n_held)).astype(np.int64)]] = True
     return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
 
 
 def k_folds(images: ImageSet, k: int, seed: int) -> list[np.ndarray]:
-    """Splits a set into k parts of like size, in which every class has the same number of images up to one.
+    """Splits a set into k parts of similar size, in which every class has the same number of images up to one.
 
     Args:
         images: the set.
@@ -259,6 +260,6 @@ def k_folds(images: ImageSet, k: int, seed: int) -> list[np.ndarray]:
 
 
 def _by_class(images: ImageSet, rng: np.random.Generator) -> np.ndarray:
-    """Places of all images, class by class, in random order within each."""
+    """Places of all images, class by class, in random order within each class."""
     shuffled = rng.permutation(len(images))
     return shuffled[np.argsort(images.labels[shuffled], kind="stable")]

@@ -1,4 +1,4 @@
-"""Opens labelled images, whatever format they are in."""
+"""Opens labelled images in any supported format."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from revit_fast.train.data import ImageSet, check_classes, split_names
 
 
 def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None) -> ImageSet:
-    """Opens a set of labelled images; its format is recognised from what is there.
+    """Opens a set of labelled images. The format is recognised from the files.
 
-    - Folders of classes: `path/SPLIT/CLASS/*.jpg` or, where `path` has no splits, `path/CLASS/*.jpg`; the class is
-      the name of the folder that holds the image and classes are in timm's order (by name, numbers in it by value).
-    - idx files as MNIST and Fashion-MNIST have them, compressed or not.
+    - Folders of classes: `path/SPLIT/CLASS/*.jpg` or, if `path` has no splits, `path/CLASS/*.jpg`. The class is the
+      name of the folder that holds the image. Classes are in timm's order (by name, with numbers compared by value).
+    - idx files, the format of MNIST and Fashion-MNIST, compressed or not.
     - A folder that Hugging Face's `datasets` wrote with `save_to_disk` (needs `pip install datasets`).
-    - WebDataset shards: a folder with `*.tar` (in a folder SPLIT, or called `SPLIT*.tar`, or all of them), or a pattern
-      such as `shards/train-{000..127}.tar` or `shards/*.tar`. Class names are the lines of `classes.txt` beside them.
+    - WebDataset shards: a folder with `*.tar`, or a pattern such as `shards/train-{000..127}.tar` or `shards/*.tar`.
+      In a folder, the shards of a split are in a folder SPLIT or are called `SPLIT*.tar`; without such names all shards
+      are used. Class names are the lines of `classes.txt` beside them.
 
     Args:
         path: folder, or pattern of shards.
-        split: "train", or an evaluation split: of "val", "validation", "valid" and "test" the one that is asked for is
-            tried first, then the others. A path without splits serves as any of them.
-        classes: names in the order of their labels, for instance those of the training set for its test set. A set with
-            names of its own must have the same ones; its labels are renumbered to this order. Others are named by it.
+        split: "train", or one of the evaluation splits "val", "validation", "valid" and "test"; if it is missing, the
+            other evaluation splits are tried. A path without splits is opened for any split.
+        classes: class names in the order of their labels, for example those of the training set for its test set. A set
+            with its own class names must have the same ones, and its labels are renumbered to this order. A set without
+            class names gets these.
 
     Returns:
-        The set; images are decoded when they are asked for, except idx files, which are held in memory.
+        The set. Images are decoded on access, except those of idx files, which are held in memory.
 
     Raises:
-        FileNotFoundError: where there is nothing at `path`.
-        ValueError: where the format is not recognised, the split is missing, files are damaged or contradict each
-            other, or labels or classes do not match. The text names the file, sample or class.
-        ImportError: where `datasets` is needed and not installed.
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if the format is not recognised, the split is missing, files are damaged or contradict each
+            other, or labels or classes do not match. The message names the file, sample or class.
+        ImportError: if `datasets` is needed and not installed.
     """
     path, names = os.fspath(path), split_names(split)
     classes = None if classes is None else check_classes(classes)

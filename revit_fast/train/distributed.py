@@ -1,4 +1,4 @@
-"""The processes of a training run: what each works on, and what they tell each other."""
+"""The processes of a training run: the work of each process, and their communication."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT_S = 600
-"""That a process waits for another before it gives up."""
+"""Seconds that a process waits for another before it gives up."""
 
 
 class World:
-    """This process among those that `torchrun` started, or alone.
+    """This process and the others that `torchrun` started; or this process alone.
 
-    In packed mode every process has images of its own, at all lengths. In length-parallel mode `n_lengths` processes
-    in a row form a group: they see the same images, each at one length, the first of them at the longest.
+    In packed mode every process has its own images, at all lengths. In length-parallel mode `n_lengths` processes with
+    consecutive ranks form a group: they have the same images, each at one length, the first of them at the longest.
 
     Args:
         mode: "packed" or "length-parallel".
-        n_lengths: of the model.
+        n_lengths: number of lengths of the model.
         device: "cpu" or "cuda"; each process takes the GPU of its local rank.
-        timeout_s: that it waits for another process.
+        timeout_s: seconds that this process waits for another.
 
     Raises:
-        ValueError: where the processes do not make whole groups.
+        ValueError: if the processes do not form whole groups, or there is no GPU for this process.
     """
 
     def __init__(self, mode: str = "packed", n_lengths: int = 1, device: str = "cpu", timeout_s: float = TIMEOUT_S):
@@ -56,7 +56,7 @@ class World:
         self.n_groups, self.group = self.size // self.group_size, self.rank // self.group_size
         self.views = [self.rank % self.group_size] if self.group_size > 1 else list(range(n_lengths))
         self._groups = []
-        if self.group_size > 1:  # every process takes part in the making of every group
+        if self.group_size > 1:  # every process must take part in making every group
             first_ranks = range(0, self.size, self.group_size)
             self._groups = [dist.new_group(list(range(r, r + self.group_size))) for r in first_ranks]
 
@@ -66,18 +66,18 @@ class World:
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over all processes by the backward pass."""
+        """The model, wrapped so that the backward pass averages gradients over all processes."""
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
 
     def without_sync(self, model: nn.Module) -> AbstractContextManager:
-        """While in it, gradients stay with this process: another backward pass follows before the update."""
+        """Context in which gradients are not averaged, because another backward pass follows before the update."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def teacher(self, logits: Tensor) -> Tensor | None:
-        """The logits of the longest length, from the process of this group that has it; None for that one itself."""
+        """The logits of the longest length, sent by the group's process that has it; None in that process itself."""
         sent = logits.detach().clone()
         dist.broadcast(sent, self.group * self.group_size, self._groups[self.group])
         return None if self.views[0] == 0 else sent
@@ -90,7 +90,7 @@ class World:
         return values
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes are here."""
         if self.size > 1:
             dist.barrier()
 

@@ -1,6 +1,6 @@
-"""What an adaptive model gains and loses beside fixed lengths and simple ways to choose: accuracy, cost, time.
+"""Compares an adaptive model with fixed lengths and simple ways to choose lengths, in accuracy, cost and time.
 
-All accuracies follow from one set of predictions at every length. Time is measured apart, see `timing.measure`.
+All accuracies follow from one set of predictions at every length. Time is measured separately, see `timing.measure`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from revit_fast.train.report import Report, Row
 from revit_fast.train.statistics import mcnemar, paired_interval
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""θ of the assigner's policies, and confidences of the cascade."""
+"""Thresholds θ of the assigner's policies, and confidence bounds of the cascade."""
 
 N_RANDOM = 10
-"""Seeds of the random baseline."""
+"""Number of seeds of the random baseline."""
 
 MAX_CANDIDATES = 1000
-"""Thresholds that are tried for an accuracy drop."""
+"""Largest number of thresholds that are tried for an accuracy drop."""
 
 
 def evaluate(
@@ -44,28 +44,31 @@ def evaluate(
     n_random: int = N_RANDOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Accuracy and cost of every policy beside the baselines.
+    """Accuracy and cost of every policy and of the baselines.
 
-    Baselines: every fixed length; lengths drawn at random with the shares that the policy `match` gives (mean over
-    seeds); the oracle, which knows the smallest length that is right; the confidence cascade, which runs ever longer
-    lengths until the largest class probability reaches a bound, and pays for all that it ran; and the entropy of grey
-    values, the highest getting the longest length, as many images of each as `match` gives.
+    The baselines are:
+
+    - fixed: every length alone;
+    - random: random lengths with the shares that the policy `match` gives (mean over seeds);
+    - oracle: the smallest length that classifies the image correctly;
+    - cascade: longer and longer lengths run until the largest class probability reaches a bound, and all of them cost;
+    - entropy: images with higher entropy of grey values get longer lengths, with the shares that `match` gives.
 
     Args:
         model: the `ReViT`.
-        tla: its assigner; without one only baselines are reported, random and entropy with equal shares.
+        tla: its assigner; None: only baselines are reported, random and entropy with equal shares.
         images: labelled images that neither the model nor the assigner was trained on.
-        policies: of the assigner, see `policies.make_policy`; by default argmax and the thresholds of `THRESHOLDS`.
+        policies: policies of the assigner, see `policies.make_policy`; by default `default_policies`.
         cascade: bounds of the confidence cascade.
-        settings: preprocessing that takes the place of the model's.
-        predictions: of `predict_lengths` for these images, where they are known already.
-        unsolved: the length that the oracle gives an image that no length gets right, see `labels.length_labels`.
-        match: policy whose shares the random and entropy baselines take: that which is to be deployed.
-        n_random: seeds of the random baseline, at least 5.
+        settings: preprocessing that replaces the model's.
+        predictions: result of `predict_lengths` for these images, if it is known already.
+        unsolved: the oracle's length for an image that no length classifies correctly, see `labels.length_labels`.
+        match: policy whose shares the random and entropy baselines take, usually the one to be deployed.
+        n_random: number of seeds of the random baseline, at least 5.
         progress: see `predict_lengths`.
 
     Raises:
-        ValueError: where things do not fit each other, or no image can be read.
+        ValueError: if predictions, model and images do not fit each other, or no image can be read.
     """
     if n_random < 5:
         raise ValueError(f"n_random: expected at least 5 seeds, got {n_random}")
@@ -118,7 +121,7 @@ def default_policies() -> list[PolicySpec]:
 
 
 def name_of_policy(spec: PolicySpec, asks_assigner: bool) -> str:
-    """What a given policy is called in a report."""
+    """The name of a policy in a report."""
     name, argument = spec if isinstance(spec, (tuple, list)) else (spec, None)
     if isinstance(argument, Mapping):
         argument = ", ".join(f"{key} {value:g}" for key, value in argument.items() if isinstance(value, (int, float)))
@@ -128,7 +131,7 @@ def name_of_policy(spec: PolicySpec, asks_assigner: bool) -> str:
 
 
 def gather_evidence(prep: AdaptivePreprocessor, images: ImageSet) -> Evidence:
-    """What policies look at, of every image that can be read, bitwise as in a pipeline (on a CPU)."""
+    """The inputs of policies for every readable image, bitwise as in a pipeline (on a CPU)."""
     probabilities, entropy, index = [], [], []
     by_entropy = prep.with_policy("entropy")
     by_assigner = None if prep.tla is None else prep.with_policy("argmax")
@@ -142,9 +145,9 @@ def gather_evidence(prep: AdaptivePreprocessor, images: ImageSet) -> Evidence:
 
 
 def matched_entropy(entropy: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """Lengths `[N]` by falling entropy, with these shares of images; and the entropies that part them.
+    """Lengths `[N]` by falling entropy, with the given shares of images, and the entropies at their boundaries.
 
-    The entropies are those that the policy ("entropy", bits) needs to do the same, up to ties.
+    With these entropies the policy ("entropy", bits) makes the same choice, up to ties.
     """
     falling = np.argsort(-entropy, kind="stable")
     ends = np.rint(np.cumsum(shares) * len(entropy)).astype(int)
@@ -162,17 +165,17 @@ def threshold_for(
     budget: Mapping[str, float] | None,
     max_drop: float,
 ) -> float:
-    """θ that keeps a budget, or else an accuracy, on the images that an assigner was calibrated on.
+    """The threshold θ that keeps a budget, or without one an accuracy, on an assigner's calibration images.
 
     Args:
-        model: the assigner's.
-        calibration: of the assigner.
-        right: of the images of the calibration, see `threshold_for_drop`.
+        model: the assigner's model.
+        calibration: calibration of the assigner.
+        right: results for the calibration images, see `threshold_for_drop`.
         budget: {"mean_tokens": n} or {"mean_gmacs": g}; None: `max_drop` decides.
         max_drop: see `threshold_for_drop`.
 
     Raises:
-        ValueError: where no θ keeps it.
+        ValueError: if no θ keeps it.
     """
     if budget is None:
         return threshold_for_drop(calibration, right, max_drop)
@@ -181,18 +184,18 @@ def threshold_for(
 
 
 def threshold_for_drop(calibration: Calibration, right: np.ndarray, drop: float) -> float:
-    """The smallest θ from which on accuracy is at most `drop` below that of the longest length.
+    """The smallest θ for which, as for all larger θ, accuracy is at most `drop` below that of the longest length.
 
-    All larger θ keep it too, among up to `MAX_CANDIDATES` that are tried: a θ that does so by luck is not taken.
+    Up to `MAX_CANDIDATES` values are tried. The condition on larger θ rejects a θ that keeps the accuracy by chance.
 
     Args:
-        calibration: of the assigner on these images.
-        right: `[n_lengths, N]` of the same images: bool, whether a length gets an image right, or the probability of
-            the right class (`Predictions.probability`), whose mean is less noisy.
+        calibration: calibration of the assigner on these images.
+        right: `[n_lengths, N]` for the same images: bool, whether a length classifies an image correctly, or the
+            probability of the right class (`Predictions.probability`), whose mean is less noisy.
         drop: accuracy that may be lost, as a share: 0.01 is one per cent.
 
     Raises:
-        ValueError: where no θ keeps it.
+        ValueError: if no θ keeps it.
     """
     if right.shape != calibration.suffices.shape[::-1]:
         raise ValueError(
@@ -217,11 +220,11 @@ def threshold_for_drop(calibration: Calibration, right: np.ndarray, drop: float)
 
 
 class _Tally:
-    """Counts what a choice of lengths costs and gets right.
+    """Computes the cost and the accuracy of choices of lengths.
 
     Args:
-        model: whose costs count.
-        correct: bool `[n_lengths, N]`.
+        model: model whose costs are counted.
+        correct: bool `[n_lengths, N]`, whether a length classifies an image correctly.
         assigner_macs: multiply-adds of the assigner for one image.
     """
 
@@ -238,12 +241,12 @@ class _Tally:
     def row(
         self, name: str, kind: str, chosen: np.ndarray, policy: PolicySpec | None, asks_assigner: bool = False
     ) -> Row:
-        """The row of a choice, int `[N]`, that pays for the chosen length alone."""
+        """The row of a choice, int `[N]`, whose cost is that of the chosen lengths alone."""
         gmacs = self.gmacs[chosen].mean() + asks_assigner * self.assigner_gmacs
         return self._row(name, kind, chosen, self.tokens[chosen].mean(), gmacs, policy)
 
     def cascade_row(self, bound: float, sureness: np.ndarray) -> Row:
-        """The row of a cascade from the shortest length up: what it ran before counts too."""
+        """The row of a cascade from the shortest length up; its cost includes all lengths that it ran."""
         if not 0.0 <= bound <= 1.0:
             raise ValueError(f"cascade: expected bounds in [0, 1], got {bound!r}")
         stops = sureness >= bound
@@ -253,7 +256,7 @@ class _Tally:
         return self._row(f"cascade {bound:g}", "cascade", chosen, *spent, ("cascade", float(bound)))
 
     def random_row(self, shares: np.ndarray, n_seeds: int, grids: tuple[int, ...]) -> Row:
-        """The mean over seeds; a test against the longest length would be one of a single draw, so there is none."""
+        """The mean over seeds. There is no test against the longest length: a test would be one of a single draw."""
         drawn = []
         for seed in range(n_seeds):
             policy = make_policy(("random", {"seed": seed, "shares": shares.tolist()}), grids)

@@ -1,4 +1,4 @@
-"""From labelled images to an adaptive model that can be deployed, in one go."""
+"""Trains an adaptive model that can be deployed from labelled images, in one call."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from revit_fast.train.timing import measure
 TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
 HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
 ASSIGNER_IMAGES, LEAST_EPOCHS, MOST_EPOCHS = 500_000, 8, 30
-"""Thumbnails that an assigner is trained on in all, and bounds of its epochs."""
+"""Total number of thumbnails that an assigner is trained on, and the bounds of its number of epochs."""
 
 MAX_SKEW = 0.02
-"""Accuracy by which a model may be better on its training images for their labels to teach an assigner."""
+"""Largest lead in accuracy on training over held-out images at which training images still teach an assigner."""
 
 TIMED_IMAGES = 1024
 
@@ -51,26 +51,26 @@ def fit(
 ) -> Report | None:
     """Trains a model and its assigner, finds the threshold, evaluates, and writes a bundle.
 
-    The images that `config.held_out_share` keeps from training calibrate the assigner; see `fit_assigner` for those
-    that teach it. A run that was cut off goes on where it stood. In `folder`: `train/` (see `trainer.Trainer`),
-    `labels.csv`, `bundle/` (see `bundle.save_bundle`), and, where the data have a test split, `report.md`,
-    `report.json` and, with matplotlib, `report.png`.
+    The images that `config.held_out_share` keeps from training calibrate the assigner; `fit_assigner` says which images
+    train it. An interrupted run is resumed. The files in `folder` are `train/` (see `trainer.Trainer`), `labels.csv`,
+    `bundle/` (see `bundle.save_bundle`), and, if the data have a test split, `report.md`, `report.json` and, with
+    matplotlib, `report.png`.
 
     Args:
-        config: of the model's training; a `held_out_share` of 0 becomes `HELD_OUT_SHARE`.
-        folder: for all files.
-        assigner: arguments of `TokenLengthAssigner`; by default as `TokenLengthAssigner.for_model` chooses.
+        config: configuration of the model's training; a `held_out_share` of 0 becomes `HELD_OUT_SHARE`.
+        folder: folder for all files.
+        assigner: arguments of `TokenLengthAssigner`; by default those that `TokenLengthAssigner.for_model` chooses.
         budget: {"mean_tokens": n} or {"mean_gmacs": g} that the threshold keeps; None: `max_drop` decides.
         max_drop: accuracy, as a share, that the adaptive model may lose against the longest length.
-        device: to train on.
-        timed_images: of the test split that throughput is measured with; 0: it is not.
+        device: device for the training.
+        timed_images: number of test images with which throughput is measured; 0: it is not measured.
         terminal: where progress is printed; None: nowhere.
 
     Returns:
-        The evaluation; None where there is no test split.
+        The evaluation; None if there is no test split.
 
     Raises:
-        ValueError: under torchrun with several processes: what follows the training is work for one.
+        ValueError: under torchrun with several processes, because the steps after the training need a single process.
         others: see `run.train`, `train_assigner` and `save_bundle`.
     """
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -86,7 +86,7 @@ def fit(
             print(text, file=terminal, flush=True)
 
     if assigner:
-        TokenLengthAssigner(config.grids, **assigner)  # refuses before the training what it would refuse after it
+        TokenLengthAssigner(config.grids, **assigner)  # raises its errors before the training, not after it
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
     images, held_out = open_data(config)
     trained = read_bundle(folder / TRAIN / BUNDLE)
@@ -114,25 +114,26 @@ def fit_assigner(
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[TokenLengthAssigner, np.ndarray, LengthLabels]:
-    """An assigner trained on the labels of one image set and calibrated on those of another.
+    """Trains an assigner on the labels of one image set and calibrates it on those of another.
 
-    It learns from the model's own training images, which are many, where the model is right about as often for them as
-    for held-out ones, `MAX_SKEW` apart at most: else their labels would be too short, and it learns from four fifths of
-    the held-out images. Either way it is calibrated on held-out images that it did not learn from. It learns what the
-    probability of the right class falls by at shorter lengths (`Predictions.sufficiency`), of which the label is a
-    coarse reading. An image that no length gets right is labelled with the shortest: more tokens would not help it.
+    The assigner is trained on the model's own training images, which are many, if the model's accuracy on them is at
+    most `MAX_SKEW` above that on held-out images. Otherwise their labels would be too short, and it is trained on four
+    fifths of the held-out images. In both cases it is calibrated on held-out images that it was not trained on. It
+    learns by how much the probability of the right class falls at shorter lengths (`Predictions.sufficiency`); the
+    label says this less precisely. The label of an image that no length classifies correctly is the shortest length,
+    because more tokens would not help.
 
     Args:
-        model: trained.
-        images: that the model was trained on.
-        held_out: that it was not trained on.
-        seed: of the assigner's weights and training.
-        options: see `fit`.
-        say: told of progress.
+        model: the trained model.
+        images: images that the model was trained on.
+        held_out: images that the model was not trained on.
+        seed: seed of the assigner's weights and training.
+        options: see `assigner` of `fit`.
+        say: function that prints a line of progress.
 
     Returns:
-        The assigner; the probability of the right class `[n_lengths, N]` for the images of the calibration; the labels
-        of the images that it was trained on.
+        The assigner; the probability of the right class `[n_lengths, N]` for the calibration images; the labels of the
+        images that it was trained on.
     """
     say(f"predicting {len(images)} training and {len(held_out)} held-out images at every grid")
     seen, unseen = predict_lengths(model, images), predict_lengths(model, held_out)
@@ -198,5 +199,5 @@ def _write(report: Report, folder: Path) -> None:
     report.save(folder / f"{REPORT}.json")
     with replaced(folder / f"{REPORT}.md") as temporary:
         temporary.write_text(report.table(), encoding="utf-8")
-    with suppress(ModuleNotFoundError):  # matplotlib is an extra
+    with suppress(ModuleNotFoundError):  # matplotlib is optional
         report.plot(folder / f"{REPORT}.png")

@@ -1,4 +1,4 @@
-"""Readers of the formats that `data.open_images` knows."""
+"""Readers of the formats that `datasets.open_images` supports."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ IDX_NAME = re.compile(r"^(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
 
 
 class FileImages(ImageSet):
-    """Images in files of their own.
+    """Images in one file each.
 
     Args:
-        paths: of the files.
+        paths: paths of the files.
         labels: see `ImageSet`.
         classes: see `ImageSet`.
     """
@@ -59,12 +59,12 @@ class FileImages(ImageSet):
 
 
 def _natural_key(name: str) -> list:
-    """timm's order of classes: by name in lower case, numbers in it by value."""
+    """Sort key for timm's order of classes: by name in lower case, with numbers compared by value."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:
-    """A set of one folder per class."""
+    """Opens a set with one folder per class."""
     splits = [name for name in (*TRAIN_SPLITS, *EVAL_SPLITS, names[0]) if _is_split(os.path.join(path, name))]
     root = os.path.join(path, pick_split(splits, names, path)) if splits else path
     files: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | Non
 
 
 def _is_split(folder: str) -> bool:
-    """Whether a folder called like a split is one: its folders are classes. With images in it, it is a class itself."""
+    """Whether a folder named like a split is one: it holds folders of classes. With images in it, it is a class."""
     if not os.path.isdir(folder):
         return False
     with os.scandir(folder) as entries:
@@ -101,7 +101,7 @@ def _is_split(folder: str) -> bool:
 
 
 def open_idx(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet:
-    """A set in the idx files of MNIST."""
+    """Opens a set in the idx files of MNIST."""
     prefix = "train" if split in TRAIN_SPLITS else "t10k"
     if split not in TRAIN_SPLITS + EVAL_SPLITS:
         raise ValueError(f"split: idx files hold 'train' and 'test', got {split!r}")
@@ -126,7 +126,7 @@ def open_idx(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet
 
 
 class _Numbered(Sequence):
-    """Names "file[0]", "file[1]", ... that take no memory."""
+    """The names "file[0]", "file[1]", ..., which are made on access and take no memory."""
 
     def __init__(self, file: str, n: int) -> None:
         self.file, self.n = file, n
@@ -139,10 +139,10 @@ class _Numbered(Sequence):
 
 
 def read_idx(path: str, n_dims: int) -> np.ndarray:
-    """The bytes of an idx file of `n_dims` dimensions, which may be compressed.
+    """The bytes of an idx file with `n_dims` dimensions, which may be compressed.
 
     Raises:
-        ValueError: for a file that is no such file, truncated, or longer than its header says.
+        ValueError: if the file is not an idx file, is truncated, or is longer than its header says.
     """
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -170,8 +170,8 @@ class SavedImages(ImageSet):
     """Rows of a Hugging Face data set.
 
     Args:
-        rows: the data set, its only column that of the images, not decoded.
-        name: of the data set.
+        rows: the data set; its only column has the images, not decoded.
+        name: name of the data set.
         labels: see `ImageSet`.
         classes: see `ImageSet`.
     """
@@ -191,7 +191,7 @@ class SavedImages(ImageSet):
 
 
 def open_saved(path: str, names: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:
-    """A set that Hugging Face's `datasets` wrote with `save_to_disk`."""
+    """Opens a set that Hugging Face's `datasets` wrote with `save_to_disk`."""
     try:
         import datasets
     except ModuleNotFoundError:
@@ -213,7 +213,7 @@ def open_saved(path: str, names: Sequence[str], classes: tuple[str, ...] | None)
 
 
 def _only_column(saved, kind: type, path: str) -> str:
-    """Name of the one column of a feature type."""
+    """Name of the only column with a feature type."""
     columns = [name for name, feature in saved.features.items() if isinstance(feature, kind)]
     if len(columns) != 1:
         listed = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in saved.features.items())

@@ -1,4 +1,4 @@
-"""Token-length labels: which lengths of a model get an image right, and the smallest length that suffices."""
+"""Token-length labels: the lengths at which a model classifies an image correctly, and the smallest of them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ UNSOLVED = ("longest", "shortest", "drop")
 FORMAT = "revit-fast length labels 1"
 
 CHUNK = 256
-"""Images that are decoded at a time."""
+"""Number of images that are decoded at a time."""
 
 PACK_TOKENS = 4096
-"""Patch tokens of a forward pass, about; results do not depend on it."""
+"""Approximate number of patch tokens in a forward pass; results do not depend on it."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of every image of a set at every length.
+    """A model's predictions for every image of a set at every length.
 
     Attributes:
-        grids: the model's, the longest first.
+        grids: grids of the model, the longest first.
         logits: float32 `[n_lengths, N, n_classes]`; NaN for images that could not be read.
-        unreadable: place and reason of the images that could not be read.
+        unreadable: reason for every image that could not be read, by its place.
     """
 
     grids: tuple[int, ...]
@@ -55,7 +55,7 @@ class Predictions:
         return readable
 
     def correct(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Whether the best class is the right one, bool `[n_lengths, N]`; False where the logits are no numbers.
+        """Whether the best class is the right one, bool `[n_lengths, N]`; False if the logits are not finite.
 
         Args:
             labels: right class of every image, int `[N]`.
@@ -68,9 +68,9 @@ class Predictions:
         return (self.logits.argmax(axis=2) == labels) & np.isfinite(self.logits).all(axis=2)
 
     def probability(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The probability of the right class, float32 `[n_lengths, N]`; 0 where the logits are no numbers.
+        """The probability of the right class, float32 `[n_lengths, N]`; 0 if the logits are not finite.
 
-        Its mean over images estimates the accuracy of a calibrated model with less noise than the share of right ones.
+        Its mean over images estimates a calibrated model's accuracy with less noise than the share of correct images.
 
         Args:
             labels: right class of every image, int `[N]`.
@@ -82,9 +82,9 @@ class Predictions:
         return np.where(finite, of_right / odds.sum(axis=2), 0.0).astype(np.float32)
 
     def sufficiency(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-        """How nearly each length does as well as the longest, float32 `[n_lengths, N]` in [0, 1]; 1 for the longest.
+        """How close each length comes to the longest, float32 `[n_lengths, N]` in [0, 1]; 1 for the longest.
 
-        One minus what the probability of the right class falls by: also 1 where no length is right.
+        It is one minus the fall of the right class's probability. It is also 1 if that probability is 0 at all lengths.
 
         Args:
             labels: right class of every image, int `[N]`.
@@ -106,14 +106,14 @@ def predict_lengths(
     Each image is decoded once, and no augmentation is applied: these are the predictions of a deployed model.
 
     Args:
-        model: a `ReViT`, of which an optimised copy is run, or such a copy.
+        model: a `ReViT`, of which an optimised copy is made, or such a copy.
         images: the set.
-        settings: preprocessing that takes the place of the model's, see `AdaptivePreprocessor.for_model`.
-        pack_tokens: patch tokens of a forward pass, about.
-        progress: called with the number of images that are done and of all.
+        settings: preprocessing that replaces the model's, see `AdaptivePreprocessor.for_model`.
+        pack_tokens: approximate number of patch tokens in a forward pass.
+        progress: called with the number of finished images and the number of all images.
 
     Returns:
-        The predictions; an image that cannot be read is listed, and moves no other.
+        The predictions. An image that cannot be read is listed and does not affect the others.
     """
     fast = model if isinstance(model, OptimizedReViT) else optimize(model)
     prep = AdaptivePreprocessor.for_model(fast, policy=("fixed", fast.grids[0]), **dict(settings or {}))
@@ -133,7 +133,7 @@ def predict_lengths(
 
 
 def decoded_chunks(images: ImageSet, unreadable: dict[int, str]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Places and pixels of the images that can be read, a bounded number at a time; the others go to `unreadable`."""
+    """Places and pixels of the readable images, a bounded number at a time; the others go to `unreadable`."""
     for begin in range(0, len(images), CHUNK):
         places, pixels = [], []
         for i in range(begin, min(begin + CHUNK, len(images))):
@@ -150,10 +150,10 @@ def length_labels(correct: np.ndarray, rule: str = "smallest", unsolved: str = "
     """Index of the smallest sufficient length of every image, int64 `[N]`, 0 the longest; -1 for dropped images.
 
     Args:
-        correct: bool `[n_lengths, N]`, whether each length gets an image right, the longest first.
+        correct: bool `[n_lengths, N]`, whether each length classifies an image correctly, the longest first.
         rule: "smallest": the shortest length that is right (the paper's); "stable": the shortest that is right together
             with all longer ones.
-        unsolved: what an image gets that no length satisfies the rule for: "longest", "shortest" or "drop".
+        unsolved: label of an image for which no length satisfies the rule: "longest", "shortest" or "drop".
 
     Raises:
         ValueError: for another rule or shape.
@@ -178,13 +178,13 @@ def satisfying(correct: np.ndarray, rule: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LengthLabels:
-    """Token-length labels of a set, as they are kept in a file.
+    """Token-length labels of a set, which can be saved to a file.
 
     Attributes:
-        grids: the model's, the longest first.
-        names: of the images.
+        grids: grids of the model, the longest first.
+        names: names of the images.
         labels: int64 `[N]`, index of the smallest sufficient length; -1 for images to be left out.
-        correct: bool `[n_lengths, N]`.
+        correct: bool `[n_lengths, N]`, whether each length classifies an image correctly.
         rule: see `length_labels`.
         unsolved: see `length_labels`.
     """
@@ -209,7 +209,7 @@ class LengthLabels:
 
     @property
     def histogram(self) -> np.ndarray:
-        """Images of every label, int `[n_lengths]`, the longest first."""
+        """Number of images with each label, int `[n_lengths]`, the longest first."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.grids))
 
     @property
@@ -231,7 +231,7 @@ class LengthLabels:
         """Labels `[N]` of a set, found by the names of its images.
 
         Raises:
-            ValueError: where an image has no label, or two of the same name have.
+            ValueError: if an image has no label, or two labels have the same name.
         """
         place = {name: i for i, name in enumerate(self.names)}
         if len(place) < len(self.names):
@@ -261,11 +261,11 @@ class LengthLabels:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LengthLabels:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: where it holds something else; the message names the line.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else; the message names the line.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"labels: there is no file {path}")
@@ -320,18 +320,18 @@ def cross_fit(
 ) -> Predictions:
     """Predictions for every image by a model that was not trained on it.
 
-    A model has learnt its own training images by heart, at short lengths too: labels made of them skew short.
+    A model memorises its own training images, at short lengths too, so that labels from them would be too short.
 
     Args:
         images: the set.
-        k: parts of it; as many models are trained, each on all parts but one.
-        seed: of the parts.
-        train_fn: trains a model on the images that it is given.
+        k: number of parts of the set, and of models; each model is trained on all parts but one.
+        seed: seed of the parts.
+        train_fn: function that trains a model on the given images.
         settings: see `predict_lengths`.
-        progress: called with the number of parts that are done and of all.
+        progress: called with the number of finished parts and the number of all parts.
 
     Raises:
-        ValueError: where the models differ in grids or classes.
+        ValueError: if the models differ in grids or classes.
     """
     folds = k_folds(images, k, seed)
     whole: Predictions | None = None

@@ -1,7 +1,7 @@
 """Batches for training and evaluation: every image at several grids, in one pack.
 
-A batch follows from the set, the settings, the seed, the epoch and its number alone. So an epoch that is resumed, that
-is prepared by workers, or that is divided among ranks gives bit for bit the batches that it gives otherwise.
+A batch depends only on the set, the settings, the seed, the epoch and the number of the batch. An epoch therefore has
+the same batches, bit for bit, if it is resumed, prepared by workers or divided among ranks.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from revit_fast.train.data import ImageSet
 __all__ = ["Augment", "Batch", "EvalLoader", "TrainLoader", "UnreadableError"]
 
 NAMED_UNREADABLE = 5
-"""Unreadable images that an error lists."""
+"""Number of unreadable images that an error lists."""
 
 
 class UnreadableError(RuntimeError):
-    """More images of a set cannot be read than were to be put up with."""
+    """More images of a set are unreadable than is allowed."""
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     Attributes:
         images: patch rows, length-major: all images at the first view, then all at the second, ...
         target: int64 `[B]`, or float32 `[B, n_classes]` with mixup, cutmix or smoothing.
-        index: int64 `[B]`, place of every image in its set.
+        index: int64 `[B]`, the place of every image in its set.
         unreadable: name and reason of each image that was left out of this batch.
     """
 
@@ -49,9 +49,9 @@ class Batch(NamedTuple):
     unreadable: list[tuple[str, str]]
 
     def parts(self, n_images: int) -> list[Batch]:
-        """The same images in as few batches of at most `n_images` as there can be, which differ by one image at most.
+        """Divides the batch into the fewest batches of at most `n_images` images; sizes differ by at most one image.
 
-        The first one has the list of what was left out.
+        The first of them has the list of unreadable images.
         """
         n_parts = -(-len(self.target) // n_images)
         if n_parts <= 1:
@@ -70,45 +70,46 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """Shuffled, augmented batches; every batch is seen at all grids.
+    """Shuffled and augmented batches with every image at all grids.
 
-    The longest view of an image is made first, by `augment`, and shorter ones are resized from it. What is random about
-    an image follows from (seed, epoch, its place in the set), about a batch's mixture from (seed, epoch, number of
-    the batch in the epoch over all ranks). The global random generators are left as they were.
+    `augment` makes the longest view of an image, and shorter views are resized from it. The random numbers of an image
+    depend only on (seed, epoch, its place in the set), those of a batch's mixture only on (seed, epoch, number of the
+    batch in the epoch over all ranks). The states of the global random generators do not change.
 
-    Batch b of rank r is batch `b * world_size + r` of the same loader with one rank. Without `drop_last` the images
-    that fill no further batch on every rank are dealt out evenly in a last one, or left out where they are fewer than
-    the ranks.
+    Batch b of rank r is batch `b * world_size + r` of the same loader with one rank. Without `drop_last`, images that
+    do not fill another batch on every rank are divided evenly into a last batch, or left out if they are fewer than the
+    ranks.
 
-    An image that cannot be read is left out of its batch and listed there. A batch without any readable image is an
-    `UnreadableError`: other images in its place would be seen twice, and to skip it would set ranks apart.
+    An image that cannot be read is left out of its batch and listed in it. A batch without any readable image raises an
+    `UnreadableError`: replacements would be used twice, and a skipped batch would leave the ranks out of step.
 
     Args:
         images: the set.
         grids: patches a side of every view, strictly decreasing.
         patch_size: P, in pixels.
-        batch_size: images a batch and rank.
+        batch_size: images per batch and rank.
         augment: see `Augment`.
-        mean: of each channel, of pixels in [0, 1].
-        std: of each channel, likewise.
+        mean: mean of each channel for pixels in [0, 1].
+        std: standard deviation of each channel for pixels in [0, 1].
         interpolation: "bicubic" or "bilinear".
-        seed: of all that is random, 0 or more.
-        workers: processes that prepare batches; 0 prepares them in this one.
-        rank: of this process.
+        seed: seed of all random numbers, 0 or more.
+        workers: processes that prepare batches; 0: this process prepares them.
+        rank: rank of this process.
         world_size: number of processes that share an epoch's images.
         views: indices into `grids` of the views that this process needs, ascending; by default all. The mixture and the
-            augmentation do not depend on it, so length-parallel ranks give different views of the same images when all
-            of them have rank 0 of 1.
+            augmentation do not depend on it, so length-parallel ranks give different views of the same images if each
+            of them has rank 0 and world_size 1.
         max_unreadable: share of the set that may be unreadable before an `UnreadableError` is raised.
-        drop_last: whether the images that fill no batch are left out.
-        dtype: of the rows; uint8 leaves their normalisation to the model, which may be on a GPU.
+        drop_last: whether images that do not fill a batch are left out.
+        dtype: dtype of the patch rows; with uint8 the model normalises them, possibly on a GPU.
 
     Attributes:
-        unreadable: reason of every image that could not be read so far, by name.
+        unreadable: reason for every image that could not be read so far, by name.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above; for a set too small for one batch on every rank.
-        ImportError: where `augment` needs timm and it is not installed.
+        TypeError, ValueError: if an argument is not as described above, or the set is too small for one batch on every
+            rank.
+        ImportError: if `augment` needs timm and it is not installed.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class TrainLoader:
         self.max_unreadable, self.drop_last = _check_share(max_unreadable), drop_last
         self.unreadable: dict[str, str] = {}
         self._options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype}
-        self._pack([torch.zeros(1, 1, 3, dtype=torch.uint8)])  # refuses what resize_patchify refuses, by its name
+        self._pack([torch.zeros(1, 1, 3, dtype=torch.uint8)])  # raises resize_patchify's errors for wrong options
         self._augmenter = Augmenter(
             augment,
             image_px=self.grids[0] * patch_size,
@@ -167,7 +168,7 @@ class TrainLoader:
             )
 
     def __len__(self) -> int:
-        """Batches an epoch on every rank."""
+        """Number of batches per epoch on every rank."""
         rounds, rest = divmod(len(self.images), self.batch_size * self.world_size)
         return rounds + (not self.drop_last and rest >= self.world_size)
 
@@ -176,11 +177,11 @@ class TrainLoader:
 
         Args:
             epoch: 0 or more.
-            first_batch: 0 to the number of batches, which gives none.
+            first_batch: 0 to the number of batches; the latter gives no batch.
 
         Raises:
-            ValueError: for arguments that are not as above.
-            UnreadableError: while it is consumed, see the class.
+            ValueError: if an argument is not as described above.
+            UnreadableError: while the iterator is consumed, see the class.
         """
         _check_int("epoch", epoch, 0)
         _check_int("first_batch", first_batch, 0)
@@ -193,7 +194,7 @@ class TrainLoader:
         return _counted(_prepared(make, range(first_batch, len(self)), self.workers), self.unreadable, limit)
 
     def _places(self, epoch: int) -> list[np.ndarray]:
-        """Places of the images of each of this rank's batches."""
+        """Places of the images in each of this rank's batches."""
         order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.images))
         n = self.batch_size * self.world_size
         whole = len(order) // n * n
@@ -217,36 +218,36 @@ class TrainLoader:
         return Batch(self._pack(list(longest)), target, torch.from_numpy(index), unreadable)
 
     def _pack(self, longest: list[Tensor]) -> PackedBatch:
-        """The views of one pack, from the longest, uint8 `[S, S, 3]`."""
+        """One pack of all views, resized from the longest views, each uint8 `[S, S, 3]`."""
         sizes = [self.grids[view] * self.patch_size for view in self.views for _ in longest]
         lengths = [grid * grid for grid in self.grids]
         return ops.resize_patchify(longest * len(self.views), sizes, self.patch_size, lengths=lengths, **self._options)
 
 
 class EvalLoader:
-    """All images of a set in order, unaugmented, each at every grid.
+    """All images of a set in order and without augmentation, each at every grid.
 
-    Every view is resized straight from the source by an `AdaptivePreprocessor`, so that accuracy here is accuracy
-    there. Unreadable images are left out and listed; a batch without any readable image is left out.
+    An `AdaptivePreprocessor` resizes every view directly from the source, so that the accuracy is that of a deployed
+    pipeline. Unreadable images are left out and listed; a batch without any readable image is left out.
 
     Args:
         images: the set.
         grids: patches a side of every view, strictly decreasing.
         patch_size: P, in pixels.
-        batch_size: images a batch.
-        mean: of each channel, of pixels in [0, 1].
-        std: of each channel, likewise.
-        crop_pct: share of the scaled shorter side that is seen, as in timm.
+        batch_size: images per batch.
+        mean: mean of each channel for pixels in [0, 1].
+        std: standard deviation of each channel for pixels in [0, 1].
+        crop_pct: share of the scaled shorter side that the model sees, as in timm.
         interpolation: "bicubic" or "bilinear".
-        workers: processes that prepare batches; 0 prepares them in this one.
+        workers: processes that prepare batches; 0: this process prepares them.
         max_unreadable: share of the set that may be unreadable before an `UnreadableError` is raised.
-        dtype: of the rows; uint8 leaves their normalisation to the model.
+        dtype: dtype of the patch rows; with uint8 the model normalises them.
 
     Attributes:
-        unreadable: reason of every image that could not be read so far, by name.
+        unreadable: reason for every image that could not be read so far, by name.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
+        TypeError, ValueError: if an argument is not as described above.
     """
 
     def __init__(
@@ -284,10 +285,10 @@ class EvalLoader:
             policy=("fixed", self.grids[0]),
             dtype=dtype,
         )
-        self._pack([np.zeros((1, 1, 3), dtype=np.uint8)])  # refuses what resize_patchify refuses, by its name
+        self._pack([np.zeros((1, 1, 3), dtype=np.uint8)])  # raises resize_patchify's errors for wrong options
 
     def __len__(self) -> int:
-        """Batches, those without a readable image included."""
+        """Number of batches, including those without a readable image."""
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -307,7 +308,7 @@ class EvalLoader:
 
 
 def _read(images: ImageSet, places: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, list[tuple[str, str]]]:
-    """Readable images among those at `places`, their places, and name and reason of the others."""
+    """Readable images among those at `places`, their places, and names of the others with the reasons."""
     decoded, index, unreadable = [], [], []
     for i in places.tolist():
         try:
@@ -319,7 +320,7 @@ def _read(images: ImageSet, places: np.ndarray) -> tuple[list[np.ndarray], np.nd
 
 
 def _counted(batches: Iterable[Batch], known: dict[str, str], limit: float) -> Iterator[Batch]:
-    """The batches, until more than `limit` different images were unreadable."""
+    """Gives the batches; raises an error once more than `limit` different images are unreadable."""
     for batch in batches:
         known.update(batch.unreadable)
         if len(known) > limit:
@@ -333,7 +334,7 @@ def _counted(batches: Iterable[Batch], known: dict[str, str], limit: float) -> I
 
 
 class _Made:
-    """Batches by number, for torch's DataLoader."""
+    """A data set that makes batches by number, for torch's DataLoader."""
 
     def __init__(self, make: Callable[[int], Batch]) -> None:
         self.make = make
@@ -352,7 +353,8 @@ def _prepared(make: Callable[[int], Batch], numbers: range, workers: int) -> Ite
         return map(make, numbers)
     from torch.utils.data import DataLoader
 
-    # The DataLoader draws from its generator, which must not be the global one, and would convert what it collates.
+    # The DataLoader draws from its generator, which must not be the global one. Its own collate_fn would convert
+    # batches.
     return iter(
         DataLoader(
             _Made(make),

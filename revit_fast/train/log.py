@@ -1,4 +1,4 @@
-"""What a run tells: lines on the terminal, CSV files, TensorBoard."""
+"""The log of a run: lines on the terminal, CSV files and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ STEPS, EPOCHS = "steps.csv", "epochs.csv"
 
 
 class RunLog:
-    """Rows of numbers by update and by epoch, in CSV files and, where it is installed, for TensorBoard.
+    """Writes rows of numbers by update and by epoch to CSV files and, if it is installed, to TensorBoard.
 
     Args:
-        folder: where the files go; None: nothing is written.
-        step: update that the run starts from; rows of later ones, left by a run that was cut off, are dropped.
-        evaluated: update after which the model was last evaluated; so are rows of later evaluations.
+        folder: folder of the files; None: nothing is written.
+        step: update that the run starts from; rows of later updates, which an interrupted run left, are removed.
+        evaluated: update after which the model was last evaluated; rows of later evaluations are removed as well.
         terminal: where progress is printed; None: nowhere.
     """
 
@@ -30,7 +30,7 @@ class RunLog:
         _drop_rows_after(folder / EPOCHS, evaluated)
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # an extra
+        except ImportError:  # an optional package
             return
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -55,13 +55,13 @@ class RunLog:
             print(text, file=self._terminal, flush=True)
 
     def close(self) -> None:
-        """Writes what is held back."""
+        """Writes buffered rows and closes TensorBoard's file."""
         if self._board is not None:
             self._board.close()
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a file that `RunLog` wrote; [] where there is none."""
+    """The rows of a file that `RunLog` wrote; [] if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -87,5 +87,5 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def percentages(values: Sequence[float]) -> str:
-    """Shares as `91.2 90.1 87.5 %`."""
+    """Shares as text in the form `91.2 90.1 87.5 %`."""
     return " ".join(f"{100 * value:.1f}" for value in values) + " %"

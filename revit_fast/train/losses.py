@@ -12,7 +12,7 @@ from revit_fast.train.config import DISTILL_WEIGHT, TEMPERATURE, check_distillat
 def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of logits `[B, K]` with classes int64 `[B]` or probabilities `[B, K]`.
 
-    Computed in float32 at least, also of 16-bit logits.
+    It is computed in float32 or float64, also for 16-bit logits.
     """
     logits = _at_least_float32(logits)
     return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target)
@@ -21,7 +21,7 @@ def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """`τ² · KL(softmax(teacher / τ) ‖ softmax(student / τ))`, summed over classes, mean over images.
 
-    The factor keeps gradients of one size for every temperature (Hinton et al., arXiv 1503.02531).
+    The factor τ² makes the size of gradients independent of the temperature (Hinton et al., arXiv 1503.02531).
 
     Args:
         student: logits `[B, K]`.
@@ -45,7 +45,7 @@ def length_loss(
     Args:
         logits: `[B, K]` at this length.
         target: int64 `[B]` or probabilities `[B, K]`.
-        teacher: logits `[B, K]` at the longest length, or None: at that length itself, or without distillation.
+        teacher: logits `[B, K]` at the longest length; None at that length itself, or without distillation.
         distill_weight: λ in [0, 1].
         temperature: τ > 0.
     """
@@ -62,7 +62,8 @@ def tlsd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Token-length-aware self-distillation (TLSD, arXiv 2307.02092): the longest length teaches the shorter ones.
 
-    Cross-entropy at the longest length, `length_loss` at the others, mean over lengths; the weighting is ours.
+    The loss is the mean over lengths of the cross-entropy at the longest length and `length_loss` at the others. The
+    weighting with λ is this package's own.
 
     Args:
         logits: `[n_lengths, B, K]`, the longest length first.

@@ -1,4 +1,4 @@
-"""Means of a run between two lines of its log."""
+"""Means over the updates between two lines of a run's log."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class Meter:
         return Means(sums[0] / n, sums[1] / n, norm / max(updates, 1.0))
 
     def images_per_s(self) -> float:
-        """Of this process, since it began to count."""
+        """Throughput of this process since the meter was made."""
         return self._images / max(time.perf_counter() - self._since, 1e-9)
 
     def state(self, world: World) -> dict[str, Tensor]:
-        """The sums of all processes."""
+        """The sums over all processes."""
         return {"sums": world.sum(self.sums), "gradients": self.gradients}
 
     @classmethod
     def restored(cls, state: dict[str, Tensor], world: World) -> Meter:
-        """Goes on from `state`, which the first process takes."""
+        """A meter that continues from `state`; only the first process takes over the sums over images."""
         meter = cls(state["sums"].shape[1])
         meter.gradients = state["gradients"].clone()
         if world.is_first:

@@ -1,4 +1,4 @@
-"""Reports of an evaluation: rows of numbers, as a table, as JSON and as a plot."""
+"""Reports of an evaluation: rows of numbers as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revit_fast.io.atomic import replaced, write_json
 FORMAT = "revit-fast evaluation 1"
 
 PLOTS = (".png", ".svg", ".pdf")
-"""What accuracy over cost can be drawn as."""
+"""File formats for the plot of accuracy over cost."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Time:
     """Measured throughput, from decoded pixels to logits.
 
     Attributes:
-        images_per_s: median over rounds.
-        quartiles: of the same.
-        ratio: to the fixed longest length in the same round, median over rounds.
-        ratio_quartiles: of the same.
+        images_per_s: images per second, median over rounds.
+        quartiles: first and third quartile of the images per second.
+        ratio: throughput divided by that of the fixed longest length in the same round, median over rounds.
+        ratio_quartiles: first and third quartile of the ratio.
     """
 
     images_per_s: float
@@ -36,22 +36,22 @@ class Time:
 
 @dataclass(frozen=True)
 class Row:
-    """A way to choose lengths and what comes of it.
+    """A way to choose lengths, and its results.
 
     Attributes:
-        name: what it is called.
+        name: name of the policy or baseline.
         kind: "fixed", "assigner", "random", "entropy", "cascade" or "oracle".
-        accuracy: share of the images that are classified rightly.
-        tokens: mean patch tokens of an image, of every length that was run.
-        gmacs: mean multiply-adds of an image, in billions; the assigner's are counted where it is asked.
-        shares: of the images that each length decides, the longest first.
+        accuracy: share of the images that are classified correctly.
+        tokens: mean patch tokens per image, summed over all lengths that were run.
+        gmacs: mean multiply-adds per image, in billions; they include the assigner's if the policy uses it.
+        shares: share of the images that are classified at each length, the longest first.
         difference: accuracy minus that of the longest length.
-        interval: 95 % interval of the difference (paired); None for means over seeds and the longest itself.
-        p_value: of McNemar's exact test against the longest length; None likewise.
-        captured: accuracy beyond that of random lengths with the same shares, as a share of what lies between those
-            and the oracle: 0 for a choice that knows nothing, 1 where every image that some length gets right is right.
-        policy: with which the pipeline does the same.
-        time: where it was measured.
+        interval: paired 95 % interval of the difference; None for means over seeds and for the longest length itself.
+        p_value: p-value of McNemar's exact test against the longest length; None in the same cases.
+        captured: gain in accuracy over random lengths with the same shares, divided by the oracle's gain over them:
+            0 for a random choice, 1 if the choice is right for every image that any length classifies correctly.
+        policy: policy with which a pipeline makes the same choice.
+        time: throughput; None if it was not measured.
     """
 
     name: str
@@ -70,18 +70,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """An evaluation.
+    """The results of an evaluation.
 
     Attributes:
-        rows: one for every policy and baseline.
-        grids: the model's.
-        n_images: images that were evaluated.
-        n_unreadable: images that could not be read, and are in no number.
-        n_classes: of the model.
-        label_shares: of the images that have each length as the oracle's, the longest first.
-        unsolved_share: of the images that no length gets right.
-        assigner_gmacs: of the assigner, for an image.
-        machine: where times were measured; None without times.
+        rows: one row for every policy and baseline.
+        grids: grids of the model.
+        n_images: number of evaluated images.
+        n_unreadable: number of images that could not be read; no other number includes them.
+        n_classes: number of the model's classes.
+        label_shares: share of the images for which the oracle chooses each length, the longest first.
+        unsolved_share: share of the images that no length classifies correctly.
+        assigner_gmacs: multiply-adds of the assigner per image, in billions.
+        machine: setup in which times were measured; None without times.
     """
 
     rows: tuple[Row, ...]
@@ -95,16 +95,16 @@ class Report:
     machine: Mapping[str, Any] | None = None
 
     def row(self, name: str) -> Row:
-        """The row of this name."""
+        """The row with this name."""
         return next(row for row in self.rows if row.name == name)
 
     def with_times(self, times: Mapping[str, Time], machine: Mapping[str, Any]) -> Report:
-        """The same with measured times, by the names of rows."""
+        """A copy with measured times, given by the names of rows."""
         rows = tuple(replace(row, time=times.get(row.name)) for row in self.rows)
         return replace(self, rows=rows, machine=dict(machine))
 
     def table(self) -> str:
-        """A Markdown table, what it is of above, what its columns mean below."""
+        """A Markdown table, with a description of the images above it and of the columns below it."""
         timed = any(row.time for row in self.rows)
         heads = ["policy", "accuracy", "to longest", "95 % interval", "p", "tokens", "GMACs", "gain", *_shares(self)]
         heads += ["images/s", "quartiles", "ratio"] if timed else []
@@ -131,7 +131,7 @@ class Report:
         return "\n".join([*head, *table, *foot]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values, but for the oracle's choice of every image."""
+        """All values as JSON, except for the oracle's choice for every image."""
         rows = [asdict(row) | ({"policy": None} if row.kind == "oracle" else {}) for row in self.rows]
         return {"format": FORMAT, **asdict(self), "rows": rows}
 
@@ -157,7 +157,7 @@ class Report:
             raise ImportError('plot: it needs matplotlib: pip install "revit-fast[plot]"') from None
         with rc_context({"svg.hashsalt": "revit-fast"}):
             figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-            FigureCanvasAgg(figure)  # no window system, whatever is configured
+            FigureCanvasAgg(figure)  # it needs no window system, whatever backend is configured
             axes = figure.add_subplot()
             self._draw(axes, cost)
             metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(suffix)

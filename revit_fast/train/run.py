@@ -1,4 +1,4 @@
-"""A whole training run from its configuration."""
+"""Runs a whole training from its configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ except ImportError:  # Windows
     fcntl = None
 
 VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
-"""What a training run is evaluated on while it goes on, and what its outcome is; each serves where the other lacks."""
+"""Splits for the evaluation during a training run and after it. If one is missing, the other is used."""
 
 BUNDLE, LOCK = "bundle", "train.lock"
 
@@ -40,7 +40,7 @@ def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those held out for evaluation.
 
     Raises:
-        FileNotFoundError, ValueError: for data that cannot be read, or have no evaluation split where one is needed.
+        FileNotFoundError, ValueError: if the data cannot be read, or lack an evaluation split that is needed.
     """
     images = open_images(config.data, "train")
     if config.held_out_share > 0:
@@ -52,15 +52,15 @@ def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT) -> ImageSet:
-    """An evaluation split of data.
+    """Opens an evaluation split.
 
     Args:
-        path: of the data.
-        *training: their training images: the set, or the parts of it that `split_off` gives.
-        split: see `data.open_images`.
+        path: path of the data.
+        *training: training images of the same data: the set, or the parts of it that `split_off` gives.
+        split: see `datasets.open_images`.
 
     Raises:
-        NoSplitError: where there is none, or the data have no splits at all.
+        NoSplitError: if there is no evaluation split, or the data have no splits at all.
     """
     found = open_images(path, split, training[0].classes)
     # The first image of a set is the first of one of its parts.
@@ -73,8 +73,8 @@ def read_config(folder: Path) -> TrainConfig:
     """The configuration of the run in a folder.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: where it cannot be read.
+        FileNotFoundError: if there is none.
+        ValueError: if it cannot be read.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -86,9 +86,9 @@ def read_config(folder: Path) -> TrainConfig:
 
 
 def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
-    """The model of a run, with its first weights, and whether its head is new.
+    """The model of a run with its initial weights, and whether its head is new.
 
-    The head of a checkpoint that has other classes is left out; one of features alone has none.
+    The head is new if the checkpoint has another number of classes, or is one of features alone, without a head.
 
     Raises:
         ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
@@ -109,11 +109,11 @@ def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, and clears away what a run that was killed had begun to write there.
+    """Locks a folder against other runs, and removes files that a killed run had not finished writing.
 
     Raises:
-        FileExistsError: where another process is in.
-        OSError: where the folder cannot be made or written to.
+        FileExistsError: if another process has locked it.
+        OSError: if the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -123,7 +123,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: TextIO, folder: Path) -> bool:
-    """Whether the system knows locks; it gives this one back however the process ends, and no child inherits it."""
+    """Locks a file; returns False if the system has no locks.
+
+    The system releases the lock however the process ends, and no child process inherits it.
+    """
     if fcntl is None:
         return False
     try:
@@ -145,20 +148,20 @@ def train(
     resume: bool = False,
     terminal: TextIO | None = None,
 ) -> Accuracy:
-    """Trains as configured; files as of `Trainer`, and at the end a bundle without an assigner in `bundle/`.
+    """Trains as configured; writes the files of `Trainer`, and at the end a bundle without an assigner in `bundle/`.
 
     Args:
         config: choices of the run.
-        folder: for its files.
+        folder: folder for its files.
         device: "cpu" or "cuda".
-        resume: go on from the checkpoint in the folder, from the start where there is none yet.
+        resume: continue from the checkpoint in the folder; without a checkpoint the run starts anew.
         terminal: where progress is printed; None: nowhere.
 
     Returns:
         Accuracy on the held-out images at the end.
 
     Raises:
-        FileExistsError: where the folder holds a run already and `resume` is not set, or another process trains in it.
+        FileExistsError: if the folder holds a run already and `resume` is not set, or another process trains in it.
         others: see `Trainer.fit`, `open_data` and `build_model`.
     """
     if not resume and (folder / CHECKPOINT).exists():

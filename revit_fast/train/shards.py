@@ -17,11 +17,11 @@ from revit_fast.train.data import EVAL_SPLITS, TRAIN_SPLITS, ImageSet, pick_spli
 CLASS_NAMES = "classes.txt"
 
 NAMED_SAMPLES = 5
-"""Bad samples that an error lists."""
+"""Number of bad samples that an error lists."""
 
 
 class Place(NamedTuple):
-    """Where the image of a sample lies, in bytes, and its label."""
+    """Position of a sample's image in its shard, in bytes, and the sample's label."""
 
     shard: int
     key: str
@@ -35,7 +35,7 @@ class ShardImages(ImageSet):
 
     Args:
         shards: paths of the files.
-        places: of the images.
+        places: positions of the images.
         labels: see `ImageSet`.
         classes: see `ImageSet`.
     """
@@ -63,12 +63,12 @@ class ShardImages(ImageSet):
 
 
 def find_in_folder(path: str, names: Sequence[str]) -> list[str]:
-    """The shards of a split in a folder, sorted; none where the folder has no shards.
+    """The shards of a split in a folder, sorted; [] if the folder has no shards.
 
-    They lie in a folder called like the split, or have its name as a word in theirs, or belong to any split.
+    They are in a folder named like the split, or have its name as a word in theirs. Without such names, all are used.
 
     Raises:
-        ValueError: where there are shards of other splits only.
+        ValueError: if there are shards of other splits only.
     """
     known = dict.fromkeys((*TRAIN_SPLITS, *EVAL_SPLITS, names[0]))
     by_folder = {name: _tars(os.path.join(path, name)) for name in known}
@@ -94,7 +94,7 @@ def find_by_pattern(pattern: str) -> list[str]:
     """The shards that a pattern with braces (`{000..127}`, `{a,b}`) and wildcards stands for.
 
     Raises:
-        FileNotFoundError: for a shard that the braces name and that is not there, or wildcards without a match.
+        FileNotFoundError: if a shard that the braces name is missing, or wildcards have no match.
     """
     shards = []
     for path in expand_braces(pattern):
@@ -106,7 +106,7 @@ def find_by_pattern(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for by the shell's rules of `{a,b}` and of `{8..12}` and `{08..12}`."""
+    """The names that a pattern stands for by the shell's rules for `{a,b}`, `{8..12}` and `{08..12}`."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
@@ -121,10 +121,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def open_shards(shards: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:
-    """A set of WebDataset shards; see `data.open_images`.
+    """Opens a set of WebDataset shards; see `datasets.open_images`.
 
     Raises:
-        ValueError: for damaged shards, and for samples without an image or a label, by shard and key.
+        ValueError: for damaged shards, and for samples without an image or a label; the message names shard and key.
     """
     places: list[Place] = []
     problems: list[str] = []
@@ -148,7 +148,7 @@ def open_shards(shards: Sequence[str], classes: tuple[str, ...] | None) -> Image
 
 
 def _class_names(shard: str) -> tuple[str, ...] | None:
-    """Lines of the file with the names of classes, beside a shard or, for folders of splits, above it."""
+    """Class names: lines of a file beside a shard or, for folders of splits, in the folder above; None without it."""
     folder = os.path.dirname(os.path.abspath(shard))
     above = [os.path.dirname(folder)] if os.path.basename(folder) in TRAIN_SPLITS + EVAL_SPLITS else []
     for path in (os.path.join(place, CLASS_NAMES) for place in (folder, *above)):
@@ -159,7 +159,7 @@ def _class_names(shard: str) -> tuple[str, ...] | None:
 
 
 def _index(shard: str, s: int) -> tuple[list[Place], list[str]]:
-    """Places of the samples of shard number s in its order, and what is wrong with others."""
+    """Places of the samples of shard number s in its order, and the problems of incomplete samples."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, bytes] = {}
     keys: dict[str, None] = {}
@@ -167,7 +167,7 @@ def _index(shard: str, s: int) -> tuple[list[Place], list[str]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                tar.members = []  # it would keep all of them
+                tar.members = []  # tarfile would keep all of them
                 key, kind = _key_and_kind(member.name)
                 if not member.isreg() or kind is None:
                     continue
@@ -193,14 +193,14 @@ def _index(shard: str, s: int) -> tuple[list[Place], list[str]]:
 
 
 def _check_end(shard: str, offset: int) -> None:
-    """tarfile takes a damaged header for the end; the true end is a block of zeros."""
+    """Raises an error if a block of zeros, the true end, is missing: tarfile takes a damaged header for the end."""
     with open(shard, "rb") as file:
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, offset) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a file nor the end mark at byte {offset}")
 
 
 def _key_and_kind(name: str) -> tuple[str, str | None]:
-    """WebDataset's key of a file, and "image", "cls" or, for any other, None."""
+    """WebDataset's key of a file, and its kind: "image", "cls" or, for any other file, None."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     extension = f".{extension.lower()}"

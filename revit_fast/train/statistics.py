@@ -11,11 +11,11 @@ from scipy.stats import binomtest, norm
 def mcnemar(right: np.ndarray, reference: np.ndarray) -> float:
     """Two-sided p-value of McNemar's exact test that two classifiers are right equally often.
 
-    It is the binomial test on the images where only one of the two is right: either is it with probability one half.
+    It is the binomial test on the images where only one classifier is right: either one is, with probability one half.
 
     Args:
         right: bool `[N]`, whether one classifier is right.
-        reference: bool `[N]`, whether the other is.
+        reference: bool `[N]`, whether the other is right.
     """
     more, fewer = _only_one_right(right, reference)
     return float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
@@ -24,12 +24,12 @@ def mcnemar(right: np.ndarray, reference: np.ndarray) -> float:
 def paired_interval(right: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """95 % interval of the difference of two accuracies on the same images (Agresti and Min 2005).
 
-    It is Wald's interval after half an image is added to each of the four cells of the table (right or wrong, by
-    either classifier). So it has a width where the two never differ, and it holds for few images.
+    It is Wald's interval after half an image is added to each of the four cells of the table (each classifier right or
+    wrong). It therefore has a positive width even if the two never differ, and it is valid for few images.
 
     Args:
         right: bool `[N]`, whether one classifier is right.
-        reference: bool `[N]`, whether the other is; the difference is the first minus this.
+        reference: bool `[N]`, whether the other is right; its accuracy is subtracted.
     """
     more, fewer = (count + 0.5 for count in _only_one_right(right, reference))
     n = len(right) + 2
@@ -39,5 +39,5 @@ def paired_interval(right: np.ndarray, reference: np.ndarray) -> tuple[float, fl
 
 
 def _only_one_right(right: np.ndarray, reference: np.ndarray) -> tuple[int, int]:
-    """Images where only the first is right, and where only the second is."""
+    """The number of images where only the first is right, and the number where only the second is right."""
     return int((right & ~reference).sum()), int((reference & ~right).sum())

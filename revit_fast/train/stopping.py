@@ -17,7 +17,7 @@ class Interrupted(RuntimeError):
 
 @contextmanager
 def signals_call(stop: Callable[[int], None]) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM call `stop` with their number and do nothing else; only in the main thread."""
+    """Context in which SIGINT and SIGTERM only call `stop` with their number; no effect outside the main thread."""
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

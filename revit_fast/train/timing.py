@@ -28,15 +28,15 @@ def measure(
 ) -> Report:
     """The report with the times of its rows.
 
-    Policies take turns, in another order every round: whatever else slows the machine down then slows all of them. A
-    first round, which packs weights and warms caches, is not counted. The oracle is timed with its decisions given.
+    Policies take turns in a different order every round, so that other load on the machine slows all of them alike. A
+    first round, which packs weights and warms caches, is not counted. The oracle's time excludes its decisions.
 
     Args:
-        report: of `evaluate`.
-        pipe: over an optimised model, with the assigner.
-        pixels: decoded images, uint8 `[H, W, 3]` or `[H, W]`: for the oracle the first of those that were evaluated.
-        rounds: that are counted, at least 1.
-        clock: seconds.
+        report: report of `evaluate`.
+        pipe: pipeline of an optimised model, with the assigner.
+        pixels: decoded images, uint8 `[H, W, 3]` or `[H, W]`; the oracle needs the first of the evaluated images.
+        rounds: number of rounds that are counted, at least 1.
+        clock: function that gives the time in seconds.
     """
     if rounds < 1 or len(pixels) == 0:
         raise ValueError(f"rounds, pixels: expected at least one of each, got {rounds} and {len(pixels)}")
@@ -63,7 +63,7 @@ def run(pipe: AdaptivePipeline, policy: PolicySpec, pixels: Sequence[np.ndarray]
     """The logits of every image under a policy.
 
     Raises:
-        RuntimeError: for an image that gives none: the time would not be that of all.
+        RuntimeError: if an image has no logits, because the time would not be that of all images.
     """
     return [_logits(result) for result in pipe.with_policy(policy)(pixels)]
 
@@ -75,6 +75,6 @@ def _logits(result) -> np.ndarray:
 
 
 def machine(n_images: int, rounds: int) -> dict[str, Any]:
-    """What was measured where."""
+    """The setup of a measurement: number of images and rounds, processor, threads and versions."""
     threads = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     return {"images": n_images, "rounds": rounds, "cpu": cpu_name(), **threads}

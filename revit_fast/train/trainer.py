@@ -1,4 +1,4 @@
-"""The loop that trains a ReViT at all its lengths, and can be cut off at any moment."""
+"""The training loop of a ReViT at all its lengths, which can be interrupted at any moment."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from revit_fast.train.meter import Meter
 from revit_fast.train.stopping import Interrupted, NotFiniteError, signals_call
 
 CACHED_ACTIVATIONS, FEWEST_ROWS = 2**20, 2048
-"""Numbers of one activation that a pack should not exceed on a CPU, and rows below which it is not worth it.
+"""Largest number of values in one activation of a pack on a CPU, and number of rows that a pack may have in any case.
 
-Measured with the step of `bench.train_step`: 128 images at 64 channels in one pack of 2.9 million leave the last cache
-between a layer and the next, and take 1.2 times as long as in packs of half a million to one and a half; packs of 700
-rows take 1.05 times as long, packs of 1,400 are alike.
+Measured with the step of `bench.train_step` on 128 images at 64 channels: one pack with 2.9 million values leaves the
+last-level cache between one layer and the next, and takes 1.2 times as long as packs with 0.5 to 1.5 million values.
+Packs of 700 rows take 1.05 times as long; packs of 1,400 rows take the same time.
 """
 
 CHECKPOINT, FINAL, BEST, CONFIG = "checkpoint.safetensors", "model.safetensors", "best.safetensors", "train.json"
@@ -42,12 +42,12 @@ EVAL_BATCH = 256
 
 
 class Accuracy(NamedTuple):
-    """How a model does on an image set.
+    """Accuracy and loss of a model on an image set.
 
     Attributes:
-        accuracy: share of the images that are classified right, `[n_lengths]`, the longest length first.
+        accuracy: share of the images that are classified correctly, `[n_lengths]`, the longest length first.
         loss: mean cross-entropy, `[n_lengths]`.
-        n_images: that were readable.
+        n_images: number of readable images.
     """
 
     accuracy: list[float]
@@ -56,21 +56,21 @@ class Accuracy(NamedTuple):
 
 
 class Trainer:
-    """Trains a model; `fit` runs to the end, from where `resume` found it.
+    """Trains a model. `fit` runs to the end, from the checkpoint if `resume` has loaded it.
 
     Files in `folder`: `train.json` (the configuration), `checkpoint.safetensors` (all of the run's state),
     `steps.csv`, `epochs.csv`, `tensorboard/`, `best.safetensors` (the weights of the best epoch at the longest length),
-    and at the end `model.safetensors`. Where a moving average is kept, weights are the average's.
+    and at the end `model.safetensors`. With a moving average, these are the averaged weights.
 
-    Randomness follows from the seed and the number of the update alone, so that a run that was cut off and resumed
-    gives bit for bit what an uninterrupted one gives (on a CPU, with as many threads and processes).
+    Random numbers depend only on the seed and the number of the update. An interrupted and resumed run therefore gives
+    bit for bit the results of an uninterrupted one (on a CPU, with as many threads and processes).
 
     Args:
-        model: to be trained, in place.
-        images: to train on.
+        model: the model, which is trained in place.
+        images: images to train on.
         config: choices of the run.
-        held_out: to evaluate on after every epoch; None: no evaluation.
-        folder: for the files; None: none are written.
+        held_out: images to evaluate on after every epoch; None: no evaluation.
+        folder: folder for the files; None: no files are written.
         world: processes of the run; default: those that torchrun started.
         terminal: where progress is printed; None: nowhere.
     """
@@ -142,8 +142,8 @@ class Trainer:
             updates_per_epoch=self.updates_per_epoch,
         )
         self.average = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
-        self.step = 0  # updates done
-        self.epoch = 0  # epochs done, their evaluation included
+        self.step = 0  # finished updates
+        self.epoch = 0  # finished epochs, including their evaluation
         self.best = -math.inf
         self._meter = Meter(len(model.grids))
         on_cpu = self.world.device.type == "cpu"
@@ -153,15 +153,15 @@ class Trainer:
         self._stop: int | None = None
 
     def fit(self) -> Accuracy | None:
-        """Trains to the last update; the accuracy after it.
+        """Trains to the last update and returns the accuracy after it.
 
-        The process keeps freed memory from then on, see `revit_fast.io.memory.keep_freed_pages`.
+        The process keeps freed memory from this call on, see `revit_fast.io.memory.keep_freed_pages`.
 
         Raises:
-            NotFiniteError: where the loss is NaN or infinite.
-            Interrupted: after SIGINT or SIGTERM (with one process), the run's state written.
-            UnreadableError: where too many images are unreadable.
-            OSError: where a file cannot be written.
+            NotFiniteError: if the loss is NaN or infinite.
+            Interrupted: after SIGINT or SIGTERM (with one process); the checkpoint is written first.
+            UnreadableError: if too many images are unreadable.
+            OSError: if a file cannot be written.
         """
         keep_freed_pages()
         folder = self.folder if self.world.is_first else None
@@ -171,7 +171,7 @@ class Trainer:
         self.log = RunLog(folder, self.step, self.epoch * self.updates_per_epoch, self._terminal)
         accuracy = None
         try:
-            # Several processes could stop at different updates: there signals keep their meaning.
+            # Several processes could stop at different updates, so they keep the default handling of signals.
             with nullcontext() if self.world.size > 1 else signals_call(self._stop_after_update):
                 while self.epoch < self.config.epochs:
                     accuracy = self._epoch()
@@ -184,7 +184,7 @@ class Trainer:
         return accuracy
 
     def _epoch(self) -> Accuracy | None:
-        """The rest of the epoch that the run stands in, then evaluation and a checkpoint."""
+        """Trains the rest of the current epoch, evaluates, and writes a checkpoint."""
         epoch, done = self.epoch, self.step - self.epoch * self.updates_per_epoch
         accumulate = self.config.grad_accum_steps
         batches = self.loader.epoch(epoch, done * accumulate)
@@ -208,10 +208,10 @@ class Trainer:
         return accuracy
 
     def _update(self, batches: list[Batch]) -> None:
-        """One step of the optimizer, its gradient the mean over the batches."""
+        """Makes one step of the optimizer with the mean gradient over the batches."""
         self.model.train()
         torch.manual_seed(_seed_of(self.config.seed, self.step, self.world.rank))
-        if self.schedule is not None:  # "none"
+        if self.schedule is not None:  # it is None for "none"
             self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         parts = [(part, len(batch.target)) for batch in batches for part in batch.parts(self._micro_batch)]
@@ -233,7 +233,10 @@ class Trainer:
         self._meter.gradient(norm)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, whose gradient averaged over processes is that of all, and logits `[n_views, B, K]`."""
+        """The loss and the logits `[n_views, B, K]` of a batch.
+
+        The gradient of this loss, averaged over processes, is the gradient of the total loss.
+        """
         config, device = self.config, self.world.device
         autocast = torch.autocast(device.type, torch.bfloat16) if config.amp == "bfloat16" else nullcontext()
         target = batch.target.to(device)
@@ -259,11 +262,11 @@ class Trainer:
         )
 
     def _lr(self) -> float:
-        """The learning rate now; with layer decay that of the head."""
+        """The current learning rate; with layer decay it is that of the head."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _report(self, epoch: int) -> None:
-        """A line of the log: means since the last one."""
+        """Writes a line of the log with the means since the last line."""
         means, rate = self._meter.means(self.world), self._meter.images_per_s() * self.world.n_groups
         self._meter = Meter(len(self.config.grids))
         if not self.world.is_first:
@@ -301,7 +304,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Accuracy:
-        """Accuracy at every length on the held-out images, shared among the processes."""
+        """Accuracy at every length on the held-out images, which are divided among the processes."""
         model = self.plain()
         if self.world.device.type == "cpu":
             model = optimize(model)
@@ -317,22 +320,22 @@ class Trainer:
         return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
 
     def _held_out_batches(self) -> Iterable[Batch]:
-        """Those of this process' share of the held-out images, which may be fewer than the processes."""
+        """Batches of this process's share of the held-out images; the images may be fewer than the processes."""
         places = range(self.world.rank, len(self.held_out), self.world.size)
         if not places:
             return ()
-        # As in training, every process puts up with what is allowed of the whole set.
+        # As in training, every process allows as many unreadable images as the whole set may have.
         allowed = min(self.config.max_unreadable * len(self.held_out) / len(places), 1.0)
         options = {"batch_size": EVAL_BATCH, "max_unreadable": allowed, **self._eval_settings}
         return EvalLoader(self.held_out.subset(places), **options)
 
     @property
     def unreadable(self) -> dict[str, str]:
-        """Reason of every training image that this process could not read so far, by name."""
+        """Reason for every training image that this process could not read so far, by name."""
         return self.loader.unreadable
 
     def plain(self) -> ReViT:
-        """A copy as it would be deployed, in evaluation mode, with the averaged weights where there are any."""
+        """A copy of the model for deployment: in evaluation mode, with the averaged weights if there are any."""
         return copy.deepcopy(self.average.module if self.average is not None else self.model).eval()
 
     def weights(self) -> dict[str, Tensor]:
@@ -340,7 +343,7 @@ class Trainer:
         return self.plain().state_dict()
 
     def state(self) -> dict[str, Any]:
-        """All that a run is resumed from."""
+        """Everything that is needed to resume the run."""
         return {
             "config": self.config.as_dict(),
             "data": self._data(),
@@ -367,11 +370,11 @@ class Trainer:
             save_state(self.folder / CHECKPOINT, state)
 
     def resume(self) -> None:
-        """Takes up the run whose checkpoint is in the folder.
+        """Resumes the run whose checkpoint is in the folder.
 
         Raises:
-            FileNotFoundError: where there is none.
-            ValueError: where it is of a run with other choices or images.
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if the checkpoint belongs to a run with other choices, images or number of processes.
         """
         state = load_state(self.folder / CHECKPOINT)
         then, now = state["config"], self.config.as_dict()
@@ -400,7 +403,7 @@ class Trainer:
         self._meter = Meter.restored(state["meter"], self.world)
 
     def _data(self) -> dict[str, Any]:
-        """What tells other training images, whose batches would be other ones, from those of the run."""
+        """Identifies the training images of the run; other images would give other batches."""
         images = self.loader.images
         digest = hashlib.blake2b(repr(images.classes).encode() + images.labels.tobytes(), digest_size=8).hexdigest()
         return {"images": len(images), "classes": len(images.classes), "labels": digest}
@@ -410,7 +413,7 @@ class Trainer:
         for index, values in state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape:
-                    # As the optimizer would have made it: fused updates need the parameter's layout.
+                    # Memory layout as the optimizer makes it: fused updates need the parameter's layout.
                     values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
@@ -421,17 +424,17 @@ class Trainer:
 
 
 MAY_CHANGE = {"workers", "checkpoint_steps", "log_steps", "max_unreadable"}
-"""Choices that a resumed run may make anew: they do not change its results."""
+"""Choices that may change when a run is resumed, because they do not change its results."""
 
 
 def cached_images(model: ReViT) -> int:
-    """Images whose pack, all lengths of them, a CPU runs through the model fastest."""
+    """Number of images per pack, each at all lengths, with which a CPU runs the model fastest."""
     rows = sum(grid * grid + model.num_prefix_tokens for grid in model.grids)
     return max(1, max(CACHED_ACTIVATIONS // model.embed_dim, FEWEST_ROWS) // rows)
 
 
 def _seed_of(*numbers: int) -> int:
-    """A seed of its own for every tuple of numbers."""
+    """A different seed for every tuple of numbers."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
