@@ -261,7 +261,7 @@ class TrainConfig:
             raise ValueError(f"augment: expected preset {', '.join(PRESETS)}, got {preset!r}")
         unknown = sorted(changes.keys() - {f.name for f in fields(Augment)})
         if unknown:
-            raise ValueError(f"augment: unknown {', '.join(unknown)}; expected fields of augment.Augment")
+            raise ValueError(f"augment: unknown {', '.join(unknown)}; expected fields of config.Augment")
         return PRESETS[preset](**changes)
 
     def input_settings(self, model: ReViT) -> dict[str, Any]:
