@@ -30,7 +30,8 @@ from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.models.lvvit import ARCHITECTURES, CROP_PCT, MLP_RATIO
-from revit_fast.models.vit import NORM_PARAMETER, ReViT
+from revit_fast.models.timm_api import NORM_PARAMETER
+from revit_fast.models.vit import ReViT
 
 try:
     import timm

@@ -102,8 +102,18 @@ class TestConfig:
         assert isinstance(again.fc_norm, nn.Identity)
 
     def test_activations(self):
-        with pytest.raises(ValueError, match=r"act_layer: Hardswish has no name.*gelu, gelu_tanh"):
-            _ = make_model(act_layer=nn.Hardswish).config
+        class Cubic(nn.Module):
+            def forward(self, x):
+                return x**3
+
+        with pytest.raises(ValueError, match=r"act_layer: Cubic has no name.*gelu, gelu_tanh"):
+            _ = make_model(act_layer=Cubic).config
+        with pytest.raises(ValueError, match="act_layer: PReLU has parameters"):
+            make_model(act_layer=nn.PReLU)
+        leaky = make_model(act_layer=partial(nn.LeakyReLU, 0.5))
+        again = rf.ReViT.from_config(json.loads(json.dumps(leaky.config)))
+        assert again.spec == leaky.spec
+        assert again.blocks[1].mlp.act.negative_slope == 0.5
         with pytest.raises(ValueError, match=r"act_layer: expected a module or one of gelu.*got 'gelou'"):
             make_model(act_layer="gelou")
 

@@ -316,11 +316,13 @@ def test_what_cannot_be_fused_is_refused_by_name():
 
     refused(lambda m: m.blocks[1].attn.register_forward_hook(print), r"blocks\.1\.attn has a forward hook.*remove it")
     refused(lambda m: m.patch_embed.proj.register_forward_pre_hook(print), r"patch_embed\.proj has a forward hook")
-    refused(lambda m: setattr(m.blocks[0].mlp, "act", nn.Hardswish()), r"blocks\.0\.mlp\.act is Hardswish; .* GELU")
-    refused(lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), r"blocks\.1\.mlp\.act is ReLU.*one for all blocks")
+    refused(
+        lambda m: setattr(m.blocks[0].mlp, "act", nn.Hardswish()), r"blocks\.0\.mlp\.act is Hardswish instead of GELU"
+    )
+    refused(lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), r"blocks\.1\.mlp\.act is ReLU instead of GELU")
     refused(
         lambda m: setattr(m.blocks[0].mlp, "fc2", nn.Sequential(m.blocks[0].mlp.fc2)),
-        r"blocks\.0\.mlp\.fc2 is Sequential.*merge it into a plain Linear",
+        r"blocks\.0\.mlp\.fc2 is Sequential instead of Linear.*merge it into plain layers",
     )
     with pytest.raises(ValueError, match=r"dtype: float16 is not served on the CPU; use torch\.bfloat16"):
         rf.optimize(make_model(), torch.float16)

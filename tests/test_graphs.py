@@ -17,7 +17,7 @@ from revit_fast import ops
 from revit_fast.inference import cuda_graphs
 from revit_fast.inference.cuda_graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
-from revit_fast.models.vit import Inputs
+from revit_fast.models.inputs import Inputs
 from revit_fast.packing import Layout, PackedBatch, work_list
 
 

@@ -249,13 +249,40 @@ class TestRefused:
     def test_changed_modules(self):
         vit = make("vit")
         vit.classifier = torch.nn.Linear(48, 9)
-        with pytest.raises(
-            ValueError, match=r"ViTForImageClassification does not fit.*head.bias \(9,\) instead of \(7,\)"
-        ):
-            rf.ReViT.from_transformers(vit, grids=(5, 4))
-        vit.classifier = torch.nn.Sequential(torch.nn.Linear(48, 7))
-        with pytest.raises(ValueError, match=r"2 missing: head.bias, head.weight; 2 unexpected: head.0.bias"):
-            rf.ReViT.from_transformers(vit, grids=(5, 4))
+        model = rf.ReViT.from_transformers(vit, grids=(5, 4))
+        assert model.num_classes == 9, "a plain linear head of another size is taken"
+        assert torch.equal(model.head.weight, vit.classifier.weight)
+        assert model.pretrained_cfg["label_names"] is None
+
+        def refused(change, message):
+            vit = make("vit")
+            change(vit)
+            with pytest.raises(ValueError, match=message):
+                rf.ReViT.from_transformers(vit, grids=(5, 4))
+
+        def linears(vit):
+            return [(name, m) for name, m in vit.named_modules() if isinstance(m, torch.nn.Linear)]
+
+        def adapted(vit):
+            name, layer = linears(vit)[3]
+            parent, _, child = name.rpartition(".")
+            setattr(vit.get_submodule(parent), child, torch.nn.Sequential(layer))
+
+        refused(
+            lambda m: setattr(m, "classifier", torch.nn.Sequential(m.classifier)),
+            "vit: .*classifier is Sequential instead of Linear",
+        )
+        refused(adapted, "vit: .* is Sequential instead of Linear")
+        refused(lambda m: linears(m)[2][1].register_forward_hook(print), "vit: .* has a forward hook")
+        refused(lambda m: torch.nn.utils.parametrizations.weight_norm(linears(m)[1][1]), "vit: .* is parametrised")
+        norm = next(name for name, m in make("vit").named_modules() if isinstance(m, torch.nn.LayerNorm))
+        refused(lambda m: setattr(m.get_submodule(norm), "eps", 0.5), f"{norm}.eps is 0.5 instead of")
+
+    def test_frozen_parameters_stay_frozen(self):
+        vit = make("vit").requires_grad_(False)
+        vit.classifier.requires_grad_(True)
+        trained = [n for n, p in rf.ReViT.from_transformers(vit, grids=(5, 4)).named_parameters() if p.requires_grad]
+        assert trained == ["head.weight", "head.bias"]
 
     def test_grids(self):
         with pytest.raises(ValueError, match="grids: expected strictly decreasing"):

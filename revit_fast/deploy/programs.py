@@ -17,7 +17,8 @@ from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.layers.attention import Attention
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
-from revit_fast.models.vit import Inputs, ReViT
+from revit_fast.models.inputs import Inputs
+from revit_fast.models.vit import ReViT
 from revit_fast.packing import Layout, nearest_length
 
 

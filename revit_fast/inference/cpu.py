@@ -8,7 +8,7 @@ model with such hooks or modules raises an error that names them.
 from __future__ import annotations
 
 import threading
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -17,75 +17,61 @@ from torch import Tensor, nn
 from revit_fast import ops
 from revit_fast.grids import nearest_lengths
 from revit_fast.inference.snapshot import Snapshot
-from revit_fast.layers.attention import Attention
-from revit_fast.layers.block import Block, LayerScale, ResidualScale
-from revit_fast.layers.conv_stem import CONVOLUTIONS, ConvStem, FoldedStem
-from revit_fast.layers.mlp import Mlp, activation_name
+from revit_fast.layers.block import LayerScale, ResidualScale
+from revit_fast.layers.comparison import difference, is_plain
+from revit_fast.layers.conv_stem import ConvStem, FoldedStem
+from revit_fast.layers.mlp import ACTIVATIONS, activation_name
 from revit_fast.layers.norm import TALLayerNorm
-from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
+from revit_fast.layers.patch_embed import FoldedEmbedding
 from revit_fast.layers.segments import sequence_max
-from revit_fast.models.vit import PatchRows, ReViT, rows_apart
+from revit_fast.models.inputs import PatchRows, rows_apart
+from revit_fast.models.spec import ViTSpec
+from revit_fast.models.vit import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 from revit_fast.packing import Layout, cumulative
 
-STEM = {name: kind for pair in CONVOLUTIONS for name, kind in zip(pair, (nn.Conv2d, nn.BatchNorm2d), strict=True)}
-
-PARTS = {
-    ReViT: {
-        "patch_embed": (PatchEmbed, ConvStem),
-        "norm_pre": (TALLayerNorm, nn.Identity),
-        "norm": (TALLayerNorm, nn.Identity),
-    },
-    PatchEmbed: {"proj": nn.Conv2d},
-    ConvStem: {"proj": nn.Conv2d, **STEM},
-    Block: {
-        "norm1": TALLayerNorm,
-        "attn": Attention,
-        "ls1": (LayerScale, ResidualScale, nn.Identity),
-        "norm2": TALLayerNorm,
-        "mlp": Mlp,
-        "ls2": (LayerScale, ResidualScale, nn.Identity),
-    },
-    Attention: {"qkv": nn.Linear, "proj": nn.Linear},
-    Mlp: {"fc1": nn.Linear, "fc2": nn.Linear},
-}
-"""The modules that fused code replaces, and the type that each of them must have."""
+CALLED = ("head", "head_dist", "aux_head")
+"""Modules that the fused forward pass calls unless they are plain linear layers. They may be anything."""
 
 
-def check_fusable(model: ReViT) -> None:
-    """Raises a ValueError if the fused forward pass cannot replace a module; it names the module and what to change."""
-    _check_parts(model, "", ReViT)
-    for i, block in enumerate(model.blocks):
-        name = f"blocks.{i}"
-        _check_type(name, block, Block)
-        _check_parts(block, f"{name}.", Block)
-        if activation_name(block.mlp.act) is None or activation_name(block.mlp.act) != activation_name(
-            model.blocks[0].mlp.act
-        ):
+WITHOUT_EFFECT = ("grad_checkpointing", "distilled_training")
+"""Attributes of a model that change nothing in evaluation without gradients."""
+
+
+def check_fusable(model: ReViT, training: bool = False) -> None:
+    """Raises a ValueError that names what the fused forward pass would not run as the model does, and what to change.
+
+    Args:
+        model: compared with a new model of its spec, module by module.
+        training: whether a module in training mode is refused too.
+    """
+    built = _built(model.spec)
+    found = difference(
+        model, built, is_called=lambda name: name in CALLED, training=training, ignored=("training", *WITHOUT_EFFECT)
+    )
+    if found:
+        raise ValueError(
+            f"model: {found}, which the fused forward pass would not run; remove it, or merge it into plain layers "
+            "first, or run the model itself, which is not optimised"
+        )
+    eps = {norm.eps for b in model.spec.blocks for norm in (b.norm1, b.norm2)}
+    eps |= {norm.eps for norm in (model.spec.embed.norm, model.spec.head.norm) if norm is not None}
+    if len({(b.attn, b.mlp) for b in model.spec.blocks}) > 1 or len(eps) > 1:
+        raise ValueError("model: its blocks differ from one another, which the fused forward pass does not serve yet")
+    for i, block in enumerate(model.spec.blocks):
+        if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
             raise ValueError(
-                f"model: {name}.mlp.act is {type(block.mlp.act).__name__}; the fused forward pass has GELU (exact or "
-                "tanh), SiLU and ReLU, one for all blocks; run the model itself, which is not optimised"
+                f"model: blocks.{i}.mlp.act is {block.mlp.act.name}; the fused forward pass has "
+                f"{', '.join(ACTIVATIONS)}; run the model itself, which is not optimised"
             )
 
 
-def _check_parts(owner: nn.Module, prefix: str, kind: type) -> None:
-    for name, expected in PARTS.get(kind, {}).items():
-        part = getattr(owner, name)
-        _check_type(prefix + name, part, expected)
-        _check_parts(part, f"{prefix}{name}.", type(part))
-
-
-def _check_type(name: str, module: nn.Module, expected: type | tuple[type, ...]) -> None:
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    if type(module) not in expected:
-        raise ValueError(
-            f"model: {name} is {type(module).__name__}, which the fused forward pass would not run; merge it into a "
-            f"plain {expected[0].__name__} first, or run the model itself, which is not optimised"
-        )
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError(f"model: {name} has a forward hook, which the fused forward pass would not run; remove it")
+@lru_cache(maxsize=16)
+def _built(spec: ViTSpec) -> ReViT:
+    with torch.device("meta"):
+        return ReViT(spec).eval()
 
 
 def _gathered(weights: ViTWeights) -> ViTWeights:
@@ -141,7 +127,7 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
         dtype: dtype of the packed weights of the blocks; None for that of the model. Embedding and head are always
             packed in the model's dtype.
     """
-    check_fusable(model)
+    check_fusable(model, training=True)
     outer = model.pos_embed.dtype
     dtype = dtype or outer
     blocks = [
@@ -175,7 +161,7 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
 
 
 def _head(head: nn.Module, dtype: torch.dtype):
-    if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+    if is_plain(head, nn.Linear):
         return partial(packed_linear, weight=pack_weight(head.weight, head.bias, dtype))
     return lambda rows: head(rows.to(dtype))
 

@@ -32,7 +32,8 @@ from revit_fast.grids import nearest_lengths
 from revit_fast.inference.snapshot import Snapshot
 from revit_fast.kernels.constants import KEY_CLASSES, PADDING, TILE_ROWS
 from revit_fast.layers.patch_embed import FoldedEmbedding
-from revit_fast.models.vit import Inputs, PatchRows, ReViT
+from revit_fast.models.inputs import Inputs, PatchRows
+from revit_fast.models.vit import ReViT
 from revit_fast.packing import Layout, work_list
 
 MAX_ROWS = 16384

@@ -11,7 +11,8 @@ from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.inference.cpu import FusedForward
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
 from revit_fast.inference.inference_copy import InferenceCopy
-from revit_fast.models.vit import PatchRows, ReViT
+from revit_fast.models.inputs import PatchRows
+from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
 
 

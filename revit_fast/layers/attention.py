@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast import ops
+from revit_fast.layers.comparison import is_plain
 from revit_fast.packing import Layout
 
 
@@ -33,7 +34,10 @@ class Attention(nn.Module):
         qkv_bias: whether query, key and value have a bias.
         proj_bias: whether the output projection has a bias.
         proj_drop: dropout after the projection.
+        scale: factor of the scores; default head_dim ** -0.5.
     """
+
+    scale: float | None = None  # of models pickled before there was a choice
 
     def __init__(
         self,
@@ -43,8 +47,10 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         proj_drop: float = 0.0,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
@@ -53,23 +59,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, queries: Queries | None = None) -> Tensor:
         """`[T, C]`, or `[Tq, C]` for the rows of `queries` only; they still attend to all rows of their sequence."""
-        if queries is None:
-            q, k, v = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-            out = ops.varlen_attention(q, k, v, layout.cu_seqlens, tiles=layout.tiles, tile_counts=layout.tile_counts)
-        else:
-            width = self.num_heads * self.head_dim
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x.index_select(0, queries.rows), weight[:width], None if bias is None else bias[:width])
-            kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
-            k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
-            q = q.view(-1, self.num_heads, self.head_dim)
-            out = ops.varlen_attention(
-                q,
-                k,
-                v,
-                queries.layout.cu_seqlens,
-                layout.cu_seqlens,
-                tiles=queries.layout.tiles,
-                tile_counts=queries.layout.tile_counts,
-            )
+        of_queries = layout if queries is None else queries.layout
+        out = ops.varlen_attention(
+            *self._project(x, queries),
+            of_queries.cu_seqlens,
+            layout.cu_seqlens,
+            scale=self.scale,
+            tiles=of_queries.tiles,
+            tile_counts=of_queries.tile_counts,
+        )
         return self.proj_drop(self.proj(out.flatten(1)))
+
+    def _project(self, x: Tensor, queries: Queries | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[Tq, H, D]`, keys and values `[T, H, D]`."""
+        heads = (self.num_heads, self.head_dim)
+        if queries is None or not is_plain(self.qkv, nn.Linear):
+            q, k, v = self.qkv(x).view(-1, 3, *heads).unbind(1)
+            return (q if queries is None else q.index_select(0, queries.rows)), k, v
+        width = self.num_heads * self.head_dim
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x.index_select(0, queries.rows), weight[:width], None if bias is None else bias[:width])
+        kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+        return q.view(-1, *heads), *kv.view(-1, 2, *heads).unbind(1)

@@ -66,6 +66,17 @@ class Block(nn.Module):
 
     The residual stream is passed as a pair (x, delta) and is their sum. This way every addition is fused into the norm
     that follows it.
+
+    Args:
+        dim: channels C.
+        num_heads, head_dim, qkv_bias, proj_bias, scale: of the attention, see `Attention`.
+        hidden, act, mlp_bias: of the MLP, see `Mlp`.
+        n_lengths: configured lengths.
+        eps: of the norm before attention and of that before the MLP.
+        init_values: initial LayerScale of both branches; None for none.
+        residual_scale: divisor of both branches.
+        proj_drop: dropout after the projection and in the MLP.
+        drop_path: stochastic depth of both branches.
     """
 
     def __init__(
@@ -77,7 +88,8 @@ class Block(nn.Module):
         n_lengths: int,
         act: nn.Module,
         *,
-        eps: float = 1e-6,
+        eps: tuple[float, float] = (1e-6, 1e-6),
+        scale: float | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         mlp_bias: bool = True,
@@ -87,11 +99,11 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = TALLayerNorm(n_lengths, dim, eps)
-        self.attn = Attention(dim, num_heads, head_dim, qkv_bias, proj_bias, proj_drop)
+        self.norm1 = TALLayerNorm(n_lengths, dim, eps[0])
+        self.attn = Attention(dim, num_heads, head_dim, qkv_bias, proj_bias, proj_drop, scale)
         self.ls1 = _branch_scale(dim, init_values, residual_scale)
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = TALLayerNorm(n_lengths, dim, eps)
+        self.norm2 = TALLayerNorm(n_lengths, dim, eps[1])
         self.mlp = Mlp(dim, hidden, act, mlp_bias, proj_drop)
         self.ls2 = _branch_scale(dim, init_values, residual_scale)
         self.drop_path2 = DropPath(drop_path)

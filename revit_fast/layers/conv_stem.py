@@ -140,13 +140,13 @@ def _packed_features(
 ) -> Tensor:
     if normalization is not None:
         rows = _normalised(rows, normalization)
-    patch_size, width = stem.patch_size[0], stem.proj.weight[0].numel()
+    patch_size, width, dtype = stem.patch_size[0], stem.row_width, stem.conv1.weight.dtype
     counts = [h * w for h, w in grids]
     *images, padding = rows.split([*counts, rows.shape[0] - sum(counts)])
     groups: dict[tuple, list[int]] = {}
     for b, grid in enumerate(grids):
         groups.setdefault((grid, b if alone else None), []).append(b)
-    pieces = [rows.new_zeros(0, width, dtype=stem.proj.weight.dtype)] * len(grids)
+    pieces = [rows.new_zeros(0, width, dtype=dtype)] * len(grids)
     for (grid, _), members in groups.items():
         if 0 in grid:
             continue
@@ -154,7 +154,7 @@ def _packed_features(
         rows_of_group = patchify(features(unpatchify(together, grid, patch_size)), patch_size // 2)
         for b, piece in zip(members, rows_of_group.split(grid[0] * grid[1]), strict=True):
             pieces[b] = piece
-    return torch.cat([*pieces, rows.new_zeros(padding.shape[0], width, dtype=stem.proj.weight.dtype)])
+    return torch.cat([*pieces, rows.new_zeros(padding.shape[0], width, dtype=dtype)])
 
 
 def _normalised(rows: Tensor, normalization: Tensor) -> Tensor:

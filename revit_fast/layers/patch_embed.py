@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revit_fast.layers.comparison import is_plain
+
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """Images `[B, C, gh*P, gw*P]` as rows `[B*gh*gw, P*P*C]`."""
@@ -39,8 +41,7 @@ class FoldedEmbedding(NamedTuple):
 class PatchEmbed(nn.Module):
     """Linear embedding of patch rows `[T, P*P*3]`.
 
-    Parameters have the names and shapes of timm's convolution; `proj.weight` `[C, 3, P, P]` is in channels-last memory,
-    so that it is the matrix `[C, P*P*3]` for the rows without a copy.
+    Parameters have the names, shapes and memory layout of timm's convolution.
 
     Attributes:
         patch_size: (P, P).
@@ -53,11 +54,25 @@ class PatchEmbed(nn.Module):
         self.patch_size = (patch_size, patch_size)
         self.grid_size = grid_size
         self.num_patches = grid_size[0] * grid_size[1]
+        self.kernel_px, self.row_width = patch_size, patch_size**2 * in_chans
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
-        self.proj.weight.data = self.proj.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "kernel_px" not in state:  # pickled before these were kept
+            self.kernel_px, self.row_width = self.proj.weight.shape[-1], self.proj.weight[0].numel()
 
     def fold(self, normalization: Tensor) -> FoldedEmbedding:
-        """The embedding of raw uint8 rows, with this (mean, std) `[2, 3]` of pixels in [0, 1] folded in."""
+        """The embedding of raw uint8 rows, with this (mean, std) `[2, 3]` of pixels in [0, 1] folded in.
+
+        Raises:
+            ValueError: if `proj` is not a plain convolution.
+        """
+        if not is_plain(self.proj, nn.Conv2d):
+            raise ValueError(
+                f"patch_embed.proj: expected a plain Conv2d to fold the normalization of uint8 rows into, got "
+                f"{type(self.proj).__name__} or one with hooks; merge it first, or give rows of floats"
+            )
         weight, bias = self.proj.weight, self.proj.bias
         mean, std = normalization.to(weight.dtype).view(2, 1, -1, 1, 1)
         shift = -(weight * (mean / std)).sum(dim=(1, 2, 3))
@@ -65,10 +80,21 @@ class PatchEmbed(nn.Module):
 
     def forward(self, rows: Tensor, normalization: Tensor | FoldedEmbedding | None = None) -> Tensor:
         """Embeds normalised rows, or raw uint8 rows whose normalization is folded into the weights, here or earlier."""
+        if not is_plain(self.proj, nn.Conv2d):
+            return self._called(rows, normalization)
         if isinstance(normalization, Tensor):
             normalization = self.fold(normalization)
         weight, bias = self.matrix() if normalization is None else normalization
         return F.linear(rows.to(weight.dtype), weight, bias)
+
+    def _called(self, rows: Tensor, normalization: Tensor | None) -> Tensor:
+        """The embedding by calling `proj` on every patch as an image."""
+        if normalization is not None:
+            mean, std = normalization.to(rows.device, torch.float32)
+            rows = ((rows.view(rows.shape[0], -1, mean.shape[0]).float() / 255 - mean) / std).flatten(1)
+        parameter = next(self.proj.parameters(), rows)
+        patches = unpatchify(rows.to(parameter.dtype), (1, 1), self.kernel_px)
+        return self.proj(patches).flatten(1)
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[C, P*P*3]` in the order of the rows, and bias."""

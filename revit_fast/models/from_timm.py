@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from revit_fast.layers.comparison import alteration
+from revit_fast.layers.mlp import activation_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def require(condition: bool, feature: str) -> None:
@@ -15,12 +21,32 @@ def require(condition: bool, feature: str) -> None:
         raise ValueError(f"vit: {feature} is not supported by ReViT")
 
 
+def model_from_timm(kind: type[M], vit: nn.Module, grids: Sequence[int]) -> M:
+    """See `ReViT.from_timm`; `kind` is the class."""
+    model = kind(grids=grids, **config_from_timm(vit))
+    parameter = next(vit.parameters())
+    # The dtype is set before the weights are loaded: float32 would round those of a float64 model.
+    model = model.to(device=parameter.device, dtype=parameter.dtype)
+    model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
+    trained = {OF_NAFLEX.get(name, name): p.requires_grad for name, p in vit.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+    model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
+    return model.train(vit.training)
+
+
 def config_from_timm(vit: nn.Module) -> dict[str, Any]:
-    """Arguments of `ReViT` that give the architecture of `vit`."""
+    """Arguments of `ReViT` that give the architecture of `vit`.
+
+    Raises:
+        ImportError: if timm is not installed.
+        TypeError: if `vit` is neither a `VisionTransformer` nor a `NaFlexVit`.
+        ValueError: if a module of it is not what timm builds, or does what ReViT does not have; the message names it.
+    """
     try:
         from timm.models.deit import VisionTransformerDistilled
         from timm.models.naflexvit import NaFlexVit
-        from timm.models.vision_transformer import Block, VisionTransformer
+        from timm.models.vision_transformer import VisionTransformer
     except ImportError:
         raise ImportError('vit: from_timm needs timm: pip install "revit-fast[timm]"') from None
     if not isinstance(vit, (VisionTransformer, NaFlexVit)):
@@ -29,49 +55,49 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
         base = NaFlexVit if isinstance(vit, NaFlexVit) else VisionTransformer
         raise ValueError(f"vit: subclass {type(vit).__name__} of {base.__name__} is not supported")
     require(len(vit.blocks) > 0, "a model without blocks")
-    require(all(type(block) is Block for block in vit.blocks), f"blocks of type {type(vit.blocks[0]).__name__}")
-    block = vit.blocks[0]
-    _check_block(block)
     require(vit.global_pool in ("token", "avg", ""), f"global_pool={vit.global_pool!r}")
     require(vit.attn_pool is None, "attention pooling")
     require(isinstance(vit.patch_drop, (nn.Identity, type(None))), "patch dropout (patch_drop_rate)")
     embedding = _naflex_embedding(vit) if isinstance(vit, NaFlexVit) else _embedding(vit)
-    norms = [module for name, module in vit.named_modules() if name.rpartition(".")[2] in NORMS]
-    norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
-    require(all(isinstance(norm, nn.LayerNorm) for norm in norms), "a norm other than LayerNorm")
-    require(
-        all(norm.weight is not None and norm.bias is not None for norm in norms), "LayerNorm without weight or bias"
-    )
-    require(len({norm.eps for norm in norms}) == 1, "norms of different eps")
+    blocks = [_block(f"blocks.{i}", block) for i, block in enumerate(vit.blocks)]
+    check_untouched(vit)
+    _check_types(vit)
+    norms = {n: getattr(vit, n) for n in ("norm_pre", "norm", "fc_norm")}
+    norms = {n: norm.eps for n, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
     return embedding | {
-        "num_classes": vit.num_classes,
+        "num_classes": vit.head.out_features if isinstance(vit.head, nn.Linear) else 0,
         "global_pool": vit.global_pool,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        "num_heads": block.attn.num_heads,
-        "head_dim": block.attn.head_dim,
-        "hidden_dim": block.mlp.fc1.out_features,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "proj_bias": block.attn.proj.bias is not None,
-        "mlp_bias": block.mlp.fc1.bias is not None,
-        "init_values": None if isinstance(block.ls1, nn.Identity) else float(block.ls1.init_values),
+        **{name: value for name, value in blocks[0].items() if name not in ("norm1_eps", "norm2_eps")},
+        "eps": blocks[0]["norm1_eps"],
+        "blocks": blocks,
         "class_token": vit.has_class_token,
         "reg_tokens": vit.num_reg_tokens,
         "distilled": isinstance(vit, VisionTransformerDistilled),
-        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "pre_norm": "norm_pre" in norms,
+        "final_norm": "norm" in norms or "fc_norm" in norms,
+        "fc_norm": "fc_norm" in norms,
+        "norm_pre_eps": norms.get("norm_pre"),
+        "norm_eps": norms.get("norm", norms.get("fc_norm")),
         "pool_include_prefix": vit.pool_include_prefix,
-        "act_layer": _activation(block.mlp.act),
-        "eps": norms[0].eps if norms else 1e-6,
         "drop_rate": vit.head_drop.p,
-        "proj_drop_rate": block.attn.proj_drop.p,
-        "drop_path_rate": float(getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)),
     }
 
 
+def check_untouched(vit: nn.Module) -> None:
+    """Refuses hooks, parametrisations and methods set on an instance, by the name of their module."""
+    for name, module in vit.named_modules():
+        altered = "is parametrised" if parametrize.is_parametrized(module) else alteration(module)
+        if altered:
+            raise ValueError(
+                f"vit: {name or type(vit).__name__} {altered}, which would be left out; remove it, or merge it into "
+                "the weights first"
+            )
+
+
 def weights_from_timm(vit: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model that `config_from_timm` accepts, with the names of a `VisionTransformer`."""
+    """The state dict of a model that `config_from_timm` reads, with the names of a `VisionTransformer`."""
     weights = vit.state_dict()
     if not hasattr(vit, "embeds"):
         return weights
@@ -92,15 +118,26 @@ def weights_from_timm(vit: nn.Module) -> dict[str, Tensor]:
     return weights | embeds
 
 
-NORMS = ("norm_pre", "norm1", "norm2", "norm", "fc_norm")
+OF_NAFLEX = {
+    "embeds.pos_embed": "pos_embed",
+    "embeds.pos_embed_y": "pos_embed",
+    "embeds.pos_embed_x": "pos_embed",
+    "embeds.cls_token": "cls_token",
+    "embeds.reg_token": "reg_token",
+    "embeds.proj.weight": "patch_embed.proj.weight",
+    "embeds.proj.bias": "patch_embed.proj.bias",
+}
+"""Parameters of `NaFlexEmbeds` by their names in a `VisionTransformer`."""
 
 
 def _embedding(vit: nn.Module) -> dict[str, Any]:
-    """Arguments of `ReViT` for the part of a `VisionTransformer` before its blocks."""
+    """Arguments for what a `VisionTransformer` does before its blocks."""
     require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
     embed = vit.patch_embed
     require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
     require(embed.proj.stride == embed.proj.kernel_size, "overlapping patches")
+    plain = (embed.proj.padding, embed.proj.dilation, embed.proj.groups) == ((0, 0), (1, 1), 1)
+    require(plain, "a patch embedding with padding, dilation or groups")
     return {
         "base_grid": tuple(embed.grid_size),
         "in_chans": embed.proj.in_channels,
@@ -111,14 +148,14 @@ def _embedding(vit: nn.Module) -> dict[str, Any]:
 
 
 def _naflex_embedding(vit: nn.Module) -> dict[str, Any]:
-    """Arguments of `ReViT` for the part of a `NaFlexVit` before its blocks."""
+    """Arguments for what a `NaFlexVit` does before its blocks."""
     embeds = vit.embeds
     require(vit.rope is None, "rotary position embedding (rope_type)")
     require(embeds.pos_embed_type != "none", "a model without position embedding (pos_embed='none')")
     require(not embeds.pos_embed_use_grid_sample, "sampling of position embeddings (pos_embed_use_grid_sample)")
     require(embeds.norm_input is None, "a norm of the patches (input_norm_layer)")
     factorized = embeds.pos_embed_type == "factorized"
-    if not factorized:  # factorized embeddings are always resampled linearly
+    if not factorized:  # the other is always resampled linearly
         mode = embeds.pos_embed_interp_mode
         require(mode == "bicubic", f"pos_embed_interp_mode={mode!r}")
         require(getattr(embeds, "pos_embed_antialias", True), "pos_embed_antialias=False")
@@ -140,23 +177,87 @@ def _patches(embed: nn.Module) -> dict[str, Any]:
     return {"patch_size": embed.patch_size[0], "patch_bias": embed.proj.bias is not None}
 
 
-def _check_block(block: nn.Module) -> None:
+def _block(name: str, block: nn.Module) -> dict[str, Any]:
+    """Keywords of a block, see `keywords.BLOCK_KEYWORDS`."""
+    from timm.models.vision_transformer import Block
+
+    require(type(block) is Block, f"blocks of type {type(block).__name__} ({name})")
     attn, mlp = block.attn, block.mlp
-    require(
-        isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity), "query and key norms (qk_norm)"
-    )
-    require(isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity), "an attention output norm (scale_attn_norm)")
-    require(getattr(attn, "gate", None) is None, "gated attention")
+    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    require(plain, f"query and key norms (qk_norm, {name}.attn)")
+    output_norm = getattr(attn, "norm", nn.Identity())
+    require(isinstance(output_norm, nn.Identity), f"an attention output norm (scale_attn_norm, {name}.attn)")
+    require(getattr(attn, "gate", None) is None, f"gated attention ({name}.attn)")
     require(attn.attn_drop.p == 0, f"attention dropout (attn_drop_rate={attn.attn_drop.p}); set it to 0")
+    default = abs(attn.scale * attn.head_dim**0.5 - 1) < 1e-6
+    require(default, f"a scale of {attn.scale} for a head dimension of {attn.head_dim} ({name}.attn)")
     plain = isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(getattr(mlp, "fc2", None), nn.Linear)
-    require(plain and hasattr(mlp, "act"), f"an MLP of type {type(mlp).__name__}")
-    require(mlp.fc1.out_features == mlp.fc2.in_features, f"a gated MLP ({type(mlp).__name__})")
-    require(isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity), "a norm in the MLP (scale_mlp_norm)")
+    require(plain and hasattr(mlp, "act"), f"an MLP of type {type(mlp).__name__} ({name}.mlp)")
+    require(mlp.fc1.out_features == mlp.fc2.in_features, f"a gated MLP ({type(mlp).__name__}, {name}.mlp)")
+    require(
+        isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity), f"a norm in the MLP (scale_mlp_norm, {name}.mlp)"
+    )
+    act = activation_of(mlp.act)
+    require(act is not None, f"the activation {type(mlp.act).__name__} ({name}.mlp.act)")
+    biases = (mlp.fc1.bias is None, mlp.fc2.bias is None)
+    require(len(set(biases)) == 1, f"a bias in one layer of the MLP alone ({name}.mlp)")
+    norms = (block.norm1, block.norm2)
+    require(all(isinstance(norm, nn.LayerNorm) for norm in norms), f"a norm other than LayerNorm ({name})")
+    drops = {attn.proj_drop.p, mlp.drop1.p, mlp.drop2.p}
+    require(len(drops) == 1, f"dropout of different rates in a block ({name})")
+    paths = {float(getattr(path, "drop_prob", 0.0) or 0.0) for path in (block.drop_path1, block.drop_path2)}
+    require(len(paths) == 1, f"stochastic depth of different rates in a block ({name})")
+    scales = {isinstance(scale, nn.Identity) for scale in (block.ls1, block.ls2)}
+    require(len(scales) == 1, f"LayerScale in one branch alone ({name})")
+    return {
+        "num_heads": attn.num_heads,
+        "head_dim": attn.head_dim,
+        "qkv_bias": attn.qkv.bias is not None,
+        "proj_bias": attn.proj.bias is not None,
+        "hidden_dim": mlp.fc1.out_features,
+        "act_layer": act,
+        "mlp_bias": not biases[0],
+        "norm1_eps": block.norm1.eps,
+        "norm2_eps": block.norm2.eps,
+        "init_values": None if scales == {True} else float(block.ls1.init_values),
+        "proj_drop_rate": drops.pop(),
+        "drop_path_rate": paths.pop(),
+    }
 
 
-def _activation(act: nn.Module) -> Any:
-    """The activation's constructor; timm's own GELU classes are exact GELU."""
-    if isinstance(act, nn.GELU):
-        return partial(nn.GELU, approximate=act.approximate)
-    require(not any(True for _ in act.parameters()), f"an activation with parameters ({type(act).__name__})")
-    return type(act)
+def _check_types(vit: nn.Module) -> None:
+    """Refuses every module that is not exactly one that timm builds in its place."""
+    from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
+    from timm.layers.attention import Attention
+    from timm.models.naflexvit import NaFlexEmbeds
+
+    linear, identity, dropout = (nn.Linear,), (nn.Identity,), (nn.Dropout, nn.Identity)
+    norms = dict.fromkeys(("norm1", "norm2", "norm_pre", "norm", "fc_norm"), ())
+    expected = {
+        **dict.fromkeys(("qkv", "fc1", "fc2"), linear),
+        "proj": (nn.Linear, nn.Conv2d),
+        **dict.fromkeys(("head", "head_dist"), linear + identity),
+        **dict.fromkeys(("attn_drop", "proj_drop", "drop1", "drop2", "pos_drop", "head_drop"), dropout),
+        **dict.fromkeys(("ls1", "ls2"), (LayerScale, nn.Identity)),
+        **dict.fromkeys(("drop_path1", "drop_path2"), (DropPath, nn.Identity)),
+        **{"attn": (Attention,), "mlp": (Mlp,), "patch_embed": (PatchEmbed,), "embeds": (NaFlexEmbeds,)},
+    }
+    for name, module in vit.named_modules():
+        role = name.rpartition(".")[2]
+        if role in norms:  # timm has LayerNorms of its own that compute the same
+            of_timm = type(module).__module__.startswith("timm.layers.") and isinstance(module, nn.LayerNorm)
+            require(
+                of_timm or type(module) in (nn.LayerNorm, nn.Identity),
+                f"a norm other than LayerNorm ({name} is {type(module).__name__})",
+            )
+            affine = isinstance(module, nn.Identity) or (module.weight is not None and module.bias is not None)
+            require(affine, f"LayerNorm without weight or bias ({name})")
+        elif type(module) not in expected.get(role, (type(module),)):
+            raise ValueError(
+                f"vit: {name} is {type(module).__name__} instead of {expected[role][0].__name__}, which is not "
+                "supported by ReViT; merge it into a plain layer first"
+            )
+    for name in ("head", "head_dist"):
+        head = getattr(vit, name, None)
+        fits = not isinstance(head, nn.Linear) or (head.in_features, head.bias is not None) == (vit.embed_dim, True)
+        require(fits, f"a {name} of other channels or without bias")

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from revit_fast.models.from_timm import require
+from revit_fast.layers.comparison import difference, is_plain
+from revit_fast.models.from_timm import check_untouched, require
+
+M = TypeVar("M", bound=nn.Module)
 
 KINDS = {
     "ViTModel": {},
@@ -57,6 +60,28 @@ NAMES = [
 """Patterns of transformers' names and their replacements by timm's names, applied in this order."""
 
 
+def model_from_transformers(kind: type[M], vit: nn.Module, grids: Sequence[int], processor: Any) -> M:
+    """See `ReViT.from_transformers`; `kind` is the class."""
+    config = config_from_transformers(vit)
+    settings = {} if processor is None else settings_from_processor(processor)
+    model = kind(grids=grids, **config).to(device=vit.device, dtype=vit.dtype)
+    model.load_weights(state_dict_from_transformers(vit.state_dict(), config), type(vit).__name__)
+    _keep_requires_grad(vit, model)
+    model.pretrained_cfg = settings | {"label_names": class_names(vit) if model.num_classes else None}
+    return model.train(vit.training)
+
+
+def _keep_requires_grad(vit: nn.Module, model: nn.Module) -> None:
+    """Parameters that are not trained in `vit` are not trained in the model; of merged ones all must be frozen."""
+    trained: dict[str, bool] = {}
+    for name, parameter in vit.named_parameters():
+        if not LEFT_OUT.search(name):
+            renamed = re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", _renamed(name))
+            trained[renamed] = trained.get(renamed, False) or parameter.requires_grad
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+
+
 def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
     """Arguments of `ReViT` that give the architecture of `vit`."""
     try:
@@ -71,13 +96,20 @@ def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
     require(not getattr(vit, "is_quantized", False), "a quantised model")
     config = vit.config
     _check_config(config)
+    check_untouched(vit)
+    with torch.device("meta"):
+        built = type(vit)(config)
+    found = difference(
+        vit, built, is_called=lambda name: name in HEADS and is_plain(getattr(vit, name, None), nn.Linear)
+    )
+    require(found is None, f"a model that is not what its config says: {found}")
     patch_size, width = _square_patch(config), config.hidden_size
     is_dino = hasattr(config, "layerscale_value")
     return {
         "base_grid": _base_grid(config, patch_size),
         "patch_size": patch_size,
         "in_chans": config.num_channels,
-        "num_classes": config.num_labels if "Classification" in kind else 0,
+        "num_classes": _n_classes(vit) if "Classification" in kind else 0,
         "embed_dim": width,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -91,6 +123,16 @@ def config_from_transformers(vit: nn.Module) -> dict[str, Any]:
         "act_layer": ACTIVATIONS[config.hidden_act],
         "eps": config.layer_norm_eps,
     } | KINDS[kind]
+
+
+HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+"""Heads, which may be replaced by a linear layer of another size."""
+
+
+def _n_classes(vit: nn.Module) -> int:
+    sizes = {h.out_features for name in HEADS if isinstance(h := getattr(vit, name, None), nn.Linear)}
+    require(len(sizes) < 2, "two heads of different sizes")
+    return sizes.pop() if sizes else 0
 
 
 def state_dict_from_transformers(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -160,7 +202,7 @@ INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 def class_names(vit: nn.Module) -> list[str] | None:
     """Names of the classes in the order of the logits; None for the placeholders LABEL_0, LABEL_1, ..."""
     names = [str(vit.config.id2label.get(i, f"LABEL_{i}")) for i in range(vit.config.num_labels)]
-    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+    return None if _n_classes(vit) != len(names) or names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def _renamed(name: str) -> str:

@@ -4,23 +4,43 @@ from __future__ import annotations
 
 from torch import nn
 
-from revit_fast.layers.conv_stem import ConvStem
+from revit_fast.models.spec import ViTSpec
 
 
 def forward_macs(model: nn.Module, n_patches: int) -> int:
-    """Multiply-adds of a forward pass over one image: linear layers, convolutions and the products of attention.
+    """Multiply-adds of a forward pass over one image, see `spec_macs`.
 
     Args:
         model: a `ReViT`.
         n_patches: patch tokens of the image; prefix tokens are added here.
     """
-    n_tokens = n_patches + model.num_prefix_tokens
-    linear = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2 and "norm" not in name)
-    width = sum(block.attn.num_heads * block.attn.head_dim for block in model.blocks)
-    head = sum(p.numel() for module in (model.head, model.head_dist) if module for p in module.parameters())
-    of_a_patch = model.patch_embed.proj.weight.numel()
-    if isinstance(model.patch_embed, ConvStem):
-        of_a_patch += model.patch_embed.macs_per_patch
-    if model.aux_head is not None:
-        of_a_patch += model.aux_head.weight.numel()
-    return n_patches * of_a_patch + n_tokens * linear + 2 * n_tokens**2 * width + head
+    return spec_macs(model.spec, n_patches)
+
+
+def spec_macs(spec: ViTSpec, n_patches: int) -> int:
+    """Multiply-adds of a forward pass over one image: linear layers, convolutions and the products of attention.
+
+    Every block counts in full, though with class-token pooling the last one computes less.
+
+    Args:
+        spec: the architecture.
+        n_patches: patch tokens of the image; prefix tokens are added here.
+    """
+    dim, embed, head = spec.dim, spec.embed, spec.head
+    n_tokens = n_patches + embed.prefix.count
+    p = embed.patch_size
+    of_a_patch = dim * embed.in_chans * p**2
+    if embed.stem is not None:  # three convolutions at half the resolution, then patches of their features
+        half = (p // 2) ** 2
+        of_a_patch = half * embed.stem * (49 * embed.in_chans + 2 * 9 * embed.stem) + dim * embed.stem * half
+    linear = scores = 0
+    for block in spec.blocks:
+        width = block.attn.heads * block.attn.head_dim
+        linear += 4 * dim * width + 2 * dim * block.mlp.hidden
+        scores += 2 * width
+    classify = dim * (2 if head.pool == "token_avg" else 1) * head.classes
+    if head.token_labels:
+        of_a_patch += classify
+    n_heads = 2 if embed.prefix.dist else 1
+    of_every_token = n_tokens if not head.pool else 1
+    return n_patches * of_a_patch + n_tokens * linear + n_tokens**2 * scores + n_heads * of_every_token * classify

@@ -10,109 +10,41 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from revit_fast.grids import DEFAULT_GRIDS, check_grids
+from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.layers.attention import Queries
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
-from revit_fast.layers.mlp import ACTIVATIONS, activation_name, make_activation
 from revit_fast.layers.norm import TALLayerNorm
-from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed, patchify
+from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.hub import Pretrained
+from revit_fast.models.inputs import Inputs, TakesImages, rows_apart
+from revit_fast.models.keywords import keywords_of, spec_of
+from revit_fast.models.spec import Block as BlockSpec
+from revit_fast.models.spec import Divide, LayerScale, Norm, ViTSpec
+from revit_fast.models.timm_api import NORM_PARAMETER, TimmInterface
 from revit_fast.models.weights import load_fitting, read_checkpoint
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
-from revit_fast.packing import Layout, PackedBatch, image_grid, nearest_length, patch_rows
+from revit_fast.packing import Layout, PackedBatch
 
 # torch.fx cannot trace functions that check their arguments or make tensors of a size that it does not know.
 fx.wrap("assemble_tokens")
 fx.wrap("mean_pool")
+fx.wrap("rows_apart")
 fx.wrap("sequence_max")
 
-NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
 STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
-class Inputs(NamedTuple):
-    """A batch on its way into the model.
-
-    Attributes:
-        rows: `[Tp, P*P*3]` patch rows; for a model with a convolutional stem, the rows of its features.
-        cu_seqlens: int32 `[B + 1]` of the patches.
-        layout: layout of the tokens, including prefix tokens.
-        pos_table: `[R, C]` position embeddings of several grids, one after another.
-        pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
-        normalization: `[2, 3]` mean and std that must still be applied to uint8 rows, or an embedding with them folded
-            in.
-    """
-
-    rows: Tensor
-    cu_seqlens: Tensor
-    layout: Layout
-    pos_table: Tensor
-    pos_offset: Tensor
-    normalization: Tensor | FoldedEmbedding | None
-
-
-class PatchRows(NamedTuple):
-    """Patch rows of a batch and what the host knows about them.
-
-    Attributes:
-        rows: `[Tp, P*P*3]`, one image after another, without padding.
-        grids: (rows, columns) of every image.
-        normalization: `[2, 3]` mean and std that must still be applied to uint8 rows.
-    """
-
-    rows: Tensor
-    grids: Sequence[tuple[int, int]]
-    normalization: Tensor | None = None
-
-
-@fx.wrap
-def uniform_inputs(
-    x: Tensor,
-    pos_embed: Tensor,
-    patch_size: int,
-    resampling: Resampling,
-    n_prefix: tuple[int, int],
-    lengths: Sequence[int],
-) -> Inputs:
-    """Inputs for images of one size by tensor arithmetic only, so that a compiler sees no packing on the host.
-
-    Args:
-        x: `[B, C, gh*P, gw*P]`.
-        pos_embed: the model's stored position embeddings.
-        patch_size: P in pixels.
-        resampling: how `pos_embed` is resampled to other grids.
-        n_prefix: number of prefix tokens, and the number of those that have a row in `pos_embed`.
-        lengths: the configured lengths.
-    """
-    grid_h, grid_w = image_grid(x[0], patch_size, "x")
-    n_patches = grid_h * grid_w
-    sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
-    counts = torch.full((x.shape[0],), n_patches, device=x.device)
-    layout = Layout(sequences * (n_patches + n_prefix[0]), nearest_length(counts, lengths), None)
-    patches = resampling.resampled(wide_patches(pos_embed, n_prefix[1]), (grid_h, grid_w))
-    table = patches.to(pos_embed.dtype)
-    return Inputs(patchify(x, patch_size), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
-
-
-@fx.wrap
-def rows_apart(rows: Tensor, layout: Layout) -> Layout:
-    """Layout of pooled rows, one row for every sequence of `layout`."""
-    sequences = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=torch.int32)
-    return Layout(sequences, layout.length_index, None)
-
-
-class ReViT(Pretrained, nn.Module):
+class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
@@ -121,171 +53,103 @@ class ReViT(Pretrained, nn.Module):
     resampled to it as in timm.
 
     Args:
-        grids: configured square token grids, strictly decreasing; index 0 is the longest.
-        base_grid: (rows, columns) of the grid that `pos_embed` is stored for; default: the first of `grids`.
-        patch_size: P in pixels.
-        in_chans: image channels.
-        num_classes: classes of the head; 0 for none.
-        global_pool: "token" (class token), "avg" (mean of the patch tokens), "token_avg" (both side by side, `[B, 2C]`,
-            as DINOv2's linear classifiers read them) or "" (none).
-        embed_dim: channels C.
-        depth: number of blocks.
-        num_heads: attention heads.
-        head_dim: channels of a head; default embed_dim // num_heads.
-        hidden_dim: width of the MLP; default 4 * embed_dim.
-        qkv_bias, proj_bias, mlp_bias, patch_bias: which linear layers have a bias.
-        init_values: initial LayerScale; None for no LayerScale.
-        residual_scale: divisor of the blocks' branches before they are added (LV-ViT's `skip_lam`).
-        stem_chans: channels of LV-ViT's convolutional stem, see `ConvStem`; None: patches are embedded directly.
-        aux_head: LV-ViT's token-label head: half the largest of its logits over the patch tokens is added to those of
-            the class token.
-        class_token: whether there is a class token.
-        reg_tokens: number of register tokens.
-        distilled: DeiT's distillation token and second head.
-        no_embed_class: prefix tokens carry no position embedding.
-        pos_factorized: position embeddings are stored separately for rows and columns, see `Resampling`.
-        pos_keep_aspect: position embeddings of both sides are resampled by the same factor, see `Resampling`.
-        pre_norm: a norm between embedding and blocks.
-        final_norm: a norm after the blocks.
-        fc_norm: apply the final norm after pooling; default: if global_pool is "avg".
-        pool_include_prefix: "avg" pools the prefix tokens too.
-        act_layer: activation of the MLP: its constructor, or one of the names in `layers.ACTIVATIONS`.
-        eps: added to the variance in every norm.
-        drop_rate, pos_drop_rate, proj_drop_rate: dropout before the head, of the embedding, after projections.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        spec: the architecture.
+        **keywords: in its place the keyword arguments of `keywords.spec_of`: grids, patch_size, embed_dim, depth, ...
+
+    Raises:
+        TypeError, ValueError: for keywords that no model can have, or that stand beside a spec.
     """
 
-    def __init__(
-        self,
-        *,
-        grids: Sequence[int] = DEFAULT_GRIDS,
-        base_grid: tuple[int, int] | None = None,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "token",
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        head_dim: int | None = None,
-        hidden_dim: int | None = None,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        patch_bias: bool = True,
-        init_values: float | None = None,
-        residual_scale: float = 1.0,
-        stem_chans: int | None = None,
-        aux_head: bool = False,
-        class_token: bool = True,
-        reg_tokens: int = 0,
-        distilled: bool = False,
-        no_embed_class: bool = False,
-        pos_factorized: bool = False,
-        pos_keep_aspect: bool = False,
-        pre_norm: bool = False,
-        final_norm: bool = True,
-        fc_norm: bool | None = None,
-        pool_include_prefix: bool = False,
-        act_layer: str | type[nn.Module] | partial = "gelu",
-        eps: float = 1e-6,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+    def __init__(self, spec: ViTSpec | None = None, /, **keywords: Any) -> None:
+        if spec is not None and keywords:
+            raise TypeError(f"spec: expected it alone, got {', '.join(keywords)} too; change the spec instead")
         super().__init__()
-        self.grids = check_grids(grids)
-        self.lengths = tuple(g * g for g in self.grids)
-        self.base_grid = (self.grids[0], self.grids[0]) if base_grid is None else tuple(base_grid)
-        self.patch_size = patch_size
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_reg_tokens = reg_tokens
-        self.has_class_token = class_token
-        self.distilled = distilled
+        self._spec = spec = spec_of(**keywords) if spec is None else spec
+        embed, prefix, head, n_lengths = spec.embed, spec.embed.prefix, spec.head, len(spec.grids)
+        self.grids, self.lengths = spec.grids, spec.lengths
+        self.base_grid = embed.positions.base_grid
+        self.patch_size = embed.patch_size
+        self.in_chans = embed.in_chans
+        self.num_classes = head.classes
+        self.num_features = self.embed_dim = spec.dim
+        self.num_reg_tokens = prefix.registers
+        self.has_class_token = prefix.cls
+        self.distilled = prefix.dist
         self.distilled_training = False
-        self.has_aux_head = aux_head
-        self.num_prefix_tokens = int(class_token) + int(distilled) + reg_tokens
-        self.no_embed_class = no_embed_class
-        self.pool_include_prefix = pool_include_prefix
+        self.has_aux_head = head.token_labels
+        self.num_prefix_tokens = prefix.count
+        self.no_embed_class = not prefix.positioned
+        self.pool_include_prefix = head.pool_prefix
+        self.global_pool = head.pool
         self.grad_checkpointing = False
         self.pretrained_cfg: dict[str, Any] = {}
-        self._check_pool(global_pool, fc_norm)
-        self.global_pool = global_pool
-        if not residual_scale > 0:
-            raise ValueError(f"residual_scale: expected a positive divisor, got {residual_scale!r}")
-        if init_values and residual_scale != 1:
-            raise ValueError(
-                f"residual_scale: LayerScale (init_values={init_values}) scales the branches already, got "
-                f"{residual_scale}; give one of the two"
-            )
 
-        norm = partial(TALLayerNorm, len(self.grids), embed_dim, eps)
-        if stem_chans is None:
-            self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.base_grid, bias=patch_bias)
+        def norm(norm: Norm | None) -> nn.Module:
+            return nn.Identity() if norm is None else TALLayerNorm(n_lengths, spec.dim, norm.eps)
+
+        options = {"dim": spec.dim, "grid_size": self.base_grid, "bias": embed.bias}
+        if embed.stem is None:
+            self.patch_embed = PatchEmbed(embed.patch_size, embed.in_chans, **options)
         else:
-            self.patch_embed = ConvStem(patch_size, in_chans, stem_chans, embed_dim, self.base_grid, bias=patch_bias)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
-        self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if distilled else None
-        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
-        self.resampling = Resampling(self.base_grid, pos_factorized, pos_keep_aspect)
+            self.patch_embed = ConvStem(embed.patch_size, embed.in_chans, embed.stem, **options)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, spec.dim)) if prefix.cls else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, spec.dim)) if prefix.dist else None
+        self.reg_token = nn.Parameter(torch.empty(1, prefix.registers, spec.dim)) if prefix.registers else None
+        self.resampling = Resampling(self.base_grid, embed.positions.factorized, embed.positions.keep_aspect)
         n_embedded = self._n_prefix_embedded + self.resampling.n_stored
-        self.pos_embed = nn.Parameter(torch.empty(1, n_embedded, embed_dim))
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.norm_pre = norm() if pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                head_dim or embed_dim // num_heads,
-                hidden_dim or 4 * embed_dim,
-                len(self.grids),
-                make_activation(act_layer),
-                eps=eps,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                mlp_bias=mlp_bias,
-                init_values=init_values,
-                residual_scale=residual_scale,
-                proj_drop=proj_drop_rate,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
-        )
+        self.pos_embed = nn.Parameter(torch.empty(1, n_embedded, spec.dim))
+        self.pos_drop = nn.Dropout(embed.positions.drop)
+        self.norm_pre = norm(embed.norm)
+        self.blocks = nn.ModuleList(_block(block, spec.dim, n_lengths) for block in spec.blocks)
         self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
+            {"module": f"blocks.{i}", "num_chs": spec.dim, "reduction": embed.patch_size}
+            for i in range(len(spec.blocks))
         ]
-        use_fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
-        # fc_norm is stored because reset_classifier may change the pooling that it defaults to.
-        self._arguments = arguments | {"grids": self.grids, "base_grid": self.base_grid, "fc_norm": use_fc_norm}
-        self.norm = norm() if final_norm and not use_fc_norm else nn.Identity()
-        self.fc_norm = norm() if final_norm and use_fc_norm else nn.Identity()
-        self.head_drop = nn.Dropout(drop_rate)
+        self.norm = norm(None if head.norm_pooled else head.norm)
+        self.fc_norm = norm(head.norm if head.norm_pooled else None)
+        self.head_drop = nn.Dropout(head.drop)
         self.head = self._linear_head()
-        self.head_dist = self._linear_head() if distilled else None
+        self.head_dist = self._linear_head() if prefix.dist else None
         self.aux_head = self._token_label_head()
 
         self._positions = PositionTables(self.resampling, [(g, g) for g in self.grids])
         self.init_weights()
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        arguments = self.__dict__.pop("_arguments", None)
+        if arguments is not None:  # pickled before there were specs
+            now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
+            self._spec = spec_of(**arguments | now)
+
+    @property
+    def spec(self) -> ViTSpec:
+        """The architecture, as it is after `reset_classifier` and `prune_intermediate_layers`."""
+        return self._spec
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, where all blocks have the same number; the name is LV-ViT's and TimeSformer's."""
+        heads = {block.attn.heads for block in self.spec.blocks}
+        if len(heads) != 1:
+            raise ValueError(f"num_heads: the blocks have {sorted(heads)} heads; read them from `spec.blocks`")
+        return heads.pop()
+
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments for this architecture as JSON values; `from_config` accepts them.
+        """The keyword arguments for this architecture as JSON values; `from_config` accepts them.
 
         Raises:
-            ValueError: for an activation that has no name in `layers.ACTIVATIONS`.
+            ValueError: for an activation that no file can hold.
         """
-        now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
-        activation = make_activation(self._arguments["act_layer"])
-        if activation_name(activation) is None:
-            kind = type(activation).__name__
-            raise ValueError(f"act_layer: {kind} has no name that a file could keep; use {', '.join(ACTIVATIONS)}")
-        config = self._arguments | now | {"act_layer": activation_name(activation)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+        return keywords_of(self.spec)
+
+    @classmethod
+    def unsaid_arguments(cls, config: Mapping[str, Any]) -> list[str]:
+        """Arguments that only the subclass has and `config` lacks: the saved model may have had other values."""
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        own = {n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind in named and n != "self"}
+        return sorted(own - set(inspect.signature(spec_of).parameters) - set(config))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ReViT:
@@ -295,13 +159,6 @@ class ReViT(Pretrained, nn.Module):
             TypeError, ValueError: for arguments that the constructor does not know or refuses.
         """
         return cls(**config)
-
-    @classmethod
-    def unsaid_arguments(cls, config: Mapping[str, Any]) -> list[str]:
-        """Arguments that only the subclass has and `config` lacks: the saved model may have had other values."""
-        rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        named = {n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind not in rest}
-        return sorted(named - set(inspect.signature(ReViT.__init__).parameters) - set(config))
 
     def init_weights(self) -> None:
         """timm's initialisation: truncated normal weights, zero biases. A convolutional stem keeps PyTorch's."""
@@ -315,31 +172,11 @@ class ReViT(Pretrained, nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
-    @property
-    def head_hidden_size(self) -> int:
-        """Number of channels that the head reads; the name is timm's."""
-        return self.embed_dim * (2 if self.global_pool == "token_avg" else 1)
-
     def _linear_head(self) -> nn.Module:
         return nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
     def _token_label_head(self) -> nn.Module | None:
         return self._linear_head() if self.has_aux_head and self.num_classes > 0 else None
-
-    def _check_pool(self, global_pool: str, fc_norm: bool | None) -> None:
-        if global_pool not in ("token", "avg", "token_avg", ""):
-            raise ValueError(f'global_pool: expected "token", "avg", "token_avg" or "", got {global_pool!r}')
-        if global_pool.startswith("token") and not self.has_class_token:
-            raise ValueError(f'global_pool: "{global_pool}" needs a class token; use "avg"')
-        if global_pool == "token_avg" and fc_norm:
-            raise ValueError('global_pool: "token_avg" pools tokens after the final norm; set fc_norm=False')
-        if self.distilled and global_pool != "token":
-            raise ValueError('global_pool: a distilled model reads its class and distillation tokens; use "token"')
-        if self.has_aux_head and (global_pool != "token" or self.distilled):
-            raise ValueError(
-                'aux_head: its logits are added to those of one class token; use global_pool="token" and no '
-                "distillation token, or aux_head=False"
-            )
 
     @classmethod
     def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
@@ -357,15 +194,9 @@ class ReViT(Pretrained, nn.Module):
             TypeError: if `vit` is neither.
             ValueError: if it uses a feature that ReViT does not have; the message names it.
         """
-        from revit_fast.models.from_timm import config_from_timm, weights_from_timm
+        from revit_fast.models.from_timm import model_from_timm
 
-        model = cls(grids=grids, **config_from_timm(vit))
-        parameter = next(vit.parameters())
-        # The dtype is set before the weights are loaded: float32 would round those of a float64 model.
-        model = model.to(device=parameter.device, dtype=parameter.dtype)
-        model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
-        model.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {})
-        return model.train(vit.training)
+        return model_from_timm(cls, vit, grids)
 
     @classmethod
     def from_transformers(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS, *, processor: Any = None) -> ReViT:
@@ -387,14 +218,9 @@ class ReViT(Pretrained, nn.Module):
             TypeError: if `vit` is not a model of transformers, or `processor` is something else.
             ValueError: if either uses a feature that is not supported; the message names it.
         """
-        from revit_fast.models import from_transformers as source
+        from revit_fast.models.from_transformers import model_from_transformers
 
-        config = source.config_from_transformers(vit)
-        settings = {} if processor is None else source.settings_from_processor(processor)
-        model = cls(grids=grids, **config).to(device=vit.device, dtype=vit.dtype)
-        model.load_weights(source.state_dict_from_transformers(vit.state_dict(), config), type(vit).__name__)
-        model.pretrained_cfg = settings | {"label_names": source.class_names(vit) if model.num_classes else None}
-        return model.train(vit.training)
+        return model_from_transformers(cls, vit, grids, processor)
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Converts the state dict of a plain ViT to the shapes of this model; that of a ReViT stays unchanged.
@@ -442,45 +268,6 @@ class ReViT(Pretrained, nn.Module):
         """
         load_fitting(self, self.convert_state_dict(state_dict), source)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay: tokens, position embeddings and every TAL-LN parameter."""
-        names = {"pos_embed", "cls_token", "reg_token", "dist_token"}
-        return names | {name for name, _ in self.named_parameters() if NORM_PARAMETER.search(name)}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of every block in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Makes a distilled model return (class logits, distillation logits) while training."""
-        self.distilled_training = enable
-
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The head, or both heads of a distilled model."""
-        return (self.head, self.head_dist) if self.distilled else self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Sets a new head for `num_classes` classes (0: none), and another pooling if `global_pool` is given."""
-        if global_pool is not None:
-            self._check_pool(global_pool, isinstance(self.fc_norm, TALLayerNorm))
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        self.head = self._linear_head().to(**like).train(self.training)
-        if self.distilled:
-            self.head_dist = self._linear_head().to(**like).train(self.training)
-        if self.has_aux_head:
-            self.aux_head = self._token_label_head()
-            if self.aux_head is not None:
-                self.aux_head.to(**like).train(self.training)
-
     @property
     def _n_prefix_embedded(self) -> int:
         """Number of prefix tokens that have a row in `pos_embed`."""
@@ -491,99 +278,6 @@ class ReViT(Pretrained, nn.Module):
         tokens = [t[0] for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens) if tokens else self.pos_embed.new_empty(0, self.embed_dim)
         return prefix if self.no_embed_class else prefix + self.pos_embed[0, : self.num_prefix_tokens]
-
-    def pack(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PackedBatch:
-        """Any input of the model as a `PackedBatch` of patch rows without padding.
-
-        Raises:
-            TypeError, ValueError: for an invalid input; the message names the image and what is wrong with it.
-        """
-        if isinstance(x, PackedBatch):
-            # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
-            return x if torch.compiler.is_compiling() else x.without_padding()
-        rows, grids, _ = self._patch_rows(x)
-        return PackedBatch.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=self.lengths)
-
-    def _patch_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
-        """Any input of the model as patch rows; nothing is copied to another device."""
-        if isinstance(x, PackedBatch):
-            self._check_pack(x)
-            return PatchRows(x.data[: sum(x.seqlens)], x.grids, x.normalization)
-        if isinstance(x, Tensor):
-            if x.dim() != 4:
-                raise ValueError(
-                    f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
-                )
-            self._check_channels(x.shape[1], "x")
-            grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
-            return PatchRows(patchify(x, self.patch_size), (grid,) * x.shape[0])
-        if isinstance(x, Sequence):
-            images = PatchRows(*patch_rows(x, self.patch_size))
-            self._check_channels(x[0].shape[0], "images[0]")
-            return images
-        raise TypeError(
-            f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
-        )
-
-    def _check_channels(self, n: int, name: str) -> None:
-        if n != self.in_chans:
-            raise ValueError(f"{name}: expected {self.in_chans} channels first, got {n}; convert the images")
-
-    def _inputs(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Inputs:
-        if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
-            return self._uniform_inputs(x)
-        batch = self.pack(x)
-        self._check_pack(batch)
-        if batch.device != self.pos_embed.device:
-            raise ValueError(
-                f"x: batch is on {batch.device}, model on {self.pos_embed.device}; move one with .to(device)"
-            )
-        if not torch.compiler.is_compiling():
-            self._positions.learn(batch.grids)
-        offset = self._positions.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
-        layout = batch.layout(self.num_prefix_tokens)
-        if batch.lengths != self.lengths:
-            layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
-        table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
-        images = self._stemmed(PatchRows(self._finite_rows(batch), batch.grids, batch.normalization))
-        return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization)
-
-    def _stemmed(self, images: PatchRows) -> PatchRows:
-        """The input rows of the embedding: the rows of a convolutional stem's features if there is a stem."""
-        if not isinstance(self.patch_embed, ConvStem):
-            return images
-        rows = images.rows.to(self.pos_embed.device, non_blocking=True)  # an optimised copy takes batches on the CPU
-        return PatchRows(self.patch_embed.feature_rows(rows, images.grids, images.normalization), images.grids)
-
-    def _check_pack(self, batch: PackedBatch) -> None:
-        if batch.n_prefix:
-            raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
-        self._check_rows(batch.data, batch.normalization)
-        if batch.grid_hw is None:
-            raise ValueError(
-                "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
-            )
-
-    def _check_rows(self, rows: Tensor, normalization: Tensor | None) -> None:
-        width = self.patch_size**2 * self.in_chans
-        if rows.dim() != 2 or rows.shape[1] != width:
-            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(rows.shape)}")
-        if rows.dtype == torch.uint8 and normalization is None:
-            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
-
-    def _finite_rows(self, batch: PackedBatch) -> Tensor:
-        """The batch's rows. Compiled code cannot cut off padding, so it zeroes padding if gradients are needed."""
-        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-            return batch.data  # the token ops zero the results of padding
-        rows = torch.arange(batch.data.shape[0], device=batch.device).unsqueeze(1)
-        return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)
-
-    def _uniform_inputs(self, x: Tensor) -> Inputs:
-        n_prefix = (self.num_prefix_tokens, self._n_prefix_embedded)
-        patch_size = self.patch_size
-        if isinstance(self.patch_embed, ConvStem):
-            x, patch_size = self.patch_embed.features(x), patch_size // 2
-        return uniform_inputs(x, self.pos_embed, patch_size, self.resampling, n_prefix, self.lengths)
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Tokens `[T, C]` that enter the blocks."""
@@ -727,100 +421,23 @@ class ReViT(Pretrained, nn.Module):
         logits = self._classify(x.data, x.layout(self.num_prefix_tokens), pre_logits)
         return logits if shape is None else logits.view(*shape, logits.shape[1])
 
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes the modules that features after chosen blocks do not need, as timm's feature extraction does.
 
-        Args:
-            indices: blocks to keep, with all blocks before them (see `forward_intermediates`).
-            prune_norm: also remove the norm after the blocks.
-            prune_head: also remove the head, its norm and (except in a distilled model) the pooling.
-
-        Returns:
-            The chosen blocks, counted from the first.
-        """
-        take = sorted(self._block_indices(indices))
-        self.blocks = self.blocks[: take[-1] + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.has_aux_head, self.aux_head = False, None
-            self.reset_classifier(0, None if self.distilled else "")
-        self._arguments |= {
-            "depth": len(self.blocks),
-            "drop_path_rate": self.blocks[-1].drop_path1.drop_prob,
-            "final_norm": any(isinstance(norm, TALLayerNorm) for norm in (self.norm, self.fc_norm)),
-            "fc_norm": isinstance(self.fc_norm, TALLayerNorm),
-            "aux_head": self.has_aux_head,
-        }
-        return take
-
-    def forward_intermediates(
-        self,
-        x: Tensor | Sequence[Tensor] | PackedBatch,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list | tuple[Tensor | PackedBatch, list]:
-        """Features after chosen blocks.
-
-        Args:
-            x: any input of the model.
-            indices: blocks to take (negative from the end), the last n for an int, all for None.
-            return_prefix_tokens: pair every feature map with its prefix tokens.
-            norm: apply the final norm to the features.
-            stop_early: do not run blocks after the last one taken.
-            output_fmt: "NCHW" feature maps or "NLC" token rows, prefix tokens left out.
-            intermediates_only: return the list alone.
-
-        Returns:
-            (`forward_features` result, intermediates), or the intermediates. For an image tensor each is a tensor
-            `[B, C, gh, gw]` (or `[B, N, C]`); otherwise a list with a tensor `[C, gh, gw]` (or `[n, C]`) per image.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f'output_fmt: expected "NCHW" or "NLC", got {output_fmt!r}')
-        take = self._block_indices(indices)
-        batch = self.pack(x)
-        inputs = self._inputs(batch)
-        tokens, delta = self._embed(inputs), None
-        intermediates = []
-        for i, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
-            tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
-            if i in take:
-                taken = self._add_and_norm(tokens, delta, inputs.layout) if norm else tokens + delta
-                intermediates.append(
-                    self._as_maps(taken, batch, isinstance(x, Tensor), output_fmt, return_prefix_tokens)
-                )
-        if intermediates_only:
-            return intermediates
-        tokens = self._add_and_norm(tokens, delta, inputs.layout)
-        if isinstance(x, Tensor):
-            return tokens.view(x.shape[0], -1, self.embed_dim), intermediates
-        return batch.with_tokens(tokens, self.num_prefix_tokens), intermediates
-
-    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        depth = len(self.blocks)
-        if indices is None or isinstance(indices, int):
-            last = depth if indices is None else indices
-            wanted = range(depth - last, depth)
-        else:
-            wanted = [i + depth if i < 0 else i for i in indices]
-        if not wanted or any(not 0 <= i < depth for i in wanted):
-            raise ValueError(f"indices: expected blocks of a model with {depth}, got {indices!r}")
-        return set(wanted)
-
-    def _as_maps(self, tokens: Tensor, batch: PackedBatch, uniform: bool, output_fmt: str, with_prefix: bool):
-        n_prefix = self.num_prefix_tokens
-        sequences = batch.with_tokens(tokens, n_prefix).split()
-        prefixes = [s[:n_prefix] for s in sequences]
-        maps = [s[n_prefix:] for s in sequences]
-        if output_fmt == "NCHW":
-            maps = [m.t().reshape(-1, h, w) for m, (h, w) in zip(maps, batch.grids, strict=True)]
-        if uniform:
-            maps, prefixes = torch.stack(maps), torch.stack(prefixes)
-        return (maps, prefixes) if with_prefix else maps
+def _block(block: BlockSpec, dim: int, n_lengths: int) -> Block:
+    attn, mlp, scale = block.attn, block.mlp, block.scale
+    return Block(
+        dim,
+        attn.heads,
+        attn.head_dim,
+        mlp.hidden,
+        n_lengths,
+        mlp.act.build(),
+        eps=(block.norm1.eps, block.norm2.eps),
+        scale=attn.scale,
+        qkv_bias=attn.qkv_bias,
+        proj_bias=attn.out_bias,
+        mlp_bias=mlp.bias,
+        init_values=scale.init if isinstance(scale, LayerScale) else None,
+        residual_scale=scale.by if isinstance(scale, Divide) else 1.0,
+        proj_drop=block.drop,
+        drop_path=block.drop_path,
+    )

@@ -1,0 +1,182 @@
+"""What a model takes: images or packs become patch rows, offsets and position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from revit_fast.layers.conv_stem import ConvStem
+from revit_fast.layers.patch_embed import FoldedEmbedding, patchify
+from revit_fast.layers.positions import Resampling, wide_patches
+from revit_fast.packing import Layout, PackedBatch, image_grid, nearest_length, patch_rows
+
+
+class Inputs(NamedTuple):
+    """A batch on its way into the model.
+
+    Attributes:
+        rows: `[Tp, P*P*3]` patch rows; for a model with a convolutional stem, the rows of its features.
+        cu_seqlens: int32 `[B + 1]` of the patches.
+        layout: layout of the tokens, including prefix tokens.
+        pos_table: `[R, C]` position embeddings of several grids, one after another.
+        pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
+        normalization: `[2, 3]` mean and std that must still be applied to uint8 rows, or an embedding with them folded
+            in.
+    """
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    layout: Layout
+    pos_table: Tensor
+    pos_offset: Tensor
+    normalization: Tensor | FoldedEmbedding | None
+
+
+class PatchRows(NamedTuple):
+    """Patch rows of a batch and what the host knows about them.
+
+    Attributes:
+        rows: `[Tp, P*P*3]`, one image after another, without padding.
+        grids: (rows, columns) of every image.
+        normalization: `[2, 3]` mean and std that must still be applied to uint8 rows.
+    """
+
+    rows: Tensor
+    grids: Sequence[tuple[int, int]]
+    normalization: Tensor | None = None
+
+
+@fx.wrap
+def uniform_inputs(
+    x: Tensor,
+    pos_embed: Tensor,
+    patch_size: int,
+    resampling: Resampling,
+    n_prefix: tuple[int, int],
+    lengths: Sequence[int],
+) -> Inputs:
+    """Inputs for images of one size by tensor arithmetic only, so that a compiler sees no packing on the host.
+
+    Args:
+        x: `[B, C, gh*P, gw*P]`.
+        pos_embed: the model's stored position embeddings.
+        patch_size: P in pixels.
+        resampling: how `pos_embed` is resampled to other grids.
+        n_prefix: number of prefix tokens, and the number of those that have a row in `pos_embed`.
+        lengths: the configured lengths.
+    """
+    grid_h, grid_w = image_grid(x[0], patch_size, "x")
+    n_patches = grid_h * grid_w
+    sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
+    counts = torch.full((x.shape[0],), n_patches, device=x.device)
+    layout = Layout(sequences * (n_patches + n_prefix[0]), nearest_length(counts, lengths), None)
+    patches = resampling.resampled(wide_patches(pos_embed, n_prefix[1]), (grid_h, grid_w))
+    table = patches.to(pos_embed.dtype)
+    return Inputs(patchify(x, patch_size), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
+
+
+@fx.wrap
+def rows_apart(rows: Tensor, layout: Layout) -> Layout:
+    """Layout of pooled rows, one row for every sequence of `layout`."""
+    sequences = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=torch.int32)
+    return Layout(sequences, layout.length_index, None)
+
+
+class TakesImages:
+    """The methods of a `ReViT` that prepare its inputs."""
+
+    def pack(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PackedBatch:
+        """Any input of the model as a `PackedBatch` of patch rows without padding.
+
+        Raises:
+            TypeError, ValueError: for an invalid input; the message names the image and what is wrong with it.
+        """
+        if isinstance(x, PackedBatch):
+            # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
+            return x if torch.compiler.is_compiling() else x.without_padding()
+        rows, grids, _ = self._patch_rows(x)
+        return PackedBatch.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=self.lengths)
+
+    def _patch_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
+        """Any input of the model as patch rows; nothing is copied to another device."""
+        if isinstance(x, PackedBatch):
+            self._check_pack(x)
+            return PatchRows(x.data[: sum(x.seqlens)], x.grids, x.normalization)
+        if isinstance(x, Tensor):
+            if x.dim() != 4:
+                raise ValueError(
+                    f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
+                )
+            self._check_channels(x.shape[1], "x")
+            grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
+            return PatchRows(patchify(x, self.patch_size), (grid,) * x.shape[0])
+        if isinstance(x, Sequence):
+            images = PatchRows(*patch_rows(x, self.patch_size))
+            self._check_channels(x[0].shape[0], "images[0]")
+            return images
+        raise TypeError(
+            f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
+        )
+
+    def _check_channels(self, n: int, name: str) -> None:
+        if n != self.in_chans:
+            raise ValueError(f"{name}: expected {self.in_chans} channels first, got {n}; convert the images")
+
+    def _inputs(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Inputs:
+        if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
+            return self._uniform_inputs(x)
+        batch = self.pack(x)
+        self._check_pack(batch)
+        if batch.device != self.pos_embed.device:
+            raise ValueError(
+                f"x: batch is on {batch.device}, model on {self.pos_embed.device}; move one with .to(device)"
+            )
+        if not torch.compiler.is_compiling():
+            self._positions.learn(batch.grids)
+        offset = self._positions.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
+        layout = batch.layout(self.num_prefix_tokens)
+        if batch.lengths != self.lengths:
+            layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
+        table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
+        images = self._stemmed(PatchRows(self._finite_rows(batch), batch.grids, batch.normalization))
+        return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization)
+
+    def _stemmed(self, images: PatchRows) -> PatchRows:
+        """The input rows of the embedding: the rows of a convolutional stem's features if there is a stem."""
+        if not isinstance(self.patch_embed, ConvStem):
+            return images
+        rows = images.rows.to(self.pos_embed.device, non_blocking=True)  # an optimised copy takes batches on the CPU
+        return PatchRows(self.patch_embed.feature_rows(rows, images.grids, images.normalization), images.grids)
+
+    def _check_pack(self, batch: PackedBatch) -> None:
+        if batch.n_prefix:
+            raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
+        self._check_rows(batch.data, batch.normalization)
+        if batch.grid_hw is None:
+            raise ValueError(
+                "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
+            )
+
+    def _check_rows(self, rows: Tensor, normalization: Tensor | None) -> None:
+        width = self.patch_size**2 * self.in_chans
+        if rows.dim() != 2 or rows.shape[1] != width:
+            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(rows.shape)}")
+        if rows.dtype == torch.uint8 and normalization is None:
+            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
+
+    def _finite_rows(self, batch: PackedBatch) -> Tensor:
+        """The batch's rows. Compiled code cannot cut off padding, so it zeroes padding if gradients are needed."""
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return batch.data  # the token ops zero the results of padding
+        rows = torch.arange(batch.data.shape[0], device=batch.device).unsqueeze(1)
+        return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)
+
+    def _uniform_inputs(self, x: Tensor) -> Inputs:
+        n_prefix = (self.num_prefix_tokens, self._n_prefix_embedded)
+        patch_size = self.patch_size
+        if isinstance(self.patch_embed, ConvStem):
+            x, patch_size = self.patch_embed.features(x), patch_size // 2
+        return uniform_inputs(x, self.pos_embed, patch_size, self.resampling, n_prefix, self.lengths)

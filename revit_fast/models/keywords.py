@@ -1,0 +1,284 @@
+"""Specs from keyword arguments, and back as JSON values: what `ReViT(...)` takes and `config.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from revit_fast.grids import DEFAULT_GRIDS, check_grids
+from revit_fast.layers.mlp import Activation, as_activation
+from revit_fast.models.spec import (
+    Attention,
+    Block,
+    Divide,
+    Embed,
+    Head,
+    LayerScale,
+    Mlp,
+    Norm,
+    Positions,
+    Prefix,
+    ViTSpec,
+)
+
+
+def spec_of(
+    *,
+    grids: Sequence[int] = DEFAULT_GRIDS,
+    base_grid: tuple[int, int] | None = None,
+    patch_size: int = 16,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    global_pool: str = "token",
+    embed_dim: int = 768,
+    depth: int = 12,
+    num_heads: int = 12,
+    head_dim: int | None = None,
+    hidden_dim: int | None = None,
+    attn_scale: float | None = None,
+    qkv_bias: bool = True,
+    proj_bias: bool = True,
+    mlp_bias: bool = True,
+    patch_bias: bool = True,
+    init_values: float | None = None,
+    residual_scale: float = 1.0,
+    stem_chans: int | None = None,
+    aux_head: bool = False,
+    class_token: bool = True,
+    reg_tokens: int = 0,
+    distilled: bool = False,
+    no_embed_class: bool = False,
+    pos_factorized: bool = False,
+    pos_keep_aspect: bool = False,
+    pre_norm: bool = False,
+    final_norm: bool = True,
+    fc_norm: bool | None = None,
+    pool_include_prefix: bool = False,
+    act_layer: str | type[nn.Module] | partial | Activation | Sequence = "gelu",
+    eps: float = 1e-6,
+    norm_pre_eps: float | None = None,
+    norm_eps: float | None = None,
+    drop_rate: float = 0.0,
+    pos_drop_rate: float = 0.0,
+    proj_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    blocks: Sequence[Mapping[str, Any]] | None = None,
+) -> ViTSpec:
+    """The spec that keyword arguments of `ReViT` stand for; names are timm's where it has them.
+
+    Args:
+        grids: configured square token grids, strictly decreasing; index 0 is the longest.
+        base_grid: (rows, columns) of the grid that `pos_embed` is stored for; default: the first of `grids`.
+        patch_size: P in pixels.
+        in_chans: image channels.
+        num_classes: classes of the head; 0 for none.
+        global_pool: see `Head.pool`.
+        embed_dim: channels C.
+        depth: number of blocks.
+        num_heads: attention heads.
+        head_dim: channels of a head; default embed_dim // num_heads.
+        hidden_dim: channels between the layers of the MLP; default 4 * embed_dim.
+        attn_scale: factor of the scores; default head_dim ** -0.5.
+        qkv_bias: whether queries, keys and values have a bias.
+        proj_bias: whether attention's output projection has a bias.
+        mlp_bias: whether the layers of the MLP have a bias.
+        patch_bias: whether the patch embedding has a bias.
+        init_values: initial LayerScale; None for no LayerScale.
+        residual_scale: divisor of the blocks' branches before they are added (LV-ViT's `skip_lam`).
+        stem_chans: see `Embed.stem`.
+        aux_head: see `Head.token_labels`.
+        class_token: whether there is a class token.
+        reg_tokens: number of register tokens.
+        distilled: DeiT's distillation token and second head.
+        no_embed_class: prefix tokens carry no position embedding.
+        pos_factorized: see `Positions.factorized`.
+        pos_keep_aspect: see `Positions.keep_aspect`.
+        pre_norm: a norm between embedding and blocks.
+        final_norm: a norm after the blocks.
+        fc_norm: apply the final norm after pooling; default: if global_pool is "avg".
+        pool_include_prefix: "avg" pools the prefix tokens too.
+        act_layer: activation of the MLP, see `layers.mlp.as_activation`.
+        eps: of every norm.
+        norm_pre_eps: eps of the norm between embedding and blocks, if it differs.
+        norm_eps: eps of the final norm, if it differs.
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout of the embedding.
+        proj_drop_rate: dropout after attention's projection and in the MLP.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        blocks: for each block the keywords in which it differs, of those in `BLOCK_KEYWORDS`.
+
+    Raises:
+        TypeError, ValueError: for values that no model can have; the message names the keyword.
+    """
+    grids = check_grids(grids)
+    if blocks is not None and len(blocks) != depth:
+        raise ValueError(f"blocks: expected one entry for each of {depth} blocks, got {len(blocks)}")
+    common = {
+        "num_heads": num_heads,
+        "head_dim": head_dim or embed_dim // num_heads,
+        "attn_scale": attn_scale,
+        "qkv_bias": qkv_bias,
+        "proj_bias": proj_bias,
+        "hidden_dim": hidden_dim or 4 * embed_dim,
+        "act_layer": act_layer,
+        "mlp_bias": mlp_bias,
+        "norm1_eps": eps,
+        "norm2_eps": eps,
+        "init_values": init_values,
+        "residual_scale": residual_scale,
+        "proj_drop_rate": proj_drop_rate,
+    }
+    pooled = global_pool == "avg" if fc_norm is None else fc_norm
+    return ViTSpec(
+        dim=embed_dim,
+        embed=Embed(
+            patch_size,
+            in_chans,
+            Positions(
+                (grids[0], grids[0]) if base_grid is None else tuple(base_grid),
+                pos_factorized,
+                pos_keep_aspect,
+                pos_drop_rate,
+            ),
+            Prefix(class_token, distilled, reg_tokens, not no_embed_class),
+            patch_bias,
+            stem_chans,
+            Norm(eps if norm_pre_eps is None else norm_pre_eps) if pre_norm else None,
+        ),
+        blocks=tuple(
+            _block(
+                common | {"drop_path_rate": drop_path_rate * i / max(depth - 1, 1)} | dict(blocks[i] if blocks else {})
+            )
+            for i in range(depth)
+        ),
+        head=Head(
+            num_classes,
+            global_pool,
+            Norm(eps if norm_eps is None else norm_eps) if final_norm else None,
+            pooled,
+            pool_include_prefix,
+            aux_head,
+            drop_rate,
+        ),
+        grids=grids,
+    )
+
+
+BLOCK_KEYWORDS = (
+    "num_heads",
+    "head_dim",
+    "attn_scale",
+    "qkv_bias",
+    "proj_bias",
+    "hidden_dim",
+    "act_layer",
+    "mlp_bias",
+    "norm1_eps",
+    "norm2_eps",
+    "init_values",
+    "residual_scale",
+    "proj_drop_rate",
+    "drop_path_rate",
+)
+"""Keywords of `spec_of` that an entry of its `blocks` may hold; `eps` of each norm by itself."""
+
+
+def _block(keywords: Mapping[str, Any]) -> Block:
+    unknown = sorted(set(keywords) - set(BLOCK_KEYWORDS))
+    if unknown:
+        raise TypeError(f"blocks: unknown {', '.join(unknown)}; an entry may hold {', '.join(BLOCK_KEYWORDS)}")
+    k, scale = keywords, None
+    if k["init_values"] and k["residual_scale"] != 1:
+        raise ValueError(
+            f"residual_scale: LayerScale (init_values={k['init_values']}) scales the branches already, got "
+            f"{k['residual_scale']}; give one of the two"
+        )
+    if k["init_values"]:
+        scale = LayerScale(k["init_values"])
+    elif k["residual_scale"] != 1:
+        scale = Divide(k["residual_scale"])
+    return Block(
+        Attention(k["num_heads"], k["head_dim"], k["qkv_bias"], k["proj_bias"], k["attn_scale"]),
+        Mlp(k["hidden_dim"], as_activation(k["act_layer"]), k["mlp_bias"]),
+        Norm(k["norm1_eps"]),
+        Norm(k["norm2_eps"]),
+        scale,
+        k["proj_drop_rate"],
+        k["drop_path_rate"],
+    )
+
+
+def _block_keywords(block: Block) -> dict[str, Any]:
+    return {
+        "num_heads": block.attn.heads,
+        "head_dim": block.attn.head_dim,
+        "attn_scale": block.attn.scale,
+        "qkv_bias": block.attn.qkv_bias,
+        "proj_bias": block.attn.out_bias,
+        "hidden_dim": block.mlp.hidden,
+        "act_layer": block.mlp.act.as_json(),
+        "mlp_bias": block.mlp.bias,
+        "norm1_eps": block.norm1.eps,
+        "norm2_eps": block.norm2.eps,
+        "init_values": block.scale.init if isinstance(block.scale, LayerScale) else None,
+        "residual_scale": block.scale.by if isinstance(block.scale, Divide) else 1.0,
+        "proj_drop_rate": block.drop,
+        "drop_path_rate": block.drop_path,
+    }
+
+
+def keywords_of(spec: ViTSpec) -> dict[str, Any]:
+    """The keywords of `spec_of` that give this spec, as JSON values.
+
+    Raises:
+        ValueError: for an activation that no file can hold.
+    """
+    embed, positions, prefix, head = spec.embed, spec.embed.positions, spec.embed.prefix, spec.head
+    entries = [_block_keywords(block) for block in spec.blocks]
+    rate = entries[-1]["drop_path_rate"] if entries else 0.0
+    first = entries[0] if entries else _block_keywords(Block(Attention(1, spec.dim), Mlp(4 * spec.dim)))
+    eps = first.pop("norm1_eps")
+    common = {**first, "drop_path_rate": rate}
+    del common["norm2_eps"]
+    differing = []
+    for i, entry in enumerate(entries):
+        expected = {
+            **common,
+            "norm1_eps": eps,
+            "norm2_eps": eps,
+            "drop_path_rate": rate * i / max(len(entries) - 1, 1),
+        }
+        differing.append({name: value for name, value in entry.items() if value != expected[name]})
+    return {
+        "grids": list(spec.grids),
+        "base_grid": list(positions.base_grid),
+        "patch_size": embed.patch_size,
+        "in_chans": embed.in_chans,
+        "num_classes": head.classes,
+        "global_pool": head.pool,
+        "embed_dim": spec.dim,
+        "depth": len(spec.blocks),
+        **common,
+        "patch_bias": embed.bias,
+        "stem_chans": embed.stem,
+        "aux_head": head.token_labels,
+        "class_token": prefix.cls,
+        "reg_tokens": prefix.registers,
+        "distilled": prefix.dist,
+        "no_embed_class": not prefix.positioned,
+        "pos_factorized": positions.factorized,
+        "pos_keep_aspect": positions.keep_aspect,
+        "pre_norm": embed.norm is not None,
+        "final_norm": head.norm is not None,
+        "fc_norm": head.norm_pooled,
+        "pool_include_prefix": head.pool_prefix,
+        "eps": eps,
+        "norm_pre_eps": embed.norm.eps if embed.norm is not None and embed.norm.eps != eps else None,
+        "norm_eps": head.norm.eps if head.norm is not None and head.norm.eps != eps else None,
+        "drop_rate": head.drop,
+        "pos_drop_rate": positions.drop,
+        "blocks": differing if any(differing) else None,
+    }
