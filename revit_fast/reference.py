@@ -136,9 +136,16 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu" or "relu"."""
-    functions = {"gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu, "relu": F.relu}
-    return x if name == "none" else functions[name](x)
+    """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu", "relu" or "quick_gelu"."""
+    functions = {
+        "none": lambda t: t,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "silu": F.silu,
+        "relu": F.relu,
+        "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+    }
+    return functions[name](x)
 
 
 class BlockWeights(NamedTuple):

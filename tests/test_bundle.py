@@ -102,6 +102,7 @@ class TestConfig:
         assert isinstance(again.fc_norm, nn.Identity)
 
     def test_activations(self):
+        assert make_model(act_layer=timm.layers.QuickGELU).config["act_layer"] == "quick_gelu"
         with pytest.raises(ValueError, match=r"act_layer: Hardswish has no name.*gelu, gelu_tanh"):
             _ = make_model(act_layer=nn.Hardswish).config
         with pytest.raises(ValueError, match=r"act_layer: expected a module or one of gelu.*got 'gelou'"):

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "relu": nn.ReLU}
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the approximation of GELU in CLIP (arXiv 2103.00020)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "quick_gelu": QuickGELU,
+}
 """Activations by the names that files and kernels use for them."""
 
 
@@ -20,9 +35,14 @@ def make_activation(activation: str | type[nn.Module] | partial) -> nn.Module:
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """The name of an activation in `ACTIVATIONS`; None if it has none there."""
+    """The name of an activation in `ACTIVATIONS`; None if it has none there.
+
+    timm's own classes `GELUTanh` and `QuickGELU` are known by their class names.
+    """
     if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
         return "gelu_tanh"
+    if type(act).__name__ == "QuickGELU":
+        return "quick_gelu"
     names = {nn.GELU: "gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
     return next((name for kind, name in names.items() if isinstance(act, kind)), None)
 
