@@ -61,12 +61,10 @@ def check_fusable(model: ReViT) -> None:
         name = f"blocks.{i}"
         _check_type(name, block, Block)
         _check_parts(block, f"{name}.", Block)
-        if activation_name(block.mlp.act) is None or activation_name(block.mlp.act) != activation_name(
-            model.blocks[0].mlp.act
-        ):
+        if activation_name(block.mlp.act) is None:
             raise ValueError(
                 f"model: {name}.mlp.act is {type(block.mlp.act).__name__}; the fused forward pass has GELU (exact or "
-                "tanh), SiLU and ReLU, one for all blocks; run the model itself, which is not optimised"
+                "tanh), QuickGELU, SiLU and ReLU; run the model itself, which is not optimised"
             )
 
 
@@ -90,11 +88,13 @@ def _check_type(name: str, module: nn.Module, expected: type | tuple[type, ...])
 
 def _gathered(weights: ViTWeights) -> ViTWeights:
     """The same weights in one piece of memory, in the order in which they are read."""
-    moved = iter(gathered([t for block in weights.blocks for part in block for t in part[:2]]))
-    blocks = [
-        BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in block)) for block in weights.blocks
-    ]
-    return weights._replace(blocks=blocks)
+    moved = iter(gathered([t for block in weights.blocks for part in block.parts() for t in part[:2]]))
+
+    def placed(block: BlockWeights) -> BlockWeights:
+        parts = block.parts()
+        return BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in parts), *block[len(parts) :])
+
+    return weights._replace(blocks=[placed(block) for block in weights.blocks])
 
 
 class Packed(NamedTuple):
@@ -118,7 +118,8 @@ class Packed(NamedTuple):
 def _norm(module: nn.Module) -> TokenNorm:
     if not isinstance(module, TALLayerNorm):
         return NO_NORM
-    return TokenNorm(module.weight.detach().float().contiguous(), module.bias.detach().float().contiguous())
+    weight, bias = (parameter.detach().float().contiguous() for parameter in (module.weight, module.bias))
+    return TokenNorm(weight, bias, module.eps)
 
 
 def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
@@ -152,22 +153,19 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
             _norm(block.norm2),
             pack_weight(block.mlp.fc1.weight, block.mlp.fc1.bias, dtype),
             _scaled(block.mlp.fc2, block.ls2, dtype),
+            n_heads=block.attn.num_heads,
+            head_dim=block.attn.head_dim,
+            activation=activation_name(block.mlp.act),
         )
         for block in model.blocks
     ]
-    first = model.blocks[0] if model.blocks else None
-    norms = [module for module in model.modules() if isinstance(module, TALLayerNorm)]
     weights = ViTWeights(
         embed=pack_weight(*model.patch_embed.matrix(), outer),
         norm_pre=_norm(model.norm_pre),
         norm=_norm(model.norm),
         blocks=blocks,
         prefix=model._prefix().detach().float().contiguous(),
-        n_heads=first.attn.num_heads if first else 1,
-        head_dim=first.attn.head_dim if first else 1,
         n_lengths=len(model.lengths),
-        eps=norms[0].eps if norms else 1e-6,
-        activation=activation_name(first.mlp.act) if first else "none",
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
@@ -211,7 +209,8 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
         tokens = model.pool(tokens, layout.cu_seqlens)
     if isinstance(model.fc_norm, TALLayerNorm):
         own = rows_apart(tokens, layout) if model.global_pool else layout
-        tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), own.cu_seqlens, own.length_index, model.fc_norm.eps)
+        weight, bias, eps = _norm(model.fc_norm)
+        tokens = ops.tal_layer_norm(tokens, weight, bias, own.cu_seqlens, own.length_index, eps)
     if model.distilled:
         rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
         logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]
