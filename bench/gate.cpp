@@ -125,7 +125,9 @@ PackedWeight packed_weight(Arena& arena, WeightType type, int64_t n_out, int64_t
   return weight;
 }
 
-TokenNorm token_norm(Arena& arena, int64_t n_channels) { return {arena.random(n_channels), arena.random(n_channels)}; }
+TokenNorm token_norm(Arena& arena, int64_t n_channels) {
+  return {arena.random(n_channels), arena.random(n_channels), 1e-6};
+}
 
 // Everything between two attentions. Useful work: the four matrix products.
 Call block_tile(Arena& arena, const Vit& vit, WeightType type, int64_t n_rows) {
@@ -134,7 +136,6 @@ Call block_tile(Arena& arena, const Vit& vit, WeightType type, int64_t n_rows) {
   shape->n_channels = n_channels;
   shape->width = width;
   shape->hidden = hidden;
-  shape->eps = 1e-6;
   shape->activation = Activation::kGelu;
   BlockTile tile = {};
   tile.shape = shape;

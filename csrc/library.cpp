@@ -55,8 +55,7 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
   m.def("packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor");
   m.def(
       "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
-      "Tensor prefix, Tensor[] weights, SymInt n_heads, SymInt head_dim, SymInt hidden, SymInt n_lengths, float eps, "
-      "SymInt activation, SymInt n_pooled) -> Tensor");
+      "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled) -> Tensor");
   m.def("cpu_panel() -> int");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");

@@ -2,9 +2,9 @@
 //
 // A block has two stages, each shared among all threads: attention, over (sequence, head) items; and everything between
 // two attentions, over tiles of rows (cpu/block.h). A batch is computed in groups of sequences whose activations fit
-// into the last-level cache, so that memory and time per token do not grow with the batch.
+// into the last-level cache, so that memory and time per token do not grow with the batch. Blocks may differ from one
+// another in everything but their channels and the dtype of their weights (vit_descriptor.h).
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -14,6 +14,7 @@
 #include "attention_plan.h"
 #include "cpu/scratch.h"
 #include "parallel.h"
+#include "vit_descriptor.h"
 #include "weights.h"
 
 namespace revit {
@@ -37,20 +38,26 @@ constexpr int64_t kTensorsBeforeBlocks = 6, kTensorsPerBlock = 12;
 
 int64_t n_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-struct BlockWeights {
+struct Block {
+  cpu::BlockShape shape;
+  int64_t n_heads, head_dim;
+  double scale;  // factor on the scores
   cpu::TokenNorm norm1;
   cpu::PackedWeight qkv, proj;  // queries, keys and values each begin at a panel of their own
   cpu::TokenNorm norm2;
   cpu::PackedWeight fc1, fc2;
+
+  // Panels of the queries, and as many of the keys and of the values.
+  int64_t panels_of_width() const { return divide_up(shape.width, cpu::kernels().linear.panel); }
 };
 
 struct Model {
-  cpu::BlockShape shape;
-  int64_t n_heads, head_dim, n_lengths;
-  cpu::WeightType type;  // of the blocks' weights
+  int64_t n_channels;
+  int64_t largest_width, largest_hidden;  // of all blocks
+  cpu::WeightType type;                   // of the blocks' weights
   cpu::PackedWeight embed;
   cpu::TokenNorm norm_pre, norm;
-  std::vector<BlockWeights> blocks;
+  std::vector<Block> blocks;
   const float* prefix;
   int64_t n_prefix;
   const float* table;
@@ -113,16 +120,16 @@ struct Activations {
   Activations(Workspace& space, const Model& model, int64_t n_sequences, int64_t n_patches, int64_t n_pooled_rows,
               int64_t few_rows) {
     const int64_t n_rows = n_patches + n_sequences * model.n_prefix;
-    const int64_t panel = cpu::kernels().linear.panel, width = divide_up(model.shape.width, panel) * panel;
-    x = space.rows(n_rows, model.shape.n_channels);
+    const int64_t panel = cpu::kernels().linear.panel, width = divide_up(model.largest_width, panel) * panel;
+    x = space.rows(n_rows, model.n_channels);
     qkv = space.rows(n_rows, 3 * width);
     attended = space.rows(n_rows, width);
-    pooled = space.rows(n_pooled_rows, model.shape.n_channels);
+    pooled = space.rows(n_pooled_rows, model.n_channels);
     pooled_attended = space.rows(n_pooled_rows, width);
     pooled_queries = space.rows(n_pooled_rows, width);
     const int64_t shared_rows = std::min(n_rows, few_rows);
-    normed = space.rows(shared_rows, model.shape.n_channels);
-    hidden = space.rows(shared_rows, model.shape.hidden);
+    normed = space.rows(shared_rows, model.n_channels);
+    hidden = space.rows(shared_rows, model.largest_hidden);
     cu_seqlens = space.array<int32_t>(n_sequences + 1);
     pooled_cu_seqlens = space.array<int32_t>(n_sequences + 1);
     length = space.array<int32_t>(n_rows);
@@ -136,8 +143,7 @@ struct Activations {
 // Stages over rows, shared among threads. Rows are cut at whole blocks, so that no tile writes rows of its neighbour.
 class RowStages {
  public:
-  RowStages(const cpu::BlockShape& shape, cpu::WeightType type)
-      : shape_(shape), kernels_(cpu::kernels()), type_(static_cast<int>(type)) {}
+  explicit RowStages(cpu::WeightType type) : kernels_(cpu::kernels()), type_(static_cast<int>(type)) {}
 
   int64_t block_rows() const { return 2 * kernels_.linear.half_block; }
   // Below this number of rows there are too few tiles to give every thread its own.
@@ -158,7 +164,7 @@ class RowStages {
   // Computes all rows of `whole`, in tiles. `normed` and `hidden` are used if there are few rows.
   void block(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
     if (whole.n_rows < few_rows()) return block_by_columns(whole, normed, hidden);
-    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type_](shape_));
+    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type_](*whole.shape));
     for_each_task(static_cast<int64_t>(begins.size()) - 1, [&](int64_t task) {
       const int64_t row = begins[task];
       cpu::BlockTile tile = whole;
@@ -187,12 +193,13 @@ class RowStages {
 
   // Computes one layer after another, each shared by rows and columns, with the same sums in the same order.
   void block_by_columns(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
+    const cpu::BlockShape& shape = *whole.shape;
     const auto linear = [&](const cpu::PackedWeight& weight, const Rows& in, const Rows& out, cpu::Finish finish) {
-      return cpu::LinearTile{in.data,         in.stride, whole.n_rows,      weight,   0,
-                             weight.n_panels, finish,    shape_.activation, out.data, out.stride};
+      return cpu::LinearTile{in.data,         in.stride, whole.n_rows,     weight,   0,
+                             weight.n_panels, finish,    shape.activation, out.data, out.stride};
     };
     const auto norm_of_x = [&](const cpu::TokenNorm& parameters) {
-      norm({whole.x, normed, whole.length, whole.n_rows, parameters, shape_.n_channels, shape_.eps});
+      norm({whole.x, normed, whole.length, whole.n_rows, parameters, shape.n_channels});
     };
     if (whole.attended.data != nullptr) {
       share_linear(linear(whole.proj, whole.attended, whole.x, cpu::Finish::kAdd));
@@ -209,7 +216,6 @@ class RowStages {
     }
   }
 
-  const cpu::BlockShape& shape_;
   const cpu::Kernels& kernels_;
   int type_;
 };
@@ -217,7 +223,7 @@ class RowStages {
 class Forward {
  public:
   Forward(const Model& model, const Batch& batch, int64_t n_pooled, float* out)
-      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out), stages_(model.shape, model.type) {}
+      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out), stages_(model.type) {}
 
   void run(const Group& group, cpu::Scratch& memory) {
     const int64_t n_sequences = group.end - group.first;
@@ -236,17 +242,23 @@ class Forward {
 
     const size_t depth = model_.blocks.size();
     const bool pools = n_pooled_ > 0;
-    const auto items = plan(at.cu_seqlens, at.cu_seqlens, n_sequences);
+    std::vector<cpu::AttentionItem> items;
+    int64_t planned_heads = 0;
     project(at, n_rows, 0, pools && depth == 1);
     for (size_t i = 0; i < depth; ++i) {
+      const Block& block = model_.blocks[i];
       const bool last = i + 1 == depth;
       if (last && pools) break;
-      attend(at.qkv, at.attended, at, items);
-      cpu::BlockTile tile = second_part(model_.blocks[i], at.attended, at.x, at.length, n_rows);
+      if (block.n_heads != planned_heads) {
+        items = plan(at.cu_seqlens, at.cu_seqlens, n_sequences, block.n_heads);
+        planned_heads = block.n_heads;
+      }
+      attend(block, at.qkv, at.attended, at, items);
+      cpu::BlockTile tile = second_part(block, at.attended, at.x, at.length, n_rows);
       if (!last) add_projection(&tile, at, i + 1, pools && i + 2 == depth);
       stages_.block(tile, at.normed, at.hidden);
     }
-    float* out = out_ + out_row(group) * model_.shape.n_channels;
+    float* out = out_ + out_row(group) * model_.n_channels;
     if (!pools) return finish(at.x, at.length, n_rows, out);
     gather(at, n_pooled_rows);
     if (depth > 0) last_block(at, n_sequences, n_pooled_rows);
@@ -259,12 +271,10 @@ class Forward {
     return batch_.patches[group.first] + group.first * model_.n_prefix;
   }
 
-  int64_t panels_of_width() const { return divide_up(model_.shape.width, cpu::kernels().linear.panel); }
-
   // Writes offsets and lengths of the group's tokens, the rows for its patches, and its prefix tokens.
   void index(const Group& group, const Activations& at) const {
     const int64_t begin = batch_.patches[group.first], n_prefix = model_.n_prefix;
-    const size_t row_bytes = model_.shape.n_channels * sizeof(float);
+    const size_t row_bytes = model_.n_channels * sizeof(float);
     int64_t row = 0, pooled = 0;
     for (int64_t b = group.first; b < group.end; ++b) {
       const int64_t s = b - group.first, n = batch_.patches[b + 1] - batch_.patches[b];
@@ -272,7 +282,7 @@ class Forward {
       at.cu_seqlens[s] = static_cast<int32_t>(row);
       at.pooled_cu_seqlens[s] = static_cast<int32_t>(pooled);
       for (int64_t i = 0; i < n_prefix; ++i) {
-        std::memcpy(at.x.from(row + i).data, model_.prefix + i * model_.shape.n_channels, row_bytes);
+        std::memcpy(at.x.from(row + i).data, model_.prefix + i * model_.n_channels, row_bytes);
       }
       std::fill_n(at.length + row, n_prefix + n, batch_.length_index[b]);
       std::iota(at.token + patch, at.token + patch + n, row + n_prefix);
@@ -296,34 +306,35 @@ class Forward {
       const int64_t row = task * tile_rows;
       kernels.embed[static_cast<int>(model_.embed.type)](
           {rows + row * batch_.row_bytes, batch_.dtype, batch_.bytes, std::min(tile_rows, n_patches - row),
-           model_.embed, model_.shape.n_channels, model_.table, at.position + row, at.token + row, at.x});
+           model_.embed, model_.n_channels, model_.table, at.position + row, at.token + row, at.x});
     });
   }
 
   void norm(const Rows& x, const Rows& y, const int32_t* length, int64_t n_rows, const cpu::TokenNorm& norm) const {
-    stages_.norm({x, y, length, n_rows, norm, model_.shape.n_channels, model_.shape.eps});
+    stages_.norm({x, y, length, n_rows, norm, model_.n_channels});
   }
 
-  cpu::BlockTile second_part(const BlockWeights& weights, const Rows& attended, const Rows& x, const int32_t* length,
+  cpu::BlockTile second_part(const Block& block, const Rows& attended, const Rows& x, const int32_t* length,
                              int64_t n_rows) const {
     cpu::BlockTile tile = {};
-    tile.shape = &model_.shape;
+    tile.shape = &block.shape;
     tile.attended = attended;
     tile.x = x;
     tile.length = length;
     tile.n_rows = n_rows;
-    tile.proj = weights.proj;
-    tile.norm2 = weights.norm2;
-    tile.fc1 = weights.fc1;
-    tile.fc2 = weights.fc2;
+    tile.proj = block.proj;
+    tile.norm2 = block.norm2;
+    tile.fc1 = block.fc1;
+    tile.fc2 = block.fc2;
     return tile;
   }
 
   // Adds queries, keys and values of block i; with `keys_only` no queries, because only pooled tokens need them.
   void add_projection(cpu::BlockTile* tile, const Activations& at, size_t i, bool keys_only) const {
-    const int64_t width = panels_of_width();
-    tile->next_norm = model_.blocks[i].norm1;
-    tile->next = model_.blocks[i].qkv;
+    const Block& block = model_.blocks[i];
+    const int64_t width = block.panels_of_width();
+    tile->next_norm = block.norm1;
+    tile->next = block.qkv;
     tile->first_panel = keys_only ? width : 0;
     tile->end_panel = 3 * width;
     tile->projected = at.qkv;
@@ -333,7 +344,7 @@ class Forward {
   void project(const Activations& at, int64_t n_rows, size_t i, bool keys_only) const {
     if (i >= model_.blocks.size()) return;
     cpu::BlockTile tile = {};
-    tile.shape = &model_.shape;
+    tile.shape = &model_.blocks[i].shape;
     tile.x = at.x;
     tile.length = at.length;
     tile.n_rows = n_rows;
@@ -341,24 +352,25 @@ class Forward {
     stages_.block(tile, at.normed, at.hidden);
   }
 
-  std::vector<cpu::AttentionItem> plan(const int32_t* queries, const int32_t* keys, int64_t n_sequences) const {
-    return plan_attention(queries, keys, n_sequences, model_.n_heads, cpu::kernels().attention.row_tile);
+  std::vector<cpu::AttentionItem> plan(const int32_t* queries, const int32_t* keys, int64_t n_sequences,
+                                       int64_t n_heads) const {
+    return plan_attention(queries, keys, n_sequences, n_heads, cpu::kernels().attention.row_tile);
   }
 
-  void attend(const Rows& queries, const Rows& out, const Activations& at,
+  void attend(const Block& block, const Rows& queries, const Rows& out, const Activations& at,
               const std::vector<cpu::AttentionItem>& items) const {
-    const int64_t width = panels_of_width() * cpu::kernels().linear.panel;
+    const int64_t width = block.panels_of_width() * cpu::kernels().linear.panel;
     cpu::AttentionForward args;
-    args.q = {queries.data, queries.stride, model_.head_dim};
-    args.k = {at.qkv.data + width, at.qkv.stride, model_.head_dim};
-    args.v = {at.qkv.data + 2 * width, at.qkv.stride, model_.head_dim};
-    args.n_heads = model_.n_heads;
-    args.head_dim = model_.head_dim;
+    args.q = {queries.data, queries.stride, block.head_dim};
+    args.k = {at.qkv.data + width, at.qkv.stride, block.head_dim};
+    args.v = {at.qkv.data + 2 * width, at.qkv.stride, block.head_dim};
+    args.n_heads = block.n_heads;
+    args.head_dim = block.head_dim;
     args.group = 1;
-    args.scale = 1.0 / std::sqrt(static_cast<double>(model_.head_dim));
+    args.scale = block.scale;
     args.causal = false;
     args.lse_head_stride = 0;
-    args.out = {out.data, out.stride, model_.head_dim};
+    args.out = {out.data, out.stride, block.head_dim};
     args.lse = nullptr;
     const auto kernel = cpu::kernels().attention.forward[static_cast<int>(cpu::DType::kFloat32)];
     for_each_task(static_cast<int64_t>(items.size()), [&](int64_t i) {
@@ -368,30 +380,31 @@ class Forward {
 
   void gather(const Activations& at, int64_t n_pooled_rows) const {
     for (int64_t i = 0; i < n_pooled_rows; ++i) {
-      std::memcpy(at.pooled.from(i).data, at.x.from(at.pooled_token[i]).data, model_.shape.n_channels * sizeof(float));
+      std::memcpy(at.pooled.from(i).data, at.x.from(at.pooled_token[i]).data, model_.n_channels * sizeof(float));
     }
   }
 
   // The last block if only pooled tokens are read; its keys and values are already computed.
   void last_block(const Activations& at, int64_t n_sequences, int64_t n_pooled_rows) const {
-    const BlockWeights& weights = model_.blocks.back();
+    const Block& block = model_.blocks.back();
     cpu::BlockTile queries = {};
-    queries.shape = &model_.shape;
+    queries.shape = &block.shape;
     queries.x = at.pooled;
     queries.length = at.pooled_length;
     queries.n_rows = n_pooled_rows;
-    queries.next_norm = weights.norm1;
-    queries.next = weights.qkv;
-    queries.end_panel = panels_of_width();
+    queries.next_norm = block.norm1;
+    queries.next = block.qkv;
+    queries.end_panel = block.panels_of_width();
     queries.projected = at.pooled_queries;
     stages_.block(queries, at.normed, at.hidden);
-    attend(at.pooled_queries, at.pooled_attended, at, plan(at.pooled_cu_seqlens, at.cu_seqlens, n_sequences));
-    stages_.block(second_part(weights, at.pooled_attended, at.pooled, at.pooled_length, n_pooled_rows), at.normed,
+    attend(block, at.pooled_queries, at.pooled_attended, at,
+           plan(at.pooled_cu_seqlens, at.cu_seqlens, n_sequences, block.n_heads));
+    stages_.block(second_part(block, at.pooled_attended, at.pooled, at.pooled_length, n_pooled_rows), at.normed,
                   at.hidden);
   }
 
   void finish(const Rows& x, const int32_t* length, int64_t n_rows, float* out) const {
-    const int64_t n_channels = model_.shape.n_channels;
+    const int64_t n_channels = model_.n_channels;
     if (model_.norm.weight != nullptr) return norm(x, {out, n_channels}, length, n_rows, model_.norm);
     for (int64_t i = 0; i < n_rows; ++i) {
       std::memcpy(out + i * n_channels, x.from(i).data, n_channels * sizeof(float));
@@ -423,14 +436,14 @@ std::vector<Group> groups_of(const int32_t* patches, int64_t n_sequences, int64_
   return groups;
 }
 
-cpu::TokenNorm token_norm(const Tensor& weight, const Tensor& bias, int64_t n_lengths, int64_t n_channels) {
-  if (weight.numel() == 0) return {nullptr, nullptr};
+cpu::TokenNorm token_norm(const Tensor& weight, const Tensor& bias, double eps, int64_t n_lengths, int64_t n_channels) {
+  if (weight.numel() == 0) return {nullptr, nullptr, eps};
   for (const Tensor* t : {&weight, &bias}) {
     STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->is_contiguous() &&
                         t->size(0) == n_lengths && t->size(1) == n_channels,
                     "norm parameters must be contiguous float32 CPU tensors [", n_lengths, ", ", n_channels, "]");
   }
-  return {static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(bias.const_data_ptr())};
+  return {static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(bias.const_data_ptr()), eps};
 }
 
 const float* float_matrix(const Tensor& t, int64_t n_columns, const char* name) {
@@ -440,44 +453,54 @@ const float* float_matrix(const Tensor& t, int64_t n_columns, const char* name) 
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-Model model_of(const std::vector<Tensor>& weights, int64_t n_channels, int64_t n_heads, int64_t head_dim,
-               int64_t hidden, int64_t depth_of_rows, int64_t n_lengths, double eps, int64_t activation) {
-  STD_TORCH_CHECK(n_channels >= 1 && n_heads >= 1 && head_dim >= 1 && head_dim <= 256 && hidden >= 1 && n_lengths >= 1,
-                  "n_channels, n_heads, head_dim (at most 256), hidden and n_lengths must be positive");
-  const int64_t n = static_cast<int64_t>(weights.size()) - kTensorsBeforeBlocks;
-  STD_TORCH_CHECK(n >= 0 && n % kTensorsPerBlock == 0, "weights must be ", kTensorsBeforeBlocks, " tensors and ",
-                  kTensorsPerBlock, " for each block, got ", weights.size());
-  const int64_t panel = cpu::kernels().linear.panel, width = n_heads * head_dim;
-  const int64_t whole_width = divide_up(width, panel) * panel;
+Block block_of(const Tensor* weights, const BlockDescriptor& d, int64_t n_lengths, int64_t n_channels) {
+  const int64_t panel = cpu::kernels().linear.panel, width = d.n_heads * d.head_dim;
+  Block block = {};
+  block.shape = {n_channels, width, d.hidden, d.activation};
+  block.n_heads = d.n_heads;
+  block.head_dim = d.head_dim;
+  block.scale = d.scale;
+  block.norm1 = token_norm(weights[0], weights[1], d.norm1_eps, n_lengths, n_channels);
+  block.qkv = packed_weight(weights[2], weights[3], 3 * divide_up(width, panel) * panel, n_channels, "qkv");
+  block.proj = packed_weight(weights[4], weights[5], n_channels, width, "proj");
+  block.norm2 = token_norm(weights[6], weights[7], d.norm2_eps, n_lengths, n_channels);
+  block.fc1 = packed_weight(weights[8], weights[9], d.hidden, n_channels, "fc1");
+  block.fc2 = packed_weight(weights[10], weights[11], n_channels, d.hidden, "fc2");
+  STD_TORCH_CHECK(block.norm1.weight != nullptr && block.norm2.weight != nullptr, "a block needs both its norms");
+  return block;
+}
+
+Model model_of(const std::vector<Tensor>& weights, const ViTDescriptor& descriptor, int64_t n_channels,
+               int64_t depth_of_rows) {
+  const int64_t n_blocks = static_cast<int64_t>(descriptor.blocks.size()), n_lengths = descriptor.n_lengths;
+  STD_TORCH_CHECK(n_channels >= 1, "prefix must have at least one channel");
+  STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kTensorsBeforeBlocks + n_blocks * kTensorsPerBlock,
+                  "weights must be ", kTensorsBeforeBlocks, " tensors and ", kTensorsPerBlock,
+                  " for each of the descriptor's ", n_blocks, " blocks, got ", weights.size());
   Model model = {};
-  model.shape = {n_channels, width, hidden, eps, activation_of(activation)};
-  model.n_heads = n_heads;
-  model.head_dim = head_dim;
-  model.n_lengths = n_lengths;
+  model.n_channels = n_channels;
   model.embed = packed_weight(weights[0], weights[1], n_channels, depth_of_rows, "embed");
   STD_TORCH_CHECK(model.embed.type != cpu::WeightType::kInt8, "embed must not be int8; pack it in float32");
-  model.norm_pre = token_norm(weights[2], weights[3], n_lengths, n_channels);
-  model.norm = token_norm(weights[4], weights[5], n_lengths, n_channels);
-  for (int64_t i = kTensorsBeforeBlocks; i < n + kTensorsBeforeBlocks; i += kTensorsPerBlock) {
-    const Tensor* w = weights.data() + i;
-    model.blocks.push_back(
-        {token_norm(w[0], w[1], n_lengths, n_channels), packed_weight(w[2], w[3], 3 * whole_width, n_channels, "qkv"),
-         packed_weight(w[4], w[5], n_channels, width, "proj"), token_norm(w[6], w[7], n_lengths, n_channels),
-         packed_weight(w[8], w[9], hidden, n_channels, "fc1"), packed_weight(w[10], w[11], n_channels, hidden, "fc2")});
-    const BlockWeights& block = model.blocks.back();
+  model.norm_pre = token_norm(weights[2], weights[3], descriptor.norm_pre_eps, n_lengths, n_channels);
+  model.norm = token_norm(weights[4], weights[5], descriptor.norm_eps, n_lengths, n_channels);
+  const Tensor* of_block = weights.data() + kTensorsBeforeBlocks;
+  for (const BlockDescriptor& d : descriptor.blocks) {
+    model.blocks.push_back(block_of(of_block, d, n_lengths, n_channels));
+    of_block += kTensorsPerBlock;
+    const Block& block = model.blocks.back();
     for (const cpu::PackedWeight* weight : {&block.qkv, &block.proj, &block.fc1, &block.fc2}) {
       STD_TORCH_CHECK(weight->type == model.blocks[0].qkv.type, "the weights of all blocks must have one dtype");
     }
     model.type = block.qkv.type;
-    STD_TORCH_CHECK(block.norm1.weight != nullptr && block.norm2.weight != nullptr, "a block needs both its norms");
+    model.largest_width = std::max(model.largest_width, block.shape.width);
+    model.largest_hidden = std::max(model.largest_hidden, block.shape.hidden);
   }
   return model;
 }
 
 Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor& length_index,
                    const Tensor& pos_offset, const Tensor& pos_table, const Tensor& prefix, std::vector<Tensor> weights,
-                   int64_t n_heads, int64_t head_dim, int64_t hidden, int64_t n_lengths, double eps, int64_t activation,
-                   int64_t n_pooled) {
+                   const Tensor& descriptor_in, int64_t n_pooled) {
   const bool bytes = rows_in.scalar_type() == ScalarType::Byte;
   STD_TORCH_CHECK(rows_in.is_cpu() && rows_in.dim() == 2 && (bytes || is_floating(rows_in)),
                   "rows must be a floating or uint8 CPU tensor [Tp, P*P*3]");
@@ -488,8 +511,9 @@ Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor
   const int32_t* patches = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   STD_TORCH_CHECK(patches[n_sequences] == rows_in.size(0), "rows must end with the last sequence: cu_seqlens ends at ",
                   patches[n_sequences], ", rows has ", rows_in.size(0));
-  check_length_index(length_index, n_sequences, n_lengths);
-  Model model = model_of(weights, n_channels, n_heads, head_dim, hidden, rows_in.size(1), n_lengths, eps, activation);
+  const ViTDescriptor descriptor = decode_descriptor(descriptor_in);
+  check_length_index(length_index, n_sequences, descriptor.n_lengths);
+  Model model = model_of(weights, descriptor, n_channels, rows_in.size(1));
   model.prefix = float_matrix(prefix, n_channels, "prefix");
   model.n_prefix = n_prefix;
   model.table = float_matrix(pos_table, n_channels, "pos_table");
@@ -508,7 +532,7 @@ Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor
   Tensor out = torch::stable::new_empty(pos_table, {n_out, n_channels});
   static thread_local cpu::Scratch memory;
   Forward forward(model, batch, n_pooled, static_cast<float*>(out.mutable_data_ptr()));
-  const int64_t row_bytes = (2 * n_channels + 4 * model.shape.width) * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes = (2 * n_channels + 4 * model.largest_width) * static_cast<int64_t>(sizeof(float));
   for (const Group& group : groups_of(patches, n_sequences, n_prefix, row_bytes)) forward.run(group, memory);
   memory.shrink(kKeptBytes);
   return out;

@@ -136,20 +136,45 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu" or "relu"."""
-    functions = {"gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu, "relu": F.relu}
-    return x if name == "none" else functions[name](x)
+    """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu", "relu" or "quick_gelu"."""
+    functions = {
+        "none": lambda t: t,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "silu": F.silu,
+        "relu": F.relu,
+        "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+    }
+    return functions[name](x)
 
 
 class BlockWeights(NamedTuple):
-    """Weights of a transformer block as (weight, bias) pairs; those of norms are `[n_lengths, C]`."""
+    """A transformer block.
 
-    norm1: tuple[Tensor, Tensor]
+    A linear layer is a pair (weight, bias). A norm is (weight, bias, eps) with weight and bias `[n_lengths, C]`; eps is
+    added to the variance.
+
+    Attributes:
+        norm1: norm before attention.
+        qkv: projection to queries, keys and values, `[3 * H * D, C]`.
+        proj: projection of the heads' results, `[C, H * D]`.
+        norm2: norm before the MLP.
+        fc1: first layer of the MLP, `[hidden, C]`.
+        fc2: second layer of the MLP, `[C, hidden]`.
+        n_heads: attention heads H.
+        activation: activation of the MLP, see `activate`.
+        scale: factor on the scores; None for `D ** -0.5`.
+    """
+
+    norm1: tuple[Tensor, Tensor, float]
     qkv: tuple[Tensor, Tensor]
     proj: tuple[Tensor, Tensor]
-    norm2: tuple[Tensor, Tensor]
+    norm2: tuple[Tensor, Tensor, float]
     fc1: tuple[Tensor, Tensor]
     fc2: tuple[Tensor, Tensor]
+    n_heads: int
+    activation: str
+    scale: float | None = None
 
 
 def vit_forward(
@@ -160,13 +185,10 @@ def vit_forward(
     pos_table: Tensor,
     prefix: Tensor,
     embed: tuple[Tensor, Tensor],
-    norm_pre: tuple[Tensor, Tensor],
-    norm: tuple[Tensor, Tensor],
+    norm_pre: tuple[Tensor, Tensor, float],
+    norm: tuple[Tensor, Tensor, float],
     blocks: Sequence[BlockWeights],
     *,
-    n_heads: int,
-    eps: float,
-    activation: str,
     n_pooled: int,
     round_rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -180,12 +202,9 @@ def vit_forward(
         pos_table: `[R, C]`.
         prefix: `[n_prefix, C]`.
         embed: `[C, K]` and `[C]`.
-        norm_pre: norm between embedding and blocks; empty tensors for none.
-        norm: norm after the blocks; empty tensors for none.
-        blocks: weights of every block.
-        n_heads: attention heads.
-        eps: added to the variance in every norm.
-        activation: see `activate`.
+        norm_pre: (weight, bias, eps) of the norm between embedding and blocks; empty tensors for no norm.
+        norm: (weight, bias, eps) of the norm after the blocks; empty tensors for no norm.
+        blocks: the blocks; they may differ from one another in everything but C.
         n_pooled: number of leading tokens of every sequence to return; 0 for all.
         round_rows: function applied to the input rows of every linear layer of a block; None for no change.
 
@@ -195,19 +214,21 @@ def vit_forward(
     x = assemble_tokens(F.linear(rows, *embed), prefix, pos_table, pos_offset, cu_seqlens)
     cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype)
 
-    def normed(x: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
-        return tal_layer_norm(x, *parameters, cu_seqlens, length_index, eps) if parameters[0].numel() else x
+    def normed(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+        weight, bias, eps = norm
+        return tal_layer_norm(x, weight, bias, cu_seqlens, length_index, eps) if weight.numel() else x
 
     def linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
         return F.linear(x if round_rows is None else round_rows(x), *layer)
 
     x = normed(x, norm_pre)
     for block in blocks:
-        head_dim = block.proj[0].shape[1] // n_heads
-        q, k, v = linear(normed(x, block.norm1), block.qkv).view(-1, 3, n_heads, head_dim).unbind(1)
-        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=head_dim**-0.5)
+        head_dim = block.proj[0].shape[1] // block.n_heads
+        scale = head_dim**-0.5 if block.scale is None else block.scale
+        q, k, v = linear(normed(x, block.norm1), block.qkv).view(-1, 3, block.n_heads, head_dim).unbind(1)
+        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=scale)
         x = x + linear(attended.flatten(1), block.proj)
-        x = x + linear(activate(activation, linear(normed(x, block.norm2), block.fc1)), block.fc2)
+        x = x + linear(activate(block.activation, linear(normed(x, block.norm2), block.fc1)), block.fc2)
     x = normed(x, norm)
     if n_pooled == 0:
         return x

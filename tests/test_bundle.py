@@ -114,6 +114,7 @@ class TestConfig:
         again = rf.ReViT.from_config(json.loads(json.dumps(leaky.config)))
         assert again.spec == leaky.spec
         assert again.blocks[1].mlp.act.negative_slope == 0.5
+        assert make_model(act_layer=timm.layers.QuickGELU).config["act_layer"] == "quick_gelu"
         with pytest.raises(ValueError, match=r"act_layer: expected a module or one of gelu.*got 'gelou'"):
             make_model(act_layer="gelou")
 

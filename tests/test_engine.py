@@ -14,6 +14,7 @@ from torch import nn
 
 import revit_fast as rf
 from revit_fast.inference import cpu
+from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.ops import _library
 from revit_fast.packing import PackedBatch
 
@@ -42,6 +43,7 @@ def ran_fused(fast) -> bool:
         {"final_norm": False, "num_classes": 0},
         {"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "patch_bias": False},
         {"act_layer": nn.SiLU},
+        {"act_layer": "quick_gelu"},
         {"depth": 0},
         {"depth": 1, "head_dim": 5},
     ],
@@ -54,6 +56,18 @@ def test_equals_the_eager_model(isa, options):
     with torch.no_grad():
         for grids in ([6], [2] * 40, [(1, 1)] * 7):
             torch.testing.assert_close(fast(images_of(grids)), model(images_of(grids)), rtol=1e-5, atol=2e-6)
+    assert ran_fused(fast)
+
+
+def test_blocks_with_activations_and_eps_of_their_own_equal_the_eager_model(isa):
+    model = make_model(depth=3, pre_norm=True)
+    for block, act in zip(model.blocks, (nn.ReLU(), timm.layers.QuickGELU(), nn.GELU()), strict=True):
+        block.mlp.act = act
+    norms = [m for m in model.modules() if isinstance(m, TALLayerNorm)]
+    for norm, eps in zip(norms, (1e-6, 0.5, 1e-3, 1e-5, 0.1, 2.0, 1e-12, 0.2), strict=True):
+        norm.eps = eps
+    fast = rf.optimize(model)
+    check(fast, model, images_of(MIX * 6))
     assert ran_fused(fast)
 
 

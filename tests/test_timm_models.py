@@ -288,6 +288,7 @@ class TestArguments:
             {"mlp_ratio": 2.0, "init_values": 0.1, "qkv_bias": False},
             {"pre_norm": True, "final_norm": False},
             {"fc_norm": True, "reg_tokens": 2, "act_layer": "silu"},
+            {"act_layer": "quick_gelu"},
             {"in_chans": 5, "patch_size": (8, 8), "img_size": 64},
         ]
         for arguments in cases:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_as_accurate, cu_seqlens_of, only_on, randn
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from revit_fast import ops, reference
@@ -15,9 +15,13 @@ pytestmark = only_on("cpu", reason="a CPU op")
 
 N_LENGTHS = 3
 
+EPS = 1e-6
+
 
 class Net:
     """Random weights of a small ViT, plain for the reference and packed for the op.
+
+    All blocks have the same shape, or each has the arguments in its entry of `blocks` (see `block`).
 
     Weights are rounded to `dtype` first: how well bfloat16 holds them is not the op's matter. With int8 the truth has
     the blocks' rounded weights, and rounds the rows that meet them by the same rule.
@@ -36,28 +40,35 @@ class Net:
         activation="gelu",
         pre_norm=False,
         final_norm=True,
+        outer_eps=(EPS, EPS),
+        blocks=None,
         dtype=torch.float32,
         seed=0,
     ):
         self.seed = 1000 * seed
-        self.dtype, self.n_heads, self.head_dim, self.activation = dtype, n_heads, head_dim, activation
-        width = n_heads * head_dim
+        self.dtype = dtype
         self.outer_dtype = torch.float32 if dtype == torch.int8 else dtype
         self.embed = self.linear(channels, patch_values)
-        self.norm_pre = self.norm(channels) if pre_norm else (torch.empty(0), torch.empty(0))
-        self.final = self.norm(channels) if final_norm else (torch.empty(0), torch.empty(0))
-        self.blocks = [
-            reference.BlockWeights(
-                self.norm(channels),
-                self.linear(3 * width, channels),
-                self.linear(channels, width),
-                self.norm(channels),
-                self.linear(hidden, channels),
-                self.linear(channels, hidden),
-            )
-            for _ in range(depth)
-        ]
+        no_norm = (torch.empty(0), torch.empty(0), EPS)
+        self.norm_pre = self.norm(channels, outer_eps[0]) if pre_norm else no_norm
+        self.final = self.norm(channels, outer_eps[1]) if final_norm else no_norm
+        same = {"n_heads": n_heads, "head_dim": head_dim, "hidden": hidden, "activation": activation}
+        self.blocks = [self.block(channels, **arguments) for arguments in blocks or [same] * depth]
         self.prefix, self.table = self.draw(n_prefix, channels), self.draw(300, channels)
+
+    def block(self, channels, *, n_heads, head_dim, hidden, activation, eps=(EPS, EPS), scale=None):
+        width = n_heads * head_dim
+        return reference.BlockWeights(
+            self.norm(channels, eps[0]),
+            self.linear(3 * width, channels),
+            self.linear(channels, width),
+            self.norm(channels, eps[1]),
+            self.linear(hidden, channels),
+            self.linear(channels, hidden),
+            n_heads,
+            activation,
+            scale,
+        )
 
     def draw(self, *shape, scale=1.0):
         self.seed += 1
@@ -66,8 +77,8 @@ class Net:
     def linear(self, n_out, depth):
         return self.draw(n_out, depth, scale=depth**-0.5).to(self.outer_dtype).float(), self.draw(n_out)
 
-    def norm(self, channels):
-        return 1 + 0.3 * self.draw(N_LENGTHS, channels), 0.3 * self.draw(N_LENGTHS, channels)
+    def norm(self, channels, eps):
+        return 1 + 0.3 * self.draw(N_LENGTHS, channels), 0.3 * self.draw(N_LENGTHS, channels), eps
 
     def packed(self):
         def pack(pair):
@@ -76,7 +87,7 @@ class Net:
         blocks = [
             BlockWeights(
                 TokenNorm(*b.norm1), pack_qkv(*b.qkv, self.dtype), pack(b.proj), TokenNorm(*b.norm2), pack(b.fc1),
-                pack(b.fc2),
+                pack(b.fc2), b.n_heads, b.proj[0].shape[1] // b.n_heads, b.activation, b.scale,
             )
             for b in self.blocks
         ]  # fmt: skip
@@ -86,11 +97,7 @@ class Net:
             *norms,
             blocks,
             self.prefix,
-            self.n_heads,
-            self.head_dim,
             N_LENGTHS,
-            1e-6,
-            self.activation,
         )
 
     def rows(self, seqlens, seed=7):
@@ -101,23 +108,27 @@ class Net:
             rows, cu_seqlens_of(seqlens), *self.index(seqlens, index, offset), self.table, self.packed(), n_pooled
         )
 
+    def arguments(self, seqlens, weights):
+        """The op's arguments before the descriptor."""
+        index = self.index(seqlens)
+        return (self.rows(seqlens), cu_seqlens_of(seqlens), *index, self.table, self.prefix, weights.tensors())
+
     def truth(self, seqlens, rows, n_pooled, dtype=torch.float64, index=None, offset=None):
         def to(value):
-            return value.to(dtype) if isinstance(value, torch.Tensor) else type(value)(*map(to, value))
-
-        def pair(value):
-            return tuple(t.to(dtype) for t in value)
+            """Tensors of `value`, a tensor or a tuple, in `dtype`."""
+            if isinstance(value, tuple):
+                return tuple(map(to, value))
+            return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
         def rounded(name, value):
-            if self.dtype != torch.int8 or name.startswith("norm"):
-                return pair(value)
+            if self.dtype != torch.int8 or name not in ("qkv", "proj", "fc1", "fc2"):
+                return to(value)
             return unpacked(*pack_weight(*value, self.dtype), value[0].shape[1], dtype)
 
         blocks = [reference.BlockWeights(*map(rounded, block._fields, block)) for block in self.blocks]
         return reference.vit_forward(
             to(rows), cu_seqlens_of(seqlens), *self.index(seqlens, index, offset), to(self.table), to(self.prefix),
-            pair(self.embed), pair(self.norm_pre), pair(self.final), blocks,
-            n_heads=self.n_heads, eps=1e-6, activation=self.activation, n_pooled=n_pooled,
+            to(self.embed), to(self.norm_pre), to(self.final), blocks, n_pooled=n_pooled,
             round_rows=round_rows if self.dtype == torch.int8 else None,
         )  # fmt: skip
 
@@ -159,6 +170,7 @@ MIX = (5, 0, 49, 1, 100, 17, 196, 2)
         {"depth": 0},
         {"depth": 1, "activation": "relu"},
         {"depth": 3, "activation": "silu", "n_prefix": 5},
+        {"depth": 1, "activation": "quick_gelu"},
         {"pre_norm": True, "final_norm": False, "activation": "gelu_tanh"},
         {"channels": 40, "n_heads": 5, "head_dim": 7, "hidden": 33, "patch_values": 75},
         {"channels": 7, "n_heads": 1, "head_dim": 1, "hidden": 1, "patch_values": 1},
@@ -171,6 +183,62 @@ def test_matches_reference(isa, options, dtype):
     net = Net(dtype=dtype, **options)
     for n_pooled in (0, 1):
         net.check(MIX, n_pooled, f"n_pooled={n_pooled}")
+
+
+# Widths 35, 16, 192 and 8: narrower and wider than the block before, whole panels and not.
+MIXED_BLOCKS = (
+    {"n_heads": 5, "head_dim": 7, "hidden": 33, "activation": "gelu", "eps": (1e-6, 1e-3)},
+    {"n_heads": 1, "head_dim": 16, "hidden": 300, "activation": "quick_gelu", "eps": (0.1, 1e-5), "scale": 1.0},
+    {"n_heads": 3, "head_dim": 64, "hidden": 1, "activation": "relu", "eps": (1e-12, 2.0)},
+    {"n_heads": 8, "head_dim": 1, "hidden": 96, "activation": "none", "eps": (0.5, 0.5), "scale": -0.3},
+)
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0), (1,)], ids=str)
+def test_blocks_that_differ(isa, order, dtype):
+    """Batches of fewer than 144 rows a thread are shared by columns; larger ones are cut into tiles."""
+    net = Net(
+        channels=40, pre_norm=True, outer_eps=(0.3, 1e-4), blocks=[MIXED_BLOCKS[i] for i in order], n_prefix=2,
+        dtype=dtype,
+    )  # fmt: skip
+    for n_pooled in (0, 1, 2):
+        net.check(MIX[:4], n_pooled, f"few rows, n_pooled={n_pooled}")
+        net.check(MIX * 6, n_pooled, f"many rows, n_pooled={n_pooled}")
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("n_pooled", [0, 2])
+def test_blocks_that_differ_are_bitwise_alone_and_in_any_pack(isa, n_pooled, dtype):
+    net = Net(channels=40, blocks=MIXED_BLOCKS, n_prefix=2, dtype=dtype)
+    seqlens = (49, 196, 3, 100, 0, 49, 196, 14) * 4
+    rows, (index, offset) = net.rows(seqlens).split(seqlens), Net.index(seqlens)
+    packed = net.run(seqlens, torch.cat(rows), n_pooled).split([n_pooled or n + 2 for n in seqlens])
+    for i in range(8):
+        alone = net.run(seqlens[i : i + 1], rows[i], n_pooled, index[i : i + 1], offset[i : i + 1])
+        assert torch.equal(alone, packed[i]), f"sequence {i}"
+
+
+def test_every_number_of_a_block_counts(isa):
+    """A change of one number of one block changes the result, and changes it to that of the reference."""
+    plain = {"n_heads": 2, "head_dim": 6, "hidden": 20, "activation": "gelu"}
+    changes = (
+        {"n_heads": 3, "head_dim": 4}, {"activation": "gelu_tanh"}, {"activation": "quick_gelu"}, {"scale": 0.9},
+        {"eps": (0.2, EPS)}, {"eps": (EPS, 0.2)},
+    )  # fmt: skip
+    seqlens = (9, 30)
+    before = Net(blocks=[plain] * 3)
+    rows = before.rows(seqlens)
+    for block in range(3):
+        for change in changes:
+            net = Net(blocks=[plain | change if i == block else plain for i in range(3)])
+            for n_pooled in (0, 1):
+                net.check(MIX, n_pooled, f"block {block}, {change}")
+                assert not torch.equal(net.run(seqlens, rows, n_pooled), before.run(seqlens, rows, n_pooled))
+    for outer_eps in ((0.2, EPS), (EPS, 0.2)):
+        net = Net(blocks=[plain] * 3, pre_norm=True, outer_eps=outer_eps)
+        net.check(MIX, 1, f"eps {outer_eps}")
+        assert not torch.equal(net.run(seqlens, rows, 1), Net(blocks=[plain] * 3, pre_norm=True).run(seqlens, rows, 1))
 
 
 def test_no_prefix_two_pooled_and_empty_batches(isa):
@@ -269,15 +337,60 @@ def test_any_shape(seqlens, channels, n_heads, head_dim, hidden, activation, n_p
         torch.testing.assert_close(net.run(seqlens, rows, n_pooled).double(), truth, rtol=0, atol=allowed)
 
 
+BLOCKS = st.fixed_dictionaries(
+    {
+        "n_heads": st.integers(1, 5),
+        "head_dim": st.integers(1, 40),
+        "hidden": st.integers(1, 300),
+        "activation": st.sampled_from(ACTIVATIONS),
+        "eps": st.tuples(*[st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 1.0])] * 2),
+        "scale": st.none() | st.floats(-1, 1, width=32),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seqlens=st.lists(st.integers(0, 60), min_size=1, max_size=9),
+    channels=st.integers(8, 40),
+    blocks=st.lists(BLOCKS, min_size=1, max_size=4),
+    n_prefix=st.integers(0, 2),
+    pre_norm=st.booleans(),
+    dtype=st.sampled_from(PACKED_DTYPES),
+)
+def test_any_blocks(isa, seqlens, channels, blocks, n_prefix, pre_norm, dtype):
+    """Blocks of any shapes: as accurate as the reference, and an image's bits do not depend on its pack."""
+    net = Net(channels=channels, blocks=blocks, n_prefix=n_prefix, pre_norm=pre_norm, dtype=dtype)
+    rows, (index, offset) = net.rows(seqlens), Net.index(seqlens)
+    for n_pooled in range(n_prefix + 1):
+        ours, same, truth = (
+            net.run(seqlens, rows, n_pooled),
+            net.truth(seqlens, rows, n_pooled, torch.float32),
+            net.truth(seqlens, rows, n_pooled),
+        )
+        assert ours.shape == truth.shape
+        if dtype == torch.int8:  # of few values one step of rounding moves the median; see test_blocks_that_differ
+            assert torch.isfinite(ours).all()
+        elif truth.numel():
+            # Among a few values the largest error is a matter of luck: a term for values of order 10 is added.
+            allowed = 2e-5 + 2 * (same - truth).abs().max().item()
+            torch.testing.assert_close(ours.double(), truth, rtol=0, atol=allowed)
+        last = len(seqlens) - 1
+        alone = net.run(seqlens[last:], rows[sum(seqlens[:last]) :], n_pooled, index[last:], offset[last:])
+        assert torch.equal(alone, ours[ours.shape[0] - alone.shape[0] :])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_fallback_over_the_reference(dtype):
-    net = Net(channels=40, n_heads=5, head_dim=7, hidden=33, dtype=dtype)
+    net = Net(channels=40, blocks=MIXED_BLOCKS, dtype=dtype)
     weights, seqlens = net.packed(), (30, 0, 7)
-    args = (net.rows(seqlens), cu_seqlens_of(seqlens), *Net.index(seqlens), net.table, net.prefix, weights.tensors())
-    got = _library.reference_ops["vit_forward"](*args, 5, 7, 33, N_LENGTHS, 1e-6, ACTIVATIONS.index("gelu"), 1)
+    args = net.arguments(seqlens, weights)
+    got = _library.reference_ops["vit_forward"](*args, weights.descriptor(), 1)
     torch.testing.assert_close(got, net.run(seqlens, args[0], 1), rtol=1e-4, atol=1e-4)
     qkv = unpack_weight(weights.blocks[0].qkv.panels, weights.blocks[0].qkv.n_out, 40)
     assert qkv.shape[0] % 3 == 0
+    with pytest.raises(RuntimeError, match="descriptor: version must be 1, got 2"):
+        _library.reference_ops["vit_forward"](*args, torch.tensor([2.0, 1, 0, EPS, EPS], dtype=torch.float64), 1)
 
 
 def test_opcheck():
@@ -286,12 +399,9 @@ def test_opcheck():
     for n_pooled in (0, 1):
         torch.library.opcheck(
             torch.ops.revit_fast.vit_forward.default,
-            (
-                net.rows(seqlens), cu_seqlens_of(seqlens), *Net.index(seqlens), net.table, net.prefix,
-                weights.tensors(), 3, 8, 40, N_LENGTHS, 1e-6, 1, n_pooled,
-            ),
+            (*net.arguments(seqlens, weights), weights.descriptor(), n_pooled),
             test_utils=("test_schema", "test_faketensor"),
-        )  # fmt: skip
+        )
 
 
 BAD = {
@@ -321,3 +431,77 @@ def test_bad_inputs_are_named(case):
     )  # fmt: skip
     with pytest.raises(error, match=message):
         ops.vit_forward(**arguments)
+
+
+WHOLE = "must be a whole number in"
+MIDDLE = 5 + 7  # the first number of blocks[1]
+BAD_DESCRIPTORS = {
+    "another version": ({0: 2}, "descriptor: version must be 1, got 2"),
+    "half a version": ({0: 1.5}, "descriptor: version must be 1, got 1.5"),
+    "no lengths": ({1: 0}, rf"descriptor: n_lengths {WHOLE} \[1, 2147483647\], got 0"),
+    "half a length": ({1: 2.5}, rf"n_lengths {WHOLE} .*, got 2\.5"),
+    "fewer blocks": ({2: 1}, "5 numbers and 7 for each of its n_blocks = 1 blocks, got 19"),
+    "more blocks": ({2: 1e9}, "n_blocks = 1000000000 blocks, got 19"),
+    "negative blocks": ({2: -1}, rf"n_blocks {WHOLE} \[0, 2147483647\], got -1"),
+    "eps of norm_pre": ({3: 0}, "descriptor: norm_pre.eps must be a finite positive number, got 0"),
+    "eps of norm": ({4: float("inf")}, "descriptor: norm.eps must be a finite positive number, got inf"),
+    "no heads": ({5: 0}, rf"blocks\[0\].n_heads {WHOLE} \[1, 2147483647\], got 0"),
+    "more heads": ({MIDDLE: 40}, "qkv: panels must be those of a weight"),
+    "huge heads": ({MIDDLE: 1e300}, rf"blocks\[1\].n_heads {WHOLE} .*, got 1e\+300"),
+    "head_dim": ({MIDDLE + 1: 257}, rf"descriptor: blocks\[1\].head_dim {WHOLE} \[1, 256\], got 257"),
+    "NaN": ({MIDDLE + 1: float("nan")}, rf"blocks\[1\].head_dim {WHOLE} \[1, 256\], got -?nan"),
+    "hidden": ({MIDDLE + 2: 0}, rf"blocks\[1\].hidden {WHOLE} \[1, 2147483647\], got 0"),
+    "another hidden": ({MIDDLE + 2: 400}, "fc1: panels must be those of a weight"),
+    "activation": ({MIDDLE + 3: 6}, rf"blocks\[1\].activation {WHOLE} \[0, 5\], got 6"),
+    "eps of norm1": ({MIDDLE + 4: -1e-6}, r"blocks\[1\].norm1.eps must be a finite positive number, got -1e-06"),
+    "eps of norm2": ({MIDDLE + 5: float("nan")}, r"blocks\[1\].norm2.eps must be a finite positive number, got -?nan"),
+    "scale": ({MIDDLE + 6: float("-inf")}, r"blocks\[1\].scale must be a finite number, got -inf"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DESCRIPTORS)
+def test_bad_descriptors_are_named(case):
+    net, seqlens = Net(), (9, 4)
+    changes, message = BAD_DESCRIPTORS[case]
+    weights = net.packed()
+    descriptor = weights.descriptor()
+    for place, value in changes.items():
+        descriptor[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.revit_fast.vit_forward.default(*net.arguments(seqlens, weights), descriptor, 1)
+
+
+def test_descriptors_of_another_form_are_named():
+    net, seqlens = Net(), (9, 4)
+    weights = net.packed()
+    arguments, good = net.arguments(seqlens, weights), weights.descriptor()
+    bad = {
+        "descriptor must be a contiguous float64 CPU vector": (good.float(), good[None], good.repeat(2)[::2]),
+        r"5 numbers and 7 for each block, got [04]": (good[:0], good[:4]),
+        "5 numbers and 7 for each of its n_blocks = 2 blocks, got 18": (good[:-1],),
+        "weights must be 6 tensors and 12 for each of the descriptor's 0 blocks, got 30": (
+            torch.cat([good[:2], torch.zeros(1, dtype=torch.float64), good[3:5]]),
+        ),
+    }
+    for message, descriptors in bad.items():
+        for descriptor in descriptors:
+            with pytest.raises(RuntimeError, match=message):
+                torch.ops.revit_fast.vit_forward.default(*arguments, descriptor, 1)
+
+
+def test_bad_weights_are_named():
+    net = Net()
+    weights = net.packed()
+
+    def run(**change):
+        blocks = [weights.blocks[0], weights.blocks[1]._replace(**change)]
+        index = Net.index((9, 4))
+        changed = weights._replace(blocks=blocks)
+        ops.vit_forward(net.rows((9, 4)), cu_seqlens_of((9, 4)), *index, net.table, changed, 1)
+
+    with pytest.raises(ValueError, match=r"blocks\[1\].activation: expected one of none, gelu, .*, got 'mish'"):
+        run(activation="mish")
+    with pytest.raises(RuntimeError, match=rf"blocks\[1\].head_dim {WHOLE} \[1, 256\], got 0"):
+        run(head_dim=0)
+    with pytest.raises(RuntimeError, match=r"blocks\[1\].norm2.eps must be a finite positive number, got 0"):
+        run(norm2=weights.blocks[1].norm2._replace(eps=0.0))

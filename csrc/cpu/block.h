@@ -20,6 +20,7 @@ struct Rows {
 struct TokenNorm {
   const float* weight;
   const float* bias;
+  double eps;  // added to the variance
 };
 
 // Values that all tiles of a block share.
@@ -27,7 +28,6 @@ struct BlockShape {
   int64_t n_channels;  // C
   int64_t width;       // heads * head_dim
   int64_t hidden;
-  double eps;
   Activation activation;
 };
 
@@ -38,7 +38,6 @@ struct NormTile {
   int64_t n_rows;
   TokenNorm norm;
   int64_t n_channels;
-  double eps;
 };
 
 // The second part of a block and the first part of the next, for rows [0, n_rows):
@@ -48,7 +47,7 @@ struct NormTile {
 //   projected = next_norm(x) Wq' + bq, the columns of panels [first_panel, end_panel)
 //
 // The first part is left out if `attended` has no data, the second if `projected` has none. The hidden activations,
-// n_rows x hidden, stay in the L2 cache.
+// n_rows x hidden, stay in the L2 cache. The next block may have another width and hidden size than `shape`.
 //
 // n_rows is positive. As in linear.h, all arrays have whole half blocks of rows. The rows of `x` and `projected` hold
 // whole panels of columns, all of which are written.

@@ -44,7 +44,7 @@ int64_t max_embed_rows(int64_t depth) {
 
 void norm_tile(const NormTile& tile) {
   const int64_t n_channels = tile.n_channels;
-  const float count = static_cast<float>(n_channels), eps = static_cast<float>(tile.eps);
+  const float count = static_cast<float>(n_channels), eps = static_cast<float>(tile.norm.eps);
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     const float* x = tile.x.data + i * tile.x.stride;
     const float m = RowSum<float, Sum::kNone>{x, nullptr, nullptr, nullptr}(n_channels) / count;
@@ -74,7 +74,7 @@ void block_tile(const BlockTile& tile) {
     }
   };
   const auto norm = [&](const TokenNorm& parameters) {
-    norm_tile({tile.x, {normed, a_stride}, tile.length, tile.n_rows, parameters, n_channels, shape.eps});
+    norm_tile({tile.x, {normed, a_stride}, tile.length, tile.n_rows, parameters, n_channels});
     return factors({normed, a_stride}, n_channels, quantized);
   };
   const auto linear = [&](const PackedWeight& weight, const Rows& in, const Rows& out, Finish finish) {

@@ -5,8 +5,8 @@
 
 namespace revit::cpu {
 
-enum class Activation : int { kNone = 0, kGelu, kGeluTanh, kSilu, kRelu };
-inline constexpr int kActivations = 5;
+enum class Activation : int { kNone = 0, kGelu, kGeluTanh, kSilu, kRelu, kQuickGelu };
+inline constexpr int kActivations = 6;
 
 // What happens to a finished sum plus its bias.
 enum class Finish : int { kStore = 0, kActivate, kAdd };  // kAdd: added to what `out` holds

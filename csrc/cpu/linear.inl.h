@@ -122,6 +122,7 @@ REVIT_INLINE Vec<float, n> activate(Vec<float, n> x) {
   }
   if constexpr (activation == Activation::kSilu) return x * sigmoid<n>(x);
   if constexpr (activation == Activation::kRelu) return x < zero ? zero : x;
+  if constexpr (activation == Activation::kQuickGelu) return x * sigmoid<n>(1.702f * x);
   return x;
 }
 
@@ -152,6 +153,8 @@ REVIT_INLINE void activate_block(Activation activation, float* out, int64_t stri
       return activate_rows<Activation::kSilu, rows>(out, stride);
     case Activation::kRelu:
       return activate_rows<Activation::kRelu, rows>(out, stride);
+    case Activation::kQuickGelu:
+      return activate_rows<Activation::kQuickGelu, rows>(out, stride);
     default:
       return;
   }

@@ -20,7 +20,7 @@ from revit_fast.inference.snapshot import Snapshot
 from revit_fast.layers.block import LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
-from revit_fast.layers.mlp import ACTIVATIONS, activation_name
+from revit_fast.layers.mlp import ACTIVATIONS
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import FoldedEmbedding
 from revit_fast.layers.segments import sequence_max
@@ -56,10 +56,6 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
             f"model: {found}, which the fused forward pass would not run; remove it, or merge it into plain layers "
             "first, or run the model itself, which is not optimised"
         )
-    eps = {norm.eps for b in model.spec.blocks for norm in (b.norm1, b.norm2)}
-    eps |= {norm.eps for norm in (model.spec.embed.norm, model.spec.head.norm) if norm is not None}
-    if len({(b.attn, b.mlp) for b in model.spec.blocks}) > 1 or len(eps) > 1:
-        raise ValueError("model: its blocks differ from one another, which the fused forward pass does not serve yet")
     for i, block in enumerate(model.spec.blocks):
         if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
             raise ValueError(
@@ -76,11 +72,13 @@ def _built(spec: ViTSpec) -> ReViT:
 
 def _gathered(weights: ViTWeights) -> ViTWeights:
     """The same weights in one piece of memory, in the order in which they are read."""
-    moved = iter(gathered([t for block in weights.blocks for part in block for t in part[:2]]))
-    blocks = [
-        BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in block)) for block in weights.blocks
-    ]
-    return weights._replace(blocks=blocks)
+    moved = iter(gathered([t for block in weights.blocks for part in block.parts() for t in part[:2]]))
+
+    def placed(block: BlockWeights) -> BlockWeights:
+        parts = block.parts()
+        return BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in parts), *block[len(parts) :])
+
+    return weights._replace(blocks=[placed(block) for block in weights.blocks])
 
 
 class Packed(NamedTuple):
@@ -104,7 +102,8 @@ class Packed(NamedTuple):
 def _norm(module: nn.Module) -> TokenNorm:
     if not isinstance(module, TALLayerNorm):
         return NO_NORM
-    return TokenNorm(module.weight.detach().float().contiguous(), module.bias.detach().float().contiguous())
+    weight, bias = (parameter.detach().float().contiguous() for parameter in (module.weight, module.bias))
+    return TokenNorm(weight, bias, module.eps)
 
 
 def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
@@ -138,22 +137,20 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
             _norm(block.norm2),
             pack_weight(block.mlp.fc1.weight, block.mlp.fc1.bias, dtype),
             _scaled(block.mlp.fc2, block.ls2, dtype),
+            n_heads=described.attn.heads,
+            head_dim=described.attn.head_dim,
+            activation=described.mlp.act.name,
+            scale=described.attn.scale,
         )
-        for block in model.blocks
+        for block, described in zip(model.blocks, model.spec.blocks, strict=True)
     ]
-    first = model.blocks[0] if model.blocks else None
-    norms = [module for module in model.modules() if isinstance(module, TALLayerNorm)]
     weights = ViTWeights(
         embed=pack_weight(*model.patch_embed.matrix(), outer),
         norm_pre=_norm(model.norm_pre),
         norm=_norm(model.norm),
         blocks=blocks,
         prefix=model._prefix().detach().float().contiguous(),
-        n_heads=first.attn.num_heads if first else 1,
-        head_dim=first.attn.head_dim if first else 1,
         n_lengths=len(model.lengths),
-        eps=norms[0].eps if norms else 1e-6,
-        activation=activation_name(first.mlp.act) if first else "none",
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
@@ -197,7 +194,8 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
         tokens = model.pool(tokens, layout.cu_seqlens)
     if isinstance(model.fc_norm, TALLayerNorm):
         own = rows_apart(tokens, layout) if model.global_pool else layout
-        tokens = ops.tal_layer_norm(tokens, *_norm(model.fc_norm), own.cu_seqlens, own.length_index, model.fc_norm.eps)
+        weight, bias, eps = _norm(model.fc_norm)
+        tokens = ops.tal_layer_norm(tokens, weight, bias, own.cu_seqlens, own.length_index, eps)
     if model.distilled:
         rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
         logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]

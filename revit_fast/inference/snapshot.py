@@ -15,13 +15,15 @@ class Snapshot:
     """Notices whether something of a module or its submodules is no longer what it was.
 
     That is: parameters, buffers and submodules that were replaced, moved or removed; tensors that were written to;
-    plain attributes (eps, heads, dropout rates, training mode); hooks; attributes that were set on a submodule.
+    plain attributes (eps, heads, dropout rates, training mode); hooks; attributes that were set on a submodule; classes
+    that were changed, as parametrisations do.
 
     `holds` is asked before every forward pass: all that it reads is laid out flat here, and read by loops in C.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        owners = list(module.modules())
+        self._owners = owners = list(module.modules())
+        self._kinds = list(map(type, owners))
         tables = [table for owner in owners for table in (owner._modules, owner._parameters, owner._buffers)]
         slots = [(table, name, value) for table in tables for name, value in table.items()]
         self._tables, self._names, self._values = zip(*slots, strict=True) if slots else ((), (), ())
@@ -52,6 +54,7 @@ class Snapshot:
                 all(map(is_, map(getitem, self._tables, self._names), self._values))
                 and self._read_scalars() == self._scalars
                 and self._count_entries() == self._n_entries
+                and list(map(type, self._owners)) == self._kinds
                 and list(map(_version, self._versioned)) == self._versions
                 and self._read_pointers() == self._pointers
             )

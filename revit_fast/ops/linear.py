@@ -13,7 +13,7 @@ from torch import Tensor
 from revit_fast import reference
 from revit_fast.ops import _checks, _library
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "quick_gelu")
 """Names of the activations, indexed by the kernels' numbers for them (`Activation` in csrc/cpu/linear.h)."""
 
 FLOAT_PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -174,7 +174,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> 
     Args:
         x: float32 `[T, K]` on the CPU.
         weight: from `pack_weight`.
-        activation: "none", "gelu", "gelu_tanh", "silu" or "relu".
+        activation: "none", "gelu", "gelu_tanh", "silu", "relu" or "quick_gelu".
 
     Returns:
         float32 `[T, N]`. No gradient flows through it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,21 +16,45 @@ from revit_fast.ops.linear import ACTIVATIONS, PackedWeight, cpu_panel, pack_wei
 TENSORS_BEFORE_BLOCKS = 6
 TENSORS_PER_BLOCK = 12
 
+DESCRIPTOR_VERSION = 1
+"""Version of the layout of `ViTWeights.descriptor`; csrc/vit_descriptor.h has the same."""
+NUMBERS_BEFORE_BLOCKS = 5
+NUMBERS_PER_BLOCK = 7
+
 
 class TokenNorm(NamedTuple):
-    """LayerNorm parameters of every length: float32 `[n_lengths, C]` each."""
+    """A LayerNorm with parameters of its own for every length.
+
+    Attributes:
+        weight: float32 `[n_lengths, C]`.
+        bias: float32 `[n_lengths, C]`.
+        eps: added to the variance; positive.
+    """
 
     weight: Tensor
     bias: Tensor
+    eps: float
 
 
-NO_NORM = TokenNorm(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"))
+NO_NORM = TokenNorm(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), 1e-6)
 
 
 class BlockWeights(NamedTuple):
-    """Weights of a block, packed in one dtype.
+    """A block with its weights packed, all blocks in one dtype.
 
-    LayerScale is folded into `proj` and `fc2`, and `qkv` comes from `pack_qkv`.
+    Blocks may differ from one another in everything but C and the dtype. LayerScale is folded into `proj` and `fc2`.
+
+    Attributes:
+        norm1: norm before attention.
+        qkv: queries, keys and values, from `pack_qkv`.
+        proj: projection of the heads' results, `[C, H * D]`.
+        norm2: norm before the MLP.
+        fc1: first layer of the MLP, `[hidden, C]`.
+        fc2: second layer of the MLP, `[C, hidden]`.
+        n_heads: attention heads H.
+        head_dim: channels D of a head, at most 256.
+        activation: activation of the MLP, one of `ACTIVATIONS`.
+        scale: factor on the scores; None for `D ** -0.5`.
     """
 
     norm1: TokenNorm
@@ -38,6 +63,20 @@ class BlockWeights(NamedTuple):
     norm2: TokenNorm
     fc1: PackedWeight
     fc2: PackedWeight
+    n_heads: int
+    head_dim: int
+    activation: str
+    scale: float | None = None
+
+    def parts(self) -> tuple[TokenNorm | PackedWeight, ...]:
+        """The parts that hold tensors, two each, in the order that the op takes."""
+        return self[: TENSORS_PER_BLOCK // 2]
+
+    def scale_of_scores(self) -> float:
+        """The scale, or its default."""
+        if self.scale is not None:
+            return self.scale
+        return 1 / math.sqrt(max(self.head_dim, 1))  # the op refuses a head_dim below 1, with its name
 
 
 class ViTWeights(NamedTuple):
@@ -49,11 +88,7 @@ class ViTWeights(NamedTuple):
         norm: norm after the blocks, or `NO_NORM`.
         blocks: one entry per block.
         prefix: float32 `[n_prefix, C]`, prefix tokens with their position embeddings added.
-        n_heads: attention heads.
-        head_dim: channels of a head.
-        n_lengths: configured lengths.
-        eps: added to the variance in every norm.
-        activation: activation of the MLP, one of `ACTIVATIONS`.
+        n_lengths: number of configured lengths.
     """
 
     embed: PackedWeight
@@ -61,19 +96,38 @@ class ViTWeights(NamedTuple):
     norm: TokenNorm
     blocks: Sequence[BlockWeights]
     prefix: Tensor
-    n_heads: int
-    head_dim: int
     n_lengths: int
-    eps: float
-    activation: str
 
     def tensors(self) -> list[Tensor]:
         """All packed tensors in the order that the op takes."""
-        flat = [self.embed.panels, self.embed.bias, *self.norm_pre, *self.norm]
-        for block in self.blocks:
-            for part in block:
-                flat += part[:2]
-        return flat
+        parts = [self.embed, self.norm_pre, self.norm, *(part for block in self.blocks for part in block.parts())]
+        return [tensor for part in parts for tensor in part[:2]]
+
+    def descriptor(self) -> Tensor:
+        """The numbers that the op needs beside the tensors, float64 `[5 + 7 * n_blocks]`.
+
+        First come the version, n_lengths, the number of blocks and the eps of `norm_pre` and `norm`. For each block
+        follow n_heads, head_dim, hidden, the index of the activation, the eps of `norm1` and `norm2`, and the scale.
+
+        Raises:
+            ValueError: for an unknown activation. The op checks the numbers.
+        """
+        numbers = [DESCRIPTOR_VERSION, self.n_lengths, len(self.blocks), self.norm_pre.eps, self.norm.eps]
+        for i, block in enumerate(self.blocks):
+            if block.activation not in ACTIVATIONS:
+                raise ValueError(
+                    f"blocks[{i}].activation: expected one of {', '.join(ACTIVATIONS)}, got {block.activation!r}"
+                )
+            numbers += [
+                block.n_heads,
+                block.head_dim,
+                block.fc1.n_out,
+                ACTIVATIONS.index(block.activation),
+                block.norm1.eps,
+                block.norm2.eps,
+                block.scale_of_scores(),
+            ]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedWeight:
@@ -111,8 +165,8 @@ def vit_forward(
         float32 `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`. No gradient flows through it.
 
     Raises:
-        TypeError, ValueError: for arguments of another dtype or shape.
-        RuntimeError: for invalid values of the index tensors, or panels of another instruction set.
+        TypeError, ValueError: for arguments of another dtype or shape, or an unknown activation.
+        RuntimeError: for invalid values of the index tensors or of `weights`, or panels of another instruction set.
     """
     if not isinstance(rows, Tensor) or rows.dim() != 2 or (rows.dtype not in (torch.uint8, *_checks.FLOAT_DTYPES)):
         raise TypeError(f"rows: expected a float or uint8 tensor [Tp, P*P*3], got {_checks.describe(rows)}")
@@ -130,60 +184,49 @@ def vit_forward(
             pos_table,
             weights.prefix,
             weights.tensors(),
-            weights.n_heads,
-            weights.head_dim,
-            weights.blocks[0].fc1.n_out if weights.blocks else 1,
-            weights.n_lengths,
-            weights.eps,
-            ACTIVATIONS.index(weights.activation),
+            weights.descriptor(),
             n_pooled,
         )
 
 
 @torch.library.register_fake("revit_fast::vit_forward")
-def _(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, *shape):
-    n_pooled, batch = shape[-1], length_index.shape[0]
+def _(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, descriptor, n_pooled):
+    batch = length_index.shape[0]
     n_rows = batch * n_pooled if n_pooled else rows.shape[0] + batch * prefix.shape[0]
     return pos_table.new_empty(n_rows, prefix.shape[1])
 
 
-def _reference(
-    rows,
-    cu_seqlens,
-    length_index,
-    pos_offset,
-    pos_table,
-    prefix,
-    weights,
-    n_heads,
-    head_dim,
-    hidden,
-    n_lengths,
-    eps,
-    activation,
-    n_pooled,
-):
-    dtype, width, n_channels = pos_table.dtype, n_heads * head_dim, prefix.shape[1]
+def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, descriptor, n_pooled):
+    dtype, n_channels = pos_table.dtype, prefix.shape[1]
+    version, _, _, norm_pre_eps, norm_eps = descriptor[:NUMBERS_BEFORE_BLOCKS].tolist()
+    if version != DESCRIPTOR_VERSION:
+        raise RuntimeError(f"descriptor: version must be {DESCRIPTOR_VERSION}, got {version:g}")
+    of_blocks = descriptor[NUMBERS_BEFORE_BLOCKS:].view(-1, NUMBERS_PER_BLOCK).tolist()
 
     def linear(panels, bias, n_out, depth):
         return unpacked(panels, bias, n_out, depth, dtype)
 
-    def qkv_of(panels, bias):
+    def qkv_of(panels, bias, width):
         weight, bias = linear(panels, bias, bias.shape[-1], n_channels)
         return weight.view(3, -1, n_channels)[:, :width].flatten(0, 1), bias.view(3, -1)[:, :width].flatten()
 
     blocks, integer = [], False
-    for first in range(TENSORS_BEFORE_BLOCKS, len(weights), TENSORS_PER_BLOCK):
-        w = weights[first : first + TENSORS_PER_BLOCK]
+    for i, (*whole, norm1_eps, norm2_eps, scale) in enumerate(of_blocks):
+        n_heads, head_dim, hidden, activation = map(int, whole)
+        width = n_heads * head_dim
+        w = weights[TENSORS_BEFORE_BLOCKS + i * TENSORS_PER_BLOCK :]
         integer = w[2].dtype == torch.int8
         blocks.append(
             reference.BlockWeights(
-                (w[0], w[1]),
-                qkv_of(w[2], w[3]),
+                (w[0], w[1], norm1_eps),
+                qkv_of(w[2], w[3], width),
                 linear(w[4], w[5], n_channels, width),
-                (w[6], w[7]),
+                (w[6], w[7], norm2_eps),
                 linear(w[8], w[9], hidden, n_channels),
                 linear(w[10], w[11], n_channels, hidden),
+                n_heads,
+                ACTIVATIONS[activation],
+                scale,
             )
         )
     return reference.vit_forward(
@@ -194,12 +237,9 @@ def _reference(
         pos_table,
         prefix,
         linear(weights[0], weights[1], n_channels, rows.shape[1]),
-        (weights[2], weights[3]),
-        (weights[4], weights[5]),
+        (weights[2], weights[3], norm_pre_eps),
+        (weights[4], weights[5], norm_eps),
         blocks,
-        n_heads=n_heads,
-        eps=eps,
-        activation=ACTIVATIONS[activation],
         n_pooled=n_pooled,
         round_rows=round_rows if integer else None,
     )

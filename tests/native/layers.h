@@ -153,6 +153,8 @@ inline double activated(Activation activation, double x) {
       return x / (1 + std::exp(-x));
     case Activation::kRelu:
       return x < 0 ? 0 : x;
+    case Activation::kQuickGelu:
+      return x / (1 + std::exp(-1.702 * x));
     default:
       return x;
   }

@@ -1,0 +1,329 @@
+"""One description of a ViT, many readers: each agrees with the plain definition, whatever the blocks are."""
+
+import copy
+import itertools
+import json
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import dense_vit
+import pytest
+import torch
+from helpers import randn
+from small_models import drawn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import revit_fast as rf
+from revit_fast.layers.comparison import scalars
+from revit_fast.layers.mlp import ACTIVATIONS, Activation
+from revit_fast.layers.positions import Resampling
+from revit_fast.models.keywords import BLOCK_KEYWORDS, keywords_of, spec_of
+from revit_fast.models.macs import spec_macs
+from revit_fast.models.spec import Block, Mlp
+
+GRIDS, PATCH = (4, 3, 2), 2
+KERNEL_ACTS = tuple(ACTIVATIONS)
+OTHER_ACTS = (
+    Activation("LeakyReLU", (("negative_slope", 0.5),)),
+    Activation("Hardtanh", (("min_val", -0.1), ("max_val", 0.1))),
+    Activation("Tanh"),
+)
+SIDES = [(4, 4), (2, 2), (3, 5), (1, 1), (3, 3)]
+
+
+def random_spec(seed, acts=KERNEL_ACTS):
+    """A spec in which every field is drawn, blocks apart from one another."""
+    draw = random.Random(seed)
+    depth, dim = draw.randint(0, 3), draw.choice([8, 20, 24])
+    eps = lambda: draw.choice([1e-6, 1e-5, 1e-3])  # noqa: E731
+    cls = draw.random() < 0.7
+    dist = cls and draw.random() < 0.2
+    aux = cls and not dist and draw.random() < 0.2
+    pools = ["token"] if dist or aux else ["token", "avg", "token_avg", ""] if cls else ["avg", ""]
+    pool = draw.choice(pools)
+
+    def block():
+        init, divisor = draw.choice([(None, 1.0), (0.3, 1.0), (None, 2.0)])
+        return {
+            "num_heads": draw.randint(1, 4),
+            "head_dim": draw.choice([3, 8, 10, 17]),
+            "attn_scale": draw.choice([None, 0.2]),
+            "qkv_bias": draw.random() < 0.5,
+            "proj_bias": draw.random() < 0.5,
+            "hidden_dim": draw.choice([7, 16, 40]),
+            "act_layer": draw.choice(acts),
+            "mlp_bias": draw.random() < 0.5,
+            "norm1_eps": eps(),
+            "norm2_eps": eps(),
+            "init_values": init,
+            "residual_scale": divisor,
+        }
+
+    return spec_of(
+        grids=GRIDS,
+        base_grid=draw.choice([None, (3, 5)]),
+        patch_size=PATCH,
+        in_chans=draw.choice([1, 3]),
+        num_classes=draw.choice([0, 5]) if not aux else 5,
+        global_pool=pool,
+        embed_dim=dim,
+        depth=depth,
+        blocks=[block() for _ in range(depth)],
+        class_token=cls,
+        distilled=dist,
+        reg_tokens=draw.choice([0, 2]),
+        no_embed_class=draw.random() < 0.4,
+        patch_bias=draw.random() < 0.5,
+        aux_head=aux,
+        pre_norm=draw.random() < 0.5,
+        final_norm=draw.random() < 0.8,
+        fc_norm=draw.random() < 0.5 if pool == "avg" else False,
+        pool_include_prefix=draw.random() < 0.3,
+        norm_pre_eps=eps(),
+        norm_eps=eps(),
+    )
+
+
+def images_for(spec, seed=0):
+    return [randn(spec.embed.in_chans, PATCH * h, PATCH * w, seed=seed + i) for i, (h, w) in enumerate(SIDES)]
+
+
+def rows_of(model, images):
+    """Logits of every image, of all its tokens one after another without pooling."""
+    with torch.no_grad():
+        return model(images)
+
+
+@pytest.mark.parametrize("seed", range(40))
+class TestRandomSpecs:
+    def test_module_is_the_definition(self, seed):
+        spec = random_spec(seed, KERNEL_ACTS + OTHER_ACTS)
+        model = drawn(rf.ReViT(spec)).double()
+        images = [image.double() for image in images_for(spec)]
+        truth = [dense_vit.logits(spec, model.state_dict(), image) for image in images]
+        truth = torch.cat(truth) if not spec.head.pool else torch.stack(truth)
+        assert (rows_of(model, images) - truth).abs().max() <= 1e-10 * truth.abs().max()
+
+    def test_optimized_copy_is_the_module(self, seed):
+        spec = random_spec(seed)
+        model = drawn(rf.ReViT(spec))
+        images = images_for(spec)
+        expected, fast = rows_of(model, images), rf.optimize(model)
+        assert (rows_of(fast, images) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+        for image, alone in zip(images, [rows_of(fast, [image]) for image in images], strict=True):
+            together = rows_of(fast, [*images, image])[-len(alone) :]
+            assert torch.equal(alone, together), "an image's bits do not depend on its pack"
+
+    def test_files_hold_it(self, seed):
+        spec = random_spec(seed, KERNEL_ACTS + OTHER_ACTS)
+        keywords = json.loads(json.dumps(keywords_of(spec)))
+        assert spec_of(**keywords) == spec
+        assert rf.ReViT.from_config(keywords).spec == spec
+        assert pickle.loads(pickle.dumps(spec)) == spec
+
+    def test_multiply_adds_are_those_that_are_counted(self, seed):
+        spec = random_spec(seed)
+        state = rf.ReViT(spec).state_dict()
+        image = randn(spec.embed.in_chans, PATCH * 3, PATCH * 5)
+        with FlopCounterMode(display=False) as counter:
+            dense_vit.logits(spec, state, image)
+        assert counter.get_total_flops() == 2 * spec_macs(spec, 15)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = drawn(rf.ReViT(random_spec(3)))
+    model.save_pretrained(tmp_path / "m")
+    again = rf.ReViT.from_pretrained(tmp_path / "m")
+    assert again.spec == model.spec
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", json.loads((Path(__file__).parent / "configs" / "before_specs.json").read_text()))
+def test_configs_of_before_give_the_same_model(kind):
+    """Written by the code that had no specs, for models of every kind."""
+    written = json.loads((Path(__file__).parent / "configs" / "before_specs.json").read_text())[kind]
+    model = rf.ReViT.from_config(written["config"])
+    assert {name: list(p.shape) for name, p in model.named_parameters()} == written["parameters"]
+    for name, value in written["config"].items():
+        if value is not None:  # defaults are said now
+            assert model.config[name] == value, name
+
+
+class TestKeywords:
+    def test_a_spec_comes_alone(self):
+        with pytest.raises(TypeError, match="spec: expected it alone, got depth too"):
+            rf.ReViT(spec_of(embed_dim=8, num_heads=2), depth=3)
+        with pytest.raises(TypeError, match="gears"):
+            rf.ReViT(gears=3)
+
+    def test_blocks_are_checked(self):
+        with pytest.raises(ValueError, match="blocks: expected one entry for each of 2 blocks, got 1"):
+            spec_of(depth=2, blocks=[{}])
+        with pytest.raises(TypeError, match=f"blocks: unknown depth; an entry may hold {BLOCK_KEYWORDS[0]}"):
+            spec_of(depth=1, blocks=[{"depth": 3}])
+
+    def test_a_head_of_several_blocks(self):
+        assert rf.ReViT(embed_dim=8, num_heads=2, depth=2).num_heads == 2
+        with pytest.raises(ValueError, match=r"num_heads: the blocks have \[1, 2\] heads"):
+            _ = rf.ReViT(embed_dim=8, num_heads=2, depth=2, blocks=[{}, {"num_heads": 1}]).num_heads
+
+    def test_reset_and_prune_are_in_the_spec(self):
+        model = rf.ReViT(embed_dim=8, num_heads=2, depth=3, drop_path_rate=0.2, grids=GRIDS, patch_size=PATCH)
+        model.reset_classifier(7, "avg")
+        assert (model.spec.head.classes, model.spec.head.pool) == (7, "avg")
+        model.prune_intermediate_layers([1])
+        assert len(model.spec.blocks) == 2
+        assert model.spec.blocks[1].drop_path == 0.1
+        again = rf.ReViT(model.spec)
+        assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def mutations(module, name):
+    """(what, change) of everything that may be done to a module: hooks, another class, a method, every attribute."""
+
+    def scaled(output):
+        if isinstance(output, tuple):
+            return tuple(scaled(part) for part in output)
+        return output * 0.5 if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+    yield "a forward hook", lambda m: m.register_forward_hook(lambda module, args, output: scaled(output))
+    yield "a forward pre-hook", lambda m: m.register_forward_pre_hook(lambda module, args: scaled(args))
+
+    def subclassed(m):
+        kind = type(m)
+        call = kind.forward
+        m.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, *a, **k: scaled(call(self, *a, **k))})
+
+    def overridden(m):
+        call = m.forward
+        m.forward = lambda *args, **kwargs: scaled(call(*args, **kwargs))
+
+    if name:
+        yield "a subclass", subclassed
+        yield "a forward of its own", overridden
+    for attribute, value in scalars(module).items():
+        others = {
+            bool: lambda v: [not v],
+            int: lambda v: [v + 1, max(v // 2, 1)],
+            float: lambda v: [v * 3 + 0.25],
+            str: lambda v: ["tanh", "none", "avg", ""],
+            tuple: lambda v: [tuple(n + 1 for n in v) if all(isinstance(n, int) for n in v) else v[:1]],
+            type(None): lambda v: [0.3, True],
+            Resampling: lambda v: [v._replace(keep_aspect=not v.keep_aspect), v._replace(base_grid=(2, 8))],
+        }[type(value)](value)
+        for other in others:
+            if other != value:
+                yield f"{attribute}={other!r}", lambda m, a=attribute, o=other: setattr(m, a, o)
+
+
+MUTATED = {
+    "plain": {},
+    "many fields": {
+        "reg_tokens": 1,
+        "pre_norm": True,
+        "init_values": 0.3,
+        "act_layer": "gelu_tanh",
+        "global_pool": "avg",
+        "drop_rate": 0.3,
+        "proj_drop_rate": 0.3,
+        "drop_path_rate": 0.3,
+    },
+    "stem": {"stem_chans": 8, "residual_scale": 2.0, "aux_head": True, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("options", MUTATED.values(), ids=MUTATED)
+class TestMutations:
+    """Whatever is changed: where the model's result changes, the optimised copy's does too, or it is refused."""
+
+    @pytest.fixture
+    def model(self, options):
+        arguments = {"grids": GRIDS, "patch_size": PATCH, "num_classes": 5, "embed_dim": 8, "depth": 2, "num_heads": 2}
+        return drawn(rf.ReViT(**{**arguments, "hidden_dim": 12, **options}))
+
+    @pytest.fixture
+    def images(self, model):
+        sides = [(4, 4), (2, 2), (3, 3)]
+        return [randn(3, model.patch_size * h, model.patch_size * w, seed=i) for i, (h, w) in enumerate(sides)]
+
+    @staticmethod
+    def result(model, images):
+        torch.manual_seed(0)
+        try:
+            out = rows_of(model, images)
+        except Exception as error:
+            return error
+        return out if isinstance(out, torch.Tensor) else torch.cat([part.flatten() for part in out])
+
+    @staticmethod
+    def differs(a, b):
+        return isinstance(a, Exception) or a.shape != b.shape or bool(((a - b).abs() > 1e-4).any() | a.isnan().any())
+
+    def test_before_and_after_the_first_call(self, model, images):
+        right = self.result(model, images)
+        n_effective = n_refused = 0
+        for name, module in list(model.named_modules()):
+            for what, change in mutations(module, name):
+                changed = copy.deepcopy(model)
+                try:
+                    change(changed.get_submodule(name))
+                except Exception:  # nobody can do this to the module
+                    continue
+                mutated = self.result(changed, images)
+                if isinstance(mutated, Exception) or not self.differs(mutated, right):
+                    continue  # it breaks the model, or changes nothing
+                n_effective += 1
+                fast = rf.optimize(model)
+                self.result(fast, images)
+                before = self.result_of_copy(changed, images)
+                change(fast.get_submodule(name))
+                after = self.result(fast, images)
+                in_evaluation = self.result(copy.deepcopy(changed).eval(), images)  # what `optimize` copies
+                for when, got, mutated in (("before", before, in_evaluation), ("after", after, mutated)):
+                    if isinstance(got, ValueError):
+                        n_refused += 1
+                        assert str(got).startswith("model: "), got
+                        continue
+                    assert not isinstance(got, Exception), f"{name}: {what}, {when} the first call: {got!r}"
+                    assert not self.differs(got, mutated), f"{name}: {what}, {when} the first call, has no effect"
+        assert n_effective > 100
+        assert n_refused > 100
+
+    def result_of_copy(self, changed, images):
+        try:
+            fast = rf.optimize(changed)
+        except ValueError as error:
+            return error
+        return self.result(fast, images)
+
+
+def test_spec_refuses_what_cannot_be():
+    spec = spec_of(embed_dim=8, num_heads=2, depth=1)
+    with pytest.raises(ValueError, match='global_pool: expected "token", "avg"'):
+        replace(spec, head=replace(spec.head, pool="map"))
+    with pytest.raises(ValueError, match='"token" needs a class token'):
+        replace(spec, embed=replace(spec.embed, prefix=replace(spec.embed.prefix, cls=False)))
+    with pytest.raises(ValueError, match="residual_scale: expected a positive divisor, got 0"):
+        spec_of(residual_scale=0)
+
+
+def test_every_block_may_have_another_activation():
+    """One block for every activation that kernels have, in the order of `ACTIVATIONS`."""
+    spec = spec_of(grids=GRIDS, patch_size=PATCH, num_classes=5, embed_dim=24, depth=0, num_heads=3)
+    attn = spec_of(embed_dim=24, num_heads=3, depth=1).blocks[0].attn
+    blocks = tuple(Block(attn, Mlp(16, Activation(name))) for name in ACTIVATIONS)
+    model = drawn(rf.ReViT(replace(spec, blocks=blocks)))
+    images = images_for(model.spec)
+    torch.testing.assert_close(rows_of(rf.optimize(model), images), rows_of(model, images), atol=1e-4, rtol=1e-4)
+    for a, b in itertools.combinations(ACTIVATIONS.values(), 2):
+        x = torch.linspace(-3, 3, 50)
+        assert not torch.allclose(a()(x), b()(x), atol=1e-6), "two names for one activation"
+
+
+def test_modules_are_the_spec_s(monkeypatch):
+    model = rf.ReViT(random_spec(5))
+    assert [type(block.mlp.act) for block in model.blocks] == [type(b.mlp.act.build()) for b in model.spec.blocks]
+    assert isinstance(rf.ReViT(spec_of(embed_dim=8, num_heads=2, act_layer=nn.SiLU)).blocks[0].mlp.act, nn.SiLU)
