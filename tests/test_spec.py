@@ -282,13 +282,13 @@ class TestMutations:
                 change(fast.get_submodule(name))
                 after = self.result(fast, images)
                 in_evaluation = self.result(copy.deepcopy(changed).eval(), images)  # what `optimize` copies
-                for when, got, mutated in (("before", before, in_evaluation), ("after", after, mutated)):
+                for when, got, wanted in (("before", before, in_evaluation), ("after", after, mutated)):
                     if isinstance(got, ValueError):
                         n_refused += 1
                         assert str(got).startswith("model: "), got
                         continue
                     assert not isinstance(got, Exception), f"{name}: {what}, {when} the first call: {got!r}"
-                    assert not self.differs(got, mutated), f"{name}: {what}, {when} the first call, has no effect"
+                    assert not self.differs(got, wanted), f"{name}: {what}, {when} the first call, has no effect"
         assert n_effective > 100
         assert n_refused > 100
 

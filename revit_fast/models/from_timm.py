@@ -54,13 +54,13 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled, NaFlexVit):
         base = NaFlexVit if isinstance(vit, NaFlexVit) else VisionTransformer
         raise ValueError(f"vit: subclass {type(vit).__name__} of {base.__name__} is not supported")
+    check_untouched(vit)
     require(len(vit.blocks) > 0, "a model without blocks")
     require(vit.global_pool in ("token", "avg", ""), f"global_pool={vit.global_pool!r}")
     require(vit.attn_pool is None, "attention pooling")
     require(isinstance(vit.patch_drop, (nn.Identity, type(None))), "patch dropout (patch_drop_rate)")
     embedding = _naflex_embedding(vit) if isinstance(vit, NaFlexVit) else _embedding(vit)
     blocks = [_block(f"blocks.{i}", block) for i, block in enumerate(vit.blocks)]
-    check_untouched(vit)
     _check_types(vit)
     norms = {n: getattr(vit, n) for n in ("norm_pre", "norm", "fc_norm")}
     norms = {n: norm.eps for n, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
@@ -134,6 +134,7 @@ def _embedding(vit: nn.Module) -> dict[str, Any]:
     """Arguments for what a `VisionTransformer` does before its blocks."""
     require(vit.pos_embed is not None, "a model without position embedding (pos_embed='none')")
     embed = vit.patch_embed
+    require(type(embed).__name__ == "PatchEmbed", f"a patch embedding of type {type(embed).__name__}")
     require(isinstance(getattr(embed, "proj", None), nn.Conv2d), "a patch embedding other than one convolution")
     require(embed.proj.stride == embed.proj.kernel_size, "overlapping patches")
     plain = (embed.proj.padding, embed.proj.dilation, embed.proj.groups) == ((0, 0), (1, 1), 1)
@@ -183,6 +184,9 @@ def _block(name: str, block: nn.Module) -> dict[str, Any]:
 
     require(type(block) is Block, f"blocks of type {type(block).__name__} ({name})")
     attn, mlp = block.attn, block.mlp
+    for part, layer in (("qkv", attn.qkv), ("proj", attn.proj)):
+        kind = type(layer).__name__
+        require(type(layer) is nn.Linear, f"{name}.attn.{part} is {kind} instead of Linear, which")
     plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
     require(plain, f"query and key norms (qk_norm, {name}.attn)")
     output_norm = getattr(attn, "norm", nn.Identity())
