@@ -1,6 +1,5 @@
 """One description of a ViT, many readers: each agrees with the plain definition, whatever the blocks are."""
 
-import copy
 import itertools
 import json
 import pickle
@@ -12,14 +11,13 @@ import dense_vit
 import pytest
 import torch
 from helpers import randn
+from mutations import assert_copies_follow
 from small_models import drawn
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import revit_fast as rf
-from revit_fast.layers.comparison import scalars
 from revit_fast.layers.mlp import ACTIVATIONS, Activation
-from revit_fast.layers.positions import Resampling
 from revit_fast.models.keywords import BLOCK_KEYWORDS, keywords_of, spec_of
 from revit_fast.models.macs import spec_macs
 from revit_fast.models.spec import Block, Mlp
@@ -181,44 +179,6 @@ class TestKeywords:
         assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
-def mutations(module, name):
-    """(what, change) of everything that may be done to a module: hooks, another class, a method, every attribute."""
-
-    def scaled(output):
-        if isinstance(output, tuple):
-            return tuple(scaled(part) for part in output)
-        return output * 0.5 if isinstance(output, torch.Tensor) and output.is_floating_point() else output
-
-    yield "a forward hook", lambda m: m.register_forward_hook(lambda module, args, output: scaled(output))
-    yield "a forward pre-hook", lambda m: m.register_forward_pre_hook(lambda module, args: scaled(args))
-
-    def subclassed(m):
-        kind = type(m)
-        call = kind.forward
-        m.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, *a, **k: scaled(call(self, *a, **k))})
-
-    def overridden(m):
-        call = m.forward
-        m.forward = lambda *args, **kwargs: scaled(call(*args, **kwargs))
-
-    if name:
-        yield "a subclass", subclassed
-        yield "a forward of its own", overridden
-    for attribute, value in scalars(module).items():
-        others = {
-            bool: lambda v: [not v],
-            int: lambda v: [v + 1, max(v // 2, 1)],
-            float: lambda v: [v * 3 + 0.25],
-            str: lambda v: ["tanh", "none", "avg", ""],
-            tuple: lambda v: [tuple(n + 1 for n in v) if all(isinstance(n, int) for n in v) else v[:1]],
-            type(None): lambda v: [0.3, True],
-            Resampling: lambda v: [v._replace(keep_aspect=not v.keep_aspect), v._replace(base_grid=(2, 8))],
-        }[type(value)](value)
-        for other in others:
-            if other != value:
-                yield f"{attribute}={other!r}", lambda m, a=attribute, o=other: setattr(m, a, o)
-
-
 MUTATED = {
     "plain": {},
     "many fields": {
@@ -249,55 +209,8 @@ class TestMutations:
         sides = [(4, 4), (2, 2), (3, 3)]
         return [randn(3, model.patch_size * h, model.patch_size * w, seed=i) for i, (h, w) in enumerate(sides)]
 
-    @staticmethod
-    def result(model, images):
-        torch.manual_seed(0)
-        try:
-            out = rows_of(model, images)
-        except Exception as error:
-            return error
-        return out if isinstance(out, torch.Tensor) else torch.cat([part.flatten() for part in out])
-
-    @staticmethod
-    def differs(a, b):
-        return isinstance(a, Exception) or a.shape != b.shape or bool(((a - b).abs() > 1e-4).any() | a.isnan().any())
-
     def test_before_and_after_the_first_call(self, model, images):
-        right = self.result(model, images)
-        n_effective = n_refused = 0
-        for name, module in list(model.named_modules()):
-            for what, change in mutations(module, name):
-                changed = copy.deepcopy(model)
-                try:
-                    change(changed.get_submodule(name))
-                except Exception:  # nobody can do this to the module
-                    continue
-                mutated = self.result(changed, images)
-                if isinstance(mutated, Exception) or not self.differs(mutated, right):
-                    continue  # it breaks the model, or changes nothing
-                n_effective += 1
-                fast = rf.optimize(model)
-                self.result(fast, images)
-                before = self.result_of_copy(changed, images)
-                change(fast.get_submodule(name))
-                after = self.result(fast, images)
-                in_evaluation = self.result(copy.deepcopy(changed).eval(), images)  # what `optimize` copies
-                for when, got, wanted in (("before", before, in_evaluation), ("after", after, mutated)):
-                    if isinstance(got, ValueError):
-                        n_refused += 1
-                        assert str(got).startswith("model: "), got
-                        continue
-                    assert not isinstance(got, Exception), f"{name}: {what}, {when} the first call: {got!r}"
-                    assert not self.differs(got, wanted), f"{name}: {what}, {when} the first call, has no effect"
-        assert n_effective > 100
-        assert n_refused > 100
-
-    def result_of_copy(self, changed, images):
-        try:
-            fast = rf.optimize(changed)
-        except ValueError as error:
-            return error
-        return self.result(fast, images)
+        assert_copies_follow(model, rf.optimize, images)
 
 
 def test_spec_refuses_what_cannot_be():

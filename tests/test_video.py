@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_as_accurate, only_on, randn
+from mutations import assert_copies_follow
 from small_models import drawn
 
 from revit_fast import ops
@@ -390,3 +391,8 @@ def test_settings_that_do_not_fit_are_refused():
         make_model(attention_type="axial")
     with pytest.raises(ValueError, match="strictly decreasing"):
         make_model(grids=(3, 5))
+
+
+def test_optimized_copies_follow_or_refuse_every_change():
+    model = make_model(embed_dim=16, num_heads=2, hidden_dim=12, num_classes=3, depth=2)
+    assert_copies_follow(model, optimize, clips_of([(3, 2), (2, 1)]))

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from revit_fast.inference.inference_copy import InferenceCopy
 from revit_fast.inference.snapshot import Snapshot
-from revit_fast.layers.attention import Attention
-from revit_fast.layers.mlp import Mlp, activation_name
-from revit_fast.layers.norm import TALLayerNorm
-from revit_fast.layers.patch_embed import PatchEmbed
+from revit_fast.layers.comparison import difference
+from revit_fast.layers.mlp import activation_name
 from revit_fast.ops import _library
 from revit_fast.ops.attention import varlen_attention
 from revit_fast.ops.linear import PackedWeight, gathered, pack_weight, packed_linear
@@ -23,13 +21,6 @@ from revit_fast.ops.tokens import mean_pool
 from revit_fast.packing import Layout
 from revit_fast.video.clips import ClipLayout, PackedClips
 from revit_fast.video.model import SpaceTimeBlock, TimeSformer, add_and_norm
-
-PLAIN = (
-    *(SpaceTimeBlock, Attention, Mlp, PatchEmbed, TALLayerNorm),
-    *(nn.Conv2d, nn.Dropout, nn.Identity, nn.Linear, nn.ModuleList),
-)
-"""Modules that packed code replaces. It also replaces activations that have a name."""
-
 
 PAGE, PADDING = 1024, 32
 """In float32 values. Rows whose distance is a multiple of `PAGE` (4 KiB) share sets of the L1 cache. The MLP's hidden
@@ -115,8 +106,26 @@ def _gathered(blocks: Sequence[PackedBlock]) -> list[PackedBlock]:
     return [PackedBlock(*map(placed, block)) for block in blocks]
 
 
+def check_packable(model: TimeSformer, training: bool = False) -> None:
+    """Raises a ValueError that names what packed code would not run as the model does, and what to change.
+
+    Args:
+        model: compared with a new model of its constructor's arguments, module by module.
+        training: whether a module in training mode is refused too.
+    """
+    with torch.device("meta"):
+        built = TimeSformer(**model._arguments).eval()
+    found = difference(model, built, training=training, ignored=("training",))
+    if found is None:
+        acts = {type(block.mlp.act).__name__: activation_name(block.mlp.act) for block in model.blocks}
+        found = next((f"the activation {kind} has no kernel" for kind, name in acts.items() if name is None), None)
+    if found:
+        raise ValueError(f"model: {found}, which packed code would not run; remove it, or run the model itself")
+
+
 def pack_model(model: TimeSformer) -> Packed:
-    """Packs a model's weights for the instruction set in use."""
+    """Packs a model's weights for the instruction set in use; raises a ValueError if packed code cannot run them."""
+    check_packable(model, training=True)
     last_q = last_kv = None
     if len(model.blocks):
         weight, bias = model.blocks[-1].attn.qkv.weight, model.blocks[-1].attn.qkv.bias
@@ -282,11 +291,5 @@ def optimize(model: TimeSformer) -> OptimizedTimeSformer:
     """
     if type(model) not in (TimeSformer, OptimizedTimeSformer):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.video.TimeSformer, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if name and type(module) not in PLAIN and activation_name(module) is None:
-            raise ValueError(
-                f"model: {name} is {type(module).__name__}, which packed code would not run; run the model itself"
-            )
-        if name and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(f"model: {name} has a forward hook, which packed code would not run; remove it")
+    check_packable(model)
     return OptimizedTimeSformer(model)
