@@ -124,6 +124,31 @@ def test_optimize_refuses_it_by_name(layer, change):
         rf.optimize(model)
 
 
+def test_lora_of_peft():
+    peft = pytest.importorskip("peft")
+    x = randn(2, 3, 32, 32).double()
+    adapted = []
+    for model in both():
+        torch.manual_seed(1)
+        names = ["qkv", "proj", "fc1", "fc2"]  # proj is attention's and the patch embedding's
+        config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        adapted.append(peft.get_peft_model(model, config).double())
+    theirs, ours = adapted
+    ours.load_state_dict({n: t for n, t in theirs.state_dict().items() if "lora" in n}, strict=False)
+    for model in adapted:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        trained = {n: p.grad is not None for n, p in model.named_parameters() if p.requires_grad}
+        assert all(trained.values())
+        assert len(trained) == 2 * (4 * 3 + 1)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-7, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"model: patch_embed\.proj is peft\..*Conv2d instead of torch\.nn"):
+        rf.optimize(ours.base_model.model.float())
+
+
 def test_packs_and_uint8_rows_reach_an_adapter():
     _, model = both()
     adapter(model.patch_embed, "proj")

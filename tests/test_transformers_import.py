@@ -217,7 +217,7 @@ class TestRefused:
         [
             ("dinov2", {"use_swiglu_ffn": True}, r"SwiGLU \(use_swiglu_ffn=True\)"),
             ("registers", {"use_swiglu_ffn": True}, r"SwiGLU \(use_swiglu_ffn=True\)"),
-            ("vit", {"hidden_act": "quick_gelu"}, r"hidden_act='quick_gelu' \(supported: gelu, "),
+            ("vit", {"hidden_act": "gelu_10"}, r"hidden_act='gelu_10' \(supported: gelu, "),
             (
                 "vit",
                 {"hidden_dropout_prob": 0.1},

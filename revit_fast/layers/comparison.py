@@ -52,7 +52,11 @@ def difference(
         ignored: attributes of `live` itself that may differ.
     """
     if name and type(live) is not type(built):
-        return f"{name} is {type(live).__name__} instead of {type(built).__name__}"
+        kinds = (type(live), type(built))
+        names = [kind.__name__ for kind in kinds]
+        if len(set(names)) == 1:  # of another library, for example peft's Linear
+            names = [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
+        return f"{name} is {names[0]} instead of {names[1]}"
     altered = alteration(live)
     if altered:
         return f"{name or 'it'} {altered}"

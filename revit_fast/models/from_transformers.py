@@ -31,7 +31,10 @@ KINDS = {
 }
 """Supported classes, and the arguments of `ReViT` that each needs besides those from its configuration."""
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS = {
+    **{"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"},
+    **{"relu": "relu", "silu": "silu", "swish": "silu"},
+}
 """Activations that ReViT has: transformers' names and ReViT's own."""
 
 LEFT_OUT = re.compile(r"embeddings\.mask_token$|pooler\.")
