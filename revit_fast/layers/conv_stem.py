@@ -57,12 +57,6 @@ class ConvStem(PatchEmbed):
         self.conv3 = nn.Conv2d(stem_chans, stem_chans, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(stem_chans)
 
-    @property
-    def macs_per_patch(self) -> int:
-        """Multiply-adds of the convolutions for one patch."""
-        n_pixels = (self.patch_size[0] // 2) ** 2
-        return n_pixels * sum(getattr(self, convolution).weight.numel() for convolution, _ in CONVOLUTIONS)
-
     def features(self, images: Tensor) -> Tensor:
         """Features `[B, stem_chans, H/2, W/2]` of images `[B, in_chans, H, W]`."""
         x = images.to(self.conv1.weight.dtype)
