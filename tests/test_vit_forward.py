@@ -145,6 +145,12 @@ class Net:
             return assert_rounds_alike(ours, same, truth, what)
         assert_as_accurate(ours, same, truth, what)
 
+    def check_pooled(self, seqlens, n_pooled, what=""):
+        """Pooled tokens alone have the same bits as among all tokens."""
+        rows = self.rows(seqlens)
+        tokens = self.run(seqlens, rows, 0).split([n + self.prefix.shape[0] for n in seqlens])
+        assert torch.equal(self.run(seqlens, rows, n_pooled), torch.cat([t[:n_pooled] for t in tokens])), what
+
 
 def assert_rounds_alike(ours, same, truth, what):
     """The error rule on the median, where rows are rounded to integers.
@@ -202,9 +208,9 @@ def test_blocks_that_differ(isa, order, dtype):
         channels=40, pre_norm=True, outer_eps=(0.3, 1e-4), blocks=[MIXED_BLOCKS[i] for i in order], n_prefix=2,
         dtype=dtype,
     )  # fmt: skip
-    for n_pooled in (0, 1, 2):
-        net.check(MIX[:4], n_pooled, f"few rows, n_pooled={n_pooled}")
-        net.check(MIX * 6, n_pooled, f"many rows, n_pooled={n_pooled}")
+    for seqlens in ((60, 0, 49, 17, 2), (290, 17, 250, 196, 3)):
+        net.check(seqlens, 0, str(seqlens))
+        net.check_pooled(seqlens, 2, str(seqlens))
 
 
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
@@ -220,25 +226,29 @@ def test_blocks_that_differ_are_bitwise_alone_and_in_any_pack(isa, n_pooled, dty
 
 
 def test_every_number_of_a_block_counts(isa):
-    """A change of one number of one block changes the result, and changes it to that of the reference."""
+    """A change of one number of one block gives another result, that of the reference; pooled tokens have its bits."""
     plain = {"n_heads": 2, "head_dim": 6, "hidden": 20, "activation": "gelu"}
     changes = (
         {"n_heads": 3, "head_dim": 4}, {"activation": "gelu_tanh"}, {"activation": "quick_gelu"}, {"scale": 0.9},
         {"eps": (0.2, EPS)}, {"eps": (EPS, 0.2)},
     )  # fmt: skip
-    seqlens = (9, 30)
-    before = Net(blocks=[plain] * 3)
+    seqlens = (49, 17, 30)
+    before = Net(blocks=[plain] * 3, pre_norm=True)
     rows = before.rows(seqlens)
+    unchanged = before.run(seqlens, rows, 0)
+
+    def check(what, **arguments):
+        net = Net(pre_norm=True, **arguments)
+        net.check(seqlens, 0, what)
+        tokens = net.run(seqlens, rows, 0)
+        assert not torch.equal(tokens, unchanged), what
+        net.check_pooled(seqlens, 1, what)
+
     for block in range(3):
         for change in changes:
-            net = Net(blocks=[plain | change if i == block else plain for i in range(3)])
-            for n_pooled in (0, 1):
-                net.check(MIX, n_pooled, f"block {block}, {change}")
-                assert not torch.equal(net.run(seqlens, rows, n_pooled), before.run(seqlens, rows, n_pooled))
+            check(f"block {block}, {change}", blocks=[plain | change if i == block else plain for i in range(3)])
     for outer_eps in ((0.2, EPS), (EPS, 0.2)):
-        net = Net(blocks=[plain] * 3, pre_norm=True, outer_eps=outer_eps)
-        net.check(MIX, 1, f"eps {outer_eps}")
-        assert not torch.equal(net.run(seqlens, rows, 1), Net(blocks=[plain] * 3, pre_norm=True).run(seqlens, rows, 1))
+        check(f"outer eps {outer_eps}", blocks=[plain] * 3, outer_eps=outer_eps)
 
 
 def test_no_prefix_two_pooled_and_empty_batches(isa):
