@@ -52,10 +52,10 @@ class DescriptorReader {
     return value;
   }
 
-  double positive(const char* name) {
+  double not_negative(const char* name) {
     const double value = *next_++;
-    STD_TORCH_CHECK(std::isfinite(value) && value > 0, "descriptor: ", place_, name,
-                    " must be a finite positive number, got ", value);
+    STD_TORCH_CHECK(std::isfinite(value) && value >= 0, "descriptor: ", place_, name,
+                    " must be finite and not negative, got ", value);
     return value;
   }
 
@@ -83,8 +83,8 @@ inline ViTDescriptor decode_descriptor(const Tensor& descriptor) {
   const int64_t n_blocks = reader.whole("n_blocks", 0, kMost);
   STD_TORCH_CHECK(size == kBeforeBlocks + n_blocks * kPerBlock, "descriptor must have ", kBeforeBlocks, " numbers and ",
                   kPerBlock, " for each of its n_blocks = ", n_blocks, " blocks, got ", size);
-  decoded.norm_pre_eps = reader.positive("norm_pre.eps");
-  decoded.norm_eps = reader.positive("norm.eps");
+  decoded.norm_pre_eps = reader.not_negative("norm_pre.eps");
+  decoded.norm_eps = reader.not_negative("norm.eps");
   for (int64_t i = 0; i < n_blocks; ++i) {
     reader.enter_block(i);
     BlockDescriptor block = {};
@@ -92,8 +92,8 @@ inline ViTDescriptor decode_descriptor(const Tensor& descriptor) {
     block.head_dim = reader.whole("head_dim", 1, 256);
     block.hidden = reader.whole("hidden", 1, kMost);
     block.activation = static_cast<cpu::Activation>(reader.whole("activation", 0, cpu::kActivations - 1));
-    block.norm1_eps = reader.positive("norm1.eps");
-    block.norm2_eps = reader.positive("norm2.eps");
+    block.norm1_eps = reader.not_negative("norm1.eps");
+    block.norm2_eps = reader.not_negative("norm2.eps");
     block.scale = reader.finite("scale");
     decoded.blocks.push_back(block);
   }

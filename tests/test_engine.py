@@ -14,7 +14,6 @@ from torch import nn
 
 import revit_fast as rf
 from revit_fast.inference import cpu
-from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.ops import _library
 from revit_fast.packing import PackedBatch
 
@@ -60,12 +59,12 @@ def test_equals_the_eager_model(isa, options):
 
 
 def test_blocks_with_activations_and_eps_of_their_own_equal_the_eager_model(isa):
-    model = make_model(depth=3, pre_norm=True)
-    for block, act in zip(model.blocks, (nn.ReLU(), timm.layers.QuickGELU(), nn.GELU()), strict=True):
-        block.mlp.act = act
-    norms = [m for m in model.modules() if isinstance(m, TALLayerNorm)]
-    for norm, eps in zip(norms, (1e-6, 0.5, 1e-3, 1e-5, 0.1, 2.0, 1e-12, 0.2), strict=True):
-        norm.eps = eps
+    blocks = [
+        {"act_layer": "relu", "norm1_eps": 0.5, "norm2_eps": 1e-3},
+        {"act_layer": timm.layers.QuickGELU, "norm1_eps": 1e-5, "norm2_eps": 0.1},
+        {"act_layer": nn.GELU, "norm1_eps": 2.0, "norm2_eps": 1e-12},
+    ]
+    model = make_model(depth=3, pre_norm=True, norm_pre_eps=1e-6, norm_eps=0.2, blocks=blocks)
     fast = rf.optimize(model)
     check(fast, model, images_of(MIX * 6))
     assert ran_fused(fast)

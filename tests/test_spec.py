@@ -36,7 +36,7 @@ def random_spec(seed, acts=KERNEL_ACTS):
     """A spec in which every field is drawn, blocks apart from one another."""
     draw = random.Random(seed)
     depth, dim = draw.randint(0, 3), draw.choice([8, 20, 24])
-    eps = lambda: draw.choice([1e-6, 1e-5, 1e-3])  # noqa: E731
+    eps = lambda: draw.choice([0.0, 1e-6, 1e-5, 1e-3])  # noqa: E731
     cls = draw.random() < 0.7
     dist = cls and draw.random() < 0.2
     aux = cls and not dist and draw.random() < 0.2

@@ -453,8 +453,8 @@ BAD_DESCRIPTORS = {
     "fewer blocks": ({2: 1}, "5 numbers and 7 for each of its n_blocks = 1 blocks, got 19"),
     "more blocks": ({2: 1e9}, "n_blocks = 1000000000 blocks, got 19"),
     "negative blocks": ({2: -1}, rf"n_blocks {WHOLE} \[0, 2147483647\], got -1"),
-    "eps of norm_pre": ({3: 0}, "descriptor: norm_pre.eps must be a finite positive number, got 0"),
-    "eps of norm": ({4: float("inf")}, "descriptor: norm.eps must be a finite positive number, got inf"),
+    "eps of norm_pre": ({3: -1}, "descriptor: norm_pre.eps must be finite and not negative, got -1"),
+    "eps of norm": ({4: float("inf")}, "descriptor: norm.eps must be finite and not negative, got inf"),
     "no heads": ({5: 0}, rf"blocks\[0\].n_heads {WHOLE} \[1, 2147483647\], got 0"),
     "more heads": ({MIDDLE: 40}, "qkv: panels must be those of a weight"),
     "huge heads": ({MIDDLE: 1e300}, rf"blocks\[1\].n_heads {WHOLE} .*, got 1e\+300"),
@@ -463,8 +463,8 @@ BAD_DESCRIPTORS = {
     "hidden": ({MIDDLE + 2: 0}, rf"blocks\[1\].hidden {WHOLE} \[1, 2147483647\], got 0"),
     "another hidden": ({MIDDLE + 2: 400}, "fc1: panels must be those of a weight"),
     "activation": ({MIDDLE + 3: 6}, rf"blocks\[1\].activation {WHOLE} \[0, 5\], got 6"),
-    "eps of norm1": ({MIDDLE + 4: -1e-6}, r"blocks\[1\].norm1.eps must be a finite positive number, got -1e-06"),
-    "eps of norm2": ({MIDDLE + 5: float("nan")}, r"blocks\[1\].norm2.eps must be a finite positive number, got -?nan"),
+    "eps of norm1": ({MIDDLE + 4: -1e-6}, r"blocks\[1\].norm1.eps must be finite and not negative, got -1e-06"),
+    "eps of norm2": ({MIDDLE + 5: float("nan")}, r"blocks\[1\].norm2.eps must be finite and not negative, got -?nan"),
     "scale": ({MIDDLE + 6: float("-inf")}, r"blocks\[1\].scale must be a finite number, got -inf"),
 }
 
@@ -513,5 +513,5 @@ def test_bad_weights_are_named():
         run(activation="mish")
     with pytest.raises(RuntimeError, match=rf"blocks\[1\].head_dim {WHOLE} \[1, 256\], got 0"):
         run(head_dim=0)
-    with pytest.raises(RuntimeError, match=r"blocks\[1\].norm2.eps must be a finite positive number, got 0"):
-        run(norm2=weights.blocks[1].norm2._replace(eps=0.0))
+    with pytest.raises(RuntimeError, match=r"blocks\[1\].norm2.eps must be finite and not negative, got -1"):
+        run(norm2=weights.blocks[1].norm2._replace(eps=-1.0))

@@ -15,8 +15,8 @@ class Snapshot:
     """Notices whether something of a module or its submodules is no longer what it was.
 
     That is: parameters, buffers and submodules that were replaced, moved or removed; tensors that were written to;
-    plain attributes (eps, heads, dropout rates, training mode); hooks; attributes that were set on a submodule; classes
-    that were changed, as parametrisations do.
+    plain attributes (eps, heads, dropout rates, training mode); hooks of the forward pass; attributes that were set
+    on a submodule; classes that were changed, as parametrisations do.
 
     `holds` is asked before every forward pass: all that it reads is laid out flat here, and read by loops in C.
     """
@@ -30,7 +30,7 @@ class Snapshot:
         self._readers = [(itemgetter(*names), vars(owner)) for owner in owners if (names := scalars(owner))]
         self._scalars = self._read_scalars()
         self._attributes = [vars(owner) for owner in owners[1:]]  # the module itself may keep derived data
-        self._hooks = [getattr(owner, name) for owner in owners for name in HOOKS]
+        self._hooks = [getattr(owner, name) for owner in owners for name in HOOKS if "forward" in name]
         self._n_entries = self._count_entries()
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._versioned = [t for t in self._tensors if not t.is_inference()]

@@ -28,7 +28,7 @@ class TokenNorm(NamedTuple):
     Attributes:
         weight: float32 `[n_lengths, C]`.
         bias: float32 `[n_lengths, C]`.
-        eps: added to the variance; positive.
+        eps: added to the variance, not negative.
     """
 
     weight: Tensor
