@@ -29,7 +29,7 @@ MOVED = {
     "inference_copy": ("inference.inference_copy",),
     "lvvit": ("models.lvvit",),
     "memory": ("io.memory",),
-    "model": ("models.vit", "models.create"),
+    "model": ("models.vit", "models.create", "models.inputs", "models.timm_api"),
     "page": ("explain.page",),
     "parts": ("deploy.results_folder",),
     "pipeline": ("streaming.pipeline", "streaming.results", "streaming.session"),
