@@ -1,6 +1,7 @@
 """What people put around a model's layers acts in every block, forward and backward, as it does in timm's model."""
 
 import copy
+import re
 import warnings
 from functools import partial
 
@@ -147,6 +148,58 @@ def test_lora_of_peft():
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-7, rtol=1e-6)
     with pytest.raises(ValueError, match=r"model: patch_embed\.proj is peft\..*Conv2d instead of torch\.nn"):
         rf.optimize(ours.base_model.model.float())
+
+
+COMMON = re.compile(r"(mlp\.drop\d?|mlp\.norm|attn\.(norm|attn_drop|[qk]_norm)|patch_embed\.norm|patch_drop|blocks)$")
+"""Modules that timm's model has and ours has not, or under another name."""
+
+
+def test_hooks_fire_on_every_module_that_they_fire_on_in_timm():
+    x, fired = randn(2, 3, 32, 32).double(), []
+    for model in both():
+        names = set()
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda *args, name=name, names=names: names.add(name))
+        model(x)
+        fired.append({name for name in names if not COMMON.search(name)})
+    assert fired[1] >= fired[0]
+    assert len(fired[0]) > 30
+
+
+class Clipped(nn.Module):
+    """Around a norm, whatever it is called with."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        out = self.base(*args, **kwargs)
+        return (out[0].relu(), *out[1:]) if isinstance(out, tuple) else out.relu()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("norm_pre", {"pre_norm": True}),
+        ("norm", {}),
+        ("fc_norm", {"global_pool": "avg", "class_token": False}),
+        ("blocks.1.norm1", {}),
+        ("blocks.2.norm2", {}),
+    ],
+)
+def test_what_is_put_around_a_norm_acts(name, options):
+    vit = make_vit(**options)
+    model = rf.ReViT.from_timm(vit, grids=(4, 2)).eval()
+    x = randn(2, 3, 32, 32).double()
+    plain = vit(x)
+    for m in (vit, model):
+        parent, child = place(m, name)
+        setattr(parent, child, Clipped(getattr(parent, child)))
+    assert (vit(x) - plain).abs().max() > 1e-6
+    torch.testing.assert_close(model(x), vit(x), atol=1e-9, rtol=1e-9)
+    with pytest.raises(ValueError, match=rf"model: {name.replace('.', '[.]')} is Clipped"):
+        rf.optimize(model.float())
 
 
 def test_packs_and_uint8_rows_reach_an_adapter():

@@ -117,6 +117,7 @@ class DenseProgram(nn.Module):
 
     def __init__(self, model: ReViT, grid: tuple[int, int]) -> None:
         super().__init__()
+        cpu.check_unaltered(model, "a program of one grid")
         self.model = model
         self.length = nearest_lengths([grid[0] * grid[1]], model.lengths)[0]
         with torch.no_grad():
@@ -158,7 +159,7 @@ class DenseProgram(nn.Module):
     def _attend(attn: Attention, x: Tensor) -> Tensor:
         qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return attn.proj(F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2))
 
 
 class AssignerProgram(nn.Module):

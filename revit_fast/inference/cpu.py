@@ -44,7 +44,24 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
     """Raises a ValueError that names what the fused forward pass would not run as the model does, and what to change.
 
     Args:
+        model: see `check_unaltered`.
+        training: see `check_unaltered`.
+    """
+    check_unaltered(model, "the fused forward pass", training)
+    for i, block in enumerate(model.spec.blocks):
+        if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
+            raise ValueError(
+                f"model: blocks.{i}.mlp.act is {block.mlp.act.name}; the fused forward pass has "
+                f"{', '.join(ACTIVATIONS)}; run the model itself, which is not optimised"
+            )
+
+
+def check_unaltered(model: ReViT, runner: str, training: bool = False) -> None:
+    """Raises a ValueError that names the first module that is not as the model's spec has it.
+
+    Args:
         model: compared with a new model of its spec, module by module.
+        runner: what would not run the module, for the message.
         training: whether a module in training mode is refused too.
     """
     built = _built(model.spec)
@@ -53,15 +70,9 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
     )
     if found:
         raise ValueError(
-            f"model: {found}, which the fused forward pass would not run; remove it, or merge it into plain layers "
-            "first, or run the model itself, which is not optimised"
+            f"model: {found}, which {runner} would not run; remove it, or merge it into plain layers first, or run the "
+            "model itself, which is not optimised"
         )
-    for i, block in enumerate(model.spec.blocks):
-        if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
-            raise ValueError(
-                f"model: blocks.{i}.mlp.act is {block.mlp.act.name}; the fused forward pass has "
-                f"{', '.join(ACTIVATIONS)}; run the model itself, which is not optimised"
-            )
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.packing import PackedBatch
 
 NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
@@ -82,11 +81,11 @@ class TimmInterface:
         if prune_head:
             self.fc_norm = nn.Identity()
             self.has_aux_head, self.aux_head = False, None
-        pooled = isinstance(self.fc_norm, TALLayerNorm)
+        pooled = type(self.fc_norm) is not nn.Identity
         head = self._spec.head
         head = replace(
             head,
-            norm=head.norm if pooled or isinstance(self.norm, TALLayerNorm) else None,
+            norm=head.norm if pooled or type(self.norm) is not nn.Identity else None,
             norm_pooled=pooled,
             token_labels=self.has_aux_head,
         )

@@ -284,8 +284,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
         # Under autocast the linear layers give 16-bit rows; the residual stream stays in the parameters' precision.
         patches = self.patch_embed(inputs.rows, inputs.normalization).to(self.pos_embed.dtype)
         x = assemble_tokens(patches, self._prefix(), inputs.pos_table, inputs.pos_offset, inputs.cu_seqlens)
-        x = self.pos_drop(x)
-        return self.norm_pre(x, inputs.layout) if isinstance(self.norm_pre, TALLayerNorm) else x
+        return _normed(self.norm_pre, self.pos_drop(x), inputs.layout)
 
     def _run_block(self, block: Block, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None):
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -294,9 +293,9 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
     def _add_and_norm(self, x: Tensor, delta: Tensor | None, layout: Layout) -> Tensor:
         """The stream x + delta after the final norm."""
-        if isinstance(self.norm, TALLayerNorm):
-            return self.norm(x, layout) if delta is None else self.norm(delta, layout, residual=x)[0]
-        return x if delta is None else x + delta
+        if delta is None or type(self.norm) is nn.Identity:
+            return _normed(self.norm, x if delta is None else x + delta, layout)
+        return self.norm(delta, layout, residual=x)[0]
 
     def _pooled_tokens(self, layout: Layout) -> Queries:
         """The tokens that "token" pooling reads: class token, and distillation token if there is one."""
@@ -383,9 +382,8 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
     def _head(self, pooled: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of pooled rows: one per sequence, two for a distilled model, all tokens without pooling."""
-        if isinstance(self.fc_norm, TALLayerNorm):
-            pooled = self.fc_norm(pooled, rows_apart(pooled, layout) if self.global_pool else layout)
-        pooled = self.head_drop(pooled)
+        own = rows_apart(pooled, layout) if self.global_pool else layout
+        pooled = self.head_drop(_normed(self.fc_norm, pooled, own))
         if not self.distilled:
             return pooled if pre_logits else self.head(pooled)
         x, x_dist = pooled.view(-1, 2, self.embed_dim).unbind(1)
@@ -420,6 +418,11 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
             x = PackedBatch.from_rows(x.flatten(0, 1), seqlens, lengths=self.lengths, n_prefix=self.num_prefix_tokens)
         logits = self._classify(x.data, x.layout(self.num_prefix_tokens), pre_logits)
         return logits if shape is None else logits.view(*shape, logits.shape[1])
+
+
+def _normed(norm: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    """A norm's result, or that of an identity in its place; both are called, whatever was put around them."""
+    return norm(x) if type(norm) is nn.Identity else norm(x, layout)
 
 
 def _block(block: BlockSpec, dim: int, n_lengths: int) -> Block:
