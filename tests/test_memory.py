@@ -16,9 +16,10 @@ from revit_fast.io.memory import _glibc, release_freed_pages
 
 needs_glibc = pytest.mark.skipif(_glibc() is None, reason="the allocator is not glibc's")
 
-# What the allocator does is measured. `keeps` takes 50 MB in pieces that are too small to be mapped by themselves,
-# writes to them and frees them. It then counts the page faults of doing so again, a few times: none where their 12,200
+# What the allocator does is measured. `keeps` takes 30 MB in pieces that are too small to be mapped by themselves,
+# writes to them and frees them. It then counts the page faults of doing so again, a few times: none where their 7,300
 # pages were kept. Where they were not, a small block above them may still hold some of them back now and then.
+# glibc trims what is free beyond 64 MiB at the top of the heap: 30 MB leave room for what imports have freed there.
 # `load_memory` loads the module by its path, without the package and without PyTorch.
 PROBE = """
 import ctypes, importlib.util, json, logging, resource, sys
@@ -28,7 +29,7 @@ libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p,
 
 def faults(size=100_000):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    pieces = [libc.malloc(size) for _ in range(500)]
+    pieces = [libc.malloc(size) for _ in range(300)]
     for piece in pieces:
         ctypes.memset(piece, 1, size)
     while pieces:
@@ -37,7 +38,7 @@ def faults(size=100_000):
 
 def keeps():
     counts = [faults() for _ in range(4)][1:]
-    assert max(counts) < 500 or max(counts) > 10_000, counts
+    assert max(counts) < 500 or max(counts) > 6_000, counts
     return max(counts) < 500
 
 def load_memory():

@@ -129,15 +129,16 @@ def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWe
     return pack_weight(linear.weight.double() * gamma.unsqueeze(1), bias, dtype)
 
 
-def pack_model(model: ReViT, dtype: torch.dtype | None = None) -> Packed:
+def pack_model(model: ReViT, dtype: torch.dtype | None = None, *, training: bool = False) -> Packed:
     """Packs a model's weights for the instruction set in use; raises a ValueError if they cannot be fused.
 
     Args:
         model: the model.
         dtype: dtype of the packed weights of the blocks; None for that of the model. Embedding and head are always
             packed in the model's dtype.
+        training: whether a module in training mode is refused.
     """
-    check_fusable(model, training=True)
+    check_fusable(model, training)
     outer = model.pos_embed.dtype
     dtype = dtype or outer
     blocks = [
@@ -262,7 +263,7 @@ class FusedForward:
         packed = self._packed
         if packed is None or packed.isa != _library.cpu_isa() or not packed.snapshot.holds():
             self._folded.clear()
-            packed = pack_model(self._model, self._dtype)
+            packed = pack_model(self._model, self._dtype, training=True)
             packed = self._packed = packed._replace(weights=_gathered(packed.weights))
         return packed
 
