@@ -63,6 +63,8 @@ def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedP
     env = {name: value for name, value in os.environ.items() if name != "REVIT_FAST_MALLOC"} | environment
     folders = Path(revit_fast.__file__).parents[1], Path(__file__).parent
     env["PYTHONPATH"] = os.pathsep.join(map(str, folders))
+    # Without this glibc raises its thresholds by itself, by the largest block that an import happens to free.
+    env["GLIBC_TUNABLES"] = f"glibc.malloc.trim_threshold={128 << 10}"
     command = [sys.executable, "-c", PROBE + code, inspect.getfile(release_freed_pages), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
