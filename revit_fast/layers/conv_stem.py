@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast.layers.patch_embed import PatchEmbed, patchify, unpatchify
+from revit_fast.layers.patch_embed import PatchEmbed, normalised, patchify, unpatchify
 
 CONVOLUTIONS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 """Names of the stem's convolutions and of the norms after them."""
@@ -133,7 +133,7 @@ def _packed_features(
     alone: bool,
 ) -> Tensor:
     if normalization is not None:
-        rows = _normalised(rows, normalization)
+        rows = normalised(rows, normalization)
     patch_size, width, dtype = stem.patch_size[0], stem.row_width, stem.conv1.weight.dtype
     counts = [h * w for h, w in grids]
     *images, padding = rows.split([*counts, rows.shape[0] - sum(counts)])
@@ -149,10 +149,3 @@ def _packed_features(
         for b, piece in zip(members, rows_of_group.split(grid[0] * grid[1]), strict=True):
             pieces[b] = piece
     return torch.cat([*pieces, rows.new_zeros(padding.shape[0], width, dtype=dtype)])
-
-
-def _normalised(rows: Tensor, normalization: Tensor) -> Tensor:
-    """Normalises uint8 rows `[T, P*P*C]` as ToTensor and Normalize do, in float32."""
-    mean, std = normalization.to(rows.device, torch.float32)
-    pixels = rows.view(rows.shape[0], -1, mean.shape[0]).float()
-    return ((pixels / 255 - mean) / std).flatten(1)

@@ -26,6 +26,13 @@ def unpatchify(rows: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     return patches.reshape(-1, h * p, w * p, patches.shape[-1]).permute(0, 3, 1, 2)
 
 
+def normalised(rows: Tensor, normalization: Tensor) -> Tensor:
+    """Normalises uint8 rows `[T, P*P*C]` as ToTensor and Normalize do, in float32."""
+    mean, std = normalization.to(rows.device, torch.float32)
+    pixels = rows.view(rows.shape[0], -1, mean.shape[0]).float()
+    return ((pixels / 255 - mean) / std).flatten(1)
+
+
 class FoldedEmbedding(NamedTuple):
     """A patch embedding of raw pixels, with their normalisation folded in.
 
@@ -90,8 +97,7 @@ class PatchEmbed(nn.Module):
     def _called(self, rows: Tensor, normalization: Tensor | None) -> Tensor:
         """The embedding by calling `proj` on every patch as an image."""
         if normalization is not None:
-            mean, std = normalization.to(rows.device, torch.float32)
-            rows = ((rows.view(rows.shape[0], -1, mean.shape[0]).float() / 255 - mean) / std).flatten(1)
+            rows = normalised(rows, normalization)
         parameter = next(self.proj.parameters(), rows)
         patches = unpatchify(rows.to(parameter.dtype), (1, 1), self.kernel_px)
         return self.proj(patches).flatten(1)
