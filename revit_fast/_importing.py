@@ -39,7 +39,7 @@ MOVED = {
     "programs": ("deploy.programs",),
     "ray_engine": ("deploy.ray_dataset",),
     "serve": ("deploy.http",),
-    "snapshot": ("inference.snapshot",),
+    "snapshot": ("layers.derived",),
     "stem": ("layers.conv_stem",),
     "timm_import": ("models.from_timm",),
     "tla": ("adaptive.assigner", "adaptive.network"),

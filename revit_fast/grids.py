@@ -31,8 +31,3 @@ def scaled_grids(grids: Sequence[int], base_grid: tuple[int, int]) -> tuple[int,
     """
     factor = math.sqrt(base_grid[0] * base_grid[1]) / grids[0]
     return tuple(dict.fromkeys(max(1, round(g * factor)) for g in grids))
-
-
-def nearest_lengths(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Index of the length nearest to each count; ties go to the longer. For tensors see `packing.nearest_length`."""
-    return [min(range(len(lengths)), key=lambda i: abs(lengths[i] - n)) for n in counts]

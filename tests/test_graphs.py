@@ -15,10 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import revit_fast as rf
 from revit_fast import ops
 from revit_fast.inference import cuda_graphs
-from revit_fast.inference.cuda_graphs import Batch, Bucket, DirectCalls, Index, bucket_of, round_up, tile_capacity
+from revit_fast.inference.cuda_graphs import (
+    Bucket,
+    DirectCalls,
+    Index,
+    bucket_of,
+    index_vector,
+    round_up,
+    tile_capacity,
+)
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
 from revit_fast.models.inputs import Inputs
-from revit_fast.packing import Layout, PackedBatch, work_list
+from revit_fast.packing import Layout, PackedBatch, PackPlan, work_list
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,8 @@ def test_tile_capacity_holds_what_came_and_is_bounded_by_what_can_come(first, se
     n_tokens = bucket.n_rows + n_prefix * bucket.n_sequences
     capacity = None
     for seqlens in (first, second):
-        _, counts = Batch(seqlens, [], [], n_prefix, bucket).work()
+        tokens = [n + n_prefix for n in seqlens]
+        counts = work_list(tokens, n_padding=n_tokens - sum(tokens)).counts
         capacity = tile_capacity(counts, capacity, n_tokens, bucket.n_sequences)
         assert all(room >= count for room, count in zip(capacity, counts, strict=True))
         assert all(room <= n_tokens // TILE_ROWS + bucket.n_sequences + 1 for room in capacity)
@@ -63,15 +72,16 @@ def test_tile_capacity_holds_what_came_and_is_bounded_by_what_can_come(first, se
 
 
 def test_index_tensors_of_a_bucket():
-    batch = Batch([16, 0, 100], [1, 2, 0], [36, 0, 7], 2, Bucket(128, 5))
-    tiles, counts = batch.work()
-    capacity = tile_capacity(counts, None, batch.n_token_rows, 5)
-    index = Index.over(batch.index(tiles, counts, capacity), batch.bucket, capacity)
+    bucket, n_token_rows = Bucket(128, 5), 128 + 2 * 5
+    patches = PackPlan.of([16, 0, 100], (100, 16, 9), grids=[(4, 4), (0, 0), (10, 10)])
+    tokens = patches.tokens(2, n_token_rows - 122)
+    capacity = tile_capacity(tokens.work.counts, None, n_token_rows, 5)
+    index = Index.over(index_vector(patches, tokens, [36, 0, 7], bucket, capacity), bucket, capacity)
     assert index.patch_cu_seqlens.tolist() == [0, 16, 16, 116, 116, 116]
     assert index.cu_seqlens.tolist() == [0, 18, 20, 122, 122, 122], "empty slots must hold no tokens"
     assert index.length_index.tolist() == [1, 2, 0, 0, 0]
     assert index.pos_offset.tolist() == [36, 0, 7, 0, 0]
-    assert all(part.start % 4 == 0 for part in Index.slices(batch.bucket, capacity)), "parts must be aligned"
+    assert all(part.start % 4 == 0 for part in Index.slices(bucket, capacity)), "parts must be aligned"
     expected = work_list([18, 2, 102], n_padding=138 - 122).tiles
     assert torch.equal(torch.from_numpy(index.tiles[index.tiles[:, 2] >= 0]), expected)
     begin = 0
@@ -98,13 +108,13 @@ def test_a_thousand_random_mixes_settle_into_few_graphs(monkeypatch):
         n_rows = sum(g * g for g in grids)
         rows = torch.zeros(n_rows, 3 * PATCH**2)
         fast(PackedBatch.from_rows(rows, [g * g for g in grids]))
-        (bucket, *_), graph = next(reversed(fast._cache.graphs.items()))
+        (bucket, *_), graph = next(reversed(fast._graphs.value.graphs.items()))
         n_tokens = n_rows + len(grids)
         if n_tokens > 1024:
             waste.append((bucket.n_rows + bucket.n_sequences) / n_tokens - 1)
         launched.append(sum(graph.capacity) / sum(work_list([g * g + 1 for g in grids]).counts))
-        captures.append(fast._cache.n_captures)
-    assert len(fast._cache.graphs) <= 33
+        captures.append(fast._graphs.value.n_captures)
+    assert len(fast._graphs.value.graphs) <= 33
     assert captures[-1] <= 110, f"{captures[-1]} captures"
     assert captures[-1] - captures[499] <= 20, "captures must become rare"
     assert max(waste) < 0.125 + 1 / 49, f"at most {max(waste):.1%} more token rows"
@@ -137,7 +147,7 @@ def test_padded_run_equals_the_eager_run(options):
         else:
             x = images_of(grids)
         check(fast, model, x)
-    assert fast._cache.n_captures >= 1
+    assert fast._graphs.value.n_captures >= 1
 
 
 def test_our_ops_are_bitwise_the_same_in_a_bucket():
@@ -145,13 +155,15 @@ def test_our_ops_are_bitwise_the_same_in_a_bucket():
     model = make_model()
     seqlens, n_prefix, channels = [16, 36, 4, 100], 1, 24
     n_rows, n_tokens = sum(seqlens), sum(seqlens) + len(seqlens)
-    batch = Batch(seqlens, [1, 0, 2, 0], [36, 0, 52, 0], n_prefix, bucket_of(n_rows, 4, 4))
-    tiles, counts = batch.work()
-    capacity = tile_capacity(counts, None, batch.n_token_rows, batch.bucket.n_sequences)
-    padded = Index.over(torch.from_numpy(batch.index(tiles, counts, capacity)), batch.bucket, capacity)
     exact = PackedBatch.from_rows(randn(n_rows, channels), seqlens, lengths=model.lengths)
+    bucket = bucket_of(n_rows, 4, 4)
+    n_token_rows = bucket.n_rows + n_prefix * bucket.n_sequences
+    tokens = exact.plan.tokens(n_prefix, n_token_rows - n_tokens)
+    capacity = tile_capacity(tokens.work.counts, None, n_token_rows, bucket.n_sequences)
+    vector = index_vector(exact.plan, tokens, [36, 0, 52, 0], bucket, capacity)
+    padded = Index.over(torch.from_numpy(vector), bucket, capacity)
     layouts = exact.layout(1), Layout(padded.cu_seqlens, padded.length_index, padded.tiles, capacity)
-    filled = torch.full((batch.bucket.n_rows, channels), torch.nan)
+    filled = torch.full((bucket.n_rows, channels), torch.nan)
     filled[:n_rows] = exact.data
     table, prefix = randn(200, channels, seed=1), randn(1, channels, seed=2)
 
@@ -231,8 +243,8 @@ def test_pixels_stay_bytes_and_their_normalization_is_folded_once(monkeypatch):
     assert len(folds) == 1
     check(fast, model, pixels(first / 2))
     assert len(folds) == 2
-    assert fast._cache.n_captures == 1, "other values of the same kind need no new graph"
-    assert set(fast._cache._rows) == {torch.uint8}
+    assert fast._graphs.value.n_captures == 1, "other values of the same kind need no new graph"
+    assert set(fast._graphs.value._rows) == {torch.uint8}
     float_pixels = pixels(first).with_data(pixels(first).data.float() + 0.5)
     check(fast, model, float_pixels)
     assert pixels(first).to("cpu").normalization is pixels(first.clone()).to("cpu").normalization
@@ -242,11 +254,11 @@ def test_new_grids_find_room_or_make_it():
     model = make_model()
     fast = rf.optimize(model)
     check(fast, model, images_of(MIX))
-    table = fast._cache._table
+    table = fast._graphs.value._table
     check(fast, model, images_of([(1, 3), 6]))
-    assert fast._cache._table is table
+    assert fast._graphs.value._table is table
     check(fast, model, images_of([(12, 13), (9, 2), 6]))
-    assert fast._cache._table is not table
+    assert fast._graphs.value._table is not table
     check(fast, model, images_of([*MIX, (1, 3)]))
     for side in range(1, 90):  # past what is remembered, so that the table starts anew
         fast(images_of([(1, side)]))
@@ -258,12 +270,12 @@ def test_graphs_are_bounded_and_large_batches_run_eagerly():
     fast = rf.optimize(model, max_rows=512, max_graphs=2)
     for count in (1, 4, 8, 12):
         check(fast, model, images_of([6] * count))
-    assert len(fast._cache.graphs) == 2
-    captured = fast._cache.n_captures
+    assert len(fast._graphs.value.graphs) == 2
+    captured = fast._graphs.value.n_captures
     check(fast, model, images_of([6] * 17))
-    assert fast._cache.n_captures == captured, "612 rows are beyond the largest bucket"
+    assert fast._graphs.value.n_captures == captured, "612 rows are beyond the largest bucket"
     fast(images_of([6] * 12))
-    assert fast._cache.n_captures == captured, "the graph used last must still be there"
+    assert fast._graphs.value.n_captures == captured, "the graph used last must still be there"
 
 
 @pytest.mark.parametrize("change", ["in place", "load", "dtype", "head", "replaced"])
@@ -272,7 +284,7 @@ def test_changed_parameters_drop_the_graphs(change):
     fast = rf.optimize(model)
     x = images_of(MIX)
     fast(x)
-    before = fast._cache.n_captures
+    before = fast._graphs.value
     for m in (model, fast):
         if change == "in place":
             m.pos_embed.detach().mul_(2)
@@ -288,10 +300,10 @@ def test_changed_parameters_drop_the_graphs(change):
     if change == "load":
         fast.load_state_dict(model.state_dict())
     check(fast, model, [image.to(model.pos_embed.dtype) for image in x])
-    assert fast._cache.n_captures > before
-    captured = fast._cache.n_captures
+    assert fast._graphs.value is not before
+    captured = fast._graphs.value.n_captures
     fast([image.to(model.pos_embed.dtype) for image in x])
-    assert fast._cache.n_captures == captured
+    assert fast._graphs.value.n_captures == captured
 
 
 def test_pickle_and_deepcopy_capture_their_own():
@@ -300,10 +312,9 @@ def test_pickle_and_deepcopy_capture_their_own():
     x = images_of(MIX)
     expected = fast(x)
     for other in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast), rf.optimize(fast)):
-        assert other._cache is None
+        assert other._graphs.value is None
         assert torch.equal(other(x), expected)
-    assert "_cache" in fast.__dict__
-    assert fast._cache is not None
+    assert fast._graphs.value is not None
 
 
 def test_bad_arguments_are_named():

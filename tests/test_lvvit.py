@@ -300,7 +300,7 @@ class TestOptimized:
         assert relative(fast(images).double(), expected) <= TOLERANCE
         assert relative(fast(torch.stack(pixels([4, 4]))), model(torch.stack(pixels([4, 4])))) <= TOLERANCE
         assert relative(fast.forward_features(images).data, model.forward_features(images).data) <= TOLERANCE
-        assert fast._fused._packed is not None
+        assert fast._packed.value is not None
 
     @torch.inference_mode()
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
@@ -340,7 +340,7 @@ class TestOptimized:
         for grids in (MIX, [6, 2], MIX * 3):
             images = pixels(grids)
             assert relative(fast(images), model(images)) <= TOLERANCE
-        assert fast._cache.n_captures >= 1
+        assert fast._graphs.value.n_captures >= 1
 
 
 class TestInterface:

@@ -352,7 +352,7 @@ def test_many_grids_are_forgotten_but_still_right(tiny):
     vit, model = tiny[0], copy.deepcopy(tiny[1])
     for first in range(1, 160, 10):
         model(images_of([(1, width) for width in range(first, first + 10)]))
-    assert len(model._positions._first_row) <= 3 + MAX_EXTRA_GRIDS
+    assert len(model._positions.known.first_row) <= 3 + MAX_EXTRA_GRIDS
     for grid in (14, (1, 3), (1, 160)):
         x = torch.stack(images_of([grid]))
         assert relative(model(x), vit(x)) <= TOLERANCE

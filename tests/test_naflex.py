@@ -197,18 +197,20 @@ class TestPositions:
         resampling = Resampling((5, 4), **options)
         tables = PositionTables(resampling, [(3, 3)])
         stored = randn(1, 1 + resampling.n_stored, 8)
-        before = tables.table(stored, 1)
+        few = tables.known
+        before = tables.table(few, stored, 1)
         grids = [(h, w) for h in range(1, 8) for w in range(1, 8)]
-        tables.learn(grids)
-        after = tables.table(stored, 1)
+        many = tables.learn(grids)
+        after = tables.table(many, stored, 1)
         assert torch.equal(after[: len(before)], before)
-        assert tables.table(stored, 1) is after
-        offsets = tables.first_rows(grids)
+        assert tables.table(many, stored, 1) is after
+        assert torch.equal(tables.table(few, stored, 1)[: len(before)], before), "a call under way keeps its rows"
+        offsets = many.first_rows(grids)
         for (h, w), begin in zip(grids, offsets, strict=True):
             expected = resampling.resampled(stored[0, 1:].double(), (h, w)).float()
             torch.testing.assert_close(after[begin : begin + h * w], expected, rtol=1e-5, atol=1e-6)
         stored += 1.0
-        assert not torch.equal(tables.table(stored, 1), after)
+        assert not torch.equal(tables.table(many, stored, 1), after)
 
     def test_stored_grid_stays_as_it_is(self):
         for options in ({}, {"keep_aspect": True}, {"factorized": True}):

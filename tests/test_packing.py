@@ -123,7 +123,8 @@ def test_layout_counts_prefix_tokens():
     layout = batch.layout(1)
     assert layout.cu_seqlens.tolist() == [0, 64, 65, 130]
     assert torch.equal(layout.tiles, work_list([64, 1, 65]).tiles)
-    assert layout.length_index is batch.length_index
+    assert torch.equal(layout.length_index, batch.length_index)
+    assert batch.layout(1) is layout, "the plan keeps it"
     tokens = batch.with_tokens(randn(130, 2), 1)
     assert tokens.n_prefix == 1
     assert tokens.seqlens == (64, 1, 65)

@@ -1,5 +1,7 @@
 """vit_forward, the fused forward pass of a packed ViT, against the float64 reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_as_accurate, cu_seqlens_of, only_on, randn
@@ -111,7 +113,7 @@ class Net:
     def arguments(self, seqlens, weights):
         """The op's arguments before the descriptor."""
         index = self.index(seqlens)
-        return (self.rows(seqlens), cu_seqlens_of(seqlens), *index, self.table, self.prefix, weights.tensors())
+        return (self.rows(seqlens), cu_seqlens_of(seqlens), *index, self.table, self.prefix, weights.tensors)
 
     def truth(self, seqlens, rows, n_pooled, dtype=torch.float64, index=None, offset=None):
         def to(value):
@@ -395,7 +397,7 @@ def test_fallback_over_the_reference(dtype):
     net = Net(channels=40, blocks=MIXED_BLOCKS, dtype=dtype)
     weights, seqlens = net.packed(), (30, 0, 7)
     args = net.arguments(seqlens, weights)
-    got = _library.reference_ops["vit_forward"](*args, weights.descriptor(), 1)
+    got = _library.reference_ops["vit_forward"](*args, weights.descriptor, 1)
     torch.testing.assert_close(got, net.run(seqlens, args[0], 1), rtol=1e-4, atol=1e-4)
     qkv = unpack_weight(weights.blocks[0].qkv.panels, weights.blocks[0].qkv.n_out, 40)
     assert qkv.shape[0] % 3 == 0
@@ -409,7 +411,7 @@ def test_opcheck():
     for n_pooled in (0, 1):
         torch.library.opcheck(
             torch.ops.revit_fast.vit_forward.default,
-            (*net.arguments(seqlens, weights), weights.descriptor(), n_pooled),
+            (*net.arguments(seqlens, weights), weights.descriptor, n_pooled),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -474,7 +476,7 @@ def test_bad_descriptors_are_named(case):
     net, seqlens = Net(), (9, 4)
     changes, message = BAD_DESCRIPTORS[case]
     weights = net.packed()
-    descriptor = weights.descriptor()
+    descriptor = weights.descriptor
     for place, value in changes.items():
         descriptor[place] = value
     with pytest.raises(RuntimeError, match=message):
@@ -484,7 +486,7 @@ def test_bad_descriptors_are_named(case):
 def test_descriptors_of_another_form_are_named():
     net, seqlens = Net(), (9, 4)
     weights = net.packed()
-    arguments, good = net.arguments(seqlens, weights), weights.descriptor()
+    arguments, good = net.arguments(seqlens, weights), weights.descriptor
     bad = {
         "descriptor must be a contiguous float64 CPU vector": (good.float(), good[None], good.repeat(2)[::2]),
         r"5 numbers and 7 for each block, got [04]": (good[:0], good[:4]),
@@ -506,7 +508,7 @@ def test_bad_weights_are_named():
     def run(**change):
         blocks = [weights.blocks[0], weights.blocks[1]._replace(**change)]
         index = Net.index((9, 4))
-        changed = weights._replace(blocks=blocks)
+        changed = replace(weights, blocks=blocks)
         ops.vit_forward(net.rows((9, 4)), cu_seqlens_of((9, 4)), *index, net.table, changed, 1)
 
     with pytest.raises(ValueError, match=r"blocks\[1\].activation: expected one of none, gelu, .*, got 'mish'"):

@@ -20,6 +20,7 @@ from revit_fast.adaptive.network import STEM_PATCH, FusedCNN, SeparableCNN
 from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.io.atomic import replaced
+from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 
@@ -75,7 +76,7 @@ class TokenLengthAssigner(nn.Module):
         self.thumbnail_px, self.backbone, self.widths = thumbnail_px, backbone, tuple(widths)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.calibration: Calibration | None = None
-        self._fused: FusedCNN | None = None
+        self._fused = Derived(FusedCNN)
         if backbone is None:
             self.network = SeparableCNN(len(self.grids), self.widths)
         else:
@@ -204,9 +205,8 @@ class TokenLengthAssigner(nn.Module):
         batches = rows.split(BATCH * side**2)
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(self.network, SeparableCNN) and parameter.device.type == "cpu":
-                if self._fused is None or not self._fused.holds():
-                    self._fused = FusedCNN(self.network)
-                return torch.cat([self._fused.logits(batch, side) for batch in batches])
+                fused = self._fused.get(self.network)
+                return torch.cat([fused.logits(batch, side) for batch in batches])
             return torch.cat([self(self.images_of(batch).to(parameter)) for batch in batches]).float().cpu()
 
     def assign(
@@ -307,6 +307,7 @@ class TokenLengthAssigner(nn.Module):
             temporary.write_bytes(content)
 
     @classmethod
+    @torch.inference_mode(False)  # changes of a tensor made in inference mode could not be noticed
     def load(cls, path: str | Path) -> TokenLengthAssigner:
         """Reads an assigner that `save` wrote; it is in evaluation mode.
 
@@ -336,9 +337,9 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError(f"assigner: {path} cannot be read: {str(error).splitlines()[0]}") from error
         return assigner.eval()
 
-    def __getstate__(self) -> dict:
-        """The state without the fused network, which is derived from the parameters."""
-        return {**self.__dict__, "_fused": None}
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._fused = Derived(FusedCNN)  # older pickles have None
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast import ops
-from revit_fast.inference.snapshot import Snapshot
-from revit_fast.ops import _library
 from revit_fast.ops.linear import PackedWeight, pack_weight
+from revit_fast.packing import device_cu_seqlens
 
 STEM_PATCH = 4
 """Side, in pixels, of the patches that the stem embeds."""
@@ -78,7 +76,6 @@ class FusedCNN:
         linear: PackedWeight
 
     def __init__(self, cnn: SeparableCNN) -> None:
-        self.snapshot, self.isa = Snapshot(cnn), _library.cpu_isa()
         stem = cnn.stem.weight.permute(0, 2, 3, 1).flatten(1)  # in the order of patch rows
         self.layers = [self.Layer(None, 1, self._folded(stem, cnn.norm))]
         for block in cnn.blocks:
@@ -92,10 +89,6 @@ class FusedCNN:
         bias = norm.bias.double() - norm.running_mean.double() * scale
         return pack_weight(weight.double() * scale.unsqueeze(1), bias)
 
-    def holds(self) -> bool:
-        """Whether the network and the instruction set have not changed since construction."""
-        return self.snapshot.holds() and self.isa == _library.cpu_isa()
-
     def logits(self, rows: Tensor, side: int) -> Tensor:
         """Logits `[B, n_out]` of B images, given as patch rows `[B * side², P·P·3]`."""
         n_images = rows.shape[0] // side**2
@@ -107,5 +100,5 @@ class FusedCNN:
                 side = x.shape[2]
                 rows = x.permute(0, 2, 3, 1).reshape(n_images * side**2, -1)
             rows = ops.packed_linear(rows, layer.linear, "gelu")
-        pooled = ops.mean_pool(rows, torch.arange(0, rows.shape[0] + 1, side**2, dtype=torch.int32, device="cpu"), 0)
+        pooled = ops.mean_pool(rows, device_cu_seqlens(side**2, n_images), 0)
         return ops.packed_linear(pooled, self.head)

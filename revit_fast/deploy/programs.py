@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from revit_fast import ops
 from revit_fast.adaptive.assigner import TokenLengthAssigner
-from revit_fast.grids import nearest_lengths
 from revit_fast.inference import cpu
 from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.layers.attention import Attention
@@ -19,7 +18,7 @@ from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
 from revit_fast.models.inputs import Inputs
 from revit_fast.models.vit import ReViT
-from revit_fast.packing import Layout, nearest_length
+from revit_fast.packing import Layout, PackPlan, device_cu_seqlens, nearest_length
 
 
 class PackedProgram(nn.Module):
@@ -33,8 +32,9 @@ class PackedProgram(nn.Module):
     def __init__(self, model: ReViT, grids: Iterable[tuple[int, int]]) -> None:
         super().__init__()
         self.lengths, self.n_prefix = model.lengths, model.num_prefix_tokens
-        self.positions = PositionTables(model.resampling, grids)
-        self.register_buffer("pos_table", self.positions.table(model.pos_embed, model._n_prefix_embedded))
+        positions = PositionTables(model.resampling, grids)
+        self.grids = positions.known
+        self.register_buffer("pos_table", positions.table(self.grids, model.pos_embed, model._n_prefix_embedded))
 
     def forward(self, rows: Tensor, grid_hw: Tensor) -> Tensor:
         """The same logits as `ReViT.forward` for a pack.
@@ -44,10 +44,9 @@ class PackedProgram(nn.Module):
             grid_hw: int32 `[B, 2]`, rows and columns of patches of each image.
         """
         counts = grid_hw.prod(dim=1, dtype=torch.int32)
-        cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        sequences = torch.arange(cu_seqlens.shape[0], device=rows.device, dtype=torch.int32)
-        layout = Layout(cu_seqlens + self.n_prefix * sequences, nearest_length(counts, self.lengths), None)
-        offsets = self.positions.offsets(grid_hw)  # -1 for an unknown grid; the op reports it
+        cu_seqlens, of_tokens = device_cu_seqlens(counts), device_cu_seqlens(counts + self.n_prefix)
+        layout = Layout(of_tokens, nearest_length(counts, self.lengths), None)
+        offsets = self.grids.offsets(grid_hw)  # -1 for an unknown grid; the op reports it
         return self._logits(Inputs(rows, cu_seqlens, layout, self.pos_table, offsets, None))
 
     def _logits(self, inputs: Inputs) -> Tensor:
@@ -71,7 +70,7 @@ class FusedProgram(PackedProgram):
     def __init__(self, model: OptimizedReViT, grids: Iterable[tuple[int, int]]) -> None:
         super().__init__(model, grids)
         self.pos_table = self.pos_table.float()
-        packed = cpu.pack_model(model, model._packed_dtype)
+        packed = model._packed.get(model)
         # The model is not a submodule, so that the program contains only the packed weights and not the parameters.
         self._tokens = partial(ops.vit_forward, weights=packed.weights, n_pooled=cpu.n_pooled(model))
         self._head = partial(cpu.logits_of, model, packed)
@@ -119,7 +118,7 @@ class DenseProgram(nn.Module):
         super().__init__()
         cpu.check_unaltered(model, "a program of one grid")
         self.model = model
-        self.length = nearest_lengths([grid[0] * grid[1]], model.lengths)[0]
+        (self.length,) = PackPlan.of([grid[0] * grid[1]], model.lengths, grids=[grid]).length_index
         with torch.no_grad():
             patches = model.resampling.resampled(wide_patches(model.pos_embed, model._n_prefix_embedded), grid)
             self.register_buffer("positions", patches.to(model.pos_embed.dtype).contiguous())

@@ -7,7 +7,8 @@ model with such hooks or modules raises an error that names them.
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -15,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast import ops
-from revit_fast.grids import nearest_lengths
-from revit_fast.inference.snapshot import Snapshot
 from revit_fast.layers.block import LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
+from revit_fast.layers.derived import Derived
 from revit_fast.layers.mlp import ACTIVATIONS
 from revit_fast.layers.norm import TALLayerNorm
-from revit_fast.layers.patch_embed import FoldedEmbedding
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.inputs import PatchRows, rows_apart
 from revit_fast.models.spec import ViTSpec
@@ -30,7 +29,7 @@ from revit_fast.models.vit import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
-from revit_fast.packing import Layout, cumulative
+from revit_fast.packing import Layout
 
 CALLED = ("head", "head_dist", "aux_head")
 """Modules that the fused forward pass calls unless they are plain linear layers. They may be anything."""
@@ -68,6 +67,9 @@ def check_unaltered(model: ReViT, runner: str, training: bool = False) -> None:
     found = difference(
         model, built, is_called=lambda name: name in CALLED, training=training, ignored=("training", *WITHOUT_EFFECT)
     )
+    if found is None:
+        empty = (name for name, parameter in model.named_parameters() if parameter.is_meta)
+        found = next((f"{name} has no values: they were dropped, or it is on the meta device" for name in empty), None)
     if found:
         raise ValueError(
             f"model: {found}, which {runner} would not run; remove it, or merge it into plain layers first, or run the "
@@ -81,33 +83,42 @@ def _built(spec: ViTSpec) -> ReViT:
         return ReViT(spec).eval()
 
 
-def _gathered(weights: ViTWeights) -> ViTWeights:
+def _gathered(blocks: Sequence[BlockWeights]) -> list[BlockWeights]:
     """The same weights in one piece of memory, in the order in which they are read."""
-    moved = iter(gathered([t for block in weights.blocks for part in block.parts() for t in part[:2]]))
+    moved = iter(gathered([t for block in blocks for part in block.parts() for t in part[:2]]))
 
     def placed(block: BlockWeights) -> BlockWeights:
         parts = block.parts()
         return BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in parts), *block[len(parts) :])
 
-    return weights._replace(blocks=[placed(block) for block in weights.blocks])
+    return [placed(block) for block in blocks]
 
 
 class Packed(NamedTuple):
-    """Data derived from a model's parameters.
+    """What the fused forward pass derives from a model's parameters.
 
     Attributes:
-        isa: instruction set that the weights are packed for.
-        snapshot: tells whether the parameters are still the same.
         stem: the convolutional stem with its norms folded in, or None.
         weights: the packed weights without stem and head.
         heads: a function from rows to logits for each head.
+        folded: the weights with a normalisation of uint8 rows folded into the embedding; the last one used is kept.
     """
 
-    isa: str
-    snapshot: Snapshot
     stem: FoldedStem | None
     weights: ViTWeights
-    heads: list
+    heads: list[Callable[[Tensor], Tensor]]
+    folded: dict[tuple[float, ...], ViTWeights]
+
+    def weights_for(self, model: ReViT, normalization: Tensor | None) -> ViTWeights:
+        """The weights for rows that must still be normalised."""
+        if normalization is None or self.stem is not None:
+            return self.weights
+        key = tuple(normalization.flatten().tolist())
+        if key not in self.folded:
+            embed = pack_weight(*model.patch_embed.fold(normalization), model.pos_embed.dtype)
+            self.folded.clear()
+            self.folded[key] = replace(self.weights, embed=embed)
+        return self.folded[key]
 
 
 def _norm(module: nn.Module) -> TokenNorm:
@@ -160,13 +171,13 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None, *, training: bool
         embed=pack_weight(*model.patch_embed.matrix(), outer),
         norm_pre=_norm(model.norm_pre),
         norm=_norm(model.norm),
-        blocks=blocks,
+        blocks=_gathered(blocks),
         prefix=model._prefix().detach().float().contiguous(),
         n_lengths=len(model.lengths),
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
-    return Packed(_library.cpu_isa(), Snapshot(model), stem, weights, heads)
+    return Packed(stem, weights, heads, {})
 
 
 def _head(head: nn.Module, dtype: torch.dtype):
@@ -215,68 +226,32 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
     return (packed.heads[0](tokens) + token_labels).to(model.pos_embed.dtype)
 
 
-class FusedForward:
-    """The forward pass of a model on the CPU; several threads may call it concurrently.
+def fused_logits(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows) -> Tensor:
+    """Logits of a batch, in the model's dtype.
 
     Args:
-        model: the model; if its parameters change, they are packed again.
-        dtype: dtype of the packed weights of the blocks, see `pack_model`.
+        model: the model.
+        derived: what `pack_model` makes of it.
+        images: the batch.
     """
+    packed, tokens = _tokens(model, derived, images, n_pooled(model))
+    index = images.plan.for_lengths(model.lengths).tokens(model.num_prefix_tokens).index(tokens.device)
+    return logits_of(model, packed, tokens, Layout(*index, None))
 
-    def __init__(self, model: ReViT, dtype: torch.dtype | None = None) -> None:
-        self._model = model
-        self._dtype = dtype
-        self._lock = threading.Lock()
-        self._packed: Packed | None = None
-        self._table: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._folded: dict[tuple[float, ...], PackedWeight] = {}
 
-    def logits(self, images: PatchRows) -> Tensor:
-        """Logits of a batch, in the model's dtype."""
-        model = self._model
-        packed, tokens, length_index = self._tokens(images, n_pooled(model))
-        seqlens = [h * w + model.num_prefix_tokens for h, w in images.grids]
-        return logits_of(model, packed, tokens, Layout(cumulative(seqlens), length_index, None))
+def fused_tokens(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows) -> Tensor:
+    """All tokens after the final norm, `[T, C]` in the model's dtype; see `fused_logits`."""
+    return _tokens(model, derived, images, 0)[1].to(model.pos_embed.dtype)
 
-    def tokens(self, images: PatchRows) -> Tensor:
-        """All tokens after the final norm, `[T, C]` in the model's dtype."""
-        return self._tokens(images, 0)[1].to(self._model.pos_embed.dtype)
 
-    def _tokens(self, images: PatchRows, n_pooled: int) -> tuple[Packed, Tensor, Tensor]:
-        model = self._model
-        seqlens = [h * w for h, w in images.grids]
-        with self._lock:  # guards only the derived data; the forward pass needs no lock
-            packed = self._current()
-            weights = packed.weights
-            if images.normalization is not None and packed.stem is None:
-                weights = weights._replace(embed=self._folded_embedding(images.normalization))
-            model._positions.learn(images.grids)
-            offsets = model._positions.first_rows(images.grids)
-            table = self._current_table()
-        length_index = torch.tensor(nearest_lengths(seqlens, model.lengths), dtype=torch.int32, device="cpu")
-        pos_offset = torch.tensor(offsets, dtype=torch.int32, device="cpu")
-        rows = images.rows if packed.stem is None else packed.stem.feature_rows(*images)
-        tokens = ops.vit_forward(rows, cumulative(seqlens), length_index, pos_offset, table, weights, n_pooled)
-        return packed, tokens, length_index
-
-    def _current(self) -> Packed:
-        packed = self._packed
-        if packed is None or packed.isa != _library.cpu_isa() or not packed.snapshot.holds():
-            self._folded.clear()
-            packed = pack_model(self._model, self._dtype, training=True)
-            packed = self._packed = packed._replace(weights=_gathered(packed.weights))
-        return packed
-
-    def _current_table(self) -> Tensor:
-        """Position embeddings of all known grids in float32."""
-        table = self._model._positions.table(self._model.pos_embed, self._model._n_prefix_embedded)
-        if table is not self._table[0]:
-            self._table = (table, table.float().contiguous())
-        return self._table[1]
-
-    def _folded_embedding(self, normalization: Tensor) -> PackedWeight:
-        key = tuple(normalization.flatten().tolist())
-        if key not in self._folded:
-            folded: FoldedEmbedding = self._model.patch_embed.fold(normalization)
-            self._folded = {key: pack_weight(folded.weight, folded.bias, self._model.pos_embed.dtype)}
-        return self._folded[key]
+def _tokens(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, n_pooled: int) -> tuple[Packed, Tensor]:
+    plan = images.plan.for_lengths(model.lengths)
+    with derived.of(model) as packed:  # the forward pass itself needs no lock
+        weights = packed.weights_for(model, images.normalization)
+    known = model._positions.learn(plan.grids)
+    table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded, torch.float32)
+    pos_offset = torch.tensor(known.first_rows(plan.grids), dtype=torch.int32, device="cpu")
+    rows = (
+        images.rows if packed.stem is None else packed.stem.feature_rows(images.rows, plan.grids, images.normalization)
+    )
+    return packed, ops.vit_forward(rows, *plan.index(rows.device), pos_offset, table, weights, n_pooled)

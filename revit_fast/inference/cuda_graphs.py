@@ -18,7 +18,6 @@ copy transfers all index tensors of a batch.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -28,13 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_fast.grids import nearest_lengths
-from revit_fast.inference.snapshot import Snapshot
 from revit_fast.kernels.constants import KEY_CLASSES, PADDING, TILE_ROWS
 from revit_fast.layers.patch_embed import FoldedEmbedding
+from revit_fast.layers.positions import KnownGrids
 from revit_fast.models.inputs import Inputs, PatchRows
 from revit_fast.models.vit import ReViT
-from revit_fast.packing import Layout, work_list
+from revit_fast.packing import Layout, PackPlan
 
 MAX_ROWS = 16384
 """Patch rows of the largest bucket. The memory that a graph keeps grows with it."""
@@ -130,55 +128,24 @@ class Index(NamedTuple):
         return cls(*parts[:-1], parts[-1].reshape(-1, 3))
 
 
-class Batch(NamedTuple):
-    """What the host knows about a batch.
+def index_vector(
+    patches: PackPlan, tokens: PackPlan, pos_offset: Sequence[int], bucket: Bucket, capacity: Sequence[int]
+) -> np.ndarray:
+    """The vector of all index tensors of a batch (see `Index`).
 
-    Attributes:
-        seqlens: patches of every image.
-        length_index: index of the configured length of each image.
+    Args:
+        patches: plan of the batch's patch rows.
+        tokens: plan of its tokens, over all token rows of the bucket.
         pos_offset: first row of each image's grid in the position table.
-        n_prefix: prefix tokens of a sequence.
         bucket: bucket of the batch.
+        capacity: number of tiles of each class.
     """
-
-    seqlens: list[int]
-    length_index: list[int]
-    pos_offset: list[int]
-    n_prefix: int
-    bucket: Bucket
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of real tokens."""
-        return sum(self.seqlens) + self.n_prefix * len(self.seqlens)
-
-    @property
-    def n_token_rows(self) -> int:
-        """Number of token rows of the bucket, including padding."""
-        return self.bucket.n_rows + self.n_prefix * self.bucket.n_sequences
-
-    def work(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Tiles over the bucket's tokens (prefix tokens of empty slots are padding), and their number per class."""
-        n_padding = self.n_token_rows - self.n_tokens
-        work = work_list([n + self.n_prefix for n in self.seqlens], n_padding=n_padding)
-        return work.tiles.numpy(), work.counts
-
-    def index(self, tiles: np.ndarray, counts: Sequence[int], capacity: Sequence[int]) -> np.ndarray:
-        """The vector of all index tensors (see `Index`)."""
-        vector = np.zeros(Index.slices(self.bucket, capacity)[-1].stop, dtype=np.int32)
-        parts = Index.over(vector, self.bucket, capacity)
-        n = len(self.seqlens)
-        for cu_seqlens, added in ((parts.patch_cu_seqlens, 0), (parts.cu_seqlens, self.n_prefix)):
-            cu_seqlens[1 : n + 1] = list(accumulate(length + added for length in self.seqlens))
-            cu_seqlens[n + 1 :] = cu_seqlens[n]
-        parts.length_index[:n] = self.length_index
-        parts.pos_offset[:n] = self.pos_offset
-        parts.tiles[:, 2] = -1
-        begin = target = 0
-        for count, room in zip(counts, capacity, strict=True):
-            parts.tiles[target : target + count] = tiles[begin : begin + count]
-            begin, target = begin + count, target + room
-        return vector
+    vector = np.zeros(Index.slices(bucket, capacity)[-1].stop, dtype=np.int32)
+    parts = Index.over(vector, bucket, capacity)
+    patches.write_into(Layout(parts.patch_cu_seqlens, parts.length_index, None), capacity)
+    tokens.write_into(Layout(parts.cu_seqlens, parts.length_index, parts.tiles), capacity)
+    parts.pos_offset[: len(pos_offset)] = pos_offset
+    return vector
 
 
 class GraphKey(NamedTuple):
@@ -268,61 +235,44 @@ BACKENDS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraphs}
 """The class that captures graphs, by device type; on any other device an optimised model runs eagerly."""
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
 class GraphCache:
     """Runs a model through graphs, one per bucket and row dtype, over static memory that they share.
 
+    One call uses it at a time. It belongs to the model's present parameters, see `layers.derived`.
+
     Args:
-        model: the model; its parameters may change later, which drops the graphs.
-        backend: `CudaGraphs`, or a stand-in.
+        model: the model.
         max_rows: patch rows of the largest bucket.
         max_graphs: number of graphs kept.
     """
 
-    def __init__(self, model: ReViT, backend: Any, max_rows: int, max_graphs: int) -> None:
-        self._model, self._backend = model, backend
+    def __init__(self, model: ReViT, max_rows: int, max_graphs: int) -> None:
+        self._model, self._backend = model, BACKENDS[model.pos_embed.device.type](model.pos_embed.device)
         self._max_rows, self._max_graphs = max_rows, max_graphs
-        self._lock = threading.Lock()
         self.n_captures = 0
-        self._drop()
-
-    def _drop(self) -> None:
         self.graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
-        self._snapshot = Snapshot(self._model)
         self._rows: dict[torch.dtype, Tensor] = {}
         self._table: Tensor | None = None
         self._table_source: Tensor | None = None
         self._folded: FoldedEmbedding | None = None
         self._folded_source: Any = None
 
-    def bucket(self, images: PatchRows) -> Bucket | None:
-        """The batch's bucket; None if no graph serves the batch: it has no images or exceeds the largest bucket."""
-        bucket = bucket_of(images.rows.shape[0], len(images.grids), self._model.lengths[-1])
-        return bucket if images.grids and bucket.n_rows <= self._max_rows else None
-
     def run(self, images: PatchRows, bucket: Bucket) -> Tensor:
-        """Logits of a batch."""
-        with self._lock, self._backend.turn():
-            if not self._snapshot.holds():
-                self._drop()
-            batch = self._batch(images, bucket)
-            tiles, counts = batch.work()
-            graph = self._graph(self._fill(images, bucket), batch, counts)
-            self._backend.send(batch.index(tiles, counts, graph.capacity), graph.index)
-            rows = batch.n_tokens if self._model.global_pool == "" else len(batch.seqlens)
-            return graph.replay()[:rows].clone()
-
-    def _batch(self, images: PatchRows, bucket: Bucket) -> Batch:
+        """Logits of a batch on any device."""
         model = self._model
-        seqlens = [h * w for h, w in images.grids]
-        model._positions.learn(images.grids)
-        offsets = model._positions.first_rows(images.grids)
-        return Batch(seqlens, nearest_lengths(seqlens, model.lengths), offsets, model.num_prefix_tokens, bucket)
+        images = model._stemmed(images)
+        patches, known = images.plan.for_lengths(model.lengths), model._positions.learn(images.plan.grids)
+        n_tokens = patches.n_rows + model.num_prefix_tokens * len(patches.seqlens)
+        n_token_rows = bucket.n_rows + model.num_prefix_tokens * bucket.n_sequences
+        # Prefix tokens of slots without an image are padding.
+        tokens = patches.tokens(model.num_prefix_tokens, n_token_rows - n_tokens)
+        with self._backend.turn():
+            graph = self._graph(self._fill(images, known, bucket), tokens.work.counts, n_token_rows)
+            offsets = known.first_rows(patches.grids)
+            self._backend.send(index_vector(patches, tokens, offsets, bucket, graph.capacity), graph.index)
+            return graph.replay()[: n_tokens if model.global_pool == "" else len(patches.seqlens)].clone()
 
-    def _fill(self, images: PatchRows, bucket: Bucket) -> GraphKey:
+    def _fill(self, images: PatchRows, known: KnownGrids, bucket: Bucket) -> GraphKey:
         """Copies rows, position table and folded embedding into static memory."""
         model, rows = self._model, images.rows
         # The copy converts float rows to the model's dtype; pixels stay bytes.
@@ -332,7 +282,7 @@ class GraphCache:
                 self._max_rows, rows.shape[1], dtype=dtype, device=model.pos_embed.device
             )
         self._rows[dtype][: rows.shape[0]].copy_(rows)
-        self._fill_table(model._positions.table(model.pos_embed, model._n_prefix_embedded))
+        self._fill_table(model._positions.table(known, model.pos_embed, model._n_prefix_embedded))
         if images.normalization is not None:
             self._fold(images.normalization)
         return GraphKey(bucket, dtype, images.normalization is not None)
@@ -350,7 +300,8 @@ class GraphCache:
         """Folds a normalization into the embedding unless it is the one folded last."""
         device = self._model.pos_embed.device
         on_host = normalization.device.type == "cpu"
-        source = tuple(normalization.flatten().tolist()) if on_host else (normalization, _version(normalization))
+        version = 0 if normalization.is_inference() else normalization._version
+        source = tuple(normalization.flatten().tolist()) if on_host else (normalization, version)
         known = self._folded_source
         same = known == source if on_host else known is not None and known[0] is source[0] and known[1] == source[1]
         if same:
@@ -363,12 +314,12 @@ class GraphCache:
             self._folded.bias.copy_(folded.bias)
         self._folded_source = source
 
-    def _graph(self, key: GraphKey, batch: Batch, counts: Sequence[int]) -> Graph:
+    def _graph(self, key: GraphKey, counts: Sequence[int], n_token_rows: int) -> Graph:
         """The batch's graph: an existing one with room for its tiles, else a new one."""
         graph = self.graphs.get(key)
         if graph is None or any(count > room for count, room in zip(counts, graph.capacity, strict=True)):
             known = None if graph is None else graph.capacity
-            graph = self._capture(key, tile_capacity(counts, known, batch.n_token_rows, key.bucket.n_sequences))
+            graph = self._capture(key, tile_capacity(counts, known, n_token_rows, key.bucket.n_sequences))
             self.graphs[key] = graph
             while len(self.graphs) > self._max_graphs:
                 self.graphs.popitem(last=False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from revit_fast.inference import cpu, cuda_graphs
-from revit_fast.inference.cpu import FusedForward
-from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache
-from revit_fast.inference.inference_copy import InferenceCopy
+from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, bucket_of
+from revit_fast.inference.inference_copy import InferenceCopy, in_turn
+from revit_fast.layers.derived import Derived
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
@@ -19,9 +20,8 @@ from revit_fast.packing import PackedBatch
 class OptimizedReViT(InferenceCopy, ReViT):
     """An inference copy of a `ReViT`; make one with `optimize`."""
 
-    DERIVED = ("_cache", "_fused")
-
     _packed_dtype: torch.dtype | None = None  # of the blocks' packed weights; None: the parameters' dtype
+    _keeps_weights = True
 
     def __init__(self, model: ReViT, dtype: torch.dtype | None, max_rows: int, max_graphs: int) -> None:
         self._take(model)
@@ -29,17 +29,24 @@ class OptimizedReViT(InferenceCopy, ReViT):
             self._packed_dtype = torch.int8 if dtype == torch.int8 else None
             self.to(dtype=torch.float32 if dtype == torch.int8 else dtype)
         self.max_rows, self.max_graphs = max_rows, max_graphs
-        self._cache: GraphCache | None = None
-        self._fused = FusedForward(self, self._packed_dtype)
+        self._derive()
+
+    def _derive(self) -> None:
+        self._packed = Derived(partial(cpu.pack_model, dtype=self._packed_dtype, training=True))
+        self._graphs = Derived(partial(GraphCache, max_rows=self.max_rows, max_graphs=self.max_graphs))
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._cache = None
-        self._fused = FusedForward(self, self._packed_dtype)
+        self._derive()
 
+    @in_turn
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as in `ReViT.forward`, without autograd."""
         return self._as_given(self._logits(x), x)
+
+    forward_features = in_turn(ReViT.forward_features)
+    forward_head = in_turn(ReViT.forward_head)
+    forward_intermediates = in_turn(ReViT.forward_intermediates)
 
     def _logits(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as rows, one for every image or, without pooling, for every token."""
@@ -48,23 +55,17 @@ class OptimizedReViT(InferenceCopy, ReViT):
             with torch.no_grad():
                 return self._run(self._inputs(x))
         with torch.inference_mode(False), torch.no_grad():  # kept tensors are used outside inference mode too
-            images = self._checked_rows(x)
+            images = self._on_known_device(self._patch_rows(x))
             if fuses:
-                return self._fused.logits(images)
-            device = self.pos_embed.device
-            if self._cache is None:
-                self._cache = GraphCache(
-                    self, cuda_graphs.BACKENDS[device.type](device), self.max_rows, self.max_graphs
-                )
-            bucket = self._cache.bucket(images)
-            if bucket is not None:
-                return self._cache.run(self._stemmed(images), bucket)
-            batch = self.pack(x)
-            return self._run(self._inputs(batch if batch.device == device else batch.to(device)))
+                return cpu.fused_logits(self, self._packed, images)
+            bucket = bucket_of(images.plan.n_rows, len(images.plan.seqlens), self.lengths[-1])
+            if images.plan.seqlens and bucket.n_rows <= self.max_rows:
+                with self._graphs.of(self) as graphs:
+                    return graphs.run(images, bucket)
+            return self._run(self._inputs(PackedBatch.from_plan(*images).to(self.pos_embed.device)))
 
-    def _checked_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
-        images, device = self._patch_rows(x), self.pos_embed.device
-        self._check_rows(images.rows, images.normalization)
+    def _on_known_device(self, images: PatchRows) -> PatchRows:
+        device = self.pos_embed.device
         if images.rows.device not in (device, torch.device("cpu")):
             raise ValueError(f"x: batch is on {images.rows.device}, model on {device}; move one with .to(device)")
         return images
@@ -83,7 +84,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
         if not self._fuses():
             return super()._normed_tokens(batch)
         with torch.inference_mode(False), torch.no_grad():
-            return self._fused.tokens(self._checked_rows(batch))
+            return cpu.fused_tokens(self, self._packed, self._on_known_device(self._patch_rows(batch)))
 
 
 def check_integer_device(device: torch.device) -> None:

@@ -7,12 +7,16 @@ inference and are differentiable in training.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from revit_fast.layers.derived import Derived
 
 MAX_EXTRA_GRIDS = 128
 """How many grids besides the configured ones are kept: photographs of all shapes need fewer under three budgets."""
@@ -69,8 +73,55 @@ def _resample_line(embeddings: Tensor, length: int) -> Tensor:
     return F.interpolate(embeddings.t().unsqueeze(0), size=length, mode="linear", align_corners=False)[0].t()
 
 
+class KnownGrids:
+    """Grids, and where the rows of each begin in a table of all of them. It never changes, so threads may share it.
+
+    Args:
+        first_row: first row of the table for every grid.
+        matrix: float64 `[R, n_stored]`, the table as a linear map of the stored embeddings.
+        generation: its tables begin with those of every smaller `KnownGrids` of the same generation.
+    """
+
+    def __init__(self, first_row: dict[tuple[int, int], int], matrix: Tensor, generation: int) -> None:
+        self.first_row, self.matrix, self.generation = first_row, matrix, generation
+        self.grid_hw = torch.tensor(list(first_row), dtype=torch.int32, device="cpu").view(-1, 2)
+        self.offset = torch.tensor(list(first_row.values()), dtype=torch.int32, device="cpu")
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def offsets(self, grid_hw: Tensor) -> Tensor:
+        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for an unknown grid.
+
+        An empty grid needs no rows and starts at 0.
+        """
+        known_hw, known_offset = self._on(grid_hw.device)
+        same = (grid_hw.unsqueeze(1) == known_hw).all(dim=-1)
+        offset = known_offset[same.int().argmax(dim=1)]
+        return torch.where(same.any(dim=1), offset, torch.where(grid_hw.prod(dim=1) == 0, 0, -1).to(torch.int32))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Known grids and their offsets on `device`, copied once: a copy in every forward pass would wait for it."""
+        if torch.compiler.is_compiling():
+            return self.grid_hw.to(device), self.offset.to(device)
+        if device not in self._placed:
+            with torch.inference_mode(False):
+                self._placed[device] = self.grid_hw.to(device), self.offset.to(device)
+        return self._placed[device]
+
+    def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
+        """`offsets` on the host, for known grids."""
+        return [0 if 0 in grid else self.first_row[grid] for grid in grids]
+
+    def table(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
+        """Embeddings `[R - first_row, C]` of the grids from `first_row` on, see `PositionTables.table`."""
+        stored = wide_patches(pos_embed, n_prefix)
+        n_rows = [h * w for (h, w), first in self.first_row.items() if first >= first_row]
+        # Each grid has its own product: in a joint product, a grid's bits would depend on the other grids.
+        parts = self.matrix[first_row:].to(stored).split(n_rows)
+        return torch.cat([part @ stored for part in parts]).to(pos_embed.dtype)
+
+
 class PositionTables:
-    """Tables of the configured grids and of later ones, one grid after another.
+    """Tables of the configured grids and of later ones, one grid after another. Threads may use it concurrently.
 
     Args:
         resampling: how embeddings are computed from the stored table.
@@ -80,83 +131,89 @@ class PositionTables:
     def __init__(self, resampling: Resampling, grids: Iterable[tuple[int, int]]) -> None:
         self.resampling = resampling
         self.configured = tuple(grids)
-        self._forget()
+        self.known = KnownGrids({}, torch.empty(0, resampling.n_stored, dtype=torch.float64, device="cpu"), 0)
+        self._growing = threading.Lock()
+        self._tables = Derived(_Tables, _Stored)
         self.learn(self.configured)
 
-    def _forget(self) -> None:
-        self._first_row: dict[tuple[int, int], int] = {}
-        self._matrix = torch.empty(0, self.resampling.n_stored, dtype=torch.float64, device="cpu")
-        self._cache: tuple[tuple, Tensor, Tensor] | None = None
+    def __getstate__(self) -> dict:
+        return {"resampling": self.resampling, "configured": self.configured}
 
-    def learn(self, grids: Iterable[tuple[int, int]]) -> None:
-        """Adds `grids` to the known ones. If there are too many, only these and the configured ones are kept."""
-        new = [grid for grid in dict.fromkeys(grids) if grid not in self._first_row and 0 not in grid]
-        if not new:
-            return
-        if len(self._first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
-            self._forget()
-            new = list(dict.fromkeys([*self.configured, *new]))
-        with torch.inference_mode(False), torch.no_grad():  # tensors kept from inference must also work in training
-            identity = torch.eye(self._matrix.shape[1], dtype=torch.float64, device="cpu")
-            for grid in new:
-                self._first_row[grid] = self._matrix.shape[0]
-                self._matrix = torch.cat([self._matrix, self.resampling.resampled(identity, grid)])
-            self._grid_hw = torch.tensor(list(self._first_row), dtype=torch.int32, device="cpu")
-            self._offset = torch.tensor(list(self._first_row.values()), dtype=torch.int32, device="cpu")
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["resampling"], state["configured"])
 
-    def offsets(self, grid_hw: Tensor) -> Tensor:
-        """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for an unknown grid.
+    def learn(self, grids: Iterable[tuple[int, int]]) -> KnownGrids:
+        """The known grids, with `grids` among them. If there are too many, only these and the configured ones stay."""
+        known = self.known
+        if all(grid in known.first_row or 0 in grid for grid in grids):
+            return known
+        with self._growing:
+            known = self.known  # another thread may have added some
+            new = [grid for grid in dict.fromkeys(grids) if grid not in known.first_row and 0 not in grid]
+            first_row, matrix, generation = dict(known.first_row), known.matrix, known.generation
+            if len(first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
+                first_row, matrix, generation = {}, matrix[:0], generation + 1
+                new = list(dict.fromkeys([*self.configured, *new]))
+            with torch.inference_mode(False), torch.no_grad():  # tensors kept from inference also work in training
+                identity = torch.eye(matrix.shape[1], dtype=torch.float64, device="cpu")
+                parts = [self.resampling.resampled(identity, grid) for grid in new]
+                ends = accumulate((len(part) for part in parts), initial=matrix.shape[0])
+                first_row.update(zip(new, ends, strict=False))
+                self.known = KnownGrids(first_row, torch.cat([matrix, *parts]), generation)
+            return self.known
 
-        An empty grid needs no rows and starts at 0.
-        """
-        known_hw, known_offset = self._known_on(grid_hw.device)
-        same = (grid_hw.unsqueeze(1) == known_hw).all(dim=-1)
-        offset = known_offset[same.int().argmax(dim=1)]
-        return torch.where(same.any(dim=1), offset, torch.where(grid_hw.prod(dim=1) == 0, 0, -1).to(torch.int32))
-
-    def _known_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Known grids and their offsets on `device`, copied once: a copy in every forward pass would wait for it."""
-        if torch.compiler.is_compiling():
-            return self._grid_hw.to(device), self._offset.to(device)
-        if device not in self._placed:
-            with torch.inference_mode(False):
-                self._placed[device] = self._grid_hw.to(device), self._offset.to(device)
-        return self._placed[device]
-
-    def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
-        """`offsets` on the host, for known grids."""
-        return [0 if 0 in grid else self._first_row[grid] for grid in grids]
-
-    def table(self, pos_embed: Tensor, n_prefix: int) -> Tensor:
+    def table(self, known: KnownGrids, pos_embed: Tensor, n_prefix: int, dtype: torch.dtype | None = None) -> Tensor:
         """Embeddings of all known grids, `[R, C]`, from the stored `pos_embed` `[1, n_prefix + base tokens, C]`.
 
-        Without autograd the table is kept while `pos_embed` stays the same, and grows with the grids. On the CPU the
-        values of `pos_embed` are compared, because a write through `.data` leaves its version unchanged. On other
-        devices only the version is checked, because a comparison would wait for the device.
+        Without autograd the table is kept while `pos_embed` stays the same, and grows with the grids; it may then have
+        further rows at its end. On the CPU the values of `pos_embed` are compared, because a write through `.data`
+        leaves its version unchanged. On other devices only the version is checked, because a comparison would wait for
+        the device.
+
+        Args:
+            known: the grids, from `learn`.
+            pos_embed: the stored embeddings.
+            n_prefix: its rows before those of the grid.
+            dtype: type that the table is widened to; by default that of `pos_embed`.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and pos_embed.requires_grad):
-            return self._build(pos_embed, n_prefix)
-        version = 0 if pos_embed.is_inference() else pos_embed._version
-        key = (pos_embed.data_ptr(), version, pos_embed.dtype, pos_embed.device)
-        with torch.inference_mode(False), torch.no_grad():
-            if self._cache is not None:
-                kept_key, snapshot, table = self._cache
-                if kept_key == key and (pos_embed.device.type != "cpu" or torch.equal(snapshot, pos_embed)):
-                    if table.shape[0] < self._matrix.shape[0]:
-                        table = torch.cat([table, self._build(pos_embed, n_prefix, table.shape[0])])
-                        self._cache = (key, snapshot, table)
-                    return table
-            self._cache = (key, pos_embed.clone(), self._build(pos_embed, n_prefix))
-        return self._cache[2]
+            return known.table(pos_embed, n_prefix)
+        with self._tables.of(pos_embed) as tables, torch.inference_mode(False), torch.no_grad():
+            return tables.grown(known, n_prefix, dtype or pos_embed.dtype)
 
-    def _build(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
-        """Builds the table from `first_row` on."""
-        stored = wide_patches(pos_embed, n_prefix)
-        n_rows = [h * w for (h, w), first in self._first_row.items() if first >= first_row]
-        # Each grid has its own product: in a joint product, a grid's bits would depend on the other grids.
-        parts = self._matrix[first_row:].to(stored).split(n_rows)
-        return torch.cat([part @ stored for part in parts]).to(pos_embed.dtype)
+
+class _Stored:
+    """Watches the stored embeddings, see `PositionTables.table`."""
+
+    def __init__(self, pos_embed: Tensor) -> None:
+        self._pos_embed, self._key = pos_embed, self._read(pos_embed)
+        self._values = pos_embed.clone() if pos_embed.device.type == "cpu" else None
+
+    @staticmethod
+    def _read(pos_embed: Tensor) -> tuple:
+        version = 0 if pos_embed.is_inference() else pos_embed._version
+        return pos_embed.data_ptr(), version, pos_embed.dtype, pos_embed.device
+
+    def holds(self) -> bool:
+        now = self._pos_embed
+        return self._read(now) == self._key and (self._values is None or torch.equal(self._values, now))
+
+
+class _Tables:
+    """The tables of one `pos_embed`, in each dtype asked for."""
+
+    def __init__(self, pos_embed: Tensor) -> None:
+        self._pos_embed = pos_embed
+        self._kept: dict[torch.dtype, tuple[int, Tensor]] = {}
+
+    def grown(self, known: KnownGrids, n_prefix: int, dtype: torch.dtype) -> Tensor:
+        generation, table = self._kept.get(dtype, (None, None))
+        n_rows = 0 if generation != known.generation else table.shape[0]
+        if n_rows < known.matrix.shape[0]:
+            added = known.table(self._pos_embed, n_prefix, n_rows).to(dtype)
+            table = torch.cat([table, added]) if n_rows else added
+            self._kept[dtype] = known.generation, table
+        return table
 
 
 def wide_patches(pos_embed: Tensor, n_prefix: int) -> Tensor:

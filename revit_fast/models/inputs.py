@@ -11,7 +11,15 @@ from torch import Tensor, fx
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.patch_embed import FoldedEmbedding, patchify
 from revit_fast.layers.positions import Resampling, wide_patches
-from revit_fast.packing import Layout, PackedBatch, image_grid, nearest_length, patch_rows
+from revit_fast.packing import (
+    Layout,
+    PackedBatch,
+    PackPlan,
+    device_cu_seqlens,
+    image_grid,
+    nearest_length,
+    patch_rows,
+)
 
 
 class Inputs(NamedTuple):
@@ -36,16 +44,16 @@ class Inputs(NamedTuple):
 
 
 class PatchRows(NamedTuple):
-    """Patch rows of a batch and what the host knows about them.
+    """Patch rows of a batch, and what the host knows of them; no index tensor is made yet.
 
     Attributes:
         rows: `[Tp, P*P*3]`, one image after another, without padding.
-        grids: (rows, columns) of every image.
+        plan: the plan of the rows; it has grids.
         normalization: `[2, 3]` mean and std that must still be applied to uint8 rows.
     """
 
     rows: Tensor
-    grids: Sequence[tuple[int, int]]
+    plan: PackPlan
     normalization: Tensor | None = None
 
 
@@ -70,19 +78,19 @@ def uniform_inputs(
     """
     grid_h, grid_w = image_grid(x[0], patch_size, "x")
     n_patches = grid_h * grid_w
-    sequences = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
+    batch = (x.shape[0], x.device)
     counts = torch.full((x.shape[0],), n_patches, device=x.device)
-    layout = Layout(sequences * (n_patches + n_prefix[0]), nearest_length(counts, lengths), None)
+    layout = Layout(device_cu_seqlens(n_patches + n_prefix[0], *batch), nearest_length(counts, lengths), None)
     patches = resampling.resampled(wide_patches(pos_embed, n_prefix[1]), (grid_h, grid_w))
     table = patches.to(pos_embed.dtype)
-    return Inputs(patchify(x, patch_size), sequences * n_patches, layout, table, torch.zeros_like(sequences[1:]), None)
+    cu_seqlens = device_cu_seqlens(n_patches, *batch)
+    return Inputs(patchify(x, patch_size), cu_seqlens, layout, table, torch.zeros_like(cu_seqlens[1:]), None)
 
 
 @fx.wrap
 def rows_apart(rows: Tensor, layout: Layout) -> Layout:
     """Layout of pooled rows, one row for every sequence of `layout`."""
-    sequences = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=torch.int32)
-    return Layout(sequences, layout.length_index, None)
+    return Layout(device_cu_seqlens(1, rows.shape[0], rows.device), layout.length_index, None)
 
 
 class TakesImages:
@@ -94,17 +102,17 @@ class TakesImages:
         Raises:
             TypeError, ValueError: for an invalid input; the message names the image and what is wrong with it.
         """
-        if isinstance(x, PackedBatch):
-            # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
-            return x if torch.compiler.is_compiling() else x.without_padding()
-        rows, grids, _ = self._patch_rows(x)
-        return PackedBatch.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=self.lengths)
+        if not isinstance(x, PackedBatch):
+            return PackedBatch.from_plan(*self._patch_rows(x))
+        self._check_pack(x)
+        # Padding rows would cost time and, if they hold NaN, reach a weight's gradient.
+        return x if torch.compiler.is_compiling() else x.without_padding()
 
     def _patch_rows(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PatchRows:
         """Any input of the model as patch rows; nothing is copied to another device."""
         if isinstance(x, PackedBatch):
             self._check_pack(x)
-            return PatchRows(x.data[: sum(x.seqlens)], x.grids, x.normalization)
+            return PatchRows(x.data[: x.plan.n_rows], x.plan.without_padding(), x.normalization)
         if isinstance(x, Tensor):
             if x.dim() != 4:
                 raise ValueError(
@@ -112,14 +120,15 @@ class TakesImages:
                 )
             self._check_channels(x.shape[1], "x")
             grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
-            return PatchRows(patchify(x, self.patch_size), (grid,) * x.shape[0])
-        if isinstance(x, Sequence):
-            images = PatchRows(*patch_rows(x, self.patch_size))
+            rows, grids = patchify(x, self.patch_size), [grid] * x.shape[0]
+        elif isinstance(x, Sequence):
+            rows, grids = patch_rows(x, self.patch_size)
             self._check_channels(x[0].shape[0], "images[0]")
-            return images
-        raise TypeError(
-            f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
-        )
+        else:
+            raise TypeError(
+                f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
+            )
+        return PatchRows(rows, PackPlan.of([h * w for h, w in grids], self.lengths, grids=grids))
 
     def _check_channels(self, n: int, name: str) -> None:
         if n != self.in_chans:
@@ -129,19 +138,18 @@ class TakesImages:
         if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
             return self._uniform_inputs(x)
         batch = self.pack(x)
-        self._check_pack(batch)
         if batch.device != self.pos_embed.device:
             raise ValueError(
                 f"x: batch is on {batch.device}, model on {self.pos_embed.device}; move one with .to(device)"
             )
-        if not torch.compiler.is_compiling():
-            self._positions.learn(batch.grids)
-        offset = self._positions.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
+        compiling, positions = torch.compiler.is_compiling(), self._positions
+        known = positions.known if compiling else positions.learn(batch.grids)
+        offset = known.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
         layout = batch.layout(self.num_prefix_tokens)
         if batch.lengths != self.lengths:
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
-        table = self._positions.table(self.pos_embed, self._n_prefix_embedded)
-        images = self._stemmed(PatchRows(self._finite_rows(batch), batch.grids, batch.normalization))
+        table = positions.table(known, self.pos_embed, self._n_prefix_embedded)
+        images = self._stemmed(PatchRows(self._finite_rows(batch), batch.plan, batch.normalization))
         return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization)
 
     def _stemmed(self, images: PatchRows) -> PatchRows:
@@ -149,23 +157,21 @@ class TakesImages:
         if not isinstance(self.patch_embed, ConvStem):
             return images
         rows = images.rows.to(self.pos_embed.device, non_blocking=True)  # an optimised copy takes batches on the CPU
-        return PatchRows(self.patch_embed.feature_rows(rows, images.grids, images.normalization), images.grids)
+        rows = self.patch_embed.feature_rows(rows, images.plan.grids, images.normalization)
+        return PatchRows(rows, images.plan)
 
     def _check_pack(self, batch: PackedBatch) -> None:
         if batch.n_prefix:
             raise ValueError("x: this pack holds tokens (n_prefix > 0) already; give patch rows, or call forward_head")
-        self._check_rows(batch.data, batch.normalization)
+        width = self.patch_size**2 * self.in_chans
+        if batch.data.dim() != 2 or batch.data.shape[1] != width:
+            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(batch.data.shape)}")
+        if batch.data.dtype == torch.uint8 and batch.normalization is None:
+            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
         if batch.grid_hw is None:
             raise ValueError(
                 "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
             )
-
-    def _check_rows(self, rows: Tensor, normalization: Tensor | None) -> None:
-        width = self.patch_size**2 * self.in_chans
-        if rows.dim() != 2 or rows.shape[1] != width:
-            raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(rows.shape)}")
-        if rows.dtype == torch.uint8 and normalization is None:
-            raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
 
     def _finite_rows(self, batch: PackedBatch) -> Tensor:
         """The batch's rows. Compiled code cannot cut off padding, so it zeroes padding if gradients are needed."""

@@ -33,7 +33,7 @@ from revit_fast.models.spec import Divide, LayerScale, Norm, ViTSpec
 from revit_fast.models.timm_api import NORM_PARAMETER, TimmInterface
 from revit_fast.models.weights import load_fitting, read_checkpoint
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
-from revit_fast.packing import Layout, PackedBatch
+from revit_fast.packing import Layout, PackedBatch, device_cu_seqlens
 
 # torch.fx cannot trace functions that check their arguments or make tensors of a size that it does not know.
 fx.wrap("assemble_tokens")
@@ -302,8 +302,8 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
         n = 2 if self.distilled else 1
         starts = layout.cu_seqlens[:-1]
         token = torch.arange(n, device=starts.device, dtype=starts.dtype)
-        sequences = torch.arange(starts.shape[0] + 1, device=starts.device, dtype=starts.dtype)
-        return Queries((starts.unsqueeze(1) + token).flatten(), Layout(n * sequences, layout.length_index, None))
+        cu_seqlens = device_cu_seqlens(n, starts.shape[0], starts.device)
+        return Queries((starts.unsqueeze(1) + token).flatten(), Layout(cu_seqlens, layout.length_index, None))
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` in the given order (two tensors for a distilled model in distilled training).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -79,7 +81,8 @@ class BlockWeights(NamedTuple):
         return 1 / math.sqrt(max(self.head_dim, 1))  # the op refuses a head_dim below 1, with its name
 
 
-class ViTWeights(NamedTuple):
+@dataclass(frozen=True)
+class ViTWeights:
     """Weights of a packed ViT without its head.
 
     Attributes:
@@ -98,11 +101,13 @@ class ViTWeights(NamedTuple):
     prefix: Tensor
     n_lengths: int
 
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """All packed tensors in the order that the op takes."""
         parts = [self.embed, self.norm_pre, self.norm, *(part for block in self.blocks for part in block.parts())]
         return [tensor for part in parts for tensor in part[:2]]
 
+    @cached_property
     def descriptor(self) -> Tensor:
         """The numbers that the op needs beside the tensors, float64 `[5 + 7 * n_blocks]`.
 
@@ -183,8 +188,8 @@ def vit_forward(
             pos_offset.contiguous(),
             pos_table,
             weights.prefix,
-            weights.tensors(),
-            weights.descriptor(),
+            weights.tensors,
+            weights.descriptor,
             n_pooled,
         )
 

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_fast.grids import nearest_lengths
 from revit_fast.ops.resize import resize_patchify
-from revit_fast.packing import Layout, PackedBatch, cached_tensors, cumulative, work_list
+from revit_fast.packing import Layout, PackedBatch, PackPlan, cached_tensors, cumulative
 
 Grid = tuple[int, int]
 
@@ -94,13 +93,11 @@ def clip_layout(
         row, space_row = row + n * frames, space_row + with_class.size
     n_copies = [len(rows) for rows in class_rows]
     to_stream += [rows[:1] for rows in class_rows]
-    index = nearest_lengths(n_patches, lengths)
+    index = PackPlan.of(n_patches, lengths, grids=grids).length_index
     n_clips = len(grids)
 
     def layout(seqlens: Sequence[int], length_index: Sequence[int], n_padding: int = 0) -> Layout:
-        work = work_list(seqlens, n_padding=n_padding)
-        lengths_of = torch.tensor(length_index, dtype=torch.int32, device=device)
-        return Layout(cumulative(seqlens).to(device), lengths_of, work.tiles.to(device), work.counts)
+        return PackPlan(tuple(seqlens), tuple(length_index), n_padding=n_padding).layout(device)
 
     def rows_of(parts: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)

@@ -334,21 +334,13 @@ class TimeSformer(nn.Module):
     def _embed(self, clips: PackedClips, layout: ClipLayout) -> Tensor:
         """The stream `[T, C]` that enters the blocks."""
         frames = clips.frames.without_padding()
-        table, first_rows = self._position_table(frames.grids)
-        offset = torch.tensor(first_rows, dtype=torch.int32, device="cpu").to(frames.device)
-        patches = self._embed_rows(frames.data, frames.normalization)
+        known = self._positions.learn(frames.grids)
+        table, offset = self._positions.table(known, self.pos_embed, 1), known.offsets(frames.grid_hw)
+        patches = self.patch_embed(frames.data, frames.normalization).to(self.pos_embed.dtype)
         placed = assemble_tokens(patches, self.pos_embed.new_empty(0, self.embed_dim), table, offset, frames.cu_seqlens)
         time = self._time_embedding(clips.n_frames, layout)
         classes = self.cls_token[0] + self.pos_embed[0, :1]
         return torch.cat([placed.index_select(0, layout.from_frames) + time, classes.expand(len(clips), -1)])
-
-    def _position_table(self, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
-        """Position embeddings of several grids `[R, C]`, and the row where each of `grids` begins."""
-        self._positions.learn(grids)
-        return self._positions.table(self.pos_embed, 1), self._positions.first_rows(grids)
-
-    def _embed_rows(self, rows: Tensor, normalization: Tensor | None) -> Tensor:
-        return self.patch_embed(rows, normalization).to(self.pos_embed.dtype)
 
     def _time_embedding(self, n_frames: Sequence[int], layout: ClipLayout) -> Tensor:
         """Time embeddings of the stream's patch rows, `[Tp, C]`; resampled by the nearest for another frame count."""
