@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -71,8 +72,10 @@ class FusedProgram(PackedProgram):
         super().__init__(model, grids)
         self.pos_table = self.pos_table.float()
         packed = model._packed.get(model)
+        # A file holds whole storages, so every tensor gets its own.
+        own = replace(packed.weights, blocks=cpu.placed(packed.weights.blocks, partial(map, torch.clone)))
         # The model is not a submodule, so that the program contains only the packed weights and not the parameters.
-        self._tokens = partial(ops.vit_forward, weights=packed.weights, n_pooled=cpu.n_pooled(model))
+        self._tokens = partial(ops.vit_forward, weights=own, n_pooled=cpu.n_pooled(model))
         self._head = partial(cpu.logits_of, model, packed)
 
     def _logits(self, inputs: Inputs) -> Tensor:

@@ -7,7 +7,7 @@ model with such hooks or modules raises an error that names them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -83,15 +83,20 @@ def _built(spec: ViTSpec) -> ReViT:
         return ReViT(spec).eval()
 
 
-def _gathered(blocks: Sequence[BlockWeights]) -> list[BlockWeights]:
-    """The same weights in one piece of memory, in the order in which they are read."""
-    moved = iter(gathered([t for block in blocks for part in block.parts() for t in part[:2]]))
+def placed(blocks: Sequence[BlockWeights], place: Callable[[list[Tensor]], Iterable[Tensor]]) -> list[BlockWeights]:
+    """The same weights in other memory.
 
-    def placed(block: BlockWeights) -> BlockWeights:
+    Args:
+        blocks: the weights.
+        place: copies all tensors, given in the order in which they are read.
+    """
+    moved = iter(place([t for block in blocks for part in block.parts() for t in part[:2]]))
+
+    def copied(block: BlockWeights) -> BlockWeights:
         parts = block.parts()
         return BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in parts), *block[len(parts) :])
 
-    return [placed(block) for block in blocks]
+    return [copied(block) for block in blocks]
 
 
 class Packed(NamedTuple):
@@ -171,7 +176,7 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None, *, training: bool
         embed=pack_weight(*model.patch_embed.matrix(), outer),
         norm_pre=_norm(model.norm_pre),
         norm=_norm(model.norm),
-        blocks=_gathered(blocks),
+        blocks=placed(blocks, gathered),
         prefix=model._prefix().detach().float().contiguous(),
         n_lengths=len(model.lengths),
     )

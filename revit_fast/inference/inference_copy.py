@@ -123,6 +123,10 @@ class InferenceCopy(nn.Module):
             new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
 
+    def __getstate__(self) -> dict:
+        """All attributes; those of type `Derived` pickle their makers alone."""
+        return self.__dict__.copy()
+
     def __setstate__(self, state: dict) -> None:
         """Restores a deep copy or a pickle. It may come from another process, so this one sets its allocator."""
         keep_freed_pages()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, bucket_of
@@ -17,19 +18,58 @@ from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
 
 
+def needing_weights(what: str, method: Callable) -> Callable:
+    """A method of `OptimizedReViT` that a copy without weights refuses under the name `what`."""
+
+    @wraps(method)
+    def checked(self: OptimizedReViT, *args: Any, **options: Any) -> Any:
+        if not self._keeps_weights:
+            raise RuntimeError(
+                f"model: {what} needs the weights, and this copy has dropped them (keep_weights=False); make another "
+                "copy with keep_weights=True for it"
+            )
+        return method(self, *args, **options)
+
+    return checked
+
+
 class OptimizedReViT(InferenceCopy, ReViT):
     """An inference copy of a `ReViT`; make one with `optimize`."""
 
     _packed_dtype: torch.dtype | None = None  # of the blocks' packed weights; None: the parameters' dtype
     _keeps_weights = True
 
-    def __init__(self, model: ReViT, dtype: torch.dtype | None, max_rows: int, max_graphs: int) -> None:
+    def __init__(
+        self, model: ReViT, dtype: torch.dtype | None, keep_weights: bool, max_rows: int, max_graphs: int
+    ) -> None:
         self._take(model)
         if dtype is not None:
             self._packed_dtype = torch.int8 if dtype == torch.int8 else None
             self.to(dtype=torch.float32 if dtype == torch.int8 else dtype)
         self.max_rows, self.max_graphs = max_rows, max_graphs
         self._derive()
+        if not keep_weights:
+            self._drop_weights()
+
+    def _drop_weights(self) -> None:
+        """Packs the weights and drops the originals of the blocks' linear layers, almost all there are."""
+        if not self._fuses():
+            raise ValueError(
+                "keep_weights: only a copy that runs fused on a CPU, in float32 or bfloat16 with the C++ extension, "
+                "can do without its weights; leave it True"
+            )
+        self._packed.pin(self)
+        for block in self.blocks:
+            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+        self._keeps_weights = False
+
+    _embed = needing_weights("code that does not run fused", ReViT._embed)
+    _apply = needing_weights("a change of device or dtype", InferenceCopy._apply)
+    state_dict = needing_weights("state_dict", ReViT.state_dict)
+    load_state_dict = needing_weights("load_state_dict", InferenceCopy.load_state_dict)
+    refresh = needing_weights("refresh", InferenceCopy.refresh)
+    __getstate__ = needing_weights("a pickle or a copy", InferenceCopy.__getstate__)
 
     def _derive(self) -> None:
         self._packed = Derived(partial(cpu.pack_model, dtype=self._packed_dtype, training=True))
@@ -96,7 +136,12 @@ def check_integer_device(device: torch.device) -> None:
 
 
 def optimize(
-    model: ReViT, dtype: torch.dtype | None = None, *, max_rows: int = MAX_ROWS, max_graphs: int = MAX_GRAPHS
+    model: ReViT,
+    dtype: torch.dtype | None = None,
+    *,
+    keep_weights: bool = True,
+    max_rows: int = MAX_ROWS,
+    max_graphs: int = MAX_GRAPHS,
 ) -> OptimizedReViT:
     """An inference copy of `model` with the same methods and, within rounding, the same results; `model` is unchanged.
 
@@ -119,8 +164,10 @@ def optimize(
     another.
 
     float64 models, other methods, code under `torch.compile` and a CPU without the C++ extension use the model's own
-    code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules), but not writes
-    through `.data` that keep its memory. Pickles and deep copies contain only the parameters and derive the rest again.
+    code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules). It cannot
+    notice a write through `.data` that keeps the memory: call `copy.refresh()` after one. `load_state_dict` and `.to`
+    wait for the calls of other threads, so each result belongs to either the old or the new weights. Pickles and deep
+    copies contain only the parameters and derive the rest again.
 
     From the first copy on, the process keeps freed memory, see `revit_fast.io.memory.keep_freed_pages`.
 
@@ -128,6 +175,9 @@ def optimize(
         model: the model to copy.
         dtype: dtype of the copy, float32, bfloat16 or float16; by default that of the model. int8 means a float32 copy
             with packed weights in int8.
+        keep_weights: False drops the original weights of the blocks' linear layers once they are packed, so the copy
+            takes half the memory (on a CPU only). Everything that needs them is then refused: `forward_intermediates`,
+            `state_dict` and saving, `load_state_dict`, `.to`, copies, pickles, exports of one grid, compilation.
         max_rows: patch rows (padding included) of the largest batch that is captured. The graphs share one memory pool
             of about the size that the largest of them needs.
         max_graphs: number of graphs kept; the least recently used one is dropped first.
@@ -150,4 +200,4 @@ def optimize(
         if (dtype or model.pos_embed.dtype) == torch.float16:
             raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")
         cpu.check_fusable(model)
-    return OptimizedReViT(model, dtype, max_rows, max_graphs)
+    return OptimizedReViT(model, dtype, keep_weights, max_rows, max_graphs)

@@ -42,6 +42,7 @@ class Derived(Generic[S, T]):
         self._make, self._watch = make, watch or Snapshot
         self._lock = threading.RLock()
         self._kept: tuple[str, S, Watch, T] | None = None
+        self._pinned = False
 
     def __reduce__(self) -> tuple:
         return type(self), (self._make, self._watch)
@@ -57,6 +58,11 @@ class Derived(Generic[S, T]):
         with self._lock:
             isa, kept = _library.cpu_isa(), self._kept
             if kept is None or kept[0] != isa or kept[1] is not source or not kept[2].holds():
+                if self._pinned:
+                    raise RuntimeError(
+                        f"model: its weights were dropped after they had been packed for {kept[0]}, so they cannot be "
+                        "packed again for another instruction set; make another copy with keep_weights=True"
+                    )
                 self._kept = None  # if making fails, the next call tries again
                 with torch.inference_mode(False), torch.no_grad():
                     self._kept = kept = isa, source, self._watch(source), self._make(source)
@@ -67,10 +73,24 @@ class Derived(Generic[S, T]):
         with self.of(source) as value:
             return value
 
+    def pin(self, source: S) -> None:
+        """Makes the value now and keeps it whatever becomes of the source, which may then lose its tensors."""
+        with self.of(source):
+            isa, _, _, value = self._kept
+            self._kept, self._pinned = (isa, source, _Unchanging(), value), True
+
     def refresh(self) -> None:
         """Forgets the value, so that the next use makes it anew: after a write that leaves no trace (`.data`)."""
         with self._lock:
             self._kept = None
+
+
+class _Unchanging:
+    """The watch of a pinned value."""
+
+    @staticmethod
+    def holds() -> bool:
+        return True
 
 
 def refresh(module: nn.Module) -> None:

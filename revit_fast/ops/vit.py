@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -92,6 +91,11 @@ class ViTWeights:
         blocks: one entry per block.
         prefix: float32 `[n_prefix, C]`, prefix tokens with their position embeddings added.
         n_lengths: number of configured lengths.
+        tensors: all packed tensors in the order that the op takes.
+        descriptor: the numbers that the op needs beside the tensors, see `_descriptor`.
+
+    Raises:
+        ValueError: for an unknown activation. The op checks the numbers.
     """
 
     embed: PackedWeight
@@ -100,22 +104,22 @@ class ViTWeights:
     blocks: Sequence[BlockWeights]
     prefix: Tensor
     n_lengths: int
+    tensors: list[Tensor] = field(init=False, repr=False)
+    descriptor: Tensor = field(init=False, repr=False)
 
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """All packed tensors in the order that the op takes."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", self._tensors())
+        object.__setattr__(self, "descriptor", self._descriptor())
+
+    def _tensors(self) -> list[Tensor]:
         parts = [self.embed, self.norm_pre, self.norm, *(part for block in self.blocks for part in block.parts())]
         return [tensor for part in parts for tensor in part[:2]]
 
-    @cached_property
-    def descriptor(self) -> Tensor:
-        """The numbers that the op needs beside the tensors, float64 `[5 + 7 * n_blocks]`.
+    def _descriptor(self) -> Tensor:
+        """float64 `[5 + 7 * n_blocks]`.
 
         First come the version, n_lengths, the number of blocks and the eps of `norm_pre` and `norm`. For each block
         follow n_heads, head_dim, hidden, the index of the activation, the eps of `norm1` and `norm2`, and the scale.
-
-        Raises:
-            ValueError: for an unknown activation. The op checks the numbers.
         """
         numbers = [DESCRIPTOR_VERSION, self.n_lengths, len(self.blocks), self.norm_pre.eps, self.norm.eps]
         for i, block in enumerate(self.blocks):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast.inference.inference_copy import InferenceCopy
-from revit_fast.layers.derived import Snapshot
 from revit_fast.layers.comparison import difference
+from revit_fast.layers.derived import Snapshot
 from revit_fast.layers.mlp import activation_name
 from revit_fast.ops import _library
 from revit_fast.ops.attention import varlen_attention
