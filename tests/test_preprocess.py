@@ -12,6 +12,8 @@ from timm.data import create_transform
 
 import revit_fast as rf
 from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.policies import grey_entropy
+from revit_fast.adaptive.preprocess import ENTROPY_PX
 from revit_fast.io.images import ImageError
 from revit_fast.models.settings import IMAGENET_MEAN, IMAGENET_STD
 
@@ -133,6 +135,14 @@ class TestCall:
         flat = np.full((50, 40, 3), 7, np.uint8)
         noise = RNG.integers(0, 256, (90, 90, 3), dtype=np.uint8)
         assert rf.AdaptivePreprocessor(policy="entropy")([flat, noise]).grids == [7, 14]
+
+    def test_entropy_is_that_of_a_bilinear_thumbnail_and_makes_no_pack(self, packs_made):
+        prep = rf.AdaptivePreprocessor(policy="entropy")
+        entropy = prep.assign(IMAGES).entropy
+        assert packs_made == []
+        options = {"boxes": prep.seen(IMAGES), "interpolation": "bilinear", "dtype": torch.uint8}
+        rows = rf.ops.resize_patchify(IMAGES, ENTROPY_PX, ENTROPY_PX, **options).data
+        np.testing.assert_array_equal(entropy, grey_entropy(rows.view(len(IMAGES), -1, 3).numpy()))
 
     def test_a_bad_image_is_named(self, tmp_path):
         prep = rf.AdaptivePreprocessor(policy="cycle")

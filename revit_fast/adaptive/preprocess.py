@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_fast import ops
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.crops import aspect_grid, eval_box
 from revit_fast.adaptive.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
@@ -21,6 +20,7 @@ from revit_fast.models.folder import check_assigner
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
 from revit_fast.models.vit import ReViT
+from revit_fast.ops.resize import resize_patchify, resized_rows
 from revit_fast.packing import PackedBatch
 
 ENTROPY_PX = 64
@@ -194,7 +194,7 @@ class AdaptivePreprocessor:
         if self.tla is not None:
             return self.tla.entropies(images, boxes)
         options = {"boxes": boxes, "interpolation": "bilinear", "dtype": torch.uint8}
-        rows = ops.resize_patchify(images, ENTROPY_PX, ENTROPY_PX, **options).data
+        rows, _ = resized_rows(images, ENTROPY_PX, ENTROPY_PX, **options)
         return grey_entropy(rows.view(len(images), -1, 3).numpy())
 
     def calibrate(self, images: Sequence[ImageSource], labels: Sequence[int] | Tensor | None = None) -> None:
@@ -220,7 +220,7 @@ class AdaptivePreprocessor:
         sizes = [(rows * self.patch_size, columns * self.patch_size) for rows, columns in grids_hw]
         boxes = [self._box(image, grid) for image, grid in zip(images, grids, strict=True)]
         lengths = [grid * grid for grid in self.grids]
-        return ops.resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
+        return resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
 
     def __call__(self, images: Sequence[ImageSource]) -> Prepared:
         """Decodes, assigns and packs a batch; the result unpacks as `batch, grids`.
