@@ -359,6 +359,16 @@ class PackedBatch:
         moved = {name: move(getattr(self, name)) for name in tensors}
         return replace(self, **moved, normalization=normalization, _layouts={})
 
+    def pin_memory(self) -> PackedBatch:
+        """The same pack in page-locked memory, so that `to(device, non_blocking=True)` need not wait for the copy.
+
+        torch's `DataLoader(pin_memory=True)` calls this method.
+        """
+        names = ("data", "cu_seqlens", "length_index", "tiles", "grid_hw", "normalization")
+        tensors = {name: getattr(self, name) for name in names}
+        pinned = {name: None if tensor is None else tensor.pin_memory() for name, tensor in tensors.items()}
+        return replace(self, **pinned, _layouts={})
+
     def without_padding(self) -> PackedBatch:
         """The same sequences without the padding rows after them."""
         n_rows = sum(self.seqlens)

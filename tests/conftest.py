@@ -70,6 +70,19 @@ def packs_made(monkeypatch):
     return made
 
 
+@pytest.fixture
+def pinned(monkeypatch):
+    """A list that gets every pair (tensor, its copy) that `Tensor.pin_memory` makes; the copies are not page-locked."""
+    pairs = []
+
+    def pin_memory(tensor):
+        pairs.append((tensor, tensor.clone()))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For batches so small that they gain nothing from threads, which on a busy machine wait for each other instead."""
