@@ -104,6 +104,7 @@ class TestCall:
         assert all(torch.equal(row, rows[0]) for row in rows)
 
     def test_an_image_is_the_same_alone_and_in_any_batch(self):
+        torch.manual_seed(0)  # an assigner that tells the images apart
         tla = rf.TokenLengthAssigner(thumbnail_px=16, widths=(8, 8)).eval()
         tla.calibrate(IMAGES)
         prep = rf.AdaptivePreprocessor(tla, policy=("budget", 125))
