@@ -4,6 +4,7 @@ import asyncio
 import gc
 import itertools
 import json
+import math
 import pickle
 import sys
 import threading
@@ -152,6 +153,47 @@ class TestResults:
         assert [r.error for r in results] == [None] * 6
         [first] = pipe([image(3, 20, 30)])
         assert torch.equal(results[5].logits, first.logits), "of an animation the first frame"
+
+
+class TestGrids:
+    """The grid of an image is worked out once for each of its passes."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """A list that gets every grid that a preprocessor and, in it, `aspect_grid` work out."""
+        grids, grid_hw = [], rf.AdaptivePreprocessor.grid_hw
+
+        def counted(self, picture, grid):
+            grids.append(("grid_hw", grid))
+            return grid_hw(self, picture, grid)
+
+        def counted_aspect(height, width, max_tokens, patch_size):
+            grids.append(("aspect_grid", math.isqrt(max_tokens)))
+            return rf.aspect_grid(height, width, max_tokens, patch_size)
+
+        monkeypatch.setattr(rf.AdaptivePreprocessor, "grid_hw", counted)
+        monkeypatch.setattr("revit_fast.adaptive.preprocess.aspect_grid", counted_aspect)
+        return grids
+
+    @pytest.mark.parametrize("aspect", ["crop", "keep"])
+    def test_once_for_each_image(self, model, calls, aspect):
+        images, names = [image(i) for i in range(20)], ["grid_hw"] + ["aspect_grid"] * (aspect == "keep")
+        pipe = rf.pipeline(model, policy="cycle", aspect=aspect, token_budget=40)
+        for run in (pipe, pipe.assign):
+            calls.clear()
+            results = list(run(images))
+            assert sorted(calls) == sorted((name, r.grid) for r in results for name in names)
+
+    @pytest.mark.parametrize("token_budget", [1, 64, 4096])
+    def test_once_for_each_pass_of_a_cascade(self, model, calls, token_budget):
+        images = [image(i) for i in range(12)]
+        pipe = rf.pipeline(model, policy=("cascade", 1), aspect="keep", token_budget=token_budget)
+        results = list(pipe(images))
+        assert sorted(calls) == sorted((name, g) for g in GRIDS for name in ("aspect_grid", "grid_hw") for _ in images)
+        for picture, r in zip(images, results, strict=True):
+            sides = [rf.aspect_grid(*picture.shape[:2], g * g, PATCH) for g in GRIDS]
+            assert r.grid == GRIDS[0]
+            assert r.n_tokens == sum(rows * columns + 1 for rows, columns in sides)
 
 
 class TestErrors:

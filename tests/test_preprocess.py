@@ -162,6 +162,35 @@ class TestCall:
         assert torch.equal(loaded(IMAGES).batch.data, expected)
 
 
+class TestPack:
+    @pytest.mark.parametrize("aspect", ["crop", "keep"])
+    def test_sides_and_grids_are_the_same(self, aspect):
+        prep = rf.AdaptivePreprocessor(policy="cycle", aspect=aspect)
+        sides = [prep.grids[i % 3] for i in range(len(IMAGES))]
+        expected = prep.pack(IMAGES, sides)
+        grids = [prep.grid_hw(image, side) for image, side in zip(IMAGES, sides, strict=True)]
+        mixed = [grid if i % 2 else side for i, (grid, side) in enumerate(zip(grids, sides, strict=True))]
+        for given in (grids, mixed, np.array(sides)):
+            batch = prep.pack(IMAGES, given)
+            assert batch.grids == expected.grids == tuple(grids)
+            assert batch.lengths == expected.lengths == (196, 100, 49)
+            assert torch.equal(batch.data, expected.data)
+        assert [prep.n_patches(grid) for grid in grids] == list(expected.seqlens)
+
+    def test_nothing_is_worked_out_again(self, monkeypatch):
+        prep = rf.AdaptivePreprocessor(policy="cycle", aspect="keep")
+        grids = [prep.grid_hw(image, 7) for image in IMAGES]
+        monkeypatch.setattr(prep, "grid_hw", None)
+        assert prep.pack(IMAGES, grids).grids == tuple(grids)
+
+    def test_a_grid_that_no_crop_has(self):
+        prep = rf.AdaptivePreprocessor(policy="cycle")
+        with pytest.raises(ValueError, match=r'grids: images are cropped to squares \(aspect="crop"\), got .* 7x10'):
+            prep.pack(IMAGES[:2], [7, (7, 10)])
+        with pytest.raises(ValueError, match="shorter"):
+            prep.pack(IMAGES[:2], [7])
+
+
 class TestCalibration:
     def test_on_what_the_model_sees(self):
         """The budget is that of the grids which the same images then get."""

@@ -237,6 +237,14 @@ class TestPipeline:
         assert clip_macs(model, n, f) == n * f * 3 * PATCH**2 * c + 2 * block + 5 * c
         assert ClipPreprocessor.for_model(model, policy="cycle").macs[1] == clip_macs(model, n, f)
 
+    def test_sides_and_grids_pack_the_same(self):
+        prep = ClipPreprocessor.for_model(make_model(), policy="cycle")
+        clips = [moving(3, seed=1), moving(3, 64, 48, seed=2)]
+        expected, got = prep.pack(clips, [4, 2]), prep.pack(clips, [(4, 4), (2, 2)])
+        assert got.grids == expected.grids == ((4, 4), (2, 2))
+        assert torch.equal(got.frames.data, expected.frames.data)
+        assert [prep.n_patches(grid) for grid in got.grids] == [48, 12]
+
     def test_parts_that_do_not_fit_are_refused(self):
         model = make_model()
         with pytest.raises(TypeError, match="expected a TimeSformer, got Linear"):

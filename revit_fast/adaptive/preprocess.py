@@ -184,6 +184,11 @@ class AdaptivePreprocessor:
             return grid, grid
         return aspect_grid(*image.shape[:2], grid * grid, self.patch_size)
 
+    def n_patches(self, grid_hw: tuple[int, int]) -> int:
+        """Number of patches of an image of this grid (rows, columns)."""
+        rows, columns = grid_hw
+        return rows * columns
+
     def _box(self, image: np.ndarray | Tensor, grid: int) -> tuple[float, float, float, float]:
         height, width = image.shape[:2]
         if self.aspect == "keep":
@@ -214,13 +219,28 @@ class AdaptivePreprocessor:
         self.tla.calibrate(decoded, labels, boxes=self.seen(decoded))
         self.policy = self._policy(self.policy)
 
-    def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:
-        """One pack of patch rows of decoded images, each resized to its grid."""
-        grids_hw = [self.grid_hw(image, grid) for image, grid in zip(images, grids, strict=True)]
-        sizes = [(rows * self.patch_size, columns * self.patch_size) for rows, columns in grids_hw]
-        boxes = [self._box(image, grid) for image, grid in zip(images, grids, strict=True)]
-        lengths = [grid * grid for grid in self.grids]
-        return resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
+    def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int | tuple[int, int]]) -> PackedBatch:
+        """One pack of patch rows of decoded images, each resized to its grid.
+
+        Args:
+            images: uint8 arrays `[H, W, 3]` or `[H, W]`.
+            grids: for each image patches per side, or the tuple (rows, columns) that `grid_hw` gave for them.
+
+        Raises:
+            ValueError: if the numbers of images and grids differ, or a grid is not a square although aspect is "crop".
+        """
+        return resize_patchify(images, patch_size=self.patch_size, **self._targets(images, grids), **self.options)
+
+    def _targets(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
+        """The arguments of `resize_patchify` that follow from the grids of some images."""
+        sizes, boxes = [], []
+        for image, grid in zip(images, grids, strict=True):
+            rows, columns = grid if isinstance(grid, tuple) else self.grid_hw(image, grid)
+            if self.aspect == "crop" and rows != columns:
+                raise ValueError(f'grids: images are cropped to squares (aspect="crop"), got a grid {rows}x{columns}')
+            sizes.append((rows * self.patch_size, columns * self.patch_size))
+            boxes.append(self._box(image, rows))
+        return {"sizes": sizes, "boxes": boxes, "lengths": [grid * grid for grid in self.grids]}
 
     def __call__(self, images: Sequence[ImageSource]) -> Prepared:
         """Decodes, assigns and packs a batch; the result unpacks as `batch, grids`.
