@@ -17,10 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from small_models import drawn
+from torch import nn
 
 import revit_fast as rf
 from revit_fast.io.trace import StageTimes, Trace
 from revit_fast.streaming.results import Result
+from revit_fast.video import TimeSformer
 
 GRIDS = (4, 3, 2)
 PATCH = 4
@@ -153,6 +155,61 @@ class TestResults:
         assert [r.error for r in results] == [None] * 6
         [first] = pipe([image(3, 20, 30)])
         assert torch.equal(results[5].logits, first.logits), "of an animation the first frame"
+
+
+class Mean(nn.Module):
+    """A model that is no ReViT: logits from the mean of the patch rows of each image."""
+
+    in_chans, num_classes, num_prefix_tokens, grids, patch_size = 3, 5, 3, GRIDS, PATCH
+
+    def __init__(self, input_device="cpu"):
+        super().__init__()
+        self.input_device = torch.device(input_device)
+        self.head = nn.Linear(PATCH * PATCH * 3, self.num_classes)
+        self.devices = []
+
+    def forward(self, batch):
+        self.devices.append(batch.device)
+        if batch.device.type == "meta":  # which has no values
+            return torch.zeros(len(batch), self.num_classes)
+        return torch.stack([self.head(rows.mean(0)) for rows in batch.split()])
+
+
+class TestOtherModels:
+    """A pipeline asks its model for attributes and not for its class."""
+
+    def test_a_module_that_is_no_revit(self):
+        model = drawn(Mean())
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        images = [image(i) for i in range(9)]
+        results = list(rf.AdaptivePipeline(model, prep, labels=list("abcde"), token_budget=30)(images))
+        for i, r in enumerate(results):
+            assert (r.error, r.grid, r.n_tokens) == (None, GRIDS[i % 3], GRIDS[i % 3] ** 2 + 3)
+            expected = model(prep.pack([images[i]], [r.grid]))[0]
+            torch.testing.assert_close(r.logits, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_a_batch_is_moved_to_where_the_model_expects_it(self, device):
+        model = drawn(Mean(device))
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        pipe = rf.AdaptivePipeline(model, prep)
+        assert pipe.logits(prep.pack([image(0)], [3])).device.type == "cpu"
+        assert model.devices == [torch.device(device)]
+
+    @pytest.mark.parametrize("name", ["grids", "in_chans", "num_classes", "num_prefix_tokens", "patch_size"])
+    def test_what_it_lacks_is_named(self, monkeypatch, name):
+        model = Mean().eval()
+        monkeypatch.delattr(Mean, name)
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        with pytest.raises(TypeError, match=rf"model: expected a ReViT, got Mean, which has no {name}$"):
+            rf.AdaptivePipeline(model, prep)
+
+    def test_a_model_of_clips_is_refused(self):
+        own = dict(grids=GRIDS, base_grid=(4, 4), patch_size=PATCH, embed_dim=8, depth=1, num_heads=1, num_classes=2)
+        model = TimeSformer(num_frames=2, **own).eval()
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        with pytest.raises(TypeError, match=r"model: expected a ReViT, got TimeSformer$"):
+            rf.AdaptivePipeline(model, prep)
 
 
 class TestGrids:

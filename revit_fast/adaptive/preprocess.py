@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.crops import aspect_grid, eval_box
@@ -50,6 +50,17 @@ class Prepared(NamedTuple):
 
 ASPECTS = ("crop", "keep")
 
+MODEL_ATTRIBUTES = (
+    "grids",
+    "in_chans",
+    "input_device",
+    "num_classes",
+    "num_prefix_tokens",
+    "patch_size",
+    "training",
+)
+"""What a pipeline reads of its model, with the meaning that it has in a `ReViT`."""
+
 
 class AdaptivePreprocessor:
     """Turns images into one `PackedBatch`; resizes each image at its assigned grid directly into its place.
@@ -76,6 +87,12 @@ class AdaptivePreprocessor:
     Raises:
         TypeError, ValueError: if an argument is not as above, or the assigner's grids are not the model's.
     """
+
+    MODEL = "ReViT"
+    """Name of the model that takes the packs, for error messages."""
+
+    CLIPS = False
+    """Whether the packs hold clips. A model that takes clips has the attribute `num_frames`, and no other has it."""
 
     def __init__(
         self,
@@ -127,6 +144,38 @@ class AdaptivePreprocessor:
             "macs": [forward_macs(model, n) for n in model.lengths],
         }
         return cls(tla, **own | options)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Checks that a pipeline can run a model on what this preprocessor packs.
+
+        The model need not be a `ReViT`. It must have the attributes `preprocess.MODEL_ATTRIBUTES`, and give logits
+        `[B, num_classes]` for a pack on its `input_device`.
+
+        Args:
+            model: the model of the pipeline.
+
+        Raises:
+            TypeError: if the model lacks an attribute, or takes clips instead of images or images instead of clips.
+            ValueError: if it is in training mode or does not take RGB, or if its grids or its patch size differ from
+                the preprocessor's.
+        """
+        missing = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
+        if missing or hasattr(model, "num_frames") != self.CLIPS:
+            without = f", which has no {', '.join(missing)}" if missing else ""
+            raise TypeError(f"model: expected a {self.MODEL}, got {type(model).__name__}{without}")
+        if model.training:
+            raise ValueError("model: expected evaluation mode; call model.eval()")
+        if model.in_chans != 3:
+            raise ValueError(
+                f"model: images are read as RGB, but it takes {model.in_chans} channels; make it with in_chans=3 (timm "
+                "adapts weights to that)"
+            )
+        for name in ("grids", "patch_size"):
+            if getattr(self, name) != getattr(model, name):
+                raise ValueError(
+                    f"prep: its {name} {getattr(self, name)} differ from the model's {getattr(model, name)}; make it "
+                    f"with {type(self).__name__}.for_model(model, ...)"
+                )
 
     def _policy(self, spec: PolicySpec | Policy) -> Policy:
         calibration = self.tla.calibration if self.tla is not None else None

@@ -37,6 +37,11 @@ class OptimizedReViT(InferenceCopy, ReViT):
         self._cache = None
         self._fused = FusedForward(self, self._packed_dtype)
 
+    @property
+    def input_device(self) -> torch.device:
+        """Device on which the copy expects its batches; it is the CPU if graphs are replayed, which copy a batch."""
+        return torch.device("cpu") if self._replays() else self.pos_embed.device
+
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as in `ReViT.forward`, without autograd."""
         return self._as_given(self._logits(x), x)

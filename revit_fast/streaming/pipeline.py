@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec, confidence
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
-from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.inference.optimize import optimize as optimized_copy
 from revit_fast.io.images import ImageSource, check_sources, name_of
 from revit_fast.io.memory import keep_freed_pages, release_freed_pages
@@ -51,7 +50,8 @@ class AdaptivePipeline:
     `revit_fast.io.memory.keep_freed_pages`.
 
     Args:
-        model: a `ReViT` in evaluation mode, preferably a copy made by `optimize`.
+        model: a `ReViT` in evaluation mode, preferably a copy made by `optimize`; or another module that
+            `prep.check_model` accepts.
         prep: preprocessor of the model: decodes, assigns and packs images.
         token_budget: largest number of tokens in a pack, including prefix tokens.
         labels: names of the classes.
@@ -62,12 +62,9 @@ class AdaptivePipeline:
         TypeError, ValueError: if an argument is not as above, or the arguments do not fit together.
     """
 
-    MODEL: type[nn.Module] = ReViT
-    """Required type of the model."""
-
     def __init__(
         self,
-        model: ReViT,
+        model: nn.Module,
         prep: AdaptivePreprocessor,
         *,
         token_budget: int = 4096,
@@ -75,21 +72,7 @@ class AdaptivePipeline:
         max_wait_s: float = 0.1,
         n_decoders: int | None = None,
     ) -> None:
-        if not isinstance(model, self.MODEL):
-            raise TypeError(f"model: expected a {self.MODEL.__name__}, got {type(model).__name__}")
-        if model.training:
-            raise ValueError("model: expected evaluation mode; call model.eval()")
-        if model.in_chans != 3:
-            raise ValueError(
-                f"model: images are read as RGB, but it takes {model.in_chans} channels; make it with in_chans=3 (timm "
-                "adapts weights to that)"
-            )
-        for name in ("grids", "patch_size"):
-            if getattr(prep, name) != getattr(model, name):
-                raise ValueError(
-                    f"prep: its {name} {getattr(prep, name)} differ from the model's {getattr(model, name)}; make it "
-                    "with AdaptivePreprocessor.for_model(model, ...)"
-                )
+        prep.check_model(model)
         if n_decoders is not None and n_decoders < 1:
             raise ValueError(f"n_decoders: expected at least 1, got {n_decoders}")
         if labels is not None and len(labels) != model.num_classes:
@@ -288,10 +271,9 @@ class AdaptivePipeline:
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Float32 logits `[B, n_classes]`, on the CPU, of a batch that `prep` packed."""
+        device = self.model.input_device
         with torch.inference_mode():
-            # An optimised model moves the batch itself.
-            moved = batch if isinstance(self.model, OptimizedReViT) else batch.to(self.model.pos_embed.device)
-            return self.model(moved).float().cpu()
+            return self.model(batch if batch.device == device else batch.to(device)).float().cpu()
 
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
         """Runs one packed forward pass and divides its time among the images by their tokens.

@@ -56,6 +56,9 @@ class ClipPreprocessor(AdaptivePreprocessor):
         TypeError, ValueError: as in `AdaptivePreprocessor`, and if `n_frames` is below 1.
     """
 
+    MODEL = "TimeSformer"
+    CLIPS = True
+
     def __init__(self, tla: TokenLengthAssigner | None = None, *, n_frames: int = 8, **options) -> None:
         super().__init__(tla, **options)
         if not isinstance(n_frames, int) or n_frames < 1:
@@ -127,8 +130,6 @@ class ClipPipeline(AdaptivePipeline):
     The same as `AdaptivePipeline`, over a `TimeSformer` and a `ClipPreprocessor`; sources are paths, bytes or uint8
     frames `[F, H, W, 3]`.
     """
-
-    MODEL = TimeSformer
 
 
 def pipeline(
