@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from revit_fast.ops import _library, _triton
+from revit_fast.packing import PackedBatch
 
 
 def pytest_addoption(parser):
@@ -54,6 +55,32 @@ def isa(request):
     torch.ops.revit_fast.select_cpu_isa(request.param)
     yield request.param
     torch.ops.revit_fast.select_cpu_isa(before)
+
+
+@pytest.fixture
+def packs_made(monkeypatch):
+    """A list that gets the number of sequences of every `PackedBatch` made from rows."""
+    made, from_rows = [], PackedBatch.from_rows
+
+    def counted(data, seqlens, **options):
+        made.append(len(seqlens))
+        return from_rows(data, seqlens, **options)
+
+    monkeypatch.setattr(PackedBatch, "from_rows", counted)
+    return made
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """A list that gets every pair (tensor, its copy) that `Tensor.pin_memory` makes; the copies are not page-locked."""
+    pairs = []
+
+    def pin_memory(tensor):
+        pairs.append((tensor, tensor.clone()))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    return pairs
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def batches(monkeypatch):
     pack = AdaptivePreprocessor.pack
 
     def recorded(self, images, grids):
-        seen.append(tuple(grid * grid + 1 for grid in grids))
+        seen.append(tuple(rows * columns + 1 for rows, columns in grids))
         return pack(self, images, grids)
 
     monkeypatch.setattr(AdaptivePreprocessor, "pack", recorded)

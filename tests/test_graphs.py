@@ -45,6 +45,15 @@ def test_a_bucket_holds_its_batch_and_little_more(n_rows, n_sequences):
     assert bucket.n_sequences <= max(-(-bucket.n_rows // 49), 2 * n_sequences)
 
 
+def test_a_copy_expects_batches_on_the_cpu_where_graphs_copy_them(monkeypatch):
+    assert rf.optimize(make_model()).input_device == torch.device("cpu")
+    elsewhere = rf.optimize(make_model().to("meta"))
+    assert elsewhere.input_device == torch.device("meta"), "nothing is replayed there"
+    monkeypatch.setitem(cuda_graphs.BACKENDS, "meta", DirectCalls)
+    assert elsewhere.input_device == torch.device("cpu")
+    assert elsewhere.double().input_device == torch.device("meta"), "float64 runs eagerly"
+
+
 def test_sizes_are_eight_an_octave():
     assert [round_up(n, 128, 8) for n in (1, 128, 129, 1024, 1025, 2048, 2049, 4000, 4097)] == [
         128, 128, 256, 1024, 1152, 2048, 2304, 4096, 4608,

@@ -1,6 +1,7 @@
 """The pack contract: offsets, work list, length rule, prefix convention, and its errors."""
 
 import contextlib
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from revit_fast import PackedBatch
 from revit_fast.grids import check_grids
@@ -165,6 +167,31 @@ def test_to_moves_every_tensor():
     tensors = (batch.data, batch.cu_seqlens, batch.length_index, batch.tiles, batch.grid_hw)
     assert {t.device.type for t in tensors} == {"meta"}
     assert batch.seqlens == (4,)
+
+
+def test_the_data_loader_of_torch_pins_every_tensor(pinned):
+    normalization = torch.tensor([[0.5] * 3, [0.25] * 3])
+    batch = PackedBatch.from_rows(randn(14, 12), [4, 9], normalization=normalization)
+    for pin in (PackedBatch.pin_memory, torch_pin_memory, lambda b: torch_pin_memory({"images": (b, "a name")})):
+        pinned.clear()
+        got = pin(batch)
+        got = got if isinstance(got, PackedBatch) else got["images"][0]
+        copies = {id(original): copy for original, copy in pinned}
+        tensors = {f.name for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)}
+        assert tensors == {"data", "cu_seqlens", "length_index", "grid_hw", "normalization"}
+        assert len(pinned) == len(tensors)
+        for f in fields(batch):
+            if f.name in tensors:
+                assert getattr(got, f.name) is copies[id(getattr(batch, f.name))], f.name
+            else:
+                assert getattr(got, f.name) is getattr(batch, f.name), f.name
+        assert got.layout(1).cu_seqlens.tolist() == [0, 5, 15]
+
+
+def test_a_pack_without_grids_is_pinned_too(pinned):
+    got = PackedBatch.from_rows(randn(3, 2), [3]).pin_memory()
+    assert got.grid_hw is got.normalization is None
+    assert len(pinned) == 3
 
 
 @pytest.mark.parametrize(

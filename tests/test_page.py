@@ -153,8 +153,8 @@ class TestShown:
         monkeypatch.setattr(AdaptivePreprocessor, "pack", spy)
         images = [entry.image for entry in all_seen() if entry.error is None]
         assert all(ms > 0 for ms in time_packs(pipe, images))
-        chosen = tuple(e.chosen.grid for e in decide(pipe, all_seen()) if e.error is None)
-        assert packed[: len(packed) // 2 * 2] == [chosen, (6,) * len(images)] * (len(packed) // 2)
+        chosen = tuple((e.chosen.grid,) * 2 for e in decide(pipe, all_seen()) if e.error is None)
+        assert packed[: len(packed) // 2 * 2] == [chosen, ((6, 6),) * len(images)] * (len(packed) // 2)
 
     def test_the_time_of_every_length_is_on_sheets(self, tmp_path, monkeypatch):
         """Those of `revit-fast explain`, whose images run at one length, have no such column."""

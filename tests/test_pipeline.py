@@ -4,6 +4,7 @@ import asyncio
 import gc
 import itertools
 import json
+import math
 import pickle
 import sys
 import threading
@@ -16,10 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from small_models import drawn
+from torch import nn
 
 import revit_fast as rf
 from revit_fast.io.trace import StageTimes, Trace
 from revit_fast.streaming.results import Result
+from revit_fast.video import TimeSformer
 
 GRIDS = (4, 3, 2)
 PATCH = 4
@@ -152,6 +155,102 @@ class TestResults:
         assert [r.error for r in results] == [None] * 6
         [first] = pipe([image(3, 20, 30)])
         assert torch.equal(results[5].logits, first.logits), "of an animation the first frame"
+
+
+class Mean(nn.Module):
+    """A model that is no ReViT: logits from the mean of the patch rows of each image."""
+
+    in_chans, num_classes, num_prefix_tokens, grids, patch_size = 3, 5, 3, GRIDS, PATCH
+
+    def __init__(self, input_device="cpu"):
+        super().__init__()
+        self.input_device = torch.device(input_device)
+        self.head = nn.Linear(PATCH * PATCH * 3, self.num_classes)
+        self.devices = []
+
+    def forward(self, batch):
+        self.devices.append(batch.device)
+        if batch.device.type == "meta":  # which has no values
+            return torch.zeros(len(batch), self.num_classes)
+        return torch.stack([self.head(rows.mean(0)) for rows in batch.split()])
+
+
+class TestOtherModels:
+    """A pipeline asks its model for attributes and not for its class."""
+
+    def test_a_module_that_is_no_revit(self):
+        model = drawn(Mean())
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        images = [image(i) for i in range(9)]
+        results = list(rf.AdaptivePipeline(model, prep, labels=list("abcde"), token_budget=30)(images))
+        for i, r in enumerate(results):
+            assert (r.error, r.grid, r.n_tokens) == (None, GRIDS[i % 3], GRIDS[i % 3] ** 2 + 3)
+            expected = model(prep.pack([images[i]], [r.grid]))[0]
+            torch.testing.assert_close(r.logits, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_a_batch_is_moved_to_where_the_model_expects_it(self, device):
+        model = drawn(Mean(device))
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        pipe = rf.AdaptivePipeline(model, prep)
+        assert pipe.logits(prep.pack([image(0)], [3])).device.type == "cpu"
+        assert model.devices == [torch.device(device)]
+
+    @pytest.mark.parametrize("name", ["grids", "in_chans", "num_classes", "num_prefix_tokens", "patch_size"])
+    def test_what_it_lacks_is_named(self, monkeypatch, name):
+        model = Mean().eval()
+        monkeypatch.delattr(Mean, name)
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        with pytest.raises(TypeError, match=rf"model: expected a ReViT, got Mean, which has no {name}$"):
+            rf.AdaptivePipeline(model, prep)
+
+    def test_a_model_of_clips_is_refused(self):
+        own = dict(grids=GRIDS, base_grid=(4, 4), patch_size=PATCH, embed_dim=8, depth=1, num_heads=1, num_classes=2)
+        model = TimeSformer(num_frames=2, **own).eval()
+        prep = rf.AdaptivePreprocessor(grids=GRIDS, patch_size=PATCH, policy="cycle")
+        with pytest.raises(TypeError, match=r"model: expected a ReViT, got TimeSformer$"):
+            rf.AdaptivePipeline(model, prep)
+
+
+class TestGrids:
+    """The grid of an image is worked out once for each of its passes."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """A list that gets every grid that a preprocessor and, in it, `aspect_grid` work out."""
+        grids, grid_hw = [], rf.AdaptivePreprocessor.grid_hw
+
+        def counted(self, picture, grid):
+            grids.append(("grid_hw", grid))
+            return grid_hw(self, picture, grid)
+
+        def counted_aspect(height, width, max_tokens, patch_size):
+            grids.append(("aspect_grid", math.isqrt(max_tokens)))
+            return rf.aspect_grid(height, width, max_tokens, patch_size)
+
+        monkeypatch.setattr(rf.AdaptivePreprocessor, "grid_hw", counted)
+        monkeypatch.setattr("revit_fast.adaptive.preprocess.aspect_grid", counted_aspect)
+        return grids
+
+    @pytest.mark.parametrize("aspect", ["crop", "keep"])
+    def test_once_for_each_image(self, model, calls, aspect):
+        images, names = [image(i) for i in range(20)], ["grid_hw"] + ["aspect_grid"] * (aspect == "keep")
+        pipe = rf.pipeline(model, policy="cycle", aspect=aspect, token_budget=40)
+        for run in (pipe, pipe.assign):
+            calls.clear()
+            results = list(run(images))
+            assert sorted(calls) == sorted((name, r.grid) for r in results for name in names)
+
+    @pytest.mark.parametrize("token_budget", [1, 64, 4096])
+    def test_once_for_each_pass_of_a_cascade(self, model, calls, token_budget):
+        images = [image(i) for i in range(12)]
+        pipe = rf.pipeline(model, policy=("cascade", 1), aspect="keep", token_budget=token_budget)
+        results = list(pipe(images))
+        assert sorted(calls) == sorted((name, g) for g in GRIDS for name in ("aspect_grid", "grid_hw") for _ in images)
+        for picture, r in zip(images, results, strict=True):
+            sides = [rf.aspect_grid(*picture.shape[:2], g * g, PATCH) for g in GRIDS]
+            assert r.grid == GRIDS[0]
+            assert r.n_tokens == sum(rows * columns + 1 for rows, columns in sides)
 
 
 class TestErrors:

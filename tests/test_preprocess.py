@@ -12,6 +12,8 @@ from timm.data import create_transform
 
 import revit_fast as rf
 from revit_fast.adaptive.crops import eval_box
+from revit_fast.adaptive.policies import grey_entropy
+from revit_fast.adaptive.preprocess import ENTROPY_PX
 from revit_fast.io.images import ImageError
 from revit_fast.models.settings import IMAGENET_MEAN, IMAGENET_STD
 
@@ -102,6 +104,7 @@ class TestCall:
         assert all(torch.equal(row, rows[0]) for row in rows)
 
     def test_an_image_is_the_same_alone_and_in_any_batch(self):
+        torch.manual_seed(0)  # an assigner that tells the images apart
         tla = rf.TokenLengthAssigner(thumbnail_px=16, widths=(8, 8)).eval()
         tla.calibrate(IMAGES)
         prep = rf.AdaptivePreprocessor(tla, policy=("budget", 125))
@@ -134,6 +137,14 @@ class TestCall:
         noise = RNG.integers(0, 256, (90, 90, 3), dtype=np.uint8)
         assert rf.AdaptivePreprocessor(policy="entropy")([flat, noise]).grids == [7, 14]
 
+    def test_entropy_is_that_of_a_bilinear_thumbnail_and_makes_no_pack(self, packs_made):
+        prep = rf.AdaptivePreprocessor(policy="entropy")
+        entropy = prep.assign(IMAGES).entropy
+        assert packs_made == []
+        options = {"boxes": prep.seen(IMAGES), "interpolation": "bilinear", "dtype": torch.uint8}
+        rows = rf.ops.resize_patchify(IMAGES, ENTROPY_PX, ENTROPY_PX, **options).data
+        np.testing.assert_array_equal(entropy, grey_entropy(rows.view(len(IMAGES), -1, 3).numpy()))
+
     def test_a_bad_image_is_named(self, tmp_path):
         prep = rf.AdaptivePreprocessor(policy="cycle")
         with pytest.raises(ImageError, match=r"images\[1\], .*absent.png: no such file"):
@@ -149,6 +160,35 @@ class TestCall:
         loaded = pickle.loads(pickle.dumps(prep))
         assert "exact" not in loaded.options
         assert torch.equal(loaded(IMAGES).batch.data, expected)
+
+
+class TestPack:
+    @pytest.mark.parametrize("aspect", ["crop", "keep"])
+    def test_sides_and_grids_are_the_same(self, aspect):
+        prep = rf.AdaptivePreprocessor(policy="cycle", aspect=aspect)
+        sides = [prep.grids[i % 3] for i in range(len(IMAGES))]
+        expected = prep.pack(IMAGES, sides)
+        grids = [prep.grid_hw(image, side) for image, side in zip(IMAGES, sides, strict=True)]
+        mixed = [grid if i % 2 else side for i, (grid, side) in enumerate(zip(grids, sides, strict=True))]
+        for given in (grids, mixed, np.array(sides)):
+            batch = prep.pack(IMAGES, given)
+            assert batch.grids == expected.grids == tuple(grids)
+            assert batch.lengths == expected.lengths == (196, 100, 49)
+            assert torch.equal(batch.data, expected.data)
+        assert [prep.n_patches(grid) for grid in grids] == list(expected.seqlens)
+
+    def test_nothing_is_worked_out_again(self, monkeypatch):
+        prep = rf.AdaptivePreprocessor(policy="cycle", aspect="keep")
+        grids = [prep.grid_hw(image, 7) for image in IMAGES]
+        monkeypatch.setattr(prep, "grid_hw", None)
+        assert prep.pack(IMAGES, grids).grids == tuple(grids)
+
+    def test_a_grid_that_no_crop_has(self):
+        prep = rf.AdaptivePreprocessor(policy="cycle")
+        with pytest.raises(ValueError, match=r'grids: images are cropped to squares \(aspect="crop"\), got .* 7x10'):
+            prep.pack(IMAGES[:2], [7, (7, 10)])
+        with pytest.raises(ValueError, match="shorter"):
+            prep.pack(IMAGES[:2], [7])
 
 
 class TestCalibration:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revit_fast import PackedBatch, ops, reference
 from revit_fast.ops import _library
-from revit_fast.ops.resize import STACKED_BYTES
+from revit_fast.ops.resize import STACKED_BYTES, resized_rows
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -223,6 +223,22 @@ def test_lengths_and_one_box_for_all_are_handed_on():
     assert packed.seqlens == (16, 4)
     truth = pillow_rows(images, [(8, 8), (4, 4)], 2, [box, box], mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.equal(packed.data, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_rows_without_a_pack_are_those_of_the_pack(packs_made, dtype):
+    images, sizes = [noise(30, 40, seed=1), noise(50, 60, None, seed=2)], [(8, 4), (6, 6)]
+    options = {"mean": MEAN, "std": STD, "boxes": [(1.5, 2.0, 20.25, 29.0), None], "dtype": dtype}
+    rows, grids = resized_rows(images, sizes, 2, **options)
+    assert packs_made == []
+    packed = ops.resize_patchify(images, sizes, 2, **options)
+    assert packs_made == [2]
+    assert torch.equal(rows, packed.data)
+    assert grids.tolist() == [[4, 2], [3, 3]] == [list(grid) for grid in packed.grids]
+    if dtype == torch.uint8:
+        assert torch.equal(packed.normalization, torch.tensor([MEAN, STD]))
+    else:
+        assert packed.normalization is None
 
 
 @needs_extension

@@ -54,6 +54,20 @@ def test_thumbnails_are_those_of_pillow():
     torch.testing.assert_close(x[0], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_thumbnails_are_the_rows_of_a_pack_and_make_none(packs_made, dtype):
+    tla = make()
+    images = [image for image in IMAGES if image.shape[0] < 128]  # of larger images not every row is read
+    boxes = [(1.5, 2.0, 30.25, image.shape[0] - 0.5) for image in images]
+    rows = tla.thumbnails(images, boxes, dtype)
+    tla.predict_proba(images, boxes)
+    tla.entropies(images, boxes)
+    tla.calibrate(images)
+    assert packs_made == []
+    options = {"mean": tla.mean, "std": tla.std, "interpolation": "bilinear", "dtype": dtype}
+    assert torch.equal(rows, rf.ops.resize_patchify(images, 32, STEM_PATCH, boxes=boxes, **options).data)
+
+
 @pytest.mark.parametrize("height", [63, 64, 127, 128, 1001, 3000])
 def test_thumbnails_of_large_images_are_near_those_of_all_rows(height):
     tla = make()

@@ -202,6 +202,12 @@ class TestViews:
             assert batch.images.length_index.tolist() == [0] * 4 + [1] * 4 + [2] * 4
             assert torch.equal(batch.target, raw.target)
 
+    def test_a_batch_is_one_pack(self, packs_made):
+        loader = train()
+        packs_made.clear()
+        next(iter(loader.epoch(0)))
+        assert packs_made == [3 * 4], "views of 4 images are made from rows alone"
+
     def test_views_of_one_process(self):
         """Length-parallel ranks: each its own view of the same images."""
         full = list(train(augment="deit").epoch(0))

@@ -10,6 +10,7 @@ import torch
 from helpers import assert_as_accurate, only_on, randn
 from mutations import assert_copies_follow
 from small_models import drawn
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from revit_fast import ops
 from revit_fast.layers import TALLayerNorm
@@ -215,6 +216,18 @@ def test_uint8_frames_are_normalised_by_the_model():
     assert packs[0].n_frames == (3, 2)
     with torch.no_grad():
         assert (model(packs[0]) - model(packs[1])).abs().max() <= 1e-5
+
+
+def test_the_data_loader_of_torch_pins_clips(pinned):
+    frames = [np.zeros((n, 30, 40, 3), np.uint8) for n in (3, 2)]
+    clips = PackedClips.from_frames(frames, [20, (12, 16)], 4, dtype=torch.uint8)
+    for got in (clips.pin_memory(), *torch_pin_memory([clips])):
+        assert type(got) is PackedClips
+        assert got.n_frames == (3, 2)
+        assert got.grids == clips.grids
+        copies = [copy for _, copy in pinned]
+        for name in ("data", "cu_seqlens", "length_index", "tiles", "grid_hw", "normalization"):
+            assert any(getattr(got.frames, name) is copy for copy in copies), name
 
 
 def test_frames_are_resized_as_images_are():

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import pickle
 import re
 import shlex
 import sys
@@ -237,8 +238,44 @@ class TestPipeline:
         assert clip_macs(model, n, f) == n * f * 3 * PATCH**2 * c + 2 * block + 5 * c
         assert ClipPreprocessor.for_model(model, policy="cycle").macs[1] == clip_macs(model, n, f)
 
+    def test_sides_and_grids_pack_the_same(self):
+        prep = ClipPreprocessor.for_model(make_model(), policy="cycle")
+        clips = [moving(3, seed=1), moving(3, 64, 48, seed=2)]
+        expected, got = prep.pack(clips, [4, 2]), prep.pack(clips, [(4, 4), (2, 2)])
+        assert got.grids == expected.grids == ((4, 4), (2, 2))
+        assert torch.equal(got.frames.data, expected.frames.data)
+        assert [prep.n_patches(grid) for grid in got.grids] == [48, 12]
+
+    def test_a_module_that_is_no_timesformer(self):
+        class Counts(torch.nn.Module):
+            grids, patch_size, in_chans, num_classes, num_prefix_tokens, num_frames = GRIDS, PATCH, 3, 2, 2, 3
+            input_device = torch.device("cpu")
+
+            def forward(self, clips):
+                grids = zip(clips.grids, clips.n_frames, strict=True)
+                return torch.tensor([[rows * columns, n] for (rows, columns), n in grids])
+
+        prep = ClipPreprocessor(grids=GRIDS, patch_size=PATCH, n_frames=3, policy="cycle")
+        results = list(ClipPipeline(Counts().eval(), prep)([moving(5), moving(9), moving(3)]))
+        assert [r.logits.tolist() for r in results] == [[g * g, 3] for g in GRIDS]
+        assert [r.n_tokens for r in results] == [3 * g * g + 2 for g in GRIDS]
+
+    def test_pickled_it_gives_the_same(self):
+        pipe = pipeline(make_model(), policy="cycle")
+        again = pickle.loads(pickle.dumps(pipe))
+        assert type(again) is ClipPipeline
+        (before,), (after,) = (list(p([moving(3)])) for p in (pipe, again))
+        assert torch.equal(before.logits, after.logits)
+
     def test_parts_that_do_not_fit_are_refused(self):
         model = make_model()
+        image_model = rf.ReViT(grids=GRIDS, patch_size=PATCH, embed_dim=8, depth=1, num_heads=1, num_classes=2).eval()
+        with pytest.raises(TypeError, match="expected a TimeSformer, got ReViT"):
+            ClipPipeline(image_model, ClipPreprocessor.for_model(model, policy="cycle"))
+        with pytest.raises(TypeError, match="expected a ReViT, got TimeSformer"):
+            ClipPipeline(model, rf.AdaptivePreprocessor.for_model(image_model, policy="cycle"))
+        with pytest.raises(ValueError, match=r"grids \(5,\) differ .*\(4, 3, 2\); make it with ClipPreprocessor"):
+            ClipPipeline(model, ClipPreprocessor.for_model(model, policy="cycle", grids=(5,)))
         with pytest.raises(TypeError, match="expected a TimeSformer, got Linear"):
             ClipPipeline(torch.nn.Linear(2, 2), ClipPreprocessor.for_model(model, policy="cycle"))
         with pytest.raises(ValueError, match="n_frames: expected an int of at least 1, got 0"):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast import ops
 from revit_fast.adaptive.network import STEM_PATCH, FusedCNN, SeparableCNN
 from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
@@ -23,6 +22,7 @@ from revit_fast.io.atomic import replaced
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
+from revit_fast.ops.resize import resized_rows
 
 MAX_SHARE = 0.0015
 """Largest cost of an assigner, as a share of the multiply-adds of the model's shortest path. Thumbnails and small
@@ -159,7 +159,7 @@ class TokenLengthAssigner(nn.Module):
         thinned = [self._thinned(image, box) for image, box in zip(images, boxes, strict=True)]
         images, boxes = [image for image, _ in thinned], [box for _, box in thinned]
         options = {"boxes": boxes, "interpolation": "bilinear", "mean": self.mean, "std": self.std, "dtype": dtype}
-        return ops.resize_patchify(images, self.thumbnail_px, STEM_PATCH, **options).data
+        return resized_rows(images, self.thumbnail_px, STEM_PATCH, **options)[0]
 
     def _thinned(self, image: np.ndarray | Tensor, box) -> tuple[np.ndarray | Tensor, tuple[float, ...] | None]:
         """Every n-th row of a large image, and the box in these rows. Reading all would cost more than the network."""

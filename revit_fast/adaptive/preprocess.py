@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from revit_fast import ops
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.crops import aspect_grid, eval_box
 from revit_fast.adaptive.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
@@ -21,6 +20,7 @@ from revit_fast.models.folder import check_assigner
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
 from revit_fast.models.vit import ReViT
+from revit_fast.ops.resize import resize_patchify, resized_rows
 from revit_fast.packing import PackedBatch
 
 ENTROPY_PX = 64
@@ -50,6 +50,17 @@ class Prepared(NamedTuple):
 
 ASPECTS = ("crop", "keep")
 
+MODEL_ATTRIBUTES = (
+    "grids",
+    "in_chans",
+    "input_device",
+    "num_classes",
+    "num_prefix_tokens",
+    "patch_size",
+    "training",
+)
+"""What a pipeline reads of its model, with the meaning that it has in a `ReViT`."""
+
 
 class AdaptivePreprocessor:
     """Turns images into one `PackedBatch`; resizes each image at its assigned grid directly into its place.
@@ -76,6 +87,12 @@ class AdaptivePreprocessor:
     Raises:
         TypeError, ValueError: if an argument is not as above, or the assigner's grids are not the model's.
     """
+
+    MODEL = "ReViT"
+    """Name of the model that takes the packs, for error messages."""
+
+    CLIPS = False
+    """Whether the packs hold clips. A model that takes clips has the attribute `num_frames`, and no other has it."""
 
     def __init__(
         self,
@@ -127,6 +144,38 @@ class AdaptivePreprocessor:
             "macs": [forward_macs(model, n) for n in model.lengths],
         }
         return cls(tla, **own | options)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Checks that a pipeline can run a model on what this preprocessor packs.
+
+        The model need not be a `ReViT`. It must have the attributes `preprocess.MODEL_ATTRIBUTES`, and give logits
+        `[B, num_classes]` for a pack on its `input_device`.
+
+        Args:
+            model: the model of the pipeline.
+
+        Raises:
+            TypeError: if the model lacks an attribute, or takes clips instead of images or images instead of clips.
+            ValueError: if it is in training mode or does not take RGB, or if its grids or its patch size differ from
+                the preprocessor's.
+        """
+        missing = [name for name in MODEL_ATTRIBUTES if not hasattr(model, name)]
+        if missing or hasattr(model, "num_frames") != self.CLIPS:
+            without = f", which has no {', '.join(missing)}" if missing else ""
+            raise TypeError(f"model: expected a {self.MODEL}, got {type(model).__name__}{without}")
+        if model.training:
+            raise ValueError("model: expected evaluation mode; call model.eval()")
+        if model.in_chans != 3:
+            raise ValueError(
+                f"model: images are read as RGB, but it takes {model.in_chans} channels; make it with in_chans=3 (timm "
+                "adapts weights to that)"
+            )
+        for name in ("grids", "patch_size"):
+            if getattr(self, name) != getattr(model, name):
+                raise ValueError(
+                    f"prep: its {name} {getattr(self, name)} differ from the model's {getattr(model, name)}; make it "
+                    f"with {type(self).__name__}.for_model(model, ...)"
+                )
 
     def _policy(self, spec: PolicySpec | Policy) -> Policy:
         calibration = self.tla.calibration if self.tla is not None else None
@@ -184,6 +233,11 @@ class AdaptivePreprocessor:
             return grid, grid
         return aspect_grid(*image.shape[:2], grid * grid, self.patch_size)
 
+    def n_patches(self, grid_hw: tuple[int, int]) -> int:
+        """Number of patches of an image of this grid (rows, columns)."""
+        rows, columns = grid_hw
+        return rows * columns
+
     def _box(self, image: np.ndarray | Tensor, grid: int) -> tuple[float, float, float, float]:
         height, width = image.shape[:2]
         if self.aspect == "keep":
@@ -194,7 +248,7 @@ class AdaptivePreprocessor:
         if self.tla is not None:
             return self.tla.entropies(images, boxes)
         options = {"boxes": boxes, "interpolation": "bilinear", "dtype": torch.uint8}
-        rows = ops.resize_patchify(images, ENTROPY_PX, ENTROPY_PX, **options).data
+        rows, _ = resized_rows(images, ENTROPY_PX, ENTROPY_PX, **options)
         return grey_entropy(rows.view(len(images), -1, 3).numpy())
 
     def calibrate(self, images: Sequence[ImageSource], labels: Sequence[int] | Tensor | None = None) -> None:
@@ -214,13 +268,28 @@ class AdaptivePreprocessor:
         self.tla.calibrate(decoded, labels, boxes=self.seen(decoded))
         self.policy = self._policy(self.policy)
 
-    def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int]) -> PackedBatch:
-        """One pack of patch rows of decoded images, each resized to its grid."""
-        grids_hw = [self.grid_hw(image, grid) for image, grid in zip(images, grids, strict=True)]
-        sizes = [(rows * self.patch_size, columns * self.patch_size) for rows, columns in grids_hw]
-        boxes = [self._box(image, grid) for image, grid in zip(images, grids, strict=True)]
-        lengths = [grid * grid for grid in self.grids]
-        return ops.resize_patchify(images, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
+    def pack(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int | tuple[int, int]]) -> PackedBatch:
+        """One pack of patch rows of decoded images, each resized to its grid.
+
+        Args:
+            images: uint8 arrays `[H, W, 3]` or `[H, W]`.
+            grids: for each image patches per side, or the tuple (rows, columns) that `grid_hw` gave for them.
+
+        Raises:
+            ValueError: if the numbers of images and grids differ, or a grid is not a square although aspect is "crop".
+        """
+        return resize_patchify(images, patch_size=self.patch_size, **self._targets(images, grids), **self.options)
+
+    def _targets(self, images: Sequence[np.ndarray | Tensor], grids: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
+        """The arguments of `resize_patchify` that follow from the grids of some images."""
+        sizes, boxes = [], []
+        for image, grid in zip(images, grids, strict=True):
+            rows, columns = grid if isinstance(grid, tuple) else self.grid_hw(image, grid)
+            if self.aspect == "crop" and rows != columns:
+                raise ValueError(f'grids: images are cropped to squares (aspect="crop"), got a grid {rows}x{columns}')
+            sizes.append((rows * self.patch_size, columns * self.patch_size))
+            boxes.append(self._box(image, rows))
+        return {"sizes": sizes, "boxes": boxes, "lengths": [grid * grid for grid in self.grids]}
 
     def __call__(self, images: Sequence[ImageSource]) -> Prepared:
         """Decodes, assigns and packs a batch; the result unpacks as `batch, grids`.

@@ -79,6 +79,11 @@ class OptimizedReViT(InferenceCopy, ReViT):
         super().__setstate__(state)
         self._derive()
 
+    @property
+    def input_device(self) -> torch.device:
+        """Device on which the copy expects its batches; it is the CPU if graphs are replayed, which copy a batch."""
+        return torch.device("cpu") if self._replays() else self.pos_embed.device
+
     @in_turn
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as in `ReViT.forward`, without autograd."""

@@ -96,6 +96,11 @@ def rows_apart(rows: Tensor, layout: Layout) -> Layout:
 class TakesImages:
     """The methods of a `ReViT` that prepare its inputs."""
 
+    @property
+    def input_device(self) -> torch.device:
+        """Device on which the model expects its batches."""
+        return self.pos_embed.device
+
     def pack(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> PackedBatch:
         """Any input of the model as a `PackedBatch` of patch rows without padding.
 

@@ -63,6 +63,32 @@ def resize_patchify(
     Raises:
         TypeError, ValueError: for any argument that is not as above.
     """
+    options = {"mean": mean, "std": std, "boxes": boxes, "interpolation": interpolation, "dtype": dtype}
+    rows, grids = resized_rows(images, sizes, patch_size, **options)
+    normalization = None
+    if dtype == torch.uint8:
+        values = [_channels(mean, "mean", _NO_MEAN), _channels(std, "std", _NO_STD)]
+        normalization = torch.tensor(values, dtype=torch.float32, device="cpu")
+    seqlens = grids.prod(axis=1).tolist()
+    return PackedBatch.from_rows(rows, seqlens, grids=grids.tolist(), lengths=lengths, normalization=normalization)
+
+
+def resized_rows(
+    images: Sequence[np.ndarray | Tensor],
+    sizes: int | tuple[int, int] | Sequence[int | tuple[int, int]],
+    patch_size: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    boxes: Box | Sequence[Box | None] | None = None,
+    interpolation: str = "bicubic",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, np.ndarray]:
+    """The rows of `resize_patchify` without a pack around them; arguments and errors are the same.
+
+    Returns:
+        The rows, and the grid (rows, columns) of every image, int64 `[n_images, 2]`.
+    """
     if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
         raise ValueError(f"patch_size: expected a positive int, got {patch_size!r}")
     if interpolation not in ("bicubic", "bilinear"):
@@ -79,19 +105,16 @@ def resize_patchify(
         raise ValueError(f"std: must not be zero, got {std}")
 
     grids = size_table // patch_size
-    seqlens = grids.prod(axis=1).tolist()
-    as_pixels = dtype == torch.uint8
     rows = torch.ops.revit_fast.resize_patchify(
         tensors,
         torch.from_numpy(box_table),
         torch.from_numpy(size_table),
         patch_size,
-        None if as_pixels else _table(mean, std, dtype),
+        None if dtype == torch.uint8 else _table(mean, std, dtype),
         interpolation == "bicubic",
-        sum(seqlens),
+        int(grids.prod(axis=1).sum()),
     )
-    normalization = torch.tensor([mean, std], dtype=torch.float32, device="cpu") if as_pixels else None
-    return PackedBatch.from_rows(rows, seqlens, grids=grids.tolist(), lengths=lengths, normalization=normalization)
+    return rows, grids
 
 
 class _Borrowed:

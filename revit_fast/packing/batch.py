@@ -237,6 +237,16 @@ class PackedBatch:
             normalization = _shared(normalization, torch.device(device)) if on_host else move(normalization)
         return replace(self, **{name: move(getattr(self, name)) for name in tensors}, normalization=normalization)
 
+    def pin_memory(self) -> PackedBatch:
+        """The same pack in page-locked memory, so that `to(device, non_blocking=True)` need not wait for the copy.
+
+        torch's `DataLoader(pin_memory=True)` calls this method.
+        """
+        tensors = {name: getattr(self, name) for name in ("data", "cu_seqlens", "length_index", "grid_hw")}
+        tensors["normalization"] = self.normalization
+        pinned = {name: None if tensor is None else tensor.pin_memory() for name, tensor in tensors.items()}
+        return replace(self, **pinned)
+
     def without_padding(self) -> PackedBatch:
         """The same sequences without the padding rows after them."""
         plan = self.plan.without_padding()

@@ -12,14 +12,12 @@ from copy import copy
 from functools import partial
 from os import PathLike
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec, confidence
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
-from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.inference.optimize import optimize as optimized_copy
 from revit_fast.io.images import ImageSource, check_sources, name_of
 from revit_fast.io.memory import keep_freed_pages, release_freed_pages
@@ -52,7 +50,8 @@ class AdaptivePipeline:
     `revit_fast.io.memory.keep_freed_pages`.
 
     Args:
-        model: a `ReViT` in evaluation mode, preferably a copy made by `optimize`.
+        model: a `ReViT` in evaluation mode, preferably a copy made by `optimize`; or another module that
+            `prep.check_model` accepts.
         prep: preprocessor of the model: decodes, assigns and packs images.
         token_budget: largest number of tokens in a pack, including prefix tokens.
         labels: names of the classes.
@@ -63,12 +62,9 @@ class AdaptivePipeline:
         TypeError, ValueError: if an argument is not as above, or the arguments do not fit together.
     """
 
-    MODEL: type[nn.Module] = ReViT
-    """Required type of the model."""
-
     def __init__(
         self,
-        model: ReViT,
+        model: nn.Module,
         prep: AdaptivePreprocessor,
         *,
         token_budget: int = 4096,
@@ -76,21 +72,7 @@ class AdaptivePipeline:
         max_wait_s: float = 0.1,
         n_decoders: int | None = None,
     ) -> None:
-        if not isinstance(model, self.MODEL):
-            raise TypeError(f"model: expected a {self.MODEL.__name__}, got {type(model).__name__}")
-        if model.training:
-            raise ValueError("model: expected evaluation mode; call model.eval()")
-        if model.in_chans != 3:
-            raise ValueError(
-                f"model: images are read as RGB, but it takes {model.in_chans} channels; make it with in_chans=3 (timm "
-                "adapts weights to that)"
-            )
-        for name in ("grids", "patch_size"):
-            if getattr(prep, name) != getattr(model, name):
-                raise ValueError(
-                    f"prep: its {name} {getattr(prep, name)} differ from the model's {getattr(model, name)}; make it "
-                    "with AdaptivePreprocessor.for_model(model, ...)"
-                )
+        prep.check_model(model)
         if n_decoders is not None and n_decoders < 1:
             raise ValueError(f"n_decoders: expected at least 1, got {n_decoders}")
         if labels is not None and len(labels) != model.num_classes:
@@ -98,7 +80,8 @@ class AdaptivePipeline:
         keep_freed_pages()
         self.model, self.prep, self.labels = model, prep, labels
         self.n_decoders, self.token_budget = n_decoders or default_decoders(), token_budget
-        options = {"min_tokens": self._tokens_of(model.lengths[-1]), "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
+        smallest = self._n_tokens((model.grids[-1], model.grids[-1]))
+        options = {"min_tokens": smallest, "max_wait_s": max_wait_s, "max_bytes": MAX_BYTES}
         self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
         self._make_batcher()  # checks its arguments
 
@@ -220,15 +203,16 @@ class AdaptivePipeline:
             if isinstance(item, Result):
                 done.add(item)
             else:
-                packs += batcher.add(item, self._n_tokens(item.image, item.grid), now, item.image.nbytes)
+                packs += batcher.add(item, item.n_tokens, now, item.image.nbytes)
 
-    def _n_tokens(self, image: np.ndarray, grid: int) -> int:
-        rows, columns = self.prep.grid_hw(image, grid)
-        return self._tokens_of(rows * columns)
+    def _n_tokens(self, grid_hw: tuple[int, int]) -> int:
+        return self.prep.n_patches(grid_hw) + self.model.num_prefix_tokens
 
-    def _tokens_of(self, n_patches: int) -> int:
-        """Number of tokens of an input of `n_patches` patches."""
-        return n_patches + self.model.num_prefix_tokens
+    def _start_pass(self, ready: Ready, grid: int) -> Ready:
+        """Gives an image the grid of its next pass, and works out what follows from it."""
+        grid_hw = self.prep.grid_hw(ready.image, grid)
+        ready.start_pass(grid, grid_hw, self._n_tokens(grid_hw))
+        return ready
 
     def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
         decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
@@ -248,25 +232,26 @@ class AdaptivePipeline:
     def _assigned(self, chunk: list[Fed], times: StageTimes) -> list[Ready | Result]:
         """Decoded images with their grids, and a `Result` with an error for each source that could not be read."""
         items: list[Ready | Result] = []
-        readable: list[tuple[Fed, np.ndarray, float]] = []
+        readable: list[Ready] = []
         for fed in chunk:
             image, error, ms = fed.decoded.result()
             if image is None:
                 items.append(self._error(fed.index, fed.source, error, ms))
             else:
-                readable.append((fed, image, ms))
+                readable.append(Ready(image, fed.index, fed.source, None, ms))
         if not readable:
             return items
         begin = time.perf_counter()
         with times.span("assign", images=len(readable)):
-            assignment = self.prep.assign([image for _, image, _ in readable], [fed.index for fed, _, _ in readable])
+            assignment = self.prep.assign([ready.image for ready in readable], [ready.index for ready in readable])
         assign_ms = 1e3 * (time.perf_counter() - begin) / len(readable)
         probabilities = assignment.probabilities
         if probabilities is None:
             probabilities = [None] * len(readable)
-        for (fed, image, ms), grid, p in zip(readable, assignment.grids, probabilities, strict=True):
-            n_tokens = self._n_tokens(image, grid)
-            items.append(Ready(image, fed.index, fed.source, grid, n_tokens, p, ms + assign_ms))
+        for ready, grid, p in zip(readable, assignment.grids, probabilities, strict=True):
+            ready.probabilities = p
+            ready.ms += assign_ms
+            items.append(self._start_pass(ready, grid))
         return items
 
     def _result(self, ready: Ready, logits: Tensor | None = None) -> Result:
@@ -274,7 +259,7 @@ class AdaptivePipeline:
             ready.index,
             ready.source,
             ready.grid,
-            ready.n_tokens,
+            ready.n_tokens_before + ready.n_tokens,
             logits,
             probabilities=ready.probabilities,
             ms=ready.ms,
@@ -286,10 +271,9 @@ class AdaptivePipeline:
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Float32 logits `[B, n_classes]`, on the CPU, of a batch that `prep` packed."""
+        device = self.model.input_device
         with torch.inference_mode():
-            # An optimised model moves the batch itself.
-            moved = batch if isinstance(self.model, OptimizedReViT) else batch.to(self.model.pos_embed.device)
-            return self.model(moved).float().cpu()
+            return self.model(batch if batch.device == device else batch.to(device)).float().cpu()
 
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
         """Runs one packed forward pass and divides its time among the images by their tokens.
@@ -298,28 +282,22 @@ class AdaptivePipeline:
         """
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]
-        counts = [self._n_tokens(ready.image, ready.grid) for ready in pack]
-        n_tokens = sum(counts)
+        n_tokens = sum(ready.n_tokens for ready in pack)
         with times.span("pack", images=len(pack), tokens=n_tokens):
-            batch = self.prep.pack([ready.image for ready in pack], grids)
+            batch = self.prep.pack([ready.image for ready in pack], [ready.grid_hw for ready in pack])
         with times.span("forward", images=len(pack), tokens=n_tokens):
             logits = self.logits(batch)
         is_finite = logits.isfinite().all(dim=1).tolist()
         next_grids = self.next_grids(grids, logits)
         ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
-        results = zip(pack, counts, logits.unbind(), is_finite, next_grids, strict=True)
-        for ready, count, row, finite, next_grid in results:
+        results = zip(pack, logits.unbind(), is_finite, next_grids, strict=True)
+        for ready, row, finite, next_grid in results:
             if not finite:
                 error = f"{name_of(ready.source)}: the model's output is not a number"
                 yield self._error(ready.index, ready.source, error, ready.ms)
                 continue
-            ready.ms += ms_per_token * count
-            if next_grid is None:
-                yield self._result(ready, row)
-            else:
-                ready.grid = next_grid
-                ready.n_tokens += self._n_tokens(ready.image, next_grid)
-                yield ready
+            ready.ms += ms_per_token * ready.n_tokens
+            yield self._result(ready, row) if next_grid is None else self._start_pass(ready, next_grid)
 
     def next_grids(self, grids: Sequence[int], logits: Tensor) -> list[int | None]:
         """The next grid of each image in a cascade; None for an image that is finished, and for all other policies.

@@ -54,15 +54,34 @@ class Result:
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """A decoded image that waits for a forward pass, and the values for its `Result`."""
+    """A decoded image that waits for a forward pass, and the values for its `Result`.
+
+    Attributes:
+        image: pixels, or the frames of a clip.
+        index: place of the source in the stream.
+        source: the source as it was given.
+        probabilities: the assigner's; None if the policy needs none.
+        ms: milliseconds so far, see `Result`.
+        grid: patches per side that the next pass was assigned.
+        grid_hw: rows and columns of patches in that pass.
+        n_tokens: tokens of that pass, including prefix tokens.
+        n_tokens_before: tokens of all passes before that one.
+    """
 
     image: np.ndarray
     index: int
     source: ImageSource
-    grid: int
-    n_tokens: int
     probabilities: np.ndarray | None
     ms: float
+    grid: int = 0
+    grid_hw: tuple[int, int] = (0, 0)
+    n_tokens: int = 0
+    n_tokens_before: int = 0
+
+    def start_pass(self, grid: int, grid_hw: tuple[int, int], n_tokens: int) -> None:
+        """Sets the values of the next pass, and adds the tokens of the present pass to those before."""
+        self.n_tokens_before += self.n_tokens
+        self.grid, self.grid_hw, self.n_tokens = grid, grid_hw, n_tokens
 
 
 class InOrder:

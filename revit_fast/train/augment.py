@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_fast import ops
 from revit_fast.adaptive.crops import eval_box
+from revit_fast.ops.resize import resized_rows
 from revit_fast.train.config import TIMM_CROPS, Augment
 
 if TYPE_CHECKING:  # the import happens where timm's transforms need it
@@ -167,7 +167,7 @@ class Augmenter:
         boxes = [eval_box(*image.shape[:2], px, 1.0) for image in images]
         options = {"boxes": boxes, "interpolation": self.interpolation, "dtype": torch.uint8}
         # One patch as large as the view: its row is the view.
-        views = ops.resize_patchify(images, px, px, **options).data.view(len(images), px, px, 3)
+        views = resized_rows(images, px, px, **options)[0].view(len(images), px, px, 3)
         flip = uniforms[:, 2] < self.augment.hflip
         if pad == 0 and not flip.any():
             return views

@@ -234,6 +234,10 @@ class PackedClips:
         """The same clips on `device`."""
         return replace(self, frames=self.frames.to(device, non_blocking))
 
+    def pin_memory(self) -> PackedClips:
+        """The same clips in page-locked memory; see `PackedBatch.pin_memory`."""
+        return replace(self, frames=self.frames.pin_memory())
+
     def layout(self, lengths: Sequence[int], joint: bool = False) -> ClipLayout:
         """Index tensors on the device of the rows; see `clip_layout`."""
         return clip_layout(self.grids, self.n_frames, tuple(lengths), joint, self.device)

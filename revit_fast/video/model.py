@@ -278,6 +278,11 @@ class TimeSformer(nn.Module):
         names = {"pos_embed", "cls_token", "time_embed"}
         return names | {name for name, _ in self.named_parameters() if NORM_PARAMETER.search(name)}
 
+    @property
+    def input_device(self) -> torch.device:
+        """Device on which the model expects its batches."""
+        return self.pos_embed.device
+
     def pack(self, x: Tensor | Sequence[Tensor] | PackedClips) -> PackedClips:
         """Converts any input of the model to `PackedClips`.
 

@@ -56,6 +56,9 @@ class ClipPreprocessor(AdaptivePreprocessor):
         TypeError, ValueError: as in `AdaptivePreprocessor`, and if `n_frames` is below 1.
     """
 
+    MODEL = "TimeSformer"
+    CLIPS = True
+
     def __init__(self, tla: TokenLengthAssigner | None = None, *, n_frames: int = 8, **options) -> None:
         super().__init__(tla, **options)
         if not isinstance(n_frames, int) or n_frames < 1:
@@ -102,12 +105,23 @@ class ClipPreprocessor(AdaptivePreprocessor):
             for values in found
         )
 
-    def pack(self, clips: Sequence[np.ndarray], grids: Sequence[int]) -> PackedClips:
-        """Packs decoded clips, each at its grid, as patch rows."""
-        sizes = [grid * self.patch_size for grid in grids]
-        boxes = [eval_box(*clip.shape[1:3], size, self.crop_pct) for clip, size in zip(clips, sizes, strict=True)]
-        lengths = [grid * grid for grid in self.grids]
-        return PackedClips.from_frames(clips, sizes, self.patch_size, boxes=boxes, lengths=lengths, **self.options)
+    def n_patches(self, grid_hw: tuple[int, int]) -> int:
+        """Number of patches of all frames of a clip whose frames have this grid (rows, columns)."""
+        return super().n_patches(grid_hw) * self.n_frames
+
+    def _box(self, image: np.ndarray | Tensor, grid: int) -> tuple[float, float, float, float]:
+        """The region that the model sees of a frame, or of every frame of a clip."""
+        return eval_box(*image.shape[-3:-1], grid * self.patch_size, self.crop_pct)
+
+    def pack(self, clips: Sequence[np.ndarray], grids: Sequence[int | tuple[int, int]]) -> PackedClips:
+        """Packs decoded clips, each at its grid, as patch rows.
+
+        Args:
+            clips: uint8 frames `[F, H, W, 3]`.
+            grids: see `AdaptivePreprocessor.pack`.
+        """
+        targets = self._targets(clips, grids)
+        return PackedClips.from_frames(clips, patch_size=self.patch_size, **targets, **self.options)
 
 
 class ClipPipeline(AdaptivePipeline):
@@ -116,11 +130,6 @@ class ClipPipeline(AdaptivePipeline):
     The same as `AdaptivePipeline`, over a `TimeSformer` and a `ClipPreprocessor`; sources are paths, bytes or uint8
     frames `[F, H, W, 3]`.
     """
-
-    MODEL = TimeSformer
-
-    def _tokens_of(self, n_patches: int) -> int:
-        return n_patches * self.prep.n_frames + self.model.num_prefix_tokens
 
 
 def pipeline(
