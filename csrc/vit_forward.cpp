@@ -78,6 +78,13 @@ struct Batch {
   const int32_t* pos_offset;
 };
 
+// Writes the first row of each of n sequences, then the end of the last; sequence s has n_rows(s) rows.
+template <class RowsOf>
+void write_cu_seqlens(int64_t n, const RowsOf& n_rows, int32_t* cu_seqlens) {
+  cu_seqlens[0] = 0;
+  for (int64_t s = 0; s < n; ++s) cu_seqlens[s + 1] = cu_seqlens[s] + static_cast<int32_t>(n_rows(s));
+}
+
 // Cuts float32 matrices with spare rows, and index vectors, from one piece of memory.
 class Workspace {
  public:
@@ -275,12 +282,15 @@ class Forward {
   void index(const Group& group, const Activations& at) const {
     const int64_t begin = batch_.patches[group.first], n_prefix = model_.n_prefix;
     const size_t row_bytes = model_.n_channels * sizeof(float);
-    int64_t row = 0, pooled = 0;
-    for (int64_t b = group.first; b < group.end; ++b) {
-      const int64_t s = b - group.first, n = batch_.patches[b + 1] - batch_.patches[b];
-      const int64_t patch = batch_.patches[b] - begin;
-      at.cu_seqlens[s] = static_cast<int32_t>(row);
-      at.pooled_cu_seqlens[s] = static_cast<int32_t>(pooled);
+    const auto n_patches = [&](int64_t s) {
+      return batch_.patches[group.first + s + 1] - batch_.patches[group.first + s];
+    };
+    const int64_t n_sequences = group.end - group.first;
+    write_cu_seqlens(n_sequences, [&](int64_t s) { return n_prefix + n_patches(s); }, at.cu_seqlens);
+    write_cu_seqlens(n_sequences, [&](int64_t) { return n_pooled_; }, at.pooled_cu_seqlens);
+    for (int64_t s = 0; s < n_sequences; ++s) {
+      const int64_t b = group.first + s, n = n_patches(s), patch = batch_.patches[b] - begin;
+      const int64_t row = at.cu_seqlens[s], pooled = at.pooled_cu_seqlens[s];
       for (int64_t i = 0; i < n_prefix; ++i) {
         std::memcpy(at.x.from(row + i).data, model_.prefix + i * model_.n_channels, row_bytes);
       }
@@ -289,11 +299,7 @@ class Forward {
       std::iota(at.position + patch, at.position + patch + n, int64_t{batch_.pos_offset[b]});
       std::fill_n(at.pooled_length + pooled, n_pooled_, batch_.length_index[b]);
       std::iota(at.pooled_token + pooled, at.pooled_token + pooled + n_pooled_, row);
-      row += n_prefix + n;
-      pooled += n_pooled_;
     }
-    at.cu_seqlens[group.end - group.first] = static_cast<int32_t>(row);
-    at.pooled_cu_seqlens[group.end - group.first] = static_cast<int32_t>(pooled);
   }
 
   void embed(const Group& group, const Activations& at, int64_t n_patches) const {
