@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
       "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
       "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled) -> Tensor");
   m.def("cpu_panel() -> int");
+  m.def("cpu_multiplies_bf16() -> bool");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
   m.def("select_cpu_isa(str isa) -> ()");

@@ -51,6 +51,8 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& panels, const Tensor& bia
 
 int64_t cpu_panel() { return cpu::kernels().linear.panel; }
 
+bool cpu_multiplies_bf16() { return cpu::kernels().linear.rounds; }
+
 }  // namespace
 
 void share_linear(const cpu::LinearTile& whole) {
@@ -79,4 +81,5 @@ STABLE_TORCH_LIBRARY_IMPL(revit_fast, CPU, m) { m.impl("packed_linear", TORCH_BO
 
 STABLE_TORCH_LIBRARY_IMPL(revit_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_panel", TORCH_BOX(&revit::cpu_panel));
+  m.impl("cpu_multiplies_bf16", TORCH_BOX(&revit::cpu_multiplies_bf16));
 }

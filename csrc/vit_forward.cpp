@@ -378,7 +378,10 @@ class Forward {
     args.lse_head_stride = 0;
     args.out = {out.data, out.stride, block.head_dim};
     args.lse = nullptr;
-    const auto kernel = cpu::kernels().attention.forward[static_cast<int>(cpu::DType::kFloat32)];
+    const cpu::AttentionKernels& kernels = cpu::kernels().attention;
+    const auto kernel = model_.type == cpu::WeightType::kBFloat16
+                            ? kernels.forward_rounded
+                            : kernels.forward[static_cast<int>(cpu::DType::kFloat32)];
     for_each_task(static_cast<int64_t>(items.size()), [&](int64_t i) {
       if (items[i].n_rows > 0) kernel(args, items[i]);
     });

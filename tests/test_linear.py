@@ -16,6 +16,7 @@ from revit_fast.ops.linear import (
     FLOAT_PACKED_DTYPES,
     PACKED_DTYPES,
     PackedWeight,
+    cpu_multiplies_bf16,
     cpu_panel,
     huge_pages,
     round_rows,
@@ -61,7 +62,7 @@ def make(n_out, depth, dtype=torch.float32, *, with_bias=True, seed=0):
 
 
 @functools.cache
-def problem(n_rows, depth, n_out, dtype):
+def problem(n_rows, depth, n_out, dtype, rounds):
     """x, weight and bias, and their product in float32 and in float64, computed once for all tests.
 
     The product is that of the rounded numbers: how well int8 holds them is not the op's matter either.
@@ -70,7 +71,7 @@ def problem(n_rows, depth, n_out, dtype):
     x = randn(max(LEAST_ROWS, LEAST_VALUES // n_out, N_BATCHES * n_rows), depth)
     products = []
     for wide in (torch.float32, torch.float64):
-        rows = round_rows(x.to(wide)) if dtype == torch.int8 else x.to(wide)
+        rows = round_rows(x.to(wide)) if dtype == torch.int8 else (x.bfloat16() if rounds else x).to(wide)
         products.append(linear(rows, *unpacked(*packed, depth, wide)))
     return x, weight, bias, *products
 
@@ -78,8 +79,9 @@ def problem(n_rows, depth, n_out, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
 def test_matches_float64(isa, dtype, activation):
+    rounds = dtype == torch.bfloat16 and cpu_multiplies_bf16()
     for n_rows, depth, n_out in SHAPES if activation == "none" else SHAPES[::4]:
-        x, weight, bias, *products = problem(n_rows, depth, n_out, dtype)
+        x, weight, bias, *products = problem(n_rows, depth, n_out, dtype, rounds)
         packed = ops.pack_weight(weight, bias, dtype)
         batches = (*x[: N_BATCHES * n_rows].split(n_rows), x[N_BATCHES * n_rows :])
         ours = torch.cat([ops.packed_linear(batch, packed, activation) for batch in batches])

@@ -55,6 +55,8 @@ struct AttentionKernels {
   int64_t row_tile;
   // Indexed by DType. A backward item covers all rows of its sequence.
   void (*forward[kDTypes])(const AttentionForward&, const AttentionItem&);
+  // Of float32 rows, rounded to bfloat16 for the products where the instruction set multiplies bfloat16.
+  void (*forward_rounded)(const AttentionForward&, const AttentionItem&);
   void (*backward[kDTypes])(const AttentionBackward&, const AttentionItem&);
 };
 

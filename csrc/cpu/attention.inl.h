@@ -104,18 +104,27 @@ REVIT_INLINE T row_maximum(T* s, int64_t visible, int64_t padded, T maximum) {
   return reduce_max<T, n>(maxima);
 }
 
-// Turns one row of scores into 2^(s - maximum). Returns the factor that rescales earlier blocks to the new maximum.
-template <class T>
-REVIT_INLINE T exponentiate_row(T* s, int64_t padded, T maximum, RowState<T>& state) {
+// Writes 2^(scale (s - maximum)) of one row of scores to `out`, which may be the row itself. Returns the factor that
+// rescales earlier blocks to the new maximum. With numbers in `out` the scores are scaled already, and scale is 1.
+template <class T, class E>
+REVIT_INLINE T exponentiate_row(const T* s, int64_t padded, T scale, T maximum, RowState<T>& state, E* out) {
   constexpr int n = kLanes<T>;
   const T origin = maximum == -std::numeric_limits<T>::infinity() ? T(0) : maximum;
+  const T scaled_origin = kIsPair<E> ? scale * origin : origin;
   Vec<T, n> sums = {};
   for (int64_t j = 0; j < padded; j += n) {
-    const Vec<T, n> p = exp2_nonpositive<T, n>(load<n>(s + j) - origin);
-    store<n>(s + j, p);
+    Vec<T, n> x = load<n>(s + j);
+    if constexpr (kIsPair<E>) x = x * scale;
+    const Vec<T, n> p = exp2_nonpositive<T, n>(x - scaled_origin);
+#if REVIT_BF16
+    if constexpr (kIsPair<E>) store_factors<n>(reinterpret_cast<BFloat16*>(out) + j, p);
+#endif
+    if constexpr (!kIsPair<E>) store<n>(out + j, p);
     sums += p;
   }
-  const T correction = state.sum == 0 ? T(0) : exp2_nonpositive_scalar<T>(state.maximum - origin);
+  T before = state.maximum;
+  if constexpr (kIsPair<E>) before = before * scale;
+  const T correction = state.sum == 0 ? T(0) : exp2_nonpositive_scalar<T>(before - scaled_origin);
   state.maximum = maximum;
   state.sum = state.sum * correction + reduce_add<T, n>(sums);
   return correction;
@@ -155,7 +164,9 @@ REVIT_INLINE void prefetch_rows(const Heads& heads, int64_t begin, int64_t n_row
   }
 }
 
-template <class T>
+// Reads and writes elements of type T. The products are of elements of type E: of numbers, or of pairs of bfloat16, to
+// which queries, keys, values and exponentials are then rounded.
+template <class T, class E = Compute<T>>
 void attention_forward(const AttentionForward& args, const AttentionItem& item) {
   using C = Compute<T>;
   const int64_t dim = args.head_dim, n_keys = item.n_keys;
@@ -163,13 +174,24 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
   const int64_t block = key_block<C>(n_keys);
 
   constexpr int64_t tile_size = kRowTile * kTileStride;
-  const auto [q_tile, s_tile, o_tile, k_panels, v_panels] =
-      Arrays<C, 5>({tile_size, tile_size, tile_size, panels_size<C>(dim, n_keys), panels_size<C>(n_keys, dim)}).array;
-  const Panels<C> k_transposed =
-      pack_transposed(row_of<T>(args.k, item.k_begin, item.kv_head), args.k.row_stride, n_keys, dim, k_panels);
-  const Panels<C> v =
-      pack_panels(row_of<T>(args.v, item.k_begin, item.kv_head), args.v.row_stride, n_keys, dim, v_panels);
-  const C score_scale = static_cast<C>(args.scale * kLog2E);
+  static_assert(sizeof(E) == sizeof(C));
+  const auto [q_array, s_tile, p_array, o_tile, k_array, v_array] =
+      Arrays<C, 6>({tile_size, tile_size, kIsPair<E> ? tile_size : 0, tile_size,
+                    panels_size<C>(elements<E>(dim), n_keys), panels_size<C>(elements<E>(n_keys), dim)})
+          .array;
+  E* q_tile = reinterpret_cast<E*>(q_array);
+  E* p_tile = reinterpret_cast<E*>(kIsPair<E> ? p_array : s_tile);
+  const Panels<E> k_transposed = pack_transposed(row_of<T>(args.k, item.k_begin, item.kv_head), args.k.row_stride,
+                                                 n_keys, dim, reinterpret_cast<E*>(k_array));
+  const Panels<E> v = pack_panels(row_of<T>(args.v, item.k_begin, item.kv_head), args.v.row_stride, n_keys, dim,
+                                  reinterpret_cast<E*>(v_array));
+  // Numbers are scaled in the queries. Queries that are rounded keep their values: of the scale they get the sign, and
+  // the scores the rest.
+  C query_scale = static_cast<C>(args.scale * kLog2E), score_scale = 1;
+  if (kIsPair<E> && query_scale != 0) {
+    score_scale = std::abs(query_scale);
+    query_scale = query_scale < 0 ? C(-1) : C(1);
+  }
 
   for (int64_t member = 0; member < args.group; ++member) {
     const int64_t head = item.kv_head * args.group + member;
@@ -177,7 +199,7 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
     for (int64_t first = item.first_row; first < end; first += kRowTile) {
       const int64_t rows = std::min(kRowTile, end - first);
       const int64_t tile_keys = visible_keys(args, item, first + rows - 1);
-      pack_tile(row_of<T>(args.q, item.q_begin + first, head), args.q.row_stride, rows, dim, score_scale, q_tile);
+      pack_tile(row_of<T>(args.q, item.q_begin + first, head), args.q.row_stride, rows, dim, query_scale, q_tile);
       if (head + 1 < args.n_heads) prefetch_rows<T>(args.q, item.q_begin + first, rows, head + 1, dim);
       if (member == 0 && head + args.group < args.n_heads) {
         const int64_t key_rows = std::min(rows, n_keys - first);
@@ -187,7 +209,7 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
       RowState<C> state[kRowTile];
       for (int64_t key = 0; key < tile_keys; key += block) {
         const int64_t keys = std::min(block, tile_keys - key);
-        multiply(rows, keys, dim, q_tile, k_transposed.from_column(key), 0, s_tile, kTileStride, false);
+        multiply(rows, keys, elements<E>(dim), q_tile, k_transposed.from_column(key), 0, s_tile, kTileStride, false);
         // Two passes over the tile: a row's second step would wait for the row's own reduction to one number.
         const int64_t padded_keys = round_up(keys, kLanes<C>);
         C maximum[kRowTile];
@@ -196,10 +218,11 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
           maximum[i] = row_maximum(s_tile + i * kTileStride, visible, padded_keys, state[i].maximum);
         }
         for (int64_t i = 0; i < rows; ++i) {
-          const C correction = exponentiate_row(s_tile + i * kTileStride, padded_keys, maximum[i], state[i]);
+          const C correction = exponentiate_row(s_tile + i * kTileStride, padded_keys, score_scale, maximum[i],
+                                                state[i], p_tile + i * kTileStride);
           if (key > 0) scale_row(o_tile + i * kTileStride, padded_dim, correction);
         }
-        multiply(rows, dim, keys, s_tile, v, key, o_tile, kTileStride, key > 0);
+        multiply(rows, dim, elements<E>(keys), p_tile, v, elements<E>(key), o_tile, kTileStride, key > 0);
       }
       for (int64_t i = 0; i < rows; ++i) {
         T* out = row_of<T>(args.out, item.q_begin + first + i, head);
@@ -212,8 +235,10 @@ void attention_forward(const AttentionForward& args, const AttentionItem& item) 
       if (args.lse == nullptr) continue;
       C* lse = static_cast<C*>(args.lse) + head * args.lse_head_stride + item.q_begin + first;
       for (int64_t i = 0; i < rows; ++i) {
-        lse[i] = state[i].sum == 0 ? -std::numeric_limits<C>::infinity()
-                                   : static_cast<C>(kLn2 * (state[i].maximum + std::log2(double(state[i].sum))));
+        lse[i] =
+            state[i].sum == 0
+                ? -std::numeric_limits<C>::infinity()
+                : static_cast<C>(kLn2 * (double(score_scale) * state[i].maximum + std::log2(double(state[i].sum))));
       }
     }
   }
@@ -353,8 +378,13 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
   }
 }
 
+template <class T>
+using RoundedElement = std::conditional_t<kPairProducts, Pair, Compute<T>>;
+
 const AttentionKernels attention_kernels = {
     kRowTile,
-    {attention_forward<float>, attention_forward<BFloat16>, attention_forward<Float16>, attention_forward<double>},
+    {attention_forward<float>, attention_forward<BFloat16, RoundedElement<BFloat16>>, attention_forward<Float16>,
+     attention_forward<double>},
+    attention_forward<float, RoundedElement<float>>,
     {attention_backward<float>, attention_backward<BFloat16>, attention_backward<Float16>, attention_backward<double>},
 };

@@ -14,25 +14,20 @@ REVIT_INLINE int64_t whole_panels(int64_t n) { return round_up(n, kLinearPanel);
 
 // Floats of one row of a tile in each array.
 struct RowFloats {
-  int64_t normed, hidden, sums, quantized, quantized_hidden;
+  int64_t normed, hidden, sums, rounded, rounded_hidden;
 };
 
 template <class W>
 RowFloats row_floats(const BlockShape& shape) {
   const int64_t chunk = chain_of<W>(shape.hidden), n_channels = shape.n_channels;
-  RowFloats floats = {odd_lines(n_channels), odd_lines(chunk), whole_panels(n_channels), 0, 0};
-  if constexpr (kInteger<W>) {
-    floats.quantized = std::max(QuantizedRows::size(n_channels, chain_of<W>(n_channels)),
-                                QuantizedRows::size(shape.width, chain_of<W>(shape.width)));
-    floats.quantized_hidden = QuantizedRows::size(chunk, chunk);
-  }
-  return floats;
+  return {odd_lines(n_channels), odd_lines(chunk), whole_panels(n_channels),
+          std::max(factors_size<W>(n_channels), factors_size<W>(shape.width)), factors_size<W>(chunk)};
 }
 
 template <class W>
 int64_t max_block_rows(const BlockShape& shape) {
   const RowFloats floats = row_floats<W>(shape);
-  const int64_t all = floats.normed + floats.hidden + floats.sums + floats.quantized + floats.quantized_hidden;
+  const int64_t all = floats.normed + floats.hidden + floats.sums + floats.rounded + floats.rounded_hidden;
   const int64_t rows = kTileBytes / (all * static_cast<int64_t>(sizeof(float)));
   return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
 }
@@ -62,20 +57,16 @@ void block_tile(const BlockTile& tile) {
   const RowFloats floats = row_floats<W>(shape);
   const int64_t a_stride = floats.normed, h_stride = floats.hidden;
   const int64_t panel_sums = rows * kLinearPanel;
-  const auto [normed, hidden, sums, one_panel, quantized, quantized_hidden] =
-      Arrays<float, 6>({rows * a_stride, rows * h_stride, rows * floats.sums, panel_sums, rows * floats.quantized,
-                        rows * floats.quantized_hidden})
+  const auto [normed, hidden, sums, one_panel, rounded, rounded_hidden] =
+      Arrays<float, 6>({rows * a_stride, rows * h_stride, rows * floats.sums, panel_sums, rows * floats.rounded,
+                        rows * floats.rounded_hidden})
           .array;
-  const auto factors = [&](const Rows& in, int64_t n, [[maybe_unused]] float* memory) -> Factors<W> {
-    if constexpr (kInteger<W>) {
-      return quantize_rows(in.data, in.stride, tile.n_rows, n, chain_of<W>(n), memory);
-    } else {
-      return {in.data, in.stride};
-    }
+  const auto factors = [&](const Rows& in, int64_t n, float* memory) {
+    return factors_of<W>(in.data, in.stride, tile.n_rows, n, memory);
   };
   const auto norm = [&](const TokenNorm& parameters) {
     norm_tile({tile.x, {normed, a_stride}, tile.length, tile.n_rows, parameters, n_channels});
-    return factors({normed, a_stride}, n_channels, quantized);
+    return factors({normed, a_stride}, n_channels, rounded);
   };
   const auto linear = [&](const PackedWeight& weight, const Rows& in, const Rows& out, Finish finish) {
     return LinearTile{in.data,         in.stride, tile.n_rows,      weight,   0,
@@ -84,7 +75,7 @@ void block_tile(const BlockTile& tile) {
 
   if (tile.attended.data != nullptr) {
     linear_chains<W>(linear(tile.proj, tile.attended, tile.x, Finish::kAdd),
-                     factors(tile.attended, shape.width, quantized), 0, shape.width, one_panel, 0);
+                     factors(tile.attended, shape.width, rounded), 0, shape.width, one_panel, 0);
     const Factors<W> a = norm(tile.norm2);
     LinearTile fc1 = linear(tile.fc1, {normed, a_stride}, {hidden, h_stride}, Finish::kActivate);
     const LinearTile fc2 = linear(tile.fc2, {hidden, h_stride}, tile.x, Finish::kAdd);
@@ -93,7 +84,7 @@ void block_tile(const BlockTile& tile) {
       fc1.first_panel = k / kLinearPanel;
       fc1.end_panel = whole_panels(end) / kLinearPanel;
       linear_chains<W>(fc1, a, 0, n_channels, one_panel, 0);
-      linear_chains<W>(fc2, factors({hidden, h_stride}, end - k, quantized_hidden), k, end, sums, panel_sums);
+      linear_chains<W>(fc2, factors({hidden, h_stride}, end - k, rounded_hidden), k, end, sums, panel_sums);
     }
   }
   if (tile.projected.data != nullptr) {
@@ -129,11 +120,12 @@ template <class W>
 void embed_tile(const EmbedTile& tile) {
   const int64_t rows = whole_rows(tile.n_rows), depth = tile.embed.depth, n_channels = tile.n_channels;
   const int64_t a_stride = odd_lines(depth), out_stride = odd_lines(whole_panels(n_channels));
-  const auto [a, out, one_panel] = Arrays<float, 3>({rows * a_stride, rows * out_stride, rows * kLinearPanel}).array;
+  const auto [a, out, one_panel, rounded] =
+      Arrays<float, 4>({rows * a_stride, rows * out_stride, rows * kLinearPanel, rows * factors_size<W>(depth)}).array;
   for (int64_t i = 0; i < tile.n_rows; ++i) row_to_float(tile, i, a + i * a_stride);
   linear_chains<W>({a, a_stride, tile.n_rows, tile.embed, 0, tile.embed.n_panels, Finish::kStore, Activation::kNone,
                     out, out_stride},
-                   {a, a_stride}, 0, depth, one_panel, 0);
+                   factors_of<W>(a, a_stride, tile.n_rows, depth, rounded), 0, depth, one_panel, 0);
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     add_elements<float>({out + i * out_stride, tile.table + tile.position[i] * n_channels,
                          tile.tokens.data + tile.token[i] * tile.tokens.stride, n_channels});

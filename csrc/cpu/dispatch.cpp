@@ -12,7 +12,7 @@ struct Candidate {
   bool supported;
 };
 
-constexpr int kCandidates = 4;
+constexpr int kCandidates = 5;
 
 // The best comes first. avx2x16 comes last, because it is never the better choice.
 int candidates(Candidate out[kCandidates]) {
@@ -22,6 +22,7 @@ int candidates(Candidate out[kCandidates]) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  out[n++] = {&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")};
   out[n++] = {&avx512::kernels, avx512};
   out[n++] = {&avx2::kernels, avx2};
 #endif

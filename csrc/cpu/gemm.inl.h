@@ -9,10 +9,30 @@
 //
 // Every element of C is the sum of its chains in order, one chain of multiply-adds for every kChain values of k,
 // whichever block of the tile it is in.
+//
+// A and B hold numbers, or pairs of bfloat16: the values of two k side by side, whose products are added together.
+// Depths and strides below count such elements.
 
 // Row stride, in elements, of every tile used as A: an odd number of cache lines, so that the rows of a tile do not
 // compete for the same cache sets, and longer than the longest row by the widest overread of a transposed block.
 inline constexpr int kTileStride = 528;
+
+// The bfloat16 values of two k.
+struct Pair {
+  int32_t bits;
+};
+inline constexpr bool kPairProducts = REVIT_BF16 != 0;
+
+template <class E>
+inline constexpr bool kIsPair = std::is_same_v<E, Pair>;
+// The type of the sums of products of elements of type E.
+template <class E>
+using SumOf = std::conditional_t<kIsPair<E>, float, E>;
+// Elements that hold n values.
+template <class E>
+REVIT_INLINE constexpr int64_t elements(int64_t n) {
+  return kIsPair<E> ? (n + 1) / 2 : n;
+}
 
 template <class T>
 inline constexpr int kPanel = 2 * kLanes<T>;
@@ -50,18 +70,47 @@ struct Panels {
   Panels from_column(int64_t first) const { return {data + first / kPanel<T> * stride, stride, columns - first}; }
 };
 
+template <int n>
+REVIT_INLINE Vec<int32_t, n> load(const Pair* p) {
+  Vec<int32_t, n> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class E, int n>
+REVIT_INLINE auto broadcast_element(E element) {
+  if constexpr (kIsPair<E>) {
+    return broadcast<int32_t, n>(element.bits);
+  } else {
+    return broadcast<E, n>(element);
+  }
+}
+
+// sum += a b.
+template <class E, int n, class V>
+REVIT_INLINE void add_product(Vec<SumOf<E>, n>& sum, V a, V b) {
+#if REVIT_BF16
+  if constexpr (kIsPair<E>) {
+    sum = dot_pairs<n>(sum, a, b);
+    return;
+  }
+#endif
+  if constexpr (!kIsPair<E>) sum += a * b;
+}
+
 // Computes one block of C, of `rows` x `vectors` vectors.
 template <class T, int rows, int vectors, bool transposed>
-__attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
+__attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T* b, SumOf<T>* c, int64_t c_stride,
                                               bool accumulate) {
   constexpr int n = kLanes<T>;
-  Vec<T, n> sum[rows * vectors] = {};
+  Vec<SumOf<T>, n> sum[rows * vectors] = {};
   const auto step = [&]() __attribute__((always_inline)) {
-    Vec<T, n> b_row[vectors];
+    decltype(load<n>(b)) b_row[vectors];
     unroll<vectors>([&](auto j) __attribute__((always_inline)) { b_row[j] = load<n>(b + j * n); });
     unroll<rows>([&](auto i) __attribute__((always_inline)) {
-      const Vec<T, n> factor = broadcast<T, n>(a[transposed ? i : i * kTileStride]);
-      unroll<vectors>([&](auto j) __attribute__((always_inline)) { sum[i * vectors + j] += factor * b_row[j]; });
+      const auto factor = broadcast_element<T, n>(a[transposed ? i : i * kTileStride]);
+      unroll<vectors>(
+          [&](auto j) __attribute__((always_inline)) { add_product<T, n>(sum[i * vectors + j], factor, b_row[j]); });
     });
     a += transposed ? kTileStride : 1;
     b += vectors * n;
@@ -74,7 +123,7 @@ __attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T
   if (k > 0) step();
   unroll<rows>([&](auto i) __attribute__((always_inline)) {
     unroll<vectors>([&](auto j) __attribute__((always_inline)) {
-      T* out = c + i * c_stride + j * n;
+      SumOf<T>* out = c + i * c_stride + j * n;
       store<n>(out, accumulate ? load<n>(out) + sum[i * vectors + j] : sum[i * vectors + j]);
     });
   });
@@ -82,7 +131,7 @@ __attribute__((noinline)) void multiply_block(int64_t depth, const T* a, const T
 
 // Computes `rows` rows of C with the smallest block that holds them; blocks have an even number of rows.
 template <class T, int most, int vectors, bool transposed>
-REVIT_INLINE void multiply_rows(int64_t rows, int64_t depth, const T* a, const T* b, T* c, int64_t c_stride,
+REVIT_INLINE void multiply_rows(int64_t rows, int64_t depth, const T* a, const T* b, SumOf<T>* c, int64_t c_stride,
                                 bool accumulate) {
   if constexpr (most > 2) {
     if (rows <= most - 2) {
@@ -95,7 +144,7 @@ REVIT_INLINE void multiply_rows(int64_t rows, int64_t depth, const T* a, const T
 // C[0 : m, 0 : n] (+)= A B[first_k : first_k + depth, 0 : n]; A is a tile [m, depth], or [depth, m] if `transposed`.
 // Writes C up to the next even row and the next panel.
 template <class T, bool transposed = false>
-void multiply(int64_t m, int64_t n, int64_t depth, const T* a, const Panels<T>& b, int64_t first_k, T* c,
+void multiply(int64_t m, int64_t n, int64_t depth, const T* a, const Panels<T>& b, int64_t first_k, SumOf<T>* c,
               int64_t c_stride, bool accumulate) {
   for (int64_t column = 0; column < n; column += kPanel<T>) {
     const int64_t width = b.width(column);
@@ -106,7 +155,7 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, const Panels<T>& 
       for (int64_t row = 0; row < m; row += kBlockRows) {
         const int64_t rows = std::min<int64_t>(kBlockRows, m - row);
         const T* a_block = a + (transposed ? row + k * kTileStride : row * kTileStride + k);
-        T* c_block = c + row * c_stride + column;
+        SumOf<T>* c_block = c + row * c_stride + column;
         if (width == kPanel<T>) {
           multiply_rows<T, kBlockRows, 2, transposed>(rows, chain, a_block, panel + k * width, c_block, c_stride, add);
         } else {
@@ -127,16 +176,29 @@ REVIT_INLINE void widen_row(const T* in, int64_t n, int64_t n_padded, Compute<T>
   for (; i < n_padded; ++i) out[i] = 0;
 }
 
+#if REVIT_BF16
+// out[i] = factor * in[i], rounded to bfloat16, for i < n; zero up to n_padded, in pairs.
+template <class T>
+REVIT_INLINE void widen_row(const T* in, int64_t n, int64_t n_padded, float factor, Pair* out) {
+  constexpr int lanes = kLanes<float>;
+  BFloat16* values = reinterpret_cast<BFloat16*>(out);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store_factors<lanes>(values + i, factor * load<lanes>(in + i));
+  for (; i < n; ++i) narrow(factor * widen(in[i]), values + i);
+  for (; i < 2 * n_padded; ++i) values[i] = {};
+}
+#endif
+
 template <class T>
 REVIT_INLINE void fill_row(T* out, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) out[i] = value;
 }
 
 // Packs a tile [rows, n] scaled by `factor`. An odd number of rows is made even with a row of zeros.
-template <class T>
-void pack_tile(const T* in, int64_t stride, int64_t rows, int64_t n, Compute<T> factor, Compute<T>* tile) {
-  for (int64_t i = 0; i < rows; ++i) widen_row(in + i * stride, n, n, factor, tile + i * kTileStride);
-  if (rows % 2) fill_row(tile + rows * kTileStride, n, Compute<T>(0));
+template <class T, class E>
+void pack_tile(const T* in, int64_t stride, int64_t rows, int64_t n, Compute<T> factor, E* tile) {
+  for (int64_t i = 0; i < rows; ++i) widen_row(in + i * stride, n, elements<E>(n), factor, tile + i * kTileStride);
+  if (rows % 2) fill_row(tile + rows * kTileStride, elements<E>(n), E{});
 }
 
 // Number of elements in the panels of a matrix with `k` rows and `n` columns.
@@ -157,6 +219,39 @@ Panels<Compute<T>> pack_panels(const T* in, int64_t stride, int64_t rows, int64_
   }
   return panels;
 }
+
+#if REVIT_BF16
+// B[k, n] = (in[2 k, n], in[2 k + 1, n]), rounded to bfloat16.
+template <class T>
+Panels<Pair> pack_panels(const T* in, int64_t stride, int64_t rows, int64_t n, Pair* out) {
+  constexpr int lanes = kLanes<Pair>;
+  const int64_t n_pairs = elements<Pair>(rows);
+  const Panels<Pair> panels = {out, n_pairs * kPanel<Pair>, round_up(n, lanes)};
+  const auto rounded = [&](int64_t row, int64_t column, int64_t present) __attribute__((always_inline)) {
+    BFloat16 values[lanes] = {};
+    if (row < rows) {
+      if (present == lanes) {
+        store_factors<lanes>(values, load<lanes>(in + row * stride + column));
+      } else {
+        for (int64_t i = 0; i < present; ++i) narrow(widen(in[row * stride + column + i]), values + i);
+      }
+    }
+    Vec<uint16_t, lanes> bits;
+    __builtin_memcpy(&bits, values, sizeof(bits));
+    return __builtin_convertvector(bits, Vec<int32_t, lanes>);
+  };
+  for (int64_t column = 0; column < n; column += lanes) {
+    const int64_t first = column / kPanel<Pair> * kPanel<Pair>, width = panels.width(first);
+    const int64_t present = std::min<int64_t>(lanes, n - column);
+    Pair* panel = out + first / kPanel<Pair> * panels.stride + (column - first);
+    for (int64_t k = 0; k < n_pairs; ++k) {
+      const Vec<int32_t, lanes> pairs = rounded(2 * k, column, present) | rounded(2 * k + 1, column, present) << 16;
+      __builtin_memcpy(panel + k * width, &pairs, sizeof(pairs));
+    }
+  }
+  return panels;
+}
+#endif
 
 // Interleaves the lower (half = 0) or upper (half = 1) lanes of a and b.
 template <class T, int half, int... I>
@@ -189,12 +284,12 @@ REVIT_INLINE void transpose(const Vec<T, n>* in, Vec<T, n>* out) {
 // Longest row that pack_transposed accepts.
 inline constexpr int kMaxDepth = 256;
 
-// B[k, n] = in[n, k], n < columns, k < depth.
-template <class T>
-Panels<Compute<T>> pack_transposed(const T* in, int64_t stride, int64_t columns, int64_t depth, Compute<T>* out) {
-  using C = Compute<T>;
+// B[k, n] = in[n, k], n < columns, k < depth; or pairs of them.
+template <class T, class C>
+Panels<C> pack_transposed(const T* in, int64_t stride, int64_t columns, int64_t depth, C* out) {
+  using Bits = SumOf<C>;  // pairs are moved as floats
   constexpr int lanes = kLanes<C>;
-  const int64_t padded_depth = round_up(depth, lanes);
+  const int64_t padded_depth = round_up(elements<C>(depth), lanes);
   const Panels<C> panels = {out, padded_depth * kPanel<C>, round_up(columns, lanes)};
   alignas(64) C staged[lanes * kMaxDepth];
   for (int64_t column = 0; column < columns; column += lanes) {
@@ -213,17 +308,20 @@ Panels<Compute<T>> pack_transposed(const T* in, int64_t stride, int64_t columns,
     if (!direct) {
       for (int64_t i = 0; i < lanes; ++i) {
         const bool exists = i < present;
-        widen_row(in + (exists ? column + i : 0) * stride, exists ? depth : 0, padded_depth, C(1),
+        widen_row(in + (exists ? column + i : 0) * stride, exists ? depth : 0, padded_depth, Compute<T>(1),
                   staged + i * kMaxDepth);
       }
     }
     C* panel = out + first / kPanel<C> * panels.stride + (column - first);
     for (int64_t k = 0; k < padded_depth; k += lanes) {
-      Vec<C, lanes> block[lanes], columns_of_block[lanes];
-      unroll<lanes>([&](auto i) __attribute__((always_inline)) { block[i] = load<lanes>(rows + i * rows_stride + k); });
-      transpose<C, lanes, lanes / 2>(block, columns_of_block);
-      unroll<lanes>([&](auto i)
-                        __attribute__((always_inline)) { store<lanes>(panel + (k + i) * width, columns_of_block[i]); });
+      Vec<Bits, lanes> block[lanes], columns_of_block[lanes];
+      unroll<lanes>([&](auto i) __attribute__((always_inline)) {
+        __builtin_memcpy(&block[i], rows + i * rows_stride + k, sizeof(block[i]));
+      });
+      transpose<Bits, lanes, lanes / 2>(block, columns_of_block);
+      unroll<lanes>([&](auto i) __attribute__((always_inline)) {
+        __builtin_memcpy(panel + (k + i) * width, &columns_of_block[i], sizeof(columns_of_block[i]));
+      });
     }
   }
   return panels;

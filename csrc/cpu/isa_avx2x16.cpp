@@ -12,6 +12,7 @@
   #define REVIT_LANES 16
   #define REVIT_F16C 1
   #define REVIT_AVX512 0
+  #define REVIT_BF16 REVIT_EMULATED
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

@@ -13,6 +13,7 @@
   #define REVIT_LANES 16
   #define REVIT_F16C 1
   #define REVIT_AVX512 1
+  #define REVIT_BF16 0
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

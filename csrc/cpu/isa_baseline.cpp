@@ -5,4 +5,5 @@
 #define REVIT_LANES 4
 #define REVIT_F16C 0
 #define REVIT_AVX512 0
+#define REVIT_BF16 0
 #include "cpu/kernels.inl.h"

@@ -35,6 +35,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 // The table in use: the best that this machine can execute, or the one that REVIT_FAST_ISA names.

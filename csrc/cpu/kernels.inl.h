@@ -4,7 +4,11 @@
 //   REVIT_LANES  float lanes of a full-width vector
 //   REVIT_F16C   1 if AVX2 and the half-precision conversion instructions may be used
 //   REVIT_AVX512 1 if AVX-512 may be used
+//   REVIT_BF16   how products of bfloat16 are computed: 0 in float, REVIT_NATIVE by AVX512_BF16, or REVIT_EMULATED in
+//                portable vectors, with the same bits
 // The kernels have internal linkage, so that the linker cannot confuse two sets.
+#define REVIT_NATIVE 1
+#define REVIT_EMULATED 2
 #define REVIT_STRINGIZE_(x) #x
 #define REVIT_STRINGIZE(x) REVIT_STRINGIZE_(x)
 

@@ -45,6 +45,7 @@ struct LinearTile {
 struct LinearKernels {
   int64_t panel;       // columns of a panel
   int64_t half_block;  // rows are computed in multiples of this
+  bool rounds;         // whether rows are rounded to bfloat16 for products with kBFloat16; else the weight is widened
   // Indexed by WeightType. A row's result does not depend on the tile it is computed in.
   void (*tile[kWeightTypes])(const LinearTile&);
 };

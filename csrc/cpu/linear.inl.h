@@ -6,6 +6,9 @@
 //
 // With an int8 weight a chain is summed exactly, in integers. Its rows were rounded to integers with one scale per
 // chain (see quantize.inl.h). The finished sum is converted to float and multiplied by the scales of row and column.
+//
+// With a bfloat16 weight, and where the instruction set multiplies bfloat16, the rows are rounded to bfloat16 too; sums
+// are in float. Elsewhere the weight is widened when it is read.
 
 // Rows of a block. With two vectors of columns a block needs twelve of sixteen registers as accumulators, or
 // twenty-four of the thirty-two that AVX-512 has.
@@ -14,15 +17,22 @@ inline constexpr int kHalfBlock = kLinearRows / 2;
 inline constexpr int64_t kLinearPanel = kPanel<float>;
 
 inline constexpr int64_t kMaxChain = 256;
+// Its part of a panel has as many bytes. The rounding of the factors is far above that of the sums.
+inline constexpr int64_t kMaxRoundedChain = 512;
 
 template <class W>
 inline constexpr bool kInteger = std::is_same_v<W, int8_t>;
+template <class W>
+inline constexpr bool kRounded = REVIT_BF16 != 0 && std::is_same_v<W, BFloat16>;
+// Rows are rounded to pairs of 16 bits before the product.
+template <class W>
+inline constexpr bool kPairs = kInteger<W> || kRounded<W>;
 
 // Depth of every chain except the last. It is a multiple of the panel, so that the chains of a layer are the chunks of
 // columns in which the layer before it is computed.
 template <class W>
 REVIT_INLINE int64_t chain_of(int64_t depth) {
-  constexpr int64_t most = kInteger<W> ? kMaxIntegerChain : kMaxChain;
+  constexpr int64_t most = kInteger<W> ? kMaxIntegerChain : kRounded<W> ? kMaxRoundedChain : kMaxChain;
   constexpr int64_t unit = kInteger<W> ? kIntegerChainUnit : kLinearPanel;
   static_assert(unit % kLinearPanel == 0);
   const int64_t n_chains = std::max<int64_t>(1, (depth + most - 1) / most);
@@ -84,6 +94,14 @@ REVIT_INLINE Vec<int32_t, n> load_pairs(const int8_t* p) {
   const auto wide = __builtin_convertvector(narrow, Vec<int16_t, 2 * n>);
   Vec<int32_t, n> pairs;
   __builtin_memcpy(&pairs, &wide, sizeof(pairs));
+  return pairs;
+}
+
+// Every lane holds the bfloat16 values of two depths.
+template <int n>
+REVIT_INLINE Vec<int32_t, n> load_pairs(const BFloat16* p) {
+  Vec<int32_t, n> pairs;
+  __builtin_memcpy(&pairs, p, sizeof(pairs));
   return pairs;
 }
 
@@ -169,7 +187,21 @@ struct FloatRows {
   REVIT_INLINE FloatRows from_depth(int64_t k) const { return {data + k, stride}; }
 };
 template <class W>
-using Factors = std::conditional_t<kInteger<W>, QuantizedRows, FloatRows>;
+struct FactorsOf {
+  using type = FloatRows;
+};
+template <>
+struct FactorsOf<int8_t> {
+  using type = QuantizedRows;
+};
+#if REVIT_BF16
+template <>
+struct FactorsOf<BFloat16> {
+  using type = RoundedRows;
+};
+#endif
+template <class W>
+using Factors = typename FactorsOf<W>::type;
 
 // Scales of a panel's columns; only int8 weights have them.
 template <class W>
@@ -199,8 +231,9 @@ template <class W, int rows, Chain kind>
 __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
   constexpr int n = kLanes<float>;
   using V = Vec<float, n>;
-  using Element = std::conditional_t<kInteger<W>, int32_t, float>;  // of a row, and of its products
-  Vec<Element, n> sum[2 * rows] = {};
+  using Element = std::conditional_t<kPairs<W>, int32_t, float>;  // of a row
+  using Sum = std::conditional_t<kInteger<W>, int32_t, float>;
+  Vec<Sum, n> sum[2 * rows] = {};
   const int64_t stride = args.a.stride;
   // Every third row has a base pointer, because an address can add one or two strides to a base, and no more.
   constexpr int kBases = rows / 3;
@@ -209,18 +242,22 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
   const auto advance = [&](int elements) __attribute__((always_inline)) {
     unroll<kBases>([&](auto g) __attribute__((always_inline)) { base[g] += elements; });
   };
-  const auto product = [](auto factor, auto b) __attribute__((always_inline)) {
+  const auto add_product = [](auto& sum, auto factor, auto b) __attribute__((always_inline)) {
     if constexpr (kInteger<W>) {
-      return multiply_pairs<n>(factor, b);
+      sum += multiply_pairs<n>(factor, b);
+#if REVIT_BF16
+    } else if constexpr (kRounded<W>) {
+      sum = dot_pairs<n>(sum, factor, b);
+#endif
     } else {
-      return factor * b;
+      sum += factor * b;
     }
   };
   const auto add = [&](int k, auto b0, auto b1) __attribute__((always_inline)) {
     unroll<rows>([&](auto i) __attribute__((always_inline)) {
       const auto factor = broadcast<Element, n>(base[i / 3][i % 3 * stride + k]);
-      sum[2 * i] += product(factor, b0);
-      sum[2 * i + 1] += product(factor, b1);
+      add_product(sum[2 * i], factor, b0);
+      add_product(sum[2 * i + 1], factor, b1);
     });
   };
   if constexpr (kind == Chain::kAdd) {
@@ -245,8 +282,8 @@ __attribute__((noinline)) void multiply_weights(const BlockArgs<W>& args) {
       b += 4 * n;
     }
     if (k > 0) add(0, load<n>(b), load<n>(b + n));
-  } else if constexpr (kInteger<W>) {
-    // Two depths per step: with more, GCC adds the products of a row first and spills sums for them.
+  } else if constexpr (kPairs<W>) {
+    // Two depths per step: with more, GCC adds the integer products of a row first and spills sums for them.
     for (; k > 0; k -= 2) {
       add(0, load_pairs<n>(b), load_pairs<n>(b + 2 * n));
       __builtin_prefetch(ahead, 0, 2);
@@ -352,20 +389,37 @@ void linear_chains(const LinearTile& tile, const Factors<W>& a, int64_t first_k,
 
 REVIT_INLINE int64_t whole_rows(int64_t n_rows) { return round_up(n_rows, kHalfBlock); }
 
+// Size of a row of `depth` factors, in floats; 0 if the rows are used as they are.
 template <class W>
-void linear_tile(const LinearTile& tile) {
-  const int64_t rows = whole_rows(tile.n_rows), depth = tile.weight.depth;
+REVIT_INLINE int64_t factors_size(int64_t depth) {
+  if constexpr (kInteger<W>) return QuantizedRows::size(depth, chain_of<W>(depth));
+#if REVIT_BF16
+  if constexpr (kRounded<W>) return RoundedRows::size(depth);
+#endif
+  return 0;
+}
+
+// The factors of rows [0, n_rows) of `depth` values, rounded into `memory` if need be.
+template <class W>
+REVIT_INLINE Factors<W> factors_of(const float* rows, int64_t stride, int64_t n_rows, int64_t depth, float* memory) {
   if constexpr (kInteger<W>) {
-    const int64_t chain = chain_of<W>(depth);
-    const auto [partial, quantized] =
-        Arrays<float, 2>({rows * kLinearPanel, rows * QuantizedRows::size(depth, chain)}).array;
-    const QuantizedRows a = quantize_rows(tile.a, tile.a_stride, tile.n_rows, depth, chain, quantized);
-    linear_chains<W>(tile, a, 0, depth, partial, 0);
+    return quantize_rows(rows, stride, n_rows, depth, chain_of<W>(depth), memory);
+#if REVIT_BF16
+  } else if constexpr (kRounded<W>) {
+    return round_rows(rows, stride, n_rows, depth, memory);
+#endif
   } else {
-    const auto [partial] = Arrays<float, 1>({rows * kLinearPanel}).array;
-    linear_chains<W>(tile, {tile.a, tile.a_stride}, 0, depth, partial, 0);
+    return {rows, stride};
   }
 }
 
+template <class W>
+void linear_tile(const LinearTile& tile) {
+  const int64_t rows = whole_rows(tile.n_rows), depth = tile.weight.depth;
+  const auto [partial, rounded] = Arrays<float, 2>({rows * kLinearPanel, rows * factors_size<W>(depth)}).array;
+  const Factors<W> a = factors_of<W>(tile.a, tile.a_stride, tile.n_rows, depth, rounded);
+  linear_chains<W>(tile, a, 0, depth, partial, 0);
+}
+
 const LinearKernels linear_kernels = {
-    kLinearPanel, kHalfBlock, {linear_tile<float>, linear_tile<BFloat16>, linear_tile<int8_t>}};
+    kLinearPanel, kHalfBlock, kRounded<BFloat16>, {linear_tile<float>, linear_tile<BFloat16>, linear_tile<int8_t>}};

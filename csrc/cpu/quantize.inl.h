@@ -1,9 +1,13 @@
-// Rows rounded to integers: the left factors of products with int8 weights.
+// Rows rounded for products with 16-bit or 8-bit weights: their left factors.
+//
+// For int8 weights:
 //
 //   a[i, k] ~ scales[i, k / chain] q[i, k],   scale = max |a| / 127 over the chain of the row,   q = round(a / scale)
 //
 // A row's integers and scales depend on the row alone. The integers are kept in pairs of int16. On pairs, one
 // instruction multiplies two depths and adds the products (pmaddwd; vpdpwssd also adds them to the sum).
+
+// For bfloat16 weights, where the instruction set multiplies bfloat16, a row is rounded to bfloat16, to nearest even.
 
 // Longest chain of depths with one scale. Its part of a panel has, once widened, as many bytes as a chain of floats.
 // int32 holds its sums for any int16 rows.
@@ -94,3 +98,34 @@ QuantizedRows quantize_rows(const float* rows, int64_t stride, int64_t n_rows, i
   }
   return out;
 }
+
+#if REVIT_BF16
+// Rows of bfloat16.
+struct RoundedRows {
+  const int32_t* data;  // the values of two depths in a lane, zero beyond an odd depth
+  int64_t stride;
+
+  // Size of a row of n values, in floats.
+  static int64_t size(int64_t n) { return odd_lines(round_up((n + 1) / 2, 16)); }
+
+  REVIT_INLINE void advance(int64_t rows) { data += rows * stride; }
+  REVIT_INLINE RoundedRows from_depth(int64_t k) const { return {data + k / 2, stride}; }
+};
+
+// Rounds n values, and writes zeros up to the next whole pair of vectors.
+REVIT_INLINE void round_row(const float* in, int64_t n, BFloat16* out) {
+  constexpr int lanes = kLanes<float>;
+  int64_t k = 0;
+  for (; k + lanes <= n; k += lanes) store_factors<lanes>(out + k, load<lanes>(in + k));
+  if (k < n) store_factors<lanes>(out + k, load_first<lanes>(in + k, n - k));
+}
+
+// Rounds rows [0, n_rows) of n values into `memory`.
+RoundedRows round_rows(const float* rows, int64_t stride, int64_t n_rows, int64_t n, float* memory) {
+  const int64_t out_stride = RoundedRows::size(n);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    round_row(rows + i * stride, n, reinterpret_cast<BFloat16*>(memory + i * out_stride));
+  }
+  return {reinterpret_cast<const int32_t*>(memory), out_stride};
+}
+#endif

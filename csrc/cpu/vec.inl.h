@@ -205,6 +205,46 @@ REVIT_INLINE Vec<int32_t, N> multiply_pairs(Vec<int32_t, N> a, Vec<int32_t, N> b
   return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
 
+#if REVIT_BF16
+// sum + a b, where every 32-bit lane of a and b holds two bfloat16 values: a fused multiply-add of the upper ones, then
+// one of the lower ones, each rounded to the nearest float. Denormals count as zero, in a, b and all results. This is
+// vdpbf16ps, which ignores the modes of MXCSR.
+template <int N>
+REVIT_INLINE Vec<float, N> dot_pairs(Vec<float, N> sum, Vec<int32_t, N> a, Vec<int32_t, N> b) {
+  #if REVIT_BF16 == REVIT_NATIVE
+  static_assert(N == 16);
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  #else
+  const auto flushed = [](Vec<int32_t, N> bits) __attribute__((always_inline)) {
+    bits = (bits & 0x7f800000) == 0 ? bits & INT32_MIN : bits;
+    return reinterpret_cast<Vec<float, N>>(bits);
+  };
+  const auto step = [&](Vec<int32_t, N> x, Vec<int32_t, N> y) __attribute__((always_inline)) {
+    const Vec<float, N> factor = flushed(x), other = flushed(y);
+    Vec<float, N> result;
+    for (int i = 0; i < N; ++i) result[i] = __builtin_fmaf(factor[i], other[i], sum[i]);
+    sum = flushed(reinterpret_cast<Vec<int32_t, N>>(result));
+  };
+  sum = flushed(reinterpret_cast<Vec<int32_t, N>>(sum));
+  step(a & static_cast<int32_t>(0xffff0000), b & static_cast<int32_t>(0xffff0000));
+  step(a << 16, b << 16);
+  return sum;
+  #endif
+}
+
+// Rounds to bfloat16, to nearest even, for factors of dot_pairs: denormals may become zero.
+template <int N>
+REVIT_INLINE void store_factors(BFloat16* p, Vec<float, N> v) {
+  #if REVIT_BF16 == REVIT_NATIVE
+  static_assert(N == 16);
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  __builtin_memcpy(p, &rounded, sizeof(rounded));
+  #else
+  store<N>(p, v);
+  #endif
+}
+#endif
+
 // Sums the lanes by halving, in an order that is the same for every instruction set.
 template <class T, int N>
 REVIT_INLINE T reduce_add(Vec<T, N> v) {

@@ -11,6 +11,7 @@ import torch
 from revit_fast.environment import attempt, versions
 from revit_fast.io.memory import allocator_state
 from revit_fast.ops import _library
+from revit_fast.ops.linear import cpu_multiplies_bf16
 
 
 def environment() -> dict[str, Any]:
@@ -30,6 +31,7 @@ def environment() -> dict[str, Any]:
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),
         "isas": attempt(_library.cpu_isas, []),
+        "bfloat16": "multiplied" if attempt(cpu_multiplies_bf16) else "widened to float32",
         "attention": {d: name for d, (key, name) in backends.items() if attempt(lambda key=key: has_kernel(key))},
         "cuda": attempt(gpu_names, []),
     }

@@ -54,15 +54,19 @@ def cpu_panel() -> int:
     return torch.ops.revit_fast.cpu_panel() if _library.HAS_EXTENSION else 16
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether products with bfloat16 weights are of bfloat16, by the instruction set in use (see `packed_linear`)."""
+    return _library.HAS_EXTENSION and torch.ops.revit_fast.cpu_multiplies_bf16()
+
+
 def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> PackedWeight:
     """Packs a linear layer for `packed_linear`, for the instruction set in use.
 
     Args:
         weight: `[N, K]` of any float dtype, on the CPU.
         bias: `[N]`; None for zero.
-        dtype: dtype of the packed weight: float32, bfloat16 or int8. bfloat16 is widened when it is read, so products
-            are in float32. int8 is symmetric with the scale max |W| / 127 for every row of the weight; `packed_linear`
-            then rounds x to integers too, see there.
+        dtype: dtype of the packed weight: float32, bfloat16 or int8. int8 is symmetric with the scale max |W| / 127 for every row of the weight; `packed_linear`
+            says what becomes of x.
 
     Raises:
         TypeError: for a dtype that is not one of these, or an argument that is not a tensor.
@@ -166,6 +170,10 @@ def unpack_weight(panels: Tensor, n_out: int, depth: int) -> Tensor:
 
 def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> Tensor:
     """activation(x Wᵀ + b) with a packed weight; a row's result is bitwise the same in every batch.
+
+    With a bfloat16 weight, and where the CPU has instructions for it (`cpu_multiplies_bf16`), x is rounded to bfloat16
+    too, to nearest even; denormals of either count as zero. The products are summed in float32. On other CPUs the
+    weight is widened when it is read, and x is not rounded.
 
     With an int8 weight, a row of x is first rounded to 8-bit integers, with one scale for every part of at most 512
     values (max |x| / 127, ties to even). The products are summed exactly as integers within each part, and the parts
