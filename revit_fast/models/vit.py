@@ -21,7 +21,7 @@ from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.layers.attention import Queries
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
 from revit_fast.layers.segments import sequence_max
@@ -85,7 +85,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
 
         def norm(norm: Norm | None) -> nn.Module:
-            return nn.Identity() if norm is None else TALLayerNorm(n_lengths, spec.dim, norm.eps)
+            return nn.Identity() if norm is None else NORMS[norm.kind](n_lengths, spec.dim, norm.eps)
 
         options = {"dim": spec.dim, "grid_size": self.base_grid, "bias": embed.bias}
         if embed.stem is None:
@@ -435,6 +435,7 @@ def _block(block: BlockSpec, dim: int, n_lengths: int) -> Block:
         n_lengths,
         mlp.act.build(),
         eps=(block.norm1.eps, block.norm2.eps),
+        norms=(block.norm1.kind, block.norm2.kind),
         scale=attn.scale,
         qkv_bias=attn.qkv_bias,
         proj_bias=attn.out_bias,
