@@ -48,7 +48,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
-    every side must be a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length
+    every side must be a multiple of the patch size. Each image uses the norm parameters of the configured length
     nearest to its number of patches; ties go to the longer. An image may have any grid; position embeddings are
     resampled to it as in timm.
 
@@ -180,14 +180,15 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
     @classmethod
     def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
-        """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, LayerNorms repeated for every length.
+        """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, norms repeated for every length.
 
         For images of a single grid the result equals that of the timm model at that input size (with
         `dynamic_img_size=True`). For a `NaFlexVit` this is also true of grids that are not square.
 
         Args:
-            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling; or a
-                `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased) or factorized.
+            vit: ViT, DeiT, distilled DeiT, with LayerNorms or RMSNorms, LayerScale, register tokens, class-token or
+                average pooling; or a `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased)
+                or factorized.
             grids: configured token grids, strictly decreasing.
 
         Raises:
