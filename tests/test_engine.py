@@ -115,8 +115,9 @@ def test_features_equal_the_eager_models(isa):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("norm", [None, "rmsnorm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("dtype", "norm"), [(torch.float32, None), (torch.int8, None), (torch.bfloat16, "rmsnorm"), (torch.int8, "rmsnorm")]
+)
 def test_bitwise_alone_and_in_any_pack(isa, dtype, norm):
     vit = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True, norm_layer=norm)
     fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05), dtype)
