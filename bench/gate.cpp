@@ -233,12 +233,12 @@ Call attention_backward(Arena& arena, const Vit& vit, int64_t n_tokens) {
 }
 
 // Useful work: the bytes of x, residual, sum and y.
-Call layer_norm_forward(Arena& arena, int64_t n_rows, int64_t n_channels) {
+Call layer_norm_forward(Arena& arena, bool rms, int64_t n_rows, int64_t n_channels) {
   LayerNormArgs args = {};
   args.x = arena.random(n_rows * n_channels);
   args.residual = arena.random(n_rows * n_channels);
   args.weight = arena.random(n_channels);
-  args.bias = arena.random(n_channels);
+  args.bias = rms ? nullptr : arena.random(n_channels);
   args.y = arena.zeros<float>(n_rows * n_channels);
   args.sum = arena.zeros<float>(n_rows * n_channels);
   args.mean = arena.zeros<float>(n_rows);
@@ -329,7 +329,10 @@ std::vector<Case> all_cases() {
   }
   add("attention backward float32 101 tokens", "FLOP",
       [](Arena& arena) { return attention_backward(arena, kDeitSmall, 101); });
-  add("layer norm residual float32 64 x 384", "byte", [](Arena& arena) { return layer_norm_forward(arena, 64, 384); });
+  add("layer norm residual float32 64 x 384", "byte",
+      [](Arena& arena) { return layer_norm_forward(arena, false, 64, 384); });
+  add("rms norm residual float32 64 x 384", "byte",
+      [](Arena& arena) { return layer_norm_forward(arena, true, 64, 384); });
   add("resize 500 x 375 to 224 px", "byte", [](Arena& arena) { return resize(arena, 500, 375, 224); });
   return cases;
 }

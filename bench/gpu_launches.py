@@ -47,7 +47,7 @@ class Case:
         size: head dimension, or channels.
         seqlen: length of the one sequence.
         variant: "", or one of "causal", "grouped" (fewer heads of keys), "derived" (no work list), "residual",
-            "fp32 weights".
+            "fp32 weights", "rms" (no bias).
     """
 
     op: str
@@ -103,12 +103,14 @@ def _layer_norm_call(case: Case) -> tuple[str, tuple[Any, ...]]:
     weight_dtype = torch.float32 if case.variant == "fp32 weights" else dtype
     x, other = (_empty(n_rows, case.size, dtype=dtype) for _ in range(2))
     weight, bias = (_empty(N_LENGTHS, case.size, dtype=weight_dtype) for _ in range(2))
+    bias = None if case.variant == "rms" else bias
     pack = (_empty(2), _empty(1))
     if case.direction == "fwd":
         rows = (x, other) if case.variant == "residual" else (x,)
         name = "tal_layer_norm_residual" if case.variant == "residual" else "tal_layer_norm"
         return name, (*rows, weight, bias, *pack, 1e-6, None)
     mean, rstd = (_empty(n_rows, dtype=torch.float32) for _ in range(2))
+    mean = None if case.variant == "rms" else mean
     grad_sum = torch.empty_like(x) if case.variant == "residual" else None
     return "tal_layer_norm_backward", (other, grad_sum, x, weight, mean, rstd, *pack, None)
 
@@ -148,7 +150,7 @@ def cases() -> tuple[Case, ...]:
         found.append(Case("attention", direction, dtype, 64, seqlen, variant))
     for direction, dtype, size in product(directions, DTYPES, CHANNELS):
         rows = Case("layer_norm", direction, dtype, size)
-        found += [rows, replace(rows, variant="residual")]
+        found += [rows, replace(rows, variant="residual"), replace(rows, variant="rms")]
         found += [replace(rows, variant="fp32 weights")] if dtype != "fp32" else []
         found += [Case(op, direction, dtype, size) for op in ("patch_embed", "mean_pool")]
     return tuple(found)

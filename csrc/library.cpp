@@ -32,13 +32,13 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
       "float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def(
-      "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
+      "tal_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, Tensor length_index, float eps, "
       "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor cu_seqlens, "
+      "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor cu_seqlens, "
       "Tensor length_index, float eps, Tensor? tiles) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
   m.def(
-      "tal_layer_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+      "tal_layer_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, "
       "Tensor cu_seqlens, Tensor length_index, Tensor? tiles) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def(

@@ -1,4 +1,5 @@
-// Token-length-aware LayerNorm: every sequence is normalised with the affine parameters of its own length.
+// Token-length-aware LayerNorm: every sequence is normalised with the affine parameters of its own length. Without a
+// bias it is RMSNorm, which has no mean either.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -73,22 +74,25 @@ struct Outputs {
   Tensor y, sum, mean, rstd;
 };
 
-Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& weight_in, const Tensor& bias_in,
-                const Tensor& cu_seqlens, const Tensor& length_index, double eps) {
+Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& weight_in,
+                const std::optional<Tensor>& bias_in, const Tensor& cu_seqlens, const Tensor& length_index,
+                double eps) {
   const Layout layout = check_layout(x_in, weight_in, cu_seqlens, length_index);
   STD_TORCH_CHECK(eps >= 0, "eps must be a number that is not negative, got ", eps);
-  STD_TORCH_CHECK(bias_in.is_cpu() && bias_in.dim() == 2 && bias_in.scalar_type() == weight_in.scalar_type() &&
-                      bias_in.size(0) == weight_in.size(0) && bias_in.size(1) == weight_in.size(1),
-                  "bias must have the shape, dtype and device of weight");
+  STD_TORCH_CHECK(
+      !bias_in || (bias_in->is_cpu() && bias_in->dim() == 2 && bias_in->scalar_type() == weight_in.scalar_type() &&
+                   bias_in->size(0) == weight_in.size(0) && bias_in->size(1) == weight_in.size(1)),
+      "bias must have the shape, dtype and device of weight");
   if (residual_in != nullptr) check_rows(*residual_in, x_in, "residual");
-  const Tensor x = revit::contiguous(x_in), weight = revit::contiguous(weight_in), bias = revit::contiguous(bias_in);
+  const Tensor x = revit::contiguous(x_in), weight = revit::contiguous(weight_in);
+  const Tensor bias = bias_in ? revit::contiguous(*bias_in) : Tensor();
   const Tensor residual = residual_in != nullptr ? revit::contiguous(*residual_in) : Tensor();
   const ScalarType compute = compute_type_of(x);
   const int64_t row_bytes = layout.n_channels * static_cast<int64_t>(x.element_size());
   Outputs out;
   out.y = torch::stable::new_empty(x, {layout.n_rows, layout.n_channels});
   if (residual_in != nullptr) out.sum = torch::stable::new_empty(x, {layout.n_rows, layout.n_channels});
-  out.mean = torch::stable::new_empty(x, {layout.n_rows}, compute);
+  out.mean = torch::stable::new_empty(x, {bias_in ? layout.n_rows : 0}, compute);
   out.rstd = torch::stable::new_empty(x, {layout.n_rows}, compute);
   const int64_t stat_bytes = static_cast<int64_t>(out.mean.element_size());
   const int64_t wide_row_bytes = layout.n_channels * stat_bytes;
@@ -97,10 +101,10 @@ Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& wei
   const void* residual_data = residual_in != nullptr ? residual.const_data_ptr() : nullptr;
   std::vector<float> wide_weight, wide_bias;
   const void* weight_data = widened(weight, layout.param_dtype, &wide_weight);
-  const void* bias_data = widened(bias, layout.param_dtype, &wide_bias);
+  const void* bias_data = bias_in ? widened(bias, layout.param_dtype, &wide_bias) : nullptr;
   void* y_data = out.y.mutable_data_ptr();
   void* sum_data = residual_in != nullptr ? out.sum.mutable_data_ptr() : nullptr;
-  void* mean_data = out.mean.mutable_data_ptr();
+  void* mean_data = bias_in ? out.mean.mutable_data_ptr() : nullptr;
   void* rstd_data = out.rstd.mutable_data_ptr();
   const auto kernel = cpu::kernels().layer_norm.forward[static_cast<int>(layout.dtype)];
   const bool streams_sum = layout.n_rows * row_bytes >= kStreamedBytes;
@@ -127,22 +131,24 @@ Outputs forward(const Tensor& x_in, const Tensor* residual_in, const Tensor& wei
       const size_t n = static_cast<size_t>(end - row);
       std::memset(offset(y_data, row * row_bytes), 0, n * row_bytes);
       if (sum_data != nullptr) std::memset(offset(sum_data, row * row_bytes), 0, n * row_bytes);
-      std::memset(offset(mean_data, row * stat_bytes), 0, n * stat_bytes);
+      if (mean_data != nullptr) std::memset(offset(mean_data, row * stat_bytes), 0, n * stat_bytes);
       std::memset(offset(rstd_data, row * stat_bytes), 0, n * stat_bytes);
     }
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> tal_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                                  const Tensor& cu_seqlens, const Tensor& length_index, double eps,
+std::tuple<Tensor, Tensor, Tensor> tal_layer_norm(const Tensor& x, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias, const Tensor& cu_seqlens,
+                                                  const Tensor& length_index, double eps,
                                                   const std::optional<Tensor>& tiles) {
   Outputs out = forward(x, nullptr, weight, bias, cu_seqlens, length_index, eps);
   return {out.y, out.mean, out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tal_layer_norm_residual(const Tensor& x, const Tensor& residual,
-                                                                   const Tensor& weight, const Tensor& bias,
+                                                                   const Tensor& weight,
+                                                                   const std::optional<Tensor>& bias,
                                                                    const Tensor& cu_seqlens, const Tensor& length_index,
                                                                    double eps, const std::optional<Tensor>& tiles) {
   Outputs out = forward(x, &residual, weight, bias, cu_seqlens, length_index, eps);
@@ -175,45 +181,46 @@ std::vector<Part> parts_of(const Layout& layout, int64_t n_lengths, std::vector<
 
 std::tuple<Tensor, Tensor, Tensor> tal_layer_norm_backward(const Tensor& grad_y_in,
                                                            const std::optional<Tensor>& grad_sum_in, const Tensor& x_in,
-                                                           const Tensor& weight_in, const Tensor& mean_in,
-                                                           const Tensor& rstd_in, const Tensor& cu_seqlens,
-                                                           const Tensor& length_index,
+                                                           const Tensor& weight_in,
+                                                           const std::optional<Tensor>& mean_in, const Tensor& rstd_in,
+                                                           const Tensor& cu_seqlens, const Tensor& length_index,
                                                            const std::optional<Tensor>& tiles) {
   const Layout layout = check_layout(x_in, weight_in, cu_seqlens, length_index);
   const ScalarType compute = compute_type_of(x_in);
   check_rows(grad_y_in, x_in, "grad_y");
   if (grad_sum_in) check_rows(*grad_sum_in, x_in, "grad_sum");
-  for (const Tensor* stat : {&mean_in, &rstd_in}) {
-    STD_TORCH_CHECK(
-        stat->is_cpu() && stat->dim() == 1 && stat->size(0) == layout.n_rows && stat->scalar_type() == compute,
-        "mean and rstd must be what the forward returned");
-  }
+  const auto is_statistic = [&](const Tensor& t) {
+    return t.is_cpu() && t.dim() == 1 && t.size(0) == layout.n_rows && t.scalar_type() == compute;
+  };
+  STD_TORCH_CHECK((!mean_in || is_statistic(*mean_in)) && is_statistic(rstd_in),
+                  "mean and rstd must be what the forward returned; without a bias there is no mean");
   const Tensor x = revit::contiguous(x_in), weight = revit::contiguous(weight_in),
                grad_y = revit::contiguous(grad_y_in);
-  const Tensor mean = revit::contiguous(mean_in), rstd = revit::contiguous(rstd_in);
+  const Tensor mean = mean_in ? revit::contiguous(*mean_in) : Tensor(), rstd = revit::contiguous(rstd_in);
   const Tensor grad_sum = grad_sum_in ? revit::contiguous(*grad_sum_in) : Tensor();
   const int64_t n_lengths = weight.size(0), n_channels = layout.n_channels;
   std::vector<int64_t> begin;
   const std::vector<Part> parts = parts_of(layout, n_lengths, &begin);
   Tensor grad_x = torch::stable::new_empty(x, {layout.n_rows, n_channels});
   Tensor grad_weight = torch::stable::new_empty(weight, {n_lengths, n_channels});
-  Tensor grad_bias = torch::stable::new_empty(weight, {n_lengths, n_channels});
+  Tensor grad_bias =
+      mean_in ? torch::stable::new_empty(weight, {n_lengths, n_channels}) : torch::stable::new_empty(weight, {0});
   Tensor sums = torch::stable::new_empty(x, {static_cast<int64_t>(parts.size()), 2, n_channels}, compute);
 
   const int64_t row_bytes = n_channels * static_cast<int64_t>(x.element_size());
   const int64_t param_bytes = n_channels * static_cast<int64_t>(weight.element_size());
-  const int64_t stat_bytes = static_cast<int64_t>(mean.element_size());
+  const int64_t stat_bytes = static_cast<int64_t>(rstd.element_size());
   const int64_t sum_bytes = n_channels * stat_bytes;
   const void* grad_y_data = grad_y.const_data_ptr();
   const void* grad_sum_data = grad_sum_in ? grad_sum.const_data_ptr() : nullptr;
   const void* x_data = x.const_data_ptr();
   std::vector<float> wide_weight;
   const void* weight_data = widened(weight, layout.param_dtype, &wide_weight);
-  const void* mean_data = mean.const_data_ptr();
+  const void* mean_data = mean_in ? mean.const_data_ptr() : nullptr;
   const void* rstd_data = rstd.const_data_ptr();
   void* grad_x_data = grad_x.mutable_data_ptr();
   void* grad_weight_data = grad_weight.mutable_data_ptr();
-  void* grad_bias_data = grad_bias.mutable_data_ptr();
+  void* grad_bias_data = mean_in ? grad_bias.mutable_data_ptr() : nullptr;
   void* sums_data = sums.mutable_data_ptr();
 
   const cpu::LayerNormKernels& kernels = cpu::kernels().layer_norm;

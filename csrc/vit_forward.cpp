@@ -445,14 +445,16 @@ std::vector<Group> groups_of(const int32_t* patches, int64_t n_sequences, int64_
   return groups;
 }
 
+// An empty weight stands for no norm, an empty bias for RMSNorm.
 cpu::TokenNorm token_norm(const Tensor& weight, const Tensor& bias, double eps, int64_t n_lengths, int64_t n_channels) {
   if (weight.numel() == 0) return {nullptr, nullptr, eps};
-  for (const Tensor* t : {&weight, &bias}) {
-    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->is_contiguous() &&
-                        t->size(0) == n_lengths && t->size(1) == n_channels,
+  const auto data_of = [&](const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.is_contiguous() &&
+                        t.size(0) == n_lengths && t.size(1) == n_channels,
                     "norm parameters must be contiguous float32 CPU tensors [", n_lengths, ", ", n_channels, "]");
-  }
-  return {static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(bias.const_data_ptr()), eps};
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  return {data_of(weight), bias.numel() == 0 ? nullptr : data_of(bias), eps};
 }
 
 const float* float_matrix(const Tensor& t, int64_t n_columns, const char* name) {

@@ -1,4 +1,4 @@
-"""LayerNorm with the affine parameters of each sequence's token length (TAL-LN), forward and backward.
+"""LayerNorm (TAL-LN) and RMSNorm with the affine parameters of each sequence's token length, forward and backward.
 
 With s the row (or the sum of the row and its residual, as rounded to the dtype of x) and l its sequence's length:
 
@@ -8,6 +8,9 @@ With s the row (or the sum of the row and its residual, as rounded to the dtype 
     h = grad_y weight[l]
     grad_x = rstd (h - mean(h) - xhat mean(h xhat)) + grad_sum
     grad_weight[l] = sum over rows of length l of grad_y xhat,  grad_bias[l] = the same sum of grad_y
+
+RMSNorm (arXiv 1910.07467) is the same without mean, bias and mean(h): rstd = 1 / sqrt(sum(s^2) / C + eps). A kernel is
+compiled for it where the bias, the mean or grad_bias is None.
 
 Rows are `[T, C]`; those from `cu_seqlens[-1]` on are padding, which is never read and whose results are zero.
 Arithmetic is in float32. A program holds whole rows in registers, so that each row is read once.
@@ -91,22 +94,30 @@ def tal_layer_norm_kernel(
         tl.store(_rows(total, first, local, C) + cols, as_stored, mask=write)
         s = as_stored.to(tl.float32)
 
-    # The first mean has the rounding error of a long sum. The mean of the centred row corrects both the mean and the
-    # variance (Chan, Golub and LeVeque, 1983), so that rows far from zero are as accurate as centred ones.
-    estimate = tl.sum(s, axis=1) / C
-    centred = tl.where(cols < C, s - estimate[:, None], 0.0)
-    correction = tl.sum(centred, axis=1) / C
-    variance = tl.sum(centred * centred, axis=1) / C - correction * correction
+    if bias is not None:
+        # The first mean has the rounding error of a long sum. The mean of the centred row corrects both the mean and
+        # the variance (Chan, Golub and LeVeque, 1983), so that rows far from zero are as accurate as centred ones.
+        estimate = tl.sum(s, axis=1) / C
+        centred = tl.where(cols < C, s - estimate[:, None], 0.0)
+        correction = tl.sum(centred, axis=1) / C
+        variance = tl.maximum(tl.sum(centred * centred, axis=1) / C - correction * correction, 0.0)
+    else:
+        variance = tl.sum(s * s, axis=1) / C
     # These are correctly rounded: chips only approximate 1 / sqrt, which is visible in rows with little variance.
-    deviation = tl.sqrt_rn(tl.maximum(variance, 0.0) + eps)
+    deviation = tl.sqrt_rn(variance + eps)
     scale = tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)
 
     w = tl.load(weight + length[:, None] * C + cols, mask=read, other=0.0).to(tl.float32)
-    shift = tl.load(bias + length[:, None] * C + cols, mask=read, other=0.0).to(tl.float32)
-    xhat = (centred - correction[:, None]) * scale[:, None]
-    out = tl.where(valid[:, None], xhat * w + shift, 0.0)
+    if bias is not None:
+        shift = tl.load(bias + length[:, None] * C + cols, mask=read, other=0.0).to(tl.float32)
+        xhat = (centred - correction[:, None]) * scale[:, None]
+        out = xhat * w + shift
+    else:
+        out = s * scale[:, None] * w
+    out = tl.where(valid[:, None], out, 0.0)
     tl.store(_rows(y, first, local, C) + cols, rounded(out, y.dtype.element_ty), mask=write)
-    tl.store(mean + rows, tl.where(valid, estimate + correction, 0.0), mask=exists)
+    if bias is not None:
+        tl.store(mean + rows, tl.where(valid, estimate + correction, 0.0), mask=exists)
     tl.store(rstd + rows, tl.where(valid, scale, 0.0), mask=exists)
 
 
@@ -167,17 +178,21 @@ def tal_layer_norm_backward_kernel(
         read = write & row_in_pack[:, None]
         grad = tl.load(_rows(grad_y, first, local, GRAD_Y_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
         s = tl.load(_rows(x, first, local, X_STRIDE) + cols, mask=read, other=0.0).to(tl.float32)
-        centre = tl.load(mean + rows, mask=exists & row_in_pack, other=0.0)[:, None]
         scale = tl.load(rstd + rows, mask=exists & row_in_pack, other=0.0)[:, None]
-        # The stored mean is rounded. The remaining mean is subtracted, as in the forward pass.
-        centred = tl.where(in_row, s - centre, 0.0)
-        correction = tl.sum(centred, axis=1, keep_dims=True) / C
-        xhat = tl.where(in_row, (centred - correction) * scale, 0.0)
+        if mean is not None:
+            centre = tl.load(mean + rows, mask=exists & row_in_pack, other=0.0)[:, None]
+            # The stored mean is rounded. The remaining mean is subtracted, as in the forward pass.
+            centred = tl.where(in_row, s - centre, 0.0)
+            correction = tl.sum(centred, axis=1, keep_dims=True) / C
+            xhat = tl.where(in_row, (centred - correction) * scale, 0.0)
+        else:
+            xhat = s * scale
         sum_weight += grad * xhat
-        sum_bias += grad
-        # mean((h - mean(h)) xhat) is mean(h xhat) without the rounding error of mean(h) mean(xhat).
         h = grad * w
-        h = tl.where(in_row, h - tl.sum(h, axis=1, keep_dims=True) / C, 0.0)
+        if mean is not None:
+            sum_bias += grad
+            # mean((h - mean(h)) xhat) is mean(h xhat) without the rounding error of mean(h) mean(xhat).
+            h = tl.where(in_row, h - tl.sum(h, axis=1, keep_dims=True) / C, 0.0)
         mean_hx = tl.sum(h * xhat, axis=1, keep_dims=True) / C
         out = (h - xhat * mean_hx) * scale
         if grad_sum is not None:
@@ -190,7 +205,8 @@ def tal_layer_norm_backward_kernel(
     sums = part_sums + part.to(tl.int64) * (2 * C) + channels
     written = (channels < C) & (start + channels * 0 < stop) & (sequence + channels * 0 < n_sequences)
     tl.store(sums, tl.sum(sum_weight, axis=0), mask=written)
-    tl.store(sums + C, tl.sum(sum_bias, axis=0), mask=written)
+    if mean is not None:
+        tl.store(sums + C, tl.sum(sum_bias, axis=0), mask=written)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
@@ -216,19 +232,21 @@ def tal_layer_norm_backward_reduce_kernel(
         sums = part_sums + parts[:, None].to(tl.int64) * (2 * C) + cols[None, :]
         mask = counts[:, None] & in_row[None, :]
         sum_weight += tl.load(sums, mask=mask, other=0.0)
-        sum_bias += tl.load(sums + C, mask=mask, other=0.0)
+        if grad_bias is not None:
+            sum_bias += tl.load(sums + C, mask=mask, other=0.0)
     # The last step is in float64. It has too few additions to be slow; for a small pack it has all of them.
     sum_weight = tl.sum(sum_weight.to(tl.float64), axis=0).to(tl.float32)
-    sum_bias = tl.sum(sum_bias.to(tl.float64), axis=0).to(tl.float32)
     out = length * C + cols
     tl.store(grad_weight + out, rounded(sum_weight, grad_weight.dtype.element_ty), mask=in_row)
-    tl.store(grad_bias + out, rounded(sum_bias, grad_bias.dtype.element_ty), mask=in_row)
+    if grad_bias is not None:
+        sum_bias = tl.sum(sum_bias.to(tl.float64), axis=0).to(tl.float32)
+        tl.store(grad_bias + out, rounded(sum_bias, grad_bias.dtype.element_ty), mask=in_row)
 
 
 def tal_layer_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     cu_seqlens: Tensor,
     length_index: Tensor,
     eps: float,
@@ -243,7 +261,7 @@ def tal_layer_norm_residual(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     cu_seqlens: Tensor,
     length_index: Tensor,
     eps: float,
@@ -267,11 +285,12 @@ def _forward(x, residual, weight, bias, cu_seqlens, length_index, eps):
     n_rows, n_channels = x.shape
     n_sequences = length_index.shape[0]
     _check(x, weight, n_sequences)
-    x, weight, bias = readable(x), readable(weight.contiguous()), readable(bias.contiguous())
+    x, weight = readable(x), readable(weight.contiguous())
+    bias = None if bias is None else readable(bias.contiguous())
     residual = None if residual is None else readable(residual)
     y = x.new_empty(x.shape)
     total = None if residual is None else x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(n, dtype=torch.float32) for n in (0 if bias is None else n_rows, n_rows))
     rows, block, warps = _tile(target_of(x.device), n_channels)
     launch(
         tal_layer_norm_kernel,
@@ -298,7 +317,7 @@ def tal_layer_norm_backward(
     grad_sum: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     cu_seqlens: Tensor,
     length_index: Tensor,
@@ -317,14 +336,15 @@ def tal_layer_norm_backward(
     part_rows = _part_rows(n_rows)
     n_parts = triton.cdiv(n_rows, part_rows) + n_sequences
     grad_x = x.new_empty(x.shape)
-    grad_weight, grad_bias = (weight.new_empty(weight.shape) for _ in range(2))
+    mean = None if mean is None else mean.contiguous()
+    grad_weight, grad_bias = (weight.new_empty(shape) for shape in (weight.shape, 0 if mean is None else weight.shape))
     part_sums = x.new_empty(n_parts, 2, n_channels, dtype=torch.float32)
     part_length = x.new_empty(n_parts, dtype=torch.int32)
     rows, block, warps = _tile(target_of(x.device), n_channels)
     launch(
         tal_layer_norm_backward_kernel,
         (n_parts,),
-        *(grad_y, grad_sum, x, weight, mean.contiguous(), rstd.contiguous(), cu_seqlens, length_index),
+        *(grad_y, grad_sum, x, weight, mean, rstd.contiguous(), cu_seqlens, length_index),
         *(grad_x, part_sums, part_length),
         *(n_rows, n_sequences, search_bits(n_sequences), n_lengths, part_rows),
         num_warps=warps,
@@ -338,7 +358,7 @@ def tal_layer_norm_backward(
     launch(
         tal_layer_norm_backward_reduce_kernel,
         (triton.cdiv(n_channels, 32), n_lengths),
-        *(part_sums, part_length, grad_weight, grad_bias, n_parts),
+        *(part_sums, part_length, grad_weight, None if mean is None else grad_bias, n_parts),
         num_warps=8,
         C=n_channels,
         PARTS=128,

@@ -72,21 +72,21 @@ def varlen_attention(
 def tal_layer_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     cu_seqlens: Tensor,
     length_index: Tensor,
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension with the affine parameters of each sequence's length.
+    """LayerNorm over the last dimension with the affine parameters of each sequence's length; without bias, RMSNorm.
 
     Args:
         x: `[T, C]`.
         weight: `[n_lengths, C]`.
-        bias: `[n_lengths, C]`.
+        bias: `[n_lengths, C]`; None for RMSNorm, which subtracts no mean.
         cu_seqlens: `[B + 1]`.
         length_index: `[B]`.
-        eps: added to the variance.
+        eps: added to the variance, or to the mean square.
         residual: `[T, C]` added to x first.
 
     Returns:
@@ -95,9 +95,11 @@ def tal_layer_norm(
     total = x if residual is None else x + residual
     ys, sums = [], []
     for rows, index in zip(segments(cu_seqlens), length_index.tolist(), strict=True):
-        centred = total[rows] - total[rows].mean(dim=-1, keepdim=True)
-        variance = (centred * centred).mean(dim=-1, keepdim=True)
-        ys.append(centred * torch.rsqrt(variance + eps) * weight[index] + bias[index])
+        s = total[rows]
+        if bias is not None:
+            s = s - s.mean(dim=-1, keepdim=True)
+        y = s * torch.rsqrt((s * s).mean(dim=-1, keepdim=True) + eps) * weight[index]
+        ys.append(y if bias is None else y + bias[index])
         sums.append(total[rows])
     padding = x.new_zeros(x.shape[0] - int(cu_seqlens[-1]), x.shape[1])
     y = torch.cat([*ys, padding])
@@ -152,7 +154,7 @@ class BlockWeights(NamedTuple):
     """A transformer block.
 
     A linear layer is a pair (weight, bias). A norm is (weight, bias, eps) with weight and bias `[n_lengths, C]`; eps is
-    added to the variance.
+    added to the variance. An empty bias stands for RMSNorm, whose eps is added to the mean square.
 
     Attributes:
         norm1: norm before attention.
@@ -216,7 +218,9 @@ def vit_forward(
 
     def normed(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
         weight, bias, eps = norm
-        return tal_layer_norm(x, weight, bias, cu_seqlens, length_index, eps) if weight.numel() else x
+        if not weight.numel():
+            return x
+        return tal_layer_norm(x, weight, bias if bias.numel() else None, cu_seqlens, length_index, eps)
 
     def linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
         return F.linear(x if round_rows is None else round_rows(x), *layer)

@@ -21,7 +21,10 @@ def logits(spec, state, image):
     index = min(range(len(spec.lengths)), key=lambda i: abs(spec.lengths[i] - n))
 
     def norm(x, name, norm):
-        return F.layer_norm(x, (spec.dim,), state[f"{name}.weight"][index], state[f"{name}.bias"][index], norm.eps)
+        weight = state[f"{name}.weight"][index]
+        if norm.kind == "rms":
+            return F.rms_norm(x, (spec.dim,), weight, norm.eps)
+        return F.layer_norm(x, (spec.dim,), weight, state[f"{name}.bias"][index], norm.eps)
 
     def linear(x, name):
         return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))

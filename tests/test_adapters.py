@@ -289,6 +289,33 @@ class TestImport:
         x = randn(2, 3, 32, 32)
         torch.testing.assert_close(rf.optimize(model.float())(x), model(x), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize(
+        ("norm", "eps"),
+        [
+            (timm.layers.RmsNorm, 1e-6),
+            (partial(timm.layers.RmsNorm, eps=1e-3), 1e-3),
+            (nn.RMSNorm, torch.finfo(torch.float64).eps),
+        ],
+        ids=["timm's", "another eps", "torch's"],
+    )
+    def test_rms_norms(self, norm, eps):
+        vit = make_vit(norm_layer=norm, pre_norm=True)
+        for name, parameter in vit.named_parameters():
+            if "norm" in name:
+                nn.init.normal_(parameter, mean=1.0)
+        norms = self.same(vit).spec.blocks[0].norm1
+        assert (norms.kind, norms.eps) == ("rms", eps)
+
+    def test_norms_of_both_kinds(self):
+        vit = make_vit(global_pool="avg", class_token=False)
+        vit.blocks[1].norm1, vit.blocks[2].norm2 = timm.layers.RmsNorm(32, eps=0.1), nn.RMSNorm(32, eps=0.2)
+        vit.fc_norm = timm.layers.RmsNormFp32(32)
+        vit = vit.float()
+        model = rf.ReViT.from_timm(vit, grids=(4, 2)).eval()
+        x = randn(2, 3, 32, 32)
+        for ours in (model, rf.optimize(model)):
+            torch.testing.assert_close(ours(x), vit(x), atol=1e-5, rtol=1e-5)
+
     def test_a_replaced_head(self):
         vit = make_vit()
         vit.head = nn.Linear(32, 7).double()
@@ -317,12 +344,18 @@ class TestImport:
             (lambda v: setattr(v, "head", nn.Linear(64, 5)), "a head of other channels"),
             (lambda v: setattr(v.blocks[1].mlp, "act", nn.PReLU()), r"activation PReLU \(blocks\.1\.mlp\.act\)"),
             (lambda v: setattr(v.blocks[1].attn, "scale", 0.5), r"a scale of 0\.5 .*blocks\.1\.attn"),
-            (lambda v: setattr(v.blocks[1], "norm1", nn.Identity()), r"a norm other than LayerNorm \(blocks\.1\)"),
+            (
+                lambda v: setattr(v.blocks[1], "norm1", nn.Identity()),
+                r"a norm other than LayerNorm and RMSNorm \(blocks\.1\)",
+            ),
             (
                 lambda v: setattr(v.blocks[1].drop_path1, "forward", lambda x: x * 0),
                 r"blocks\.1\.drop_path1 has a method",
             ),
             (lambda v: setattr(v.patch_embed.proj, "padding", (1, 1)), "padding, dilation or groups"),
+            (lambda v: setattr(v, "norm", timm.layers.SimpleNorm(32)), r"LayerNorm and RMSNorm \(norm is SimpleNorm\)"),
+            (lambda v: setattr(v, "norm", nn.RMSNorm(32, 1e-6, False)), r"a norm without weight \(norm\)"),
+            (lambda v: setattr(v, "norm", nn.LayerNorm(32, bias=False)), r"a norm without weight or bias \(norm\)"),
         ],
     )
     def test_what_would_be_left_out_is_refused_by_name(self, change, message):

@@ -39,6 +39,7 @@ def ran_fused(fast) -> bool:
         {"distilled": True, "reg_tokens": 2},
         {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},
         {"pre_norm": True, "fc_norm": True},
+        {"norm_layer": "rms", "pre_norm": True, "fc_norm": True, "norm_pre_layer": "layer"},
         {"final_norm": False, "num_classes": 0},
         {"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "patch_bias": False},
         {"act_layer": nn.SiLU},
@@ -114,9 +115,11 @@ def test_features_equal_the_eager_models(isa):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_bitwise_alone_and_in_any_pack(isa, dtype):
-    vit = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+@pytest.mark.parametrize(
+    ("dtype", "norm"), [(torch.float32, None), (torch.int8, None), (torch.bfloat16, "rmsnorm"), (torch.int8, "rmsnorm")]
+)
+def test_bitwise_alone_and_in_any_pack(isa, dtype, norm):
+    vit = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True, norm_layer=norm)
     fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05), dtype)
     images = images_of([14, 7, 10, 7, 14, (9, 5), 14], patch=16)
     packed = fast(images)

@@ -1,7 +1,9 @@
 """Exported programs beside the model that they were made of: in Python, in C++ without Python, in ONNX Runtime."""
 
 import ctypes
+import io
 import json
+import lzma
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, randn
 from PIL import Image
-from small_models import GRIDS, images_of, make_model
+from small_models import GRIDS, drawn, images_of, make_model
 
 import revit_fast as rf
 from revit_fast.adaptive.policies import smallest_sufficient, suffices
@@ -32,6 +34,7 @@ OPTIONS = {
     "distilled": {"distilled": True},
     "registers": {"reg_tokens": 4, "init_values": 0.1, "pre_norm": True, "no_embed_class": True},
     "unpooled": {"global_pool": "", "num_classes": 0, "depth": 1},
+    "rms": {"norm_layer": "rms", "pre_norm": True, "global_pool": "avg"},
 }
 needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="needs the C++ extension")
 
@@ -107,6 +110,14 @@ class TestPackedProgram:
         export.save_program(program, tmp_path / "program.pt2", {})
         n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         assert (tmp_path / "program.pt2").stat().st_size < 1.5 * n_bytes
+
+    def test_programs_of_before_there_was_rms_norm(self):
+        """The schema of the norms' op has changed since: its bias became optional."""
+        model = rf.ReViT(grids=(2, 1), patch_size=2, num_classes=3, embed_dim=4, depth=1, num_heads=1, hidden_dim=4)
+        batch = drawn(model).pack(images_of([2, 1]))
+        program = (Path(__file__).parent / "programs" / "layer_norms.pt2.xz").read_bytes()
+        loaded = torch.export.load(io.BytesIO(lzma.decompress(program))).module()
+        torch.testing.assert_close(loaded(batch.data, batch.grid_hw), model(batch), atol=1e-6, rtol=1e-6)
 
     @needs_extension
     def test_without_the_package_it_needs_the_extension_alone(self, tmp_path):
@@ -440,9 +451,10 @@ class TestOnnx:
             assert np.abs(logits - expected).max() <= 1e-4
             assert (logits.argmax(axis=1) == expected.argmax(axis=1)).all()
 
-    def test_one_grid_in_half_the_precision_is_written_in_float32(self, tmp_path):
+    @pytest.mark.parametrize("norm", ["layer", "rms"])
+    def test_one_grid_in_half_the_precision_is_written_in_float32(self, tmp_path, norm):
         pytest.importorskip("onnxruntime")
-        model = make_model(distilled=True).bfloat16()
+        model = make_model(distilled=True, norm_layer=norm).bfloat16()
         export.write_single_onnx(model, (3, 5), tmp_path / "one.onnx", {})
         opened, settings = session(tmp_path / "one.onnx")
         assert settings == {"grid": [3, 5]}

@@ -142,6 +142,7 @@ def test_a_thousand_random_mixes_settle_into_few_graphs(monkeypatch):
         {"distilled": True},
         {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},
         {"pre_norm": True, "fc_norm": True},
+        {"norm_layer": "rms", "pre_norm": True},
         {"depth": 0},
     ],
     ids=lambda options: "-".join(options) or "plain",

@@ -53,9 +53,12 @@ def run(dtype):
     )
     y, total = ops.tal_layer_norm(x, weight, bias, cu_seqlens, index, residual=residual)
     z = ops.tal_layer_norm(x, weight, bias, cu_seqlens, index, 1e-3)
+    rms, rms_total = ops.tal_rms_norm(x, weight, cu_seqlens, index, residual=residual)
+    rms_alone = ops.tal_rms_norm(x, weight, cu_seqlens, index, 1e-3)
     tokens = ops.assemble_tokens(x, prefix, residual, torch.tensor([7, 0, 3, 9], dtype=torch.int32), cu_seqlens)
     pooled = ops.mean_pool(x, cu_seqlens, 1)
     outputs = {"y": y, "sum": total, "z": z, "tokens": tokens, "pooled": pooled}
+    outputs |= {"rms": rms, "rms sum": rms_total, "rms alone": rms_alone}
     leaves = {"x": x, "residual": residual, "weight": weight, "bias": bias, "prefix": prefix}
     results = {name: out.detach() for name, out in outputs.items()}
     for i, (name, out) in enumerate(outputs.items()):
@@ -69,7 +72,9 @@ torch.save({"isa": _library.cpu_isa(), "results": results}, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("op", ["varlen_attention", "tal_layer_norm", "residual", "assemble_tokens", "mean_pool"])
+@pytest.mark.parametrize(
+    "op", ["varlen_attention", "tal_layer_norm", "residual", "tal_rms_norm", "assemble_tokens", "mean_pool"]
+)
 def test_gradients_of_gradients_are_refused(op):
     cu_seqlens, zero = torch.tensor([0, 5], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     x = randn(5, 8).requires_grad_()
@@ -77,6 +82,7 @@ def test_gradients_of_gradients_are_refused(op):
         "varlen_attention": lambda: ops.varlen_attention(*[x.unsqueeze(1)] * 3, cu_seqlens),
         "tal_layer_norm": lambda: ops.tal_layer_norm(x, x[:1], x[:1], cu_seqlens, zero),
         "residual": lambda: ops.tal_layer_norm(x, x[:1], x[:1], cu_seqlens, zero, residual=x)[0],
+        "tal_rms_norm": lambda: ops.tal_rms_norm(x, x[:1], cu_seqlens, zero),
         "assemble_tokens": lambda: ops.assemble_tokens(x, x[:2], x, zero, cu_seqlens),
         "mean_pool": lambda: ops.mean_pool(x, cu_seqlens),
     }[op]()

@@ -37,6 +37,7 @@ def random_spec(seed, acts=KERNEL_ACTS):
     draw = random.Random(seed)
     depth, dim = draw.randint(0, 3), draw.choice([8, 20, 24])
     eps = lambda: draw.choice([0.0, 1e-6, 1e-5, 1e-3])  # noqa: E731
+    norm_layer = lambda: draw.choice(["layer", "rms"])  # noqa: E731
     cls = draw.random() < 0.7
     dist = cls and draw.random() < 0.2
     aux = cls and not dist and draw.random() < 0.2
@@ -56,6 +57,8 @@ def random_spec(seed, acts=KERNEL_ACTS):
             "mlp_bias": draw.random() < 0.5,
             "norm1_eps": eps(),
             "norm2_eps": eps(),
+            "norm1_layer": norm_layer(),
+            "norm2_layer": norm_layer(),
             "init_values": init,
             "residual_scale": divisor,
         }
@@ -82,6 +85,8 @@ def random_spec(seed, acts=KERNEL_ACTS):
         pool_include_prefix=draw.random() < 0.3,
         norm_pre_eps=eps(),
         norm_eps=eps(),
+        norm_pre_layer=norm_layer(),
+        final_norm_layer=norm_layer(),
     )
 
 
@@ -150,6 +155,30 @@ def test_configs_of_before_give_the_same_model(kind):
             assert model.config[name] == value, name
 
 
+def test_models_of_layer_norms_are_written_as_before():
+    """A release that has no other norm reads their files."""
+    config = keywords_of(spec_of(embed_dim=8, num_heads=2, depth=2, pre_norm=True))
+    assert not any(name.startswith("norm") and name.endswith("layer") for name in config)
+    for name, path in (("norm_pre_layer", "embed"), ("final_norm_layer", "head")):
+        spec = spec_of(embed_dim=8, num_heads=2, depth=2, pre_norm=True, **{name: "rms"})
+        assert keywords_of(spec) == config | {name: "rms"}
+        assert getattr(spec, path).norm.kind == "rms"
+
+
+def test_rms_norms_have_a_weight_alone():
+    model = rf.ReViT(embed_dim=8, num_heads=2, depth=2, norm_layer="rms", blocks=[{}, {"norm1_layer": "layer"}])
+    norms = {name for name, _ in model.named_parameters() if ".norm" in name or name.startswith("norm")}
+    in_blocks = {"0.norm1.weight", "0.norm2.weight", "1.norm1.weight", "1.norm1.bias", "1.norm2.weight"}
+    assert norms == {"norm.weight", *(f"blocks.{name}" for name in in_blocks)}
+    assert norms <= model.no_weight_decay()
+    assert all(
+        torch.equal(p, torch.ones_like(p)) for n, p in model.named_parameters() if n in norms and "bias" not in n
+    )
+    plain = {name: p[0] if name in norms else p for name, p in drawn(model).state_dict().items()}
+    converted = model.convert_state_dict(plain)
+    assert all(converted[name].shape == p.shape for name, p in model.named_parameters())
+
+
 class TestKeywords:
     def test_a_spec_comes_alone(self):
         with pytest.raises(TypeError, match="spec: expected it alone, got depth too"):
@@ -192,6 +221,7 @@ MUTATED = {
         "drop_path_rate": 0.3,
     },
     "stem": {"stem_chans": 8, "residual_scale": 2.0, "aux_head": True, "patch_size": 4},
+    "rms": {"norm_layer": "rms", "pre_norm": True, "global_pool": "avg", "blocks": [{}, {"norm2_layer": "layer"}]},
 }
 
 
@@ -221,6 +251,8 @@ def test_spec_refuses_what_cannot_be():
         replace(spec, embed=replace(spec.embed, prefix=replace(spec.embed.prefix, cls=False)))
     with pytest.raises(ValueError, match="residual_scale: expected a positive divisor, got 0"):
         spec_of(residual_scale=0)
+    with pytest.raises(ValueError, match='norm_layer: expected "layer" or "rms", got \'batch\''):
+        spec_of(norm_layer="batch")
 
 
 def test_every_block_may_have_another_activation():

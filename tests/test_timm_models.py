@@ -328,7 +328,7 @@ class TestArguments:
             ({"global_pool": "map"}, ValueError, "global_pool: expected"),
             ({"class_token": False}, ValueError, "global_pool: .* class token"),
             ({"patch_size": (16, 8)}, ValueError, "patch_size: expected square"),
-            ({"norm_layer": torch.nn.LayerNorm}, TypeError, "norm_layer"),
+            ({"norm_layer": torch.nn.LayerNorm}, ValueError, "norm_layer: expected"),
             ({"grid": (14, 7)}, TypeError, "grid"),
             ({"features_only": True, "feature_cls": "hook"}, ValueError, 'feature_cls: expected "getter" or "fx"'),
             ({"features_only": True, "out_indices": (0, 9)}, ValueError, "indices: expected blocks of a model with 2"),

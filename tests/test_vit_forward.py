@@ -42,6 +42,7 @@ class Net:
         activation="gelu",
         pre_norm=False,
         final_norm=True,
+        rms=False,
         outer_eps=(EPS, EPS),
         blocks=None,
         dtype=torch.float32,
@@ -52,19 +53,19 @@ class Net:
         self.outer_dtype = torch.float32 if dtype == torch.int8 else dtype
         self.embed = self.linear(channels, patch_values)
         no_norm = (torch.empty(0), torch.empty(0), EPS)
-        self.norm_pre = self.norm(channels, outer_eps[0]) if pre_norm else no_norm
-        self.final = self.norm(channels, outer_eps[1]) if final_norm else no_norm
-        same = {"n_heads": n_heads, "head_dim": head_dim, "hidden": hidden, "activation": activation}
+        self.norm_pre = self.norm(channels, outer_eps[0], rms) if pre_norm else no_norm
+        self.final = self.norm(channels, outer_eps[1], rms) if final_norm else no_norm
+        same = {"n_heads": n_heads, "head_dim": head_dim, "hidden": hidden, "activation": activation, "rms": (rms, rms)}
         self.blocks = [self.block(channels, **arguments) for arguments in blocks or [same] * depth]
         self.prefix, self.table = self.draw(n_prefix, channels), self.draw(300, channels)
 
-    def block(self, channels, *, n_heads, head_dim, hidden, activation, eps=(EPS, EPS), scale=None):
+    def block(self, channels, *, n_heads, head_dim, hidden, activation, eps=(EPS, EPS), scale=None, rms=(False, False)):
         width = n_heads * head_dim
         return reference.BlockWeights(
-            self.norm(channels, eps[0]),
+            self.norm(channels, eps[0], rms[0]),
             self.linear(3 * width, channels),
             self.linear(channels, width),
-            self.norm(channels, eps[1]),
+            self.norm(channels, eps[1], rms[1]),
             self.linear(hidden, channels),
             self.linear(channels, hidden),
             n_heads,
@@ -79,8 +80,9 @@ class Net:
     def linear(self, n_out, depth):
         return self.draw(n_out, depth, scale=depth**-0.5).to(self.outer_dtype).float(), self.draw(n_out)
 
-    def norm(self, channels, eps):
-        return 1 + 0.3 * self.draw(N_LENGTHS, channels), 0.3 * self.draw(N_LENGTHS, channels), eps
+    def norm(self, channels, eps, rms=False):
+        weight, bias = 1 + 0.3 * self.draw(N_LENGTHS, channels), 0.3 * self.draw(N_LENGTHS, channels)
+        return weight, torch.empty(0) if rms else bias, eps
 
     def packed(self):
         def pack(pair):
@@ -180,6 +182,7 @@ MIX = (5, 0, 49, 1, 100, 17, 196, 2)
         {"depth": 3, "activation": "silu", "n_prefix": 5},
         {"depth": 1, "activation": "quick_gelu"},
         {"pre_norm": True, "final_norm": False, "activation": "gelu_tanh"},
+        {"pre_norm": True, "rms": True},
         {"channels": 40, "n_heads": 5, "head_dim": 7, "hidden": 33, "patch_values": 75},
         {"channels": 7, "n_heads": 1, "head_dim": 1, "hidden": 1, "patch_values": 1},
         {"channels": 64, "n_heads": 1, "head_dim": 64, "hidden": 600, "patch_values": 588},
@@ -197,7 +200,7 @@ def test_matches_reference(isa, options, dtype):
 MIXED_BLOCKS = (
     {"n_heads": 5, "head_dim": 7, "hidden": 33, "activation": "gelu", "eps": (1e-6, 1e-3)},
     {"n_heads": 1, "head_dim": 16, "hidden": 300, "activation": "quick_gelu", "eps": (0.1, 1e-5), "scale": 1.0},
-    {"n_heads": 3, "head_dim": 64, "hidden": 1, "activation": "relu", "eps": (1e-12, 2.0)},
+    {"n_heads": 3, "head_dim": 64, "hidden": 1, "activation": "relu", "eps": (1e-12, 2.0), "rms": (True, False)},
     {"n_heads": 8, "head_dim": 1, "hidden": 96, "activation": "none", "eps": (0.5, 0.5), "scale": -0.3},
 )
 
@@ -357,6 +360,7 @@ BLOCKS = st.fixed_dictionaries(
         "activation": st.sampled_from(ACTIVATIONS),
         "eps": st.tuples(*[st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 1.0])] * 2),
         "scale": st.none() | st.floats(-1, 1, width=32),
+        "rms": st.tuples(st.booleans(), st.booleans()),
     }
 )
 
@@ -368,11 +372,12 @@ BLOCKS = st.fixed_dictionaries(
     blocks=st.lists(BLOCKS, min_size=1, max_size=4),
     n_prefix=st.integers(0, 2),
     pre_norm=st.booleans(),
+    rms=st.booleans(),
     dtype=st.sampled_from(PACKED_DTYPES),
 )
-def test_any_blocks(isa, seqlens, channels, blocks, n_prefix, pre_norm, dtype):
+def test_any_blocks(isa, seqlens, channels, blocks, n_prefix, pre_norm, rms, dtype):
     """Blocks of any shapes: as accurate as the reference, and an image's bits do not depend on its pack."""
-    net = Net(channels=channels, blocks=blocks, n_prefix=n_prefix, pre_norm=pre_norm, dtype=dtype)
+    net = Net(channels=channels, blocks=blocks, n_prefix=n_prefix, pre_norm=pre_norm, rms=rms, dtype=dtype)
     rows, (index, offset) = net.rows(seqlens), Net.index(seqlens)
     for n_pooled in range(n_prefix + 1):
         ours, same, truth = (

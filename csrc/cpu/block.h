@@ -16,11 +16,12 @@ struct Rows {
   Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// LayerNorm with affine parameters [n_lengths, C]; a row uses those of its length. Null: no norm.
+// LayerNorm with affine parameters [n_lengths, C]; a row uses those of its length. Null `weight`: no norm; null `bias`:
+// RMSNorm.
 struct TokenNorm {
   const float* weight;
   const float* bias;
-  double eps;  // added to the variance
+  double eps;  // added to the variance, or to the mean square
 };
 
 // Values that all tiles of a block share.

@@ -37,16 +37,23 @@ int64_t max_embed_rows(int64_t depth) {
   return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
 }
 
-void norm_tile(const NormTile& tile) {
+template <Norm kNorm>
+void norm_rows(const NormTile& tile) {
   const int64_t n_channels = tile.n_channels;
-  const float count = static_cast<float>(n_channels), eps = static_cast<float>(tile.norm.eps);
+  const float eps = static_cast<float>(tile.norm.eps);
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     const float* x = tile.x.data + i * tile.x.stride;
-    const float m = RowSum<float, Sum::kNone>{x, nullptr, nullptr, nullptr}(n_channels) / count;
+    const float sum = RowSum<float, Sum::kNone, kNorm>{x, nullptr, nullptr, nullptr}(n_channels);
     const int64_t parameters = tile.length[i] * n_channels;
-    row_write(x, tile.norm.weight + parameters, tile.norm.bias + parameters, row_statistics(x, m, eps, n_channels),
-              tile.y.data + i * tile.y.stride, n_channels);
+    const float* bias = kNorm == Norm::kLayer ? tile.norm.bias + parameters : nullptr;
+    row_write<kNorm>(x, tile.norm.weight + parameters, bias, row_statistics<kNorm>(x, sum, eps, n_channels),
+                     tile.y.data + i * tile.y.stride, n_channels);
   }
+}
+
+void norm_tile(const NormTile& tile) {
+  if (tile.norm.bias == nullptr) return norm_rows<Norm::kRms>(tile);
+  norm_rows<Norm::kLayer>(tile);
 }
 
 template <class W>

@@ -1,4 +1,6 @@
-// LayerNorm over runs of rows that share one set of affine parameters, forward and backward.
+// LayerNorm and RMSNorm over runs of rows that share one set of affine parameters, forward and backward.
+//
+// A null `bias` in the forward pass, or `mean` in the backward pass, means RMSNorm: rows are not centred.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +15,7 @@ struct LayerNormArgs {
   const void* x;
   const void* residual;  // null: none is added
   const void* weight;    // [n_channels], compute
-  const void* bias;      // [n_channels], compute
+  const void* bias;      // [n_channels], compute; null: RMSNorm, which has no `mean` either
   void* y;
   void* sum;      // x + residual, rounded to the type of x; used where residual is given
   void* mean;     // [n_rows], compute
@@ -32,7 +34,7 @@ struct LayerNormBackwardArgs {
   const void* grad_sum;  // null: zero
   const void* x;         // what was normalised: x, or x + residual
   const void* weight;    // [n_channels], compute
-  const void* mean;
+  const void* mean;      // null: RMSNorm, which has no `grad_bias` either
   const void* rstd;
   void* grad_x;
   void* grad_weight;  // [n_channels], compute: the sum over these rows, overwritten
@@ -42,7 +44,8 @@ struct LayerNormBackwardArgs {
   int64_t n_channels;
 };
 
-// Adds parts [n_parts][2][n_channels] (compute; weight, then bias) in order.
+// Adds parts [n_parts][2][n_channels] (compute; weight, then bias) in order. Null `grad_bias`: only those of the
+// weight.
 struct LayerNormReduceArgs {
   const void* parts;
   void* grad_weight;

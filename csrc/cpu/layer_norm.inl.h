@@ -9,10 +9,17 @@
 // mean, and sum((s - m)^2) / C - d^2 is the variance (the corrected two-pass algorithm of Chan, Golub and LeVeque,
 // 1983). So an input of mean 1e4 and standard deviation 1 keeps the accuracy of a centred one. The third pass writes y.
 //
+// RMSNorm (Zhang and Sennrich, arXiv 1910.07467) does not centre rows and has no bias. Its first pass sums s^2, and its
+// second pass writes y:
+//
+//   rstd = 1 / sqrt(sum(s^2) / C + eps),  y = s * rstd * weight
+//
 // Backward, with xhat = (s - mean) * rstd and h = grad_y * weight:
 //
 //   grad_x = rstd * (h - sum(h) / C - xhat * sum(h * xhat) / C) + grad_sum
 //   grad_weight = sum over rows of grad_y * xhat,  grad_bias = sum over rows of grad_y
+//
+// For RMSNorm, mean and sum(h) are left out.
 //
 // Every sum runs over whole vectors in order, then over the ragged end of the row: its order depends on C alone.
 
@@ -56,12 +63,15 @@ REVIT_INLINE void store_streaming(T* p, V v) {
 #endif
 }
 
+// What a row is divided by: its standard deviation, after its mean is subtracted, or its root mean square.
+enum class Norm { kLayer, kRms };
+
 // How the sum with the residual is written: not at all, to be read again soon, or past the caches.
 enum class Sum { kNone, kCached, kStreamed };
 
-// Sums s. If there is a residual, s is stored in `sum`, rounded. If the next passes need s in another type, or `sum` is
-// streamed, s is also stored in `wide`, in the compute type.
-template <class T, Sum kSum>
+// Sums s, or s^2 for RMSNorm. If there is a residual, s is stored in `sum`, rounded. If the next passes need s in
+// another type, or `sum` is streamed, s is also stored in `wide`, in the compute type.
+template <class T, Sum kSum, Norm kNorm>
 struct RowSum {
   using C = Compute<T>;
   static constexpr int N = kLanes<C>;
@@ -93,17 +103,19 @@ struct RowSum {
     return s;
   }
 
+  REVIT_INLINE static V term(V s) { return kNorm == Norm::kRms ? s * s : s; }
+
   REVIT_INLINE C operator()(int64_t n_channels) const {
     V a0 = {}, a1 = {}, a2 = {}, a3 = {};
     int64_t c = 0;
     for (; c + 4 * N <= n_channels; c += 4 * N) {
-      a0 += vector(c);
-      a1 += vector(c + N);
-      a2 += vector(c + 2 * N);
-      a3 += vector(c + 3 * N);
+      a0 += term(vector(c));
+      a1 += term(vector(c + N));
+      a2 += term(vector(c + 2 * N));
+      a3 += term(vector(c + 3 * N));
     }
-    for (; c + N <= n_channels; c += N) a0 += vector(c);
-    if (c < n_channels) a1 += ragged(c, n_channels - c);
+    for (; c + N <= n_channels; c += N) a0 += term(vector(c));
+    if (c < n_channels) a1 += term(ragged(c, n_channels - c));
     return reduce_add<C, N>((a0 + a1) + (a2 + a3));
   }
 };
@@ -143,9 +155,11 @@ struct RowStatistics {
   C m, mean, rstd, offset;
 };
 
-template <class C>
-REVIT_INLINE RowStatistics<C> row_statistics(const C* s, C m, C eps, int64_t n_channels) {
-  const C count = static_cast<C>(n_channels);
+// `sum` is what RowSum gives for the row.
+template <Norm kNorm, class C>
+REVIT_INLINE RowStatistics<C> row_statistics(const C* s, C sum, C eps, int64_t n_channels) {
+  const C count = static_cast<C>(n_channels), m = sum / count;
+  if constexpr (kNorm == Norm::kRms) return {0, 0, C(1) / std::sqrt(m + eps), 0};
   C first, second;
   row_moments(s, m, n_channels, &first, &second);
   const C d = first / count;
@@ -154,7 +168,7 @@ REVIT_INLINE RowStatistics<C> row_statistics(const C* s, C m, C eps, int64_t n_c
   return {m, m + d, rstd, -d * rstd};
 }
 
-template <class T, class C>
+template <Norm kNorm, class T, class C>
 REVIT_INLINE void row_write(const C* s, const C* weight, const C* bias, const RowStatistics<C>& row, T* y,
                             int64_t n_channels) {
   constexpr int N = kLanes<C>;
@@ -162,20 +176,28 @@ REVIT_INLINE void row_write(const C* s, const C* weight, const C* bias, const Ro
   const C m = row.m, rstd = row.rstd, offset = row.offset;
   int64_t c = 0;
   for (; c + N <= n_channels; c += N) {
-    const V xhat = (load<N>(s + c) - m) * rstd + offset;
-    store<N>(y + c, xhat * load<N>(weight + c) + load<N>(bias + c));
+    if constexpr (kNorm == Norm::kRms) {
+      store<N>(y + c, load<N>(s + c) * rstd * load<N>(weight + c));
+    } else {
+      const V xhat = (load<N>(s + c) - m) * rstd + offset;
+      store<N>(y + c, xhat * load<N>(weight + c) + load<N>(bias + c));
+    }
   }
   if (const int64_t n = n_channels - c) {
-    const V xhat = (load_first<N>(s + c, n) - m) * rstd + offset;
-    store_first<N>(y + c, xhat * load_first<N>(weight + c, n) + load_first<N>(bias + c, n), n);
+    if constexpr (kNorm == Norm::kRms) {
+      store_first<N>(y + c, load_first<N>(s + c, n) * rstd * load_first<N>(weight + c, n), n);
+    } else {
+      const V xhat = (load_first<N>(s + c, n) - m) * rstd + offset;
+      store_first<N>(y + c, xhat * load_first<N>(weight + c, n) + load_first<N>(bias + c, n), n);
+    }
   }
 }
 
-template <class T, Sum kSum>
+template <class T, Norm kNorm, Sum kSum>
 void layer_norm_rows(const LayerNormArgs& args) {
   using C = Compute<T>;
   const int64_t n_channels = args.n_channels;
-  const C count = static_cast<C>(n_channels), eps = static_cast<C>(args.eps);
+  const C eps = static_cast<C>(args.eps);
   const C* weight = static_cast<const C*>(args.weight);
   const C* bias = static_cast<const C*>(args.bias);
   const T* x = static_cast<const T*>(args.x);
@@ -186,13 +208,14 @@ void layer_norm_rows(const LayerNormArgs& args) {
   C* rstd = static_cast<C*>(args.rstd);
   C* wide = static_cast<C*>(args.scratch);
   for (int64_t r = 0; r < args.n_rows; ++r) {
-    const C m = RowSum<T, kSum>{x, residual, sum, wide}(n_channels) / count;
+    const RowSum<T, kSum, kNorm> first = {x, residual, sum, wide};
+    const C total = first(n_channels);
     const C* s = wide;
-    if constexpr (!RowSum<T, kSum>::kWide) s = kSum == Sum::kNone ? x : sum;
-    const RowStatistics<C> row = row_statistics(s, m, eps, n_channels);
-    mean[r] = row.mean;
+    if constexpr (!first.kWide) s = kSum == Sum::kNone ? x : sum;
+    const RowStatistics<C> row = row_statistics<kNorm>(s, total, eps, n_channels);
+    if constexpr (kNorm == Norm::kLayer) mean[r] = row.mean;
     rstd[r] = row.rstd;
-    row_write(s, weight, bias, row, y, n_channels);
+    row_write<kNorm>(s, weight, bias, row, y, n_channels);
     x += n_channels;
     y += n_channels;
     if constexpr (kSum != Sum::kNone) {
@@ -205,21 +228,27 @@ void layer_norm_rows(const LayerNormArgs& args) {
 #endif
 }
 
-template <class T>
-void layer_norm_forward(const LayerNormArgs& args) {
-  if (args.residual == nullptr) return layer_norm_rows<T, Sum::kNone>(args);
+template <class T, Norm kNorm>
+void layer_norm_forward_of(const LayerNormArgs& args) {
+  if (args.residual == nullptr) return layer_norm_rows<T, kNorm, Sum::kNone>(args);
   if constexpr (sizeof(T) == sizeof(Compute<T>)) {
     // Only whole, aligned vectors can be streamed.
     const bool aligned = reinterpret_cast<uintptr_t>(args.sum) % 32 == 0 && args.n_channels * sizeof(T) % 64 == 0;
-    if (args.streams_sum && aligned) return layer_norm_rows<T, Sum::kStreamed>(args);
+    if (args.streams_sum && aligned) return layer_norm_rows<T, kNorm, Sum::kStreamed>(args);
   }
-  layer_norm_rows<T, Sum::kCached>(args);
+  layer_norm_rows<T, kNorm, Sum::kCached>(args);
+}
+
+template <class T>
+void layer_norm_forward(const LayerNormArgs& args) {
+  if (args.bias == nullptr) return layer_norm_forward_of<T, Norm::kRms>(args);
+  layer_norm_forward_of<T, Norm::kLayer>(args);
 }
 
 // Processes channels c to c + N of kRows rows at once, so that the running sums over rows are loaded and stored once
 // for all of them. The running sums grow by sums of kRows rows; the rounding errors are kept in the two rows of `lost`.
 // Leaves xhat and h of row r in scratch rows 2r and 2r + 1.
-template <class T, int kRows>
+template <class T, Norm kNorm, int kRows>
 struct BackwardSums {
   using C = Compute<T>;
   static constexpr int N = kLanes<C>;
@@ -248,6 +277,11 @@ struct BackwardSums {
     }
   }
 
+  REVIT_INLINE V normalised(V s, int r) const {
+    if constexpr (kNorm == Norm::kRms) return s * rstd[r];
+    return (s - mean[r]) * rstd[r];
+  }
+
   void operator()(C* sum_h, C* sum_hx) const {
     V h_sums[kRows] = {}, hx_sums[kRows] = {};
     int64_t c = 0;
@@ -256,7 +290,7 @@ struct BackwardSums {
       V dw = {}, db = {};
       for (int r = 0; r < kRows; ++r) {
         const V g = load<N>(grad_y + r * n_channels + c);
-        const V xhat = (load<N>(x + r * n_channels + c) - mean[r]) * rstd[r];
+        const V xhat = normalised(load<N>(x + r * n_channels + c), r);
         const V h = g * w;
         store<N>(scratch + 2 * r * n_channels + c, xhat);
         store<N>(scratch + (2 * r + 1) * n_channels + c, h);
@@ -266,14 +300,14 @@ struct BackwardSums {
         db += g;
       }
       grow(dw, N, grad_weight + c, lost + c);
-      grow(db, N, grad_bias + c, lost + n_channels + c);
+      if constexpr (kNorm == Norm::kLayer) grow(db, N, grad_bias + c, lost + n_channels + c);
     }
     if (const int64_t n = n_channels - c) {
       const V w = load_first<N>(weight + c, n);
       V dw = {}, db = {};
       for (int r = 0; r < kRows; ++r) {
         const V g = load_first<N>(grad_y + r * n_channels + c, n);
-        const V xhat = keep_first<C, N>((load_first<N>(x + r * n_channels + c, n) - mean[r]) * rstd[r], n);
+        const V xhat = keep_first<C, N>(normalised(load_first<N>(x + r * n_channels + c, n), r), n);
         const V h = g * w;
         store_first<N>(scratch + 2 * r * n_channels + c, xhat, n);
         store_first<N>(scratch + (2 * r + 1) * n_channels + c, h, n);
@@ -283,35 +317,39 @@ struct BackwardSums {
         db += g;
       }
       grow(dw, n, grad_weight + c, lost + c);
-      grow(db, n, grad_bias + c, lost + n_channels + c);
+      if constexpr (kNorm == Norm::kLayer) grow(db, n, grad_bias + c, lost + n_channels + c);
     }
     for (int r = 0; r < kRows; ++r) {
-      sum_h[r] = reduce_add<C, N>(h_sums[r]);
+      if constexpr (kNorm == Norm::kLayer) sum_h[r] = reduce_add<C, N>(h_sums[r]);
       sum_hx[r] = reduce_add<C, N>(hx_sums[r]);
     }
   }
 };
 
-template <class T, bool kGradSum>
+template <class T, Norm kNorm, bool kGradSum>
 REVIT_INLINE void backward_write(const Compute<T>* xhat, const Compute<T>* h, const T* grad_sum, Compute<T> mean_h,
                                  Compute<T> mean_hx, Compute<T> rstd, T* grad_x, int64_t n_channels) {
   constexpr int N = kLanes<Compute<T>>;
   using V = Vec<Compute<T>, N>;
+  const auto gradient = [&](V h, V xhat) {
+    if constexpr (kNorm == Norm::kRms) return (h - xhat * mean_hx) * rstd;
+    return (h - mean_h - xhat * mean_hx) * rstd;
+  };
   int64_t c = 0;
   for (; c + N <= n_channels; c += N) {
-    V grad = (load<N>(h + c) - mean_h - load<N>(xhat + c) * mean_hx) * rstd;
+    V grad = gradient(load<N>(h + c), load<N>(xhat + c));
     if constexpr (kGradSum) grad += load<N>(grad_sum + c);
     store<N>(grad_x + c, grad);
   }
   if (const int64_t n = n_channels - c) {
-    V grad = (load_first<N>(h + c, n) - mean_h - load_first<N>(xhat + c, n) * mean_hx) * rstd;
+    V grad = gradient(load_first<N>(h + c, n), load_first<N>(xhat + c, n));
     if constexpr (kGradSum) grad += load_first<N>(grad_sum + c, n);
     store_first<N>(grad_x + c, grad, n);
   }
 }
 
-template <class T>
-void layer_norm_backward(const LayerNormBackwardArgs& args) {
+template <class T, Norm kNorm>
+void layer_norm_backward_of(const LayerNormBackwardArgs& args) {
   using C = Compute<T>;
   constexpr int kRows = (kLayerNormBackwardScratchRows - 2) / 2;
   const int64_t n_channels = args.n_channels;
@@ -329,35 +367,43 @@ void layer_norm_backward(const LayerNormBackwardArgs& args) {
   C* lost = scratch + 2 * kRows * n_channels;
   std::fill_n(lost, 2 * n_channels, C(0));
   std::fill_n(grad_weight, n_channels, C(0));
-  std::fill_n(grad_bias, n_channels, C(0));
+  if constexpr (kNorm == Norm::kLayer) std::fill_n(grad_bias, n_channels, C(0));
   for (int64_t row = 0; row < args.n_rows;) {
     const T* g = grad_y + row * n_channels;
     const T* s = x + row * n_channels;
     const int64_t n = args.n_rows - row >= kRows ? kRows : 1;
     C sum_h[kRows], sum_hx[kRows];
+    const C* means = kNorm == Norm::kLayer ? mean + row : nullptr;
     if (n == kRows) {
-      BackwardSums<T, kRows>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, lost, scratch, n_channels}(
+      BackwardSums<T, kNorm, kRows>{g, s, weight, means, rstd + row, grad_weight, grad_bias, lost, scratch, n_channels}(
           sum_h, sum_hx);
     } else {
-      BackwardSums<T, 1>{g, s, weight, mean + row, rstd + row, grad_weight, grad_bias, lost, scratch, n_channels}(
+      BackwardSums<T, kNorm, 1>{g, s, weight, means, rstd + row, grad_weight, grad_bias, lost, scratch, n_channels}(
           sum_h, sum_hx);
     }
     for (int64_t r = 0; r < n; ++r, ++row) {
       const int64_t at = row * n_channels;
       const C* xhat = scratch + 2 * r * n_channels;
-      const C mean_h = sum_h[r] / count, mean_hx = sum_hx[r] / count;
+      const C mean_h = kNorm == Norm::kLayer ? sum_h[r] / count : C(0), mean_hx = sum_hx[r] / count;
       if (grad_sum != nullptr) {
-        backward_write<T, true>(xhat, xhat + n_channels, grad_sum + at, mean_h, mean_hx, rstd[row], grad_x + at,
-                                n_channels);
+        backward_write<T, kNorm, true>(xhat, xhat + n_channels, grad_sum + at, mean_h, mean_hx, rstd[row], grad_x + at,
+                                       n_channels);
       } else {
-        backward_write<T, false>(xhat, xhat + n_channels, nullptr, mean_h, mean_hx, rstd[row], grad_x + at, n_channels);
+        backward_write<T, kNorm, false>(xhat, xhat + n_channels, nullptr, mean_h, mean_hx, rstd[row], grad_x + at,
+                                        n_channels);
       }
     }
   }
   for (int64_t c = 0; c < n_channels; ++c) {
     grad_weight[c] += lost[c];
-    grad_bias[c] += lost[n_channels + c];
+    if constexpr (kNorm == Norm::kLayer) grad_bias[c] += lost[n_channels + c];
   }
+}
+
+template <class T>
+void layer_norm_backward(const LayerNormBackwardArgs& args) {
+  if (args.mean == nullptr) return layer_norm_backward_of<T, Norm::kRms>(args);
+  layer_norm_backward_of<T, Norm::kLayer>(args);
 }
 
 template <class W>
@@ -366,7 +412,7 @@ void layer_norm_reduce(const LayerNormReduceArgs& args) {
   constexpr int N = kLanes<C>;
   using V = Vec<C, N>;
   const int64_t n_channels = args.n_channels;
-  for (int which = 0; which < 2; ++which) {
+  for (int which = 0; which < (args.grad_bias == nullptr ? 1 : 2); ++which) {
     const C* parts = static_cast<const C*>(args.parts) + which * n_channels;
     W* out = static_cast<W*>(which == 0 ? args.grad_weight : args.grad_bias);
     int64_t c = 0;

@@ -15,7 +15,7 @@ from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.inference import cpu
 from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.layers.attention import Attention
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import TALNorm, TALRMSNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
 from revit_fast.models.inputs import Inputs
 from revit_fast.models.vit import ReViT
@@ -152,10 +152,11 @@ class DenseProgram(nn.Module):
         return model.head(x)
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        if not isinstance(norm, TALLayerNorm):
+        if not isinstance(norm, TALNorm):
             return norm(x)
-        weight, bias = (parameter[self.length] for parameter in norm.affine())
-        return F.layer_norm(x, weight.shape, weight, bias, norm.eps)
+        normalise = F.rms_norm if isinstance(norm, TALRMSNorm) else F.layer_norm
+        affine = [parameter[self.length] for parameter in norm.affine()]
+        return normalise(x, affine[0].shape, *affine, eps=norm.eps)
 
     @staticmethod
     def _attend(attn: Attention, x: Tensor) -> Tensor:

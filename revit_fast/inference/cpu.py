@@ -21,14 +21,14 @@ from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
 from revit_fast.layers.derived import Derived
 from revit_fast.layers.mlp import ACTIVATIONS
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import TALNorm
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.inputs import PatchRows, rows_apart
 from revit_fast.models.spec import ViTSpec
 from revit_fast.models.vit import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
-from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
+from revit_fast.ops.vit import NO_BIAS, NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 from revit_fast.packing import Layout
 
 CALLED = ("head", "head_dist", "aux_head")
@@ -127,10 +127,10 @@ class Packed(NamedTuple):
 
 
 def _norm(module: nn.Module) -> TokenNorm:
-    if not isinstance(module, TALLayerNorm):
+    if not isinstance(module, TALNorm):
         return NO_NORM
-    weight, bias = (parameter.detach().float().contiguous() for parameter in (module.weight, module.bias))
-    return TokenNorm(weight, bias, module.eps)
+    weight, *bias = (parameter.detach().float().contiguous() for parameter in module.affine())
+    return TokenNorm(weight, bias[0] if bias else NO_BIAS, module.eps)
 
 
 def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
@@ -220,10 +220,10 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
         tokens = tokens.index_select(0, layout.cu_seqlens[:-1])
     if model.global_pool != "token":
         tokens = model.pool(tokens, layout.cu_seqlens)
-    if isinstance(model.fc_norm, TALLayerNorm):
+    if isinstance(model.fc_norm, TALNorm):
         own = rows_apart(tokens, layout) if model.global_pool else layout
-        weight, bias, eps = _norm(model.fc_norm)
-        tokens = ops.tal_layer_norm(tokens, weight, bias, own.cu_seqlens, own.length_index, eps)
+        affine = (parameter.detach().float() for parameter in model.fc_norm.affine())
+        tokens = model.fc_norm.op(tokens, *affine, own.cu_seqlens, own.length_index, model.fc_norm.eps)
     if model.distilled:
         rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
         logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]

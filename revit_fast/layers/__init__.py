@@ -4,7 +4,7 @@ from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.block import Block, DropPath, LayerScale, ResidualScale
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.mlp import ACTIVATIONS, Mlp, activation_name, make_activation
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import TALLayerNorm, TALRMSNorm
 from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.layers.segments import sequence_max, sequences_of_rows
@@ -24,6 +24,7 @@ __all__ = [
     "Resampling",
     "ResidualScale",
     "TALLayerNorm",
+    "TALRMSNorm",
     "activation_name",
     "make_activation",
     "sequence_max",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.mlp import Mlp
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import NORMS
 from revit_fast.layers.segments import sequences_of_rows
 from revit_fast.packing import Layout
 
@@ -73,6 +73,7 @@ class Block(nn.Module):
         hidden, act, mlp_bias: of the MLP, see `Mlp`.
         n_lengths: configured lengths.
         eps: of the norm before attention and of that before the MLP.
+        norms: kinds of the two, keys of `layers.norm.NORMS`.
         init_values: initial LayerScale of both branches; None for none.
         residual_scale: divisor of both branches.
         proj_drop: dropout after the projection and in the MLP.
@@ -89,6 +90,7 @@ class Block(nn.Module):
         act: nn.Module,
         *,
         eps: tuple[float, float] = (1e-6, 1e-6),
+        norms: tuple[str, str] = ("layer", "layer"),
         scale: float | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
@@ -99,11 +101,11 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = TALLayerNorm(n_lengths, dim, eps[0])
+        self.norm1 = NORMS[norms[0]](n_lengths, dim, eps[0])
         self.attn = Attention(dim, num_heads, head_dim, qkv_bias, proj_bias, proj_drop, scale)
         self.ls1 = _branch_scale(dim, init_values, residual_scale)
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = TALLayerNorm(n_lengths, dim, eps[1])
+        self.norm2 = NORMS[norms[1]](n_lengths, dim, eps[1])
         self.mlp = Mlp(dim, hidden, act, mlp_bias, proj_drop)
         self.ls2 = _branch_scale(dim, init_values, residual_scale)
         self.drop_path2 = DropPath(drop_path)

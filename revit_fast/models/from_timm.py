@@ -63,14 +63,16 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
     blocks = [_block(f"blocks.{i}", block) for i, block in enumerate(vit.blocks)]
     _check_types(vit)
     norms = {n: getattr(vit, n) for n in ("norm_pre", "norm", "fc_norm")}
-    norms = {n: norm.eps for n, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
+    norms = {n: (_eps(norm), _norm_kind(norm)) for n, norm in norms.items() if _norm_kind(norm)}
+    final = norms.get("norm", norms.get("fc_norm", (None, None)))
     return embedding | {
         "num_classes": vit.head.out_features if isinstance(vit.head, nn.Linear) else 0,
         "global_pool": vit.global_pool,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        **{name: value for name, value in blocks[0].items() if name not in ("norm1_eps", "norm2_eps")},
+        **{name: value for name, value in blocks[0].items() if not name.startswith("norm")},
         "eps": blocks[0]["norm1_eps"],
+        "norm_layer": blocks[0]["norm1_layer"],
         "blocks": blocks,
         "class_token": vit.has_class_token,
         "reg_tokens": vit.num_reg_tokens,
@@ -78,8 +80,10 @@ def config_from_timm(vit: nn.Module) -> dict[str, Any]:
         "pre_norm": "norm_pre" in norms,
         "final_norm": "norm" in norms or "fc_norm" in norms,
         "fc_norm": "fc_norm" in norms,
-        "norm_pre_eps": norms.get("norm_pre"),
-        "norm_eps": norms.get("norm", norms.get("fc_norm")),
+        "norm_pre_eps": norms.get("norm_pre", (None, None))[0],
+        "norm_pre_layer": norms.get("norm_pre", (None, None))[1],
+        "norm_eps": final[0],
+        "final_norm_layer": final[1],
         "pool_include_prefix": vit.pool_include_prefix,
         "drop_rate": vit.head_drop.p,
     }
@@ -206,7 +210,7 @@ def _block(name: str, block: nn.Module) -> dict[str, Any]:
     biases = (mlp.fc1.bias is None, mlp.fc2.bias is None)
     require(len(set(biases)) == 1, f"a bias in one layer of the MLP alone ({name}.mlp)")
     norms = (block.norm1, block.norm2)
-    require(all(isinstance(norm, nn.LayerNorm) for norm in norms), f"a norm other than LayerNorm ({name})")
+    require(all(map(_norm_kind, norms)), f"a norm other than LayerNorm and RMSNorm ({name})")
     drops = {attn.proj_drop.p, mlp.drop1.p, mlp.drop2.p}
     require(len(drops) == 1, f"dropout of different rates in a block ({name})")
     paths = {float(getattr(path, "drop_prob", 0.0) or 0.0) for path in (block.drop_path1, block.drop_path2)}
@@ -221,12 +225,30 @@ def _block(name: str, block: nn.Module) -> dict[str, Any]:
         "hidden_dim": mlp.fc1.out_features,
         "act_layer": act,
         "mlp_bias": not biases[0],
-        "norm1_eps": block.norm1.eps,
-        "norm2_eps": block.norm2.eps,
+        "norm1_eps": _eps(block.norm1),
+        "norm2_eps": _eps(block.norm2),
+        "norm1_layer": _norm_kind(block.norm1),
+        "norm2_layer": _norm_kind(block.norm2),
         "init_values": None if scales == {True} else float(block.ls1.init_values),
         "proj_drop_rate": drops.pop(),
         "drop_path_rate": paths.pop(),
     }
+
+
+def _norm_kind(module: nn.Module) -> str | None:
+    """Kind of a norm, see `models.spec.Norm`; None for others. timm has norms of its own that compute the same."""
+    of_timm = type(module).__module__.startswith("timm.layers.")
+    if type(module) is nn.LayerNorm or (of_timm and isinstance(module, nn.LayerNorm)):
+        return "layer"
+    is_rms = type(module) is nn.RMSNorm or (of_timm and type(module).__name__ in ("RmsNorm", "RmsNormFp32"))
+    return "rms" if is_rms else None
+
+
+def _eps(norm: nn.Module) -> float:
+    if norm.eps is not None:
+        return norm.eps
+    require(norm.weight is not None, "a norm without weight")
+    return torch.finfo(norm.weight.dtype).eps  # as in torch.nn.functional.rms_norm
 
 
 def _check_types(vit: nn.Module) -> None:
@@ -248,14 +270,13 @@ def _check_types(vit: nn.Module) -> None:
     }
     for name, module in vit.named_modules():
         role = name.rpartition(".")[2]
-        if role in norms:  # timm has LayerNorms of its own that compute the same
-            of_timm = type(module).__module__.startswith("timm.layers.") and isinstance(module, nn.LayerNorm)
+        if role in norms:
+            kind = "none" if type(module) is nn.Identity else _norm_kind(module)
+            require(kind is not None, f"a norm other than LayerNorm and RMSNorm ({name} is {type(module).__name__})")
+            wanted = {"none": (), "layer": ("weight", "bias"), "rms": ("weight",)}[kind]
             require(
-                of_timm or type(module) in (nn.LayerNorm, nn.Identity),
-                f"a norm other than LayerNorm ({name} is {type(module).__name__})",
+                all(getattr(module, n) is not None for n in wanted), f"a norm without {' or '.join(wanted)} ({name})"
             )
-            affine = isinstance(module, nn.Identity) or (module.weight is not None and module.bias is not None)
-            require(affine, f"LayerNorm without weight or bias ({name})")
         elif type(module) not in expected.get(role, (type(module),)):
             raise ValueError(
                 f"vit: {name} is {type(module).__name__} instead of {expected[role][0].__name__}, which is not "

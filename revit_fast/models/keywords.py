@@ -61,6 +61,9 @@ def spec_of(
     eps: float = 1e-6,
     norm_pre_eps: float | None = None,
     norm_eps: float | None = None,
+    norm_layer: str = "layer",
+    norm_pre_layer: str | None = None,
+    final_norm_layer: str | None = None,
     drop_rate: float = 0.0,
     pos_drop_rate: float = 0.0,
     proj_drop_rate: float = 0.0,
@@ -104,6 +107,9 @@ def spec_of(
         eps: of every norm.
         norm_pre_eps: eps of the norm between embedding and blocks, if it differs.
         norm_eps: eps of the final norm, if it differs.
+        norm_layer: kind of every norm, see `Norm.kind`.
+        norm_pre_layer: kind of the norm between embedding and blocks, if it differs.
+        final_norm_layer: kind of the final norm, if it differs.
         drop_rate: dropout before the head.
         pos_drop_rate: dropout of the embedding.
         proj_drop_rate: dropout after attention's projection and in the MLP.
@@ -127,6 +133,8 @@ def spec_of(
         "mlp_bias": mlp_bias,
         "norm1_eps": eps,
         "norm2_eps": eps,
+        "norm1_layer": norm_layer,
+        "norm2_layer": norm_layer,
         "init_values": init_values,
         "residual_scale": residual_scale,
         "proj_drop_rate": proj_drop_rate,
@@ -146,7 +154,7 @@ def spec_of(
             Prefix(class_token, distilled, reg_tokens, not no_embed_class),
             patch_bias,
             stem_chans,
-            Norm(eps if norm_pre_eps is None else norm_pre_eps) if pre_norm else None,
+            Norm(eps if norm_pre_eps is None else norm_pre_eps, norm_pre_layer or norm_layer) if pre_norm else None,
         ),
         blocks=tuple(
             _block(
@@ -157,7 +165,7 @@ def spec_of(
         head=Head(
             num_classes,
             global_pool,
-            Norm(eps if norm_eps is None else norm_eps) if final_norm else None,
+            Norm(eps if norm_eps is None else norm_eps, final_norm_layer or norm_layer) if final_norm else None,
             pooled,
             pool_include_prefix,
             aux_head,
@@ -178,12 +186,14 @@ BLOCK_KEYWORDS = (
     "mlp_bias",
     "norm1_eps",
     "norm2_eps",
+    "norm1_layer",
+    "norm2_layer",
     "init_values",
     "residual_scale",
     "proj_drop_rate",
     "drop_path_rate",
 )
-"""Keywords of `spec_of` that an entry of its `blocks` may hold; `eps` of each norm by itself."""
+"""Keywords of `spec_of` that an entry of its `blocks` may hold; `eps` and `norm_layer` of each norm by itself."""
 
 
 def _block(keywords: Mapping[str, Any]) -> Block:
@@ -203,8 +213,8 @@ def _block(keywords: Mapping[str, Any]) -> Block:
     return Block(
         Attention(k["num_heads"], k["head_dim"], k["qkv_bias"], k["proj_bias"], k["attn_scale"]),
         Mlp(k["hidden_dim"], as_activation(k["act_layer"]), k["mlp_bias"]),
-        Norm(k["norm1_eps"]),
-        Norm(k["norm2_eps"]),
+        Norm(k["norm1_eps"], k["norm1_layer"]),
+        Norm(k["norm2_eps"], k["norm2_layer"]),
         scale,
         k["proj_drop_rate"],
         k["drop_path_rate"],
@@ -223,6 +233,8 @@ def _block_keywords(block: Block) -> dict[str, Any]:
         "mlp_bias": block.mlp.bias,
         "norm1_eps": block.norm1.eps,
         "norm2_eps": block.norm2.eps,
+        "norm1_layer": block.norm1.kind,
+        "norm2_layer": block.norm2.kind,
         "init_values": block.scale.init if isinstance(block.scale, LayerScale) else None,
         "residual_scale": block.scale.by if isinstance(block.scale, Divide) else 1.0,
         "proj_drop_rate": block.drop,
@@ -240,15 +252,17 @@ def keywords_of(spec: ViTSpec) -> dict[str, Any]:
     entries = [_block_keywords(block) for block in spec.blocks]
     rate = entries[-1]["drop_path_rate"] if entries else 0.0
     first = entries[0] if entries else _block_keywords(Block(Attention(1, spec.dim), Mlp(4 * spec.dim)))
-    eps = first.pop("norm1_eps")
-    common = {**first, "drop_path_rate": rate}
-    del common["norm2_eps"]
+    of_norms = ("norm1_eps", "norm2_eps", "norm1_layer", "norm2_layer")
+    eps, kind = first["norm1_eps"], first["norm1_layer"]
+    common = {name: value for name, value in first.items() if name not in of_norms} | {"drop_path_rate": rate}
     differing = []
     for i, entry in enumerate(entries):
         expected = {
             **common,
             "norm1_eps": eps,
             "norm2_eps": eps,
+            "norm1_layer": kind,
+            "norm2_layer": kind,
             "drop_path_rate": rate * i / max(len(entries) - 1, 1),
         }
         differing.append({name: value for name, value in entry.items() if value != expected[name]})
@@ -281,4 +295,12 @@ def keywords_of(spec: ViTSpec) -> dict[str, Any]:
         "drop_rate": head.drop,
         "pos_drop_rate": positions.drop,
         "blocks": differing if any(differing) else None,
+        **_norm_layers(kind, embed.norm, head.norm),
     }
+
+
+def _norm_layers(kind: str, pre: Norm | None, final: Norm | None) -> dict[str, str]:
+    """The keywords for kinds of norms, those of a model of LayerNorms left out: its files stay as they were."""
+    kinds = {} if kind == Norm().kind else {"norm_layer": kind}
+    others = {"norm_pre_layer": pre, "final_norm_layer": final}
+    return kinds | {name: norm.kind for name, norm in others.items() if norm is not None and norm.kind != kind}

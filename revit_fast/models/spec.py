@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.layers.mlp import Activation
+from revit_fast.layers.norm import NORMS
 
 POOLS = ("token", "avg", "token_avg", "")
 GELU = Activation("gelu")
@@ -16,13 +17,19 @@ GELU = Activation("gelu")
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm with parameters of its own for every token length.
+    """A norm with parameters of its own for every token length.
 
     Attributes:
-        eps: added to the variance.
+        eps: added to the variance, or to the mean square.
+        kind: "layer" (LayerNorm) or "rms" (RMSNorm, arXiv 1910.07467: no mean is subtracted, and there is no bias).
     """
 
     eps: float = 1e-6
+    kind: str = "layer"
+
+    def __post_init__(self) -> None:
+        if self.kind not in NORMS:
+            raise ValueError(f'norm_layer: expected "layer" or "rms", got {self.kind!r}')
 
 
 @dataclass(frozen=True)

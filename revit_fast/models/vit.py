@@ -21,7 +21,7 @@ from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.layers.attention import Queries
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
 from revit_fast.layers.segments import sequence_max
@@ -48,7 +48,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
-    every side must be a multiple of the patch size. Each image uses the LayerNorm parameters of the configured length
+    every side must be a multiple of the patch size. Each image uses the norm parameters of the configured length
     nearest to its number of patches; ties go to the longer. An image may have any grid; position embeddings are
     resampled to it as in timm.
 
@@ -85,7 +85,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
 
         def norm(norm: Norm | None) -> nn.Module:
-            return nn.Identity() if norm is None else TALLayerNorm(n_lengths, spec.dim, norm.eps)
+            return nn.Identity() if norm is None else NORMS[norm.kind](n_lengths, spec.dim, norm.eps)
 
         options = {"dim": spec.dim, "grid_size": self.base_grid, "bias": embed.bias}
         if embed.stem is None:
@@ -180,14 +180,15 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
     @classmethod
     def from_timm(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS) -> ReViT:
-        """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, LayerNorms repeated for every length.
+        """A ReViT with the weights of a timm `VisionTransformer` or `NaFlexVit`, norms repeated for every length.
 
         For images of a single grid the result equals that of the timm model at that input size (with
         `dynamic_img_size=True`). For a `NaFlexVit` this is also true of grids that are not square.
 
         Args:
-            vit: ViT, DeiT, distilled DeiT, with LayerScale, register tokens, class-token or average pooling; or a
-                `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased) or factorized.
+            vit: ViT, DeiT, distilled DeiT, with LayerNorms or RMSNorms, LayerScale, register tokens, class-token or
+                average pooling; or a `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased)
+                or factorized.
             grids: configured token grids, strictly decreasing.
 
         Raises:
@@ -435,6 +436,7 @@ def _block(block: BlockSpec, dim: int, n_lengths: int) -> Block:
         n_lengths,
         mlp.act.build(),
         eps=(block.norm1.eps, block.norm2.eps),
+        norms=(block.norm1.kind, block.norm2.kind),
         scale=attn.scale,
         qkv_bias=attn.qkv_bias,
         proj_bias=attn.out_bias,

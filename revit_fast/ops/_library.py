@@ -19,11 +19,11 @@ SCHEMAS = (
     "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float scale, bool causal, Tensor? tiles, SymInt[] tile_counts) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-    "tal_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor length_index, float eps, "
+    "tal_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, Tensor length_index, float eps, "
     "Tensor? tiles) -> (Tensor y, Tensor mean, Tensor rstd)",
-    "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor cu_seqlens, "
+    "tal_layer_norm_residual(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor cu_seqlens, "
     "Tensor length_index, float eps, Tensor? tiles) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
-    "tal_layer_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    "tal_layer_norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, "
     "Tensor cu_seqlens, Tensor length_index, Tensor? tiles) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     "assemble_tokens(Tensor patches, Tensor prefix, Tensor pos_table, Tensor pos_offset, Tensor cu_seqlens) -> Tensor",
     "assemble_tokens_backward(Tensor grad_tokens, Tensor pos_table, Tensor pos_offset, Tensor cu_seqlens, "

@@ -1,4 +1,8 @@
-"""LayerNorm whose affine parameters are chosen by each sequence's token length (TAL-LN)."""
+"""LayerNorm (TAL-LN) and RMSNorm whose affine parameters are chosen by each sequence's token length.
+
+For RMSNorm the ops take None as bias and return an empty mean; the backward op takes None as mean and returns an empty
+gradient of the bias.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,52 @@ def tal_layer_norm(
 
     Source: TAL-LN of "Make A Long Image Short" (arXiv 2307.02092); statistics as in `torch.nn.functional.layer_norm`.
     """
-    _check(x, weight, bias, cu_seqlens, length_index, eps, residual)
+    _check(x, weight, cu_seqlens, length_index, eps, residual)
+    _checks.check_like("bias", bias, "weight", weight, weight.shape)
+    return _norm(x, weight, bias, cu_seqlens, length_index, eps, residual, tiles)
+
+
+def tal_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    length_index: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    tiles: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Token-length-aware RMSNorm: row i of sequence b becomes `x_i / sqrt(mean(x_i^2) + eps) * weight[l]`.
+
+    Here l = length_index[b]. The residual form, the dtype of the statistics and the rounding of the sum are those of
+    `tal_layer_norm`.
+
+    Args:
+        x: `[T, C]` rows of the pack; rows beyond `cu_seqlens[-1]` are padding.
+        weight: `[n_lengths, C]`, in the dtype of `x`, or float32 with bfloat16 and float16 rows.
+        cu_seqlens: int32 `[B + 1]`, first row of each sequence, then the end of the last.
+        length_index: int32 `[B]`, row of `weight` of each sequence.
+        eps: added to the mean square; not negative.
+        residual: `[T, C]` in the dtype of `x`, added to it first.
+        tiles: the work list of the pack (`revit_fast.packing.work_list`), for kernels that use it.
+
+    Returns:
+        y `[T, C]`, or `(y, x + residual)` where a residual is given; zero on padding rows.
+
+    Raises:
+        TypeError: for an argument that is not a tensor or has another dtype.
+        ValueError: for shapes or devices that do not belong together, or an eps that is negative or not finite.
+        RuntimeError: for values of `cu_seqlens` or `length_index` that are out of range (on the CPU).
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467), with a weight for every
+    length as in TAL-LN; statistics as in `torch.nn.functional.rms_norm`: where a mean square is beyond float32, y is
+    zero.
+    """
+    _check(x, weight, cu_seqlens, length_index, eps, residual)
+    return _norm(x, weight, None, cu_seqlens, length_index, eps, residual, tiles)
+
+
+def _norm(x, weight, bias, cu_seqlens, length_index, eps, residual, tiles) -> Tensor | tuple[Tensor, Tensor]:
     cu_seqlens, length_index = cu_seqlens.contiguous(), length_index.contiguous()
     if residual is None:
         return _OPS.tal_layer_norm.default(x, weight, bias, cu_seqlens, length_index, eps, tiles)[0]
@@ -60,7 +109,7 @@ def tal_layer_norm(
     return y, total
 
 
-def _check(x, weight, bias, cu_seqlens, length_index, eps, residual) -> None:
+def _check(x, weight, cu_seqlens, length_index, eps, residual) -> None:
     _checks.check_rows("x", x)
     if x.shape[1] == 0:
         raise ValueError(f"x: expected at least one channel, got shape {list(x.shape)}")
@@ -72,7 +121,6 @@ def _check(x, weight, bias, cu_seqlens, length_index, eps, residual) -> None:
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight: expected shape [n_lengths, C = {x.shape[1]}], got {list(weight.shape)}")
     _checks.check_device("weight", weight, "x", x)
-    _checks.check_like("bias", bias, "weight", weight, weight.shape)
     _checks.check_cu_seqlens(cu_seqlens, "x", x)
     _checks.check_per_sequence("length_index", length_index, cu_seqlens)
     if not 0 <= eps < math.inf:
@@ -85,47 +133,59 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _empty_statistics(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    n_rows, dtype = x.shape[0], _statistics_dtype(x)
+    return x.new_empty(0 if bias is None else n_rows, dtype=dtype), x.new_empty(n_rows, dtype=dtype)
+
+
 @torch.library.register_fake("revit_fast::tal_layer_norm")
 def _(x, weight, bias, cu_seqlens, length_index, eps, tiles):
-    statistics = x.new_empty(x.shape[0], dtype=_statistics_dtype(x))
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape), *_empty_statistics(x, bias)
 
 
 @torch.library.register_fake("revit_fast::tal_layer_norm_residual")
 def _(x, residual, weight, bias, cu_seqlens, length_index, eps, tiles):
-    statistics = x.new_empty(x.shape[0], dtype=_statistics_dtype(x))
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape), x.new_empty(x.shape), *_empty_statistics(x, bias)
 
 
 @torch.library.register_fake("revit_fast::tal_layer_norm_backward")
 def _(grad_y, grad_sum, x, weight, mean, rstd, cu_seqlens, length_index, tiles):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(0 if mean is None else weight.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, cu_seqlens, length_index, _, tiles = inputs
+    x, weight, bias, cu_seqlens, length_index, _, tiles = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, mean, rstd, cu_seqlens, length_index, tiles)
-
-
-def _backward(ctx, grad_y, grad_mean, grad_rstd):
-    grads = _library.call_backward("tal_layer_norm_backward", grad_y, None, *ctx.saved_tensors)
-    return *grads, None, None, None, None
+    _save(ctx, x, weight, bias, mean, rstd, cu_seqlens, length_index, tiles)
 
 
 def _setup_context_residual(ctx, inputs, output):
-    _, _, weight, _, cu_seqlens, length_index, _, tiles = inputs
+    _, _, weight, bias, cu_seqlens, length_index, _, tiles = inputs
     _, total, mean, rstd = output
+    _save(ctx, total, weight, bias, mean, rstd, cu_seqlens, length_index, tiles)
+
+
+def _save(ctx, normed, weight, bias, mean, rstd, *pack):
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(total, weight, mean, rstd, cu_seqlens, length_index, tiles)
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(normed, weight, mean if ctx.has_bias else None, rstd, *pack)
 
 
-def _backward_residual(ctx, grad_y, grad_sum, grad_mean, grad_rstd):
+def _gradients(ctx, grad_y, grad_sum):
+    """Gradients of x, weight and bias."""
     grad_x, grad_weight, grad_bias = _library.call_backward(
         "tal_layer_norm_backward", grad_y, grad_sum, *ctx.saved_tensors
     )
-    return grad_x, grad_x, grad_weight, grad_bias, None, None, None, None
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+
+
+def _backward(ctx, grad_y, grad_mean, grad_rstd):
+    return *_gradients(ctx, grad_y, None), None, None, None, None
+
+
+def _backward_residual(ctx, grad_y, grad_sum, grad_mean, grad_rstd):
+    grad_x, *grads = _gradients(ctx, grad_y, grad_sum)
+    return grad_x, grad_x, *grads, None, None, None, None
 
 
 torch.library.register_autograd("revit_fast::tal_layer_norm", _backward, setup_context=_setup_context)
@@ -134,10 +194,10 @@ torch.library.register_autograd(
 )
 
 
-def _fallback_statistics(total: Tensor, cu_seqlens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _fallback_statistics(total: Tensor, bias: Tensor | None, cu_seqlens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows = total.to(_statistics_dtype(total))
-    mean = rows.mean(dim=1)
-    rstd = torch.rsqrt(rows.var(dim=1, correction=0) + eps)
+    mean = rows.mean(dim=1) if bias is not None else rows.new_empty(0)
+    rstd = torch.rsqrt((rows.var(dim=1, correction=0) if bias is not None else rows.square().mean(dim=1)) + eps)
     mean[cu_seqlens[-1] :] = 0
     rstd[cu_seqlens[-1] :] = 0
     return mean, rstd
@@ -145,12 +205,12 @@ def _fallback_statistics(total: Tensor, cu_seqlens: Tensor, eps: float) -> tuple
 
 def _fallback(x, weight, bias, cu_seqlens, length_index, eps, tiles):
     y = reference.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, eps).to(x.dtype)
-    return y, *_fallback_statistics(x, cu_seqlens, eps)
+    return y, *_fallback_statistics(x, bias, cu_seqlens, eps)
 
 
 def _fallback_residual(x, residual, weight, bias, cu_seqlens, length_index, eps, tiles):
     y, total = reference.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, eps, residual)
-    return y.to(x.dtype), total, *_fallback_statistics(total, cu_seqlens, eps)
+    return y.to(x.dtype), total, *_fallback_statistics(total, bias, cu_seqlens, eps)
 
 
 def _fallback_backward(grad_y, grad_sum, x, weight, mean, rstd, cu_seqlens, length_index, tiles):
@@ -159,15 +219,17 @@ def _fallback_backward(grad_y, grad_sum, x, weight, mean, rstd, cu_seqlens, leng
     sequence_rows = cu_seqlens.diff().long()
     length = length_index.long().repeat_interleave(sequence_rows)
     rows = slice(0, n_rows)
-    grad = grad_y[rows].to(mean.dtype)
-    xhat = (x[rows].to(mean.dtype) - mean[rows, None]) * rstd[rows, None]
-    h = grad * weight[length].to(mean.dtype)
-    inner = h - h.mean(dim=1, keepdim=True) - xhat * (h * xhat).mean(dim=1, keepdim=True)
+    grad = grad_y[rows].to(rstd.dtype)
+    centred = x[rows].to(rstd.dtype) - (0 if mean is None else mean[rows, None])
+    xhat = centred * rstd[rows, None]
+    h = grad * weight[length].to(rstd.dtype)
+    mean_h = 0 if mean is None else h.mean(dim=1, keepdim=True)
+    inner = h - mean_h - xhat * (h * xhat).mean(dim=1, keepdim=True)
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_x[rows] = (inner * rstd[rows, None] + (0 if grad_sum is None else grad_sum[rows])).to(x.dtype)
-    zeros = torch.zeros_like(weight, dtype=mean.dtype, memory_format=torch.contiguous_format)
+    zeros = torch.zeros_like(weight, dtype=rstd.dtype, memory_format=torch.contiguous_format)
     grad_weight = zeros.index_add(0, length, grad * xhat)
-    grad_bias = zeros.index_add(0, length, grad)
+    grad_bias = weight.new_empty(0) if mean is None else zeros.index_add(0, length, grad)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 

@@ -24,12 +24,12 @@ NUMBERS_PER_BLOCK = 7
 
 
 class TokenNorm(NamedTuple):
-    """A LayerNorm with parameters of its own for every length.
+    """A LayerNorm or RMSNorm with parameters of its own for every length.
 
     Attributes:
         weight: float32 `[n_lengths, C]`.
-        bias: float32 `[n_lengths, C]`.
-        eps: added to the variance, not negative.
+        bias: float32 `[n_lengths, C]`; `NO_BIAS` for RMSNorm.
+        eps: added to the variance, or to the mean square; not negative.
     """
 
     weight: Tensor
@@ -37,7 +37,8 @@ class TokenNorm(NamedTuple):
     eps: float
 
 
-NO_NORM = TokenNorm(torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), 1e-6)
+NO_BIAS = torch.empty(0, device="cpu")
+NO_NORM = TokenNorm(torch.empty(0, device="cpu"), NO_BIAS, 1e-6)
 
 
 class BlockWeights(NamedTuple):

@@ -18,7 +18,7 @@ CALLS = [
     Case(op, direction, dtype, size, variant=variant)
     for op, size, variants in (
         ("attention", 80, ("", "causal", "grouped", "derived")),
-        ("layer_norm", 384, ("", "residual", "fp32 weights")),
+        ("layer_norm", 384, ("", "residual", "rms", "fp32 weights")),
         ("patch_embed", 384, ("",)),
         ("mean_pool", 384, ("",)),
     )

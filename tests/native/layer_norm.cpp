@@ -1,4 +1,4 @@
-// LayerNorm on ragged sizes against a scalar loop in double.
+// LayerNorm and RMSNorm on ragged sizes against a scalar loop in double.
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -20,8 +20,8 @@ std::vector<T> values(int64_t n, int64_t seed) {
 }
 
 template <class T>
-void test_rows(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_rows, int64_t n_channels,
-               bool with_residual) {
+void test_rows(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_rows, int64_t n_channels, bool with_residual,
+               bool rms) {
   const double eps = 1e-5, tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
   const int d = static_cast<int>(dtype);
   const int64_t n = n_rows * n_channels;
@@ -29,16 +29,16 @@ void test_rows(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_rows, 
   const auto bias = values<T>(n_channels, 4), grad_y = values<T>(n, 5), grad_sum = values<T>(n, 6);
   std::vector<T> y(x.size()), sum(with_residual ? x.size() : 0), mean(static_cast<size_t>(n_rows)), rstd(mean);
   std::vector<T> scratch(static_cast<size_t>(revit::cpu::kLayerNormBackwardScratchRows * n_channels));
-  kernels.layer_norm.forward[d]({x.data(), with_residual ? residual.data() : nullptr, weight.data(), bias.data(),
-                                 y.data(), sum.data(), mean.data(), rstd.data(), scratch.data(), n_rows, n_channels,
-                                 eps, true});
+  kernels.layer_norm.forward[d]({x.data(), with_residual ? residual.data() : nullptr, weight.data(),
+                                 rms ? nullptr : bias.data(), y.data(), sum.data(), rms ? nullptr : mean.data(),
+                                 rstd.data(), scratch.data(), n_rows, n_channels, eps, true});
   const std::vector<T>& normed = with_residual ? sum : x;
   std::vector<T> grad_x(x.size()), parts(static_cast<size_t>(2 * n_channels));
   kernels.layer_norm.backward[d]({grad_y.data(), with_residual ? grad_sum.data() : nullptr, normed.data(),
-                                  weight.data(), mean.data(), rstd.data(), grad_x.data(), parts.data(),
-                                  parts.data() + n_channels, scratch.data(), n_rows, n_channels});
+                                  weight.data(), rms ? nullptr : mean.data(), rstd.data(), grad_x.data(), parts.data(),
+                                  rms ? nullptr : parts.data() + n_channels, scratch.data(), n_rows, n_channels});
   std::vector<T> grad_weight(weight.size()), grad_bias(weight.size());
-  kernels.layer_norm.reduce[d]({parts.data(), grad_weight.data(), grad_bias.data(), 1, n_channels});
+  kernels.layer_norm.reduce[d]({parts.data(), grad_weight.data(), rms ? nullptr : grad_bias.data(), 1, n_channels});
 
   std::vector<double> true_weight(weight.size(), 0), true_bias(weight.size(), 0);
   double worst = 0;
@@ -49,18 +49,18 @@ void test_rows(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_rows, 
     for (int64_t c = 0; c < n_channels; ++c) {
       s[c] = static_cast<T>(x[at + c] + (with_residual ? residual[at + c] : T(0)));
       if (with_residual) worst = std::fmax(worst, std::fabs(s[c] - sum[at + c]));
-      m += s[c] / n_channels;
+      if (!rms) m += s[c] / n_channels;
     }
     for (int64_t c = 0; c < n_channels; ++c) v += (s[c] - m) * (s[c] - m) / n_channels;
     const double scale = 1 / std::sqrt(v + eps);
     for (int64_t c = 0; c < n_channels; ++c) {
       const double xhat = (s[c] - m) * scale;
-      worst = std::fmax(worst, std::fabs(xhat * weight[c] + bias[c] - y[at + c]));
+      worst = std::fmax(worst, std::fabs(xhat * weight[c] + (rms ? T(0) : bias[c]) - y[at + c]));
       h[c] = static_cast<double>(grad_y[at + c]) * weight[c];
-      mean_h += h[c] / n_channels;
+      if (!rms) mean_h += h[c] / n_channels;
       mean_hx += h[c] * xhat / n_channels;
       true_weight[c] += grad_y[at + c] * xhat;
-      true_bias[c] += grad_y[at + c];
+      if (!rms) true_bias[c] += grad_y[at + c];
     }
     for (int64_t c = 0; c < n_channels; ++c) {
       const double xhat = (s[c] - m) * scale;
@@ -103,9 +103,11 @@ void test_16_bit(const revit::cpu::Kernels& kernels, DType dtype, int64_t n_chan
 void test_layer_norm(const revit::cpu::Kernels& kernels) {
   for (int64_t n_channels : {1, 2, 7, 16, 31, 67, 150}) {
     for (bool with_residual : {false, true}) {
-      test_rows<double>(kernels, DType::kFloat64, 5, n_channels, with_residual);
-      // Of one or two channels the gradient is small beside the rounding of what it is the difference of.
-      if (n_channels > 2) test_rows<float>(kernels, DType::kFloat32, 5, n_channels, with_residual);
+      for (bool rms : {false, true}) {
+        test_rows<double>(kernels, DType::kFloat64, 5, n_channels, with_residual, rms);
+        // Of one or two channels the gradient is small beside the rounding of what it is the difference of.
+        if (n_channels > 2) test_rows<float>(kernels, DType::kFloat32, 5, n_channels, with_residual, rms);
+      }
     }
     test_16_bit(kernels, DType::kBFloat16, n_channels);
     test_16_bit(kernels, DType::kFloat16, n_channels);
