@@ -17,8 +17,6 @@ inline constexpr int kHalfBlock = kLinearRows / 2;
 inline constexpr int64_t kLinearPanel = kPanel<float>;
 
 inline constexpr int64_t kMaxChain = 256;
-// Its part of a panel has as many bytes. The rounding of the factors is far above that of the sums.
-inline constexpr int64_t kMaxRoundedChain = 512;
 
 template <class W>
 inline constexpr bool kInteger = std::is_same_v<W, int8_t>;
@@ -32,7 +30,7 @@ inline constexpr bool kPairs = kInteger<W> || kRounded<W>;
 // columns in which the layer before it is computed.
 template <class W>
 REVIT_INLINE int64_t chain_of(int64_t depth) {
-  constexpr int64_t most = kInteger<W> ? kMaxIntegerChain : kRounded<W> ? kMaxRoundedChain : kMaxChain;
+  constexpr int64_t most = kInteger<W> ? kMaxIntegerChain : kMaxChain;
   constexpr int64_t unit = kInteger<W> ? kIntegerChainUnit : kLinearPanel;
   static_assert(unit % kLinearPanel == 0);
   const int64_t n_chains = std::max<int64_t>(1, (depth + most - 1) / most);
