@@ -74,7 +74,7 @@ class SpaceTimeBlock(nn.Module):
         """
         if self.divided:
             h, x = add_and_norm(self.temporal_norm1, x, delta, layout.stream)
-            delta = self.temporal_fc(self.temporal_attn(h, layout.temporal))
+            delta = self._over_time(h, layout.temporal)
             delta[layout.n_patch_rows :] = 0  # temporal attention does not change class tokens
         h, x = add_and_norm(self.norm1, x, delta, layout.stream)
         h = h.index_select(0, layout.to_space)
@@ -89,6 +89,10 @@ class SpaceTimeBlock(nn.Module):
             delta[layout.n_patch_rows :] = mean_pool(copies, layout.copies)
         h, x = self.norm2(delta, rows, residual=x)
         return x, self.mlp(h)
+
+    def _over_time(self, h: Tensor, layout: Layout) -> Tensor:
+        """Temporal attention and the linear layer after it."""
+        return self.temporal_fc(self.temporal_attn(h, layout))
 
 
 def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
