@@ -11,10 +11,15 @@ from torch import Tensor
 from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, bucket_of
 from revit_fast.inference.inference_copy import InferenceCopy, in_turn
+from revit_fast.inference.modular import ModularReViT
 from revit_fast.layers.derived import Derived
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
+
+
+ENGINES = ("fused", "modules")
+"""Ways to run a copy, see `optimize`."""
 
 
 class OptimizedReViT(InferenceCopy, ReViT):
@@ -96,8 +101,13 @@ def check_integer_device(device: torch.device) -> None:
 
 
 def optimize(
-    model: ReViT, dtype: torch.dtype | None = None, *, max_rows: int = MAX_ROWS, max_graphs: int = MAX_GRAPHS
-) -> OptimizedReViT:
+    model: ReViT,
+    dtype: torch.dtype | None = None,
+    *,
+    engine: str = "fused",
+    max_rows: int = MAX_ROWS,
+    max_graphs: int = MAX_GRAPHS,
+) -> OptimizedReViT | ModularReViT:
     """An inference copy of `model` with the same methods and, within rounding, the same results; `model` is unchanged.
 
     On a CPU `forward` and `forward_features` run fused. The first call packs the weights; the copy then holds them
@@ -118,6 +128,10 @@ def optimize(
     at capture. Batches beyond `max_rows` and all other methods run eagerly. Calls from several threads run one after
     another.
 
+    The engine "modules" calls every module instead, so it serves what the fused engine refuses: hooks, adapters,
+    replaced modules, any activation. On a CPU, in float32 or bfloat16, plain linear layers, MLPs and patch embeddings
+    run on weights packed once. Elsewhere it runs the model's own code, without CUDA graphs.
+
     float64 models, other methods, code under `torch.compile` and a CPU without the C++ extension use the model's own
     code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules), but not writes
     through `.data` that keep its memory. Pickles and deep copies contain only the parameters and derive the rest again.
@@ -128,6 +142,7 @@ def optimize(
         model: the model to copy.
         dtype: dtype of the copy, float32, bfloat16 or float16; by default that of the model. int8 means a float32 copy
             with packed weights in int8.
+        engine: "fused", or "modules" to call every module.
         max_rows: patch rows (padding included) of the largest batch that is captured. The graphs share one memory pool
             of about the size that the largest of them needs.
         max_graphs: number of graphs kept; the least recently used one is dropped first.
@@ -135,19 +150,26 @@ def optimize(
     Raises:
         TypeError: if `model` is not a `ReViT`, or for another dtype.
         ValueError: for bounds below 1; for int8 on any device but a CPU; on a CPU for float16, and for a model with
-            hooks or replaced modules that fused code would not run (the message names them).
+            hooks or replaced modules that fused code would not run (the message names them); for an unknown engine.
     """
-    if type(model) not in (ReViT, OptimizedReViT):  # a subclass may compute something else
+    if type(model) not in (ReViT, OptimizedReViT, ModularReViT):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
         raise TypeError(f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.int8, got {dtype}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected {' or '.join(map(repr, ENGINES))}, got {engine!r}")
     for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
     if dtype == torch.int8:
         check_integer_device(model.pos_embed.device)
+        if engine == "modules":
+            raise ValueError('dtype: engine="modules" has no int8 weights; use engine="fused", or bfloat16')
     if model.pos_embed.device.type == "cpu":
         if (dtype or model.pos_embed.dtype) == torch.float16:
             raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")
-        cpu.check_fusable(model)
+        if engine == "fused":
+            cpu.check_fusable(model)
+    if engine == "modules":
+        return ModularReViT(model, dtype)
     return OptimizedReViT(model, dtype, max_rows, max_graphs)
