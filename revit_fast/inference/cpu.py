@@ -58,9 +58,7 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
             )
 
 
-def check_unaltered(
-    model: ReViT, runner: str, training: bool = False, otherwise: str = "run the model itself"
-) -> None:
+def check_unaltered(model: ReViT, runner: str, training: bool = False, otherwise: str = "run the model itself") -> None:
     """Raises a ValueError that names the first module that is not as the model's spec has it.
 
     Args:

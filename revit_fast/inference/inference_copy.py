@@ -120,7 +120,7 @@ class InferenceCopy(nn.Module):
     def __deepcopy__(self, memo: dict) -> InferenceCopy:
         new = memo[id(self)] = type(self).__new__(type(self))
         with torch.inference_mode(False):
-            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
     def __setstate__(self, state: dict) -> None:

@@ -17,7 +17,6 @@ from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
 
-
 ENGINES = ("fused", "modules")
 """Ways to run a copy, see `optimize`."""
 
@@ -129,8 +128,8 @@ def optimize(
     another.
 
     The engine "modules" calls every module instead, so it serves what the fused engine refuses: hooks, adapters,
-    replaced modules, any activation. On a CPU, in float32 or bfloat16, plain linear layers, MLPs and patch embeddings
-    run on weights packed once. Elsewhere it runs the model's own code, without CUDA graphs.
+    replaced modules, any activation. On a CPU in float32, plain linear layers, MLPs and patch embeddings run on weights
+    packed once. In bfloat16, and on a GPU, it runs the model's own code, without CUDA graphs.
 
     float64 models, other methods, code under `torch.compile` and a CPU without the C++ extension use the model's own
     code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules), but not writes

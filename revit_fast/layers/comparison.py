@@ -12,7 +12,7 @@ SCALARS = (bool, int, float, str, tuple, type(None))
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The type of a module. A class that computes the same as another one names it in its attribute `stands_for`."""
+    """The type of a module, or the one that it stands for: a class that computes the same names it in `stands_for`."""
     kind = type(module)
     return vars(kind).get("stands_for", kind)  # a subclass of such a class may compute something else
 
@@ -23,7 +23,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     A subclass, a parametrised module, an adapter around a layer, a quantised layer and a module with hooks (pruning and
     weight norm of older PyTorch are hooks) do more: they must be called.
     """
-    return kind_of(module) is kind and not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
+    return (
+        kind_of(module) is kind and not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
+    )
 
 
 def alteration(module: nn.Module) -> str | None:

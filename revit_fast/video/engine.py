@@ -47,7 +47,7 @@ def _parameters(block: SpaceTimeBlock) -> tuple[Tensor | None, ...]:
 def _merge(block: SpaceTimeBlock) -> PackedWeight:
     weight, bias, fc_weight, fc_bias = (None if t is None else t.double() for t in _parameters(block))
     merged = fc_bias if bias is None else fc_weight @ bias + (0 if fc_bias is None else fc_bias)
-    return packed(fc_weight @ weight, merged, block.temporal_fc.weight.dtype)
+    return packed(fc_weight @ weight, merged)
 
 
 KINDS = {**PACKED_KINDS, SpaceTimeBlock: PackedSpaceTimeBlock}
