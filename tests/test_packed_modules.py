@@ -116,6 +116,16 @@ class TestLinear:
         with torch.no_grad():
             assert runs_packed(layer, x)
 
+    def test_a_weight_that_is_computed_anew_is_not_packed_for_every_call(self):
+        x = randn(5, 24)
+        for change in ("pruned", "a parametrisation", "weight norm", "spectral norm"):
+            layer = linear()
+            CHANGES[change](layer)
+            assert not runs_packed(layer, x), change
+        layer, others = linear(), {"weight": randn(40, 24, seed=9), "bias": randn(40)}
+        close(torch.func.functional_call(layer, others, x), F.linear(x, **others))
+        assert not layer._packed.value
+
     def test_autocast_acts(self):
         layer, x = linear(), randn(5, 24)
         with torch.autocast("cpu", torch.bfloat16):
