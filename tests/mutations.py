@@ -46,7 +46,7 @@ def mutations(module, name):
                 yield f"{attribute}={other!r}", lambda m, a=attribute, o=other: setattr(m, a, o)
 
 
-def assert_copies_follow(model, optimize, images):
+def assert_copies_follow(model, optimize, images, refuses=True):
     """Whatever is changed: where the model's result changes, the copy's does too, or the copy refuses by name.
 
     Changes are made to the model before it is copied, and to a copy that has been called.
@@ -55,6 +55,7 @@ def assert_copies_follow(model, optimize, images):
         model: in evaluation mode.
         optimize: makes the copy.
         images: an input of both.
+        refuses: whether a copy may refuse; otherwise it must follow every change.
     """
     right = _result(model, images)
     n_effective = n_refused = 0
@@ -76,14 +77,14 @@ def assert_copies_follow(model, optimize, images):
             after = _result(fast, images)
             in_evaluation = _result(copy.deepcopy(changed).eval(), images)  # what `optimize` copies
             for when, got, wanted in (("before", before, in_evaluation), ("after", after, mutated)):
-                if isinstance(got, ValueError):
+                if refuses and isinstance(got, ValueError):
                     n_refused += 1
                     assert str(got).startswith("model: "), got
                     continue
                 assert not isinstance(got, Exception), f"{name}: {what}, {when} the first call: {got!r}"
                 assert not _differs(got, wanted), f"{name}: {what}, {when} the first call, has no effect"
     assert n_effective > 100
-    assert n_refused > 100
+    assert n_refused > 100 or not refuses
 
 
 def _result(model, images):

@@ -125,6 +125,21 @@ def test_optimize_refuses_it_by_name(layer, change):
         rf.optimize(model)
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_copy_that_calls_modules_serves_it(layer, change):
+    _, model = both()
+    model.float()
+    x = randn(3, 3, 32, 32)
+    with torch.no_grad():
+        plain = model(x)
+        change(*place(model, layer))
+        fast = rf.optimize(model, engine="modules")
+        assert (model(x) - plain).abs().max() > 1e-3, "it must do something"
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast.forward_features(x), model.forward_features(x), atol=1e-4, rtol=1e-4)
+
+
 def test_lora_of_peft():
     peft = pytest.importorskip("peft")
     x = randn(2, 3, 32, 32).double()
@@ -148,6 +163,12 @@ def test_lora_of_peft():
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-7, rtol=1e-6)
     with pytest.raises(ValueError, match=r"model: patch_embed\.proj is peft\..*Conv2d instead of torch\.nn"):
         rf.optimize(ours.base_model.model.float())
+    fast, x = rf.optimize(ours.base_model.model, engine="modules"), x.float()
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), ours(x), atol=1e-4, rtol=1e-4)
+            for model in (fast, ours.base_model.model):
+                model.blocks[1].attn.qkv.lora_A["default"].weight.mul_(3)
 
 
 COMMON = re.compile(r"(mlp\.drop\d?|mlp\.norm|attn\.(norm|attn_drop|[qk]_norm)|patch_embed\.norm|patch_drop|blocks)$")
@@ -198,8 +219,11 @@ def test_what_is_put_around_a_norm_acts(name, options):
         setattr(parent, child, Clipped(getattr(parent, child)))
     assert (vit(x) - plain).abs().max() > 1e-6
     torch.testing.assert_close(model(x), vit(x), atol=1e-9, rtol=1e-9)
-    with pytest.raises(ValueError, match=rf"model: {name.replace('.', '[.]')} is Clipped"):
+    with pytest.raises(ValueError, match=rf"model: {name.replace('.', '[.]')} is Clipped.*engine=.modules"):
         rf.optimize(model.float())
+    x = x.float()
+    with torch.no_grad():
+        torch.testing.assert_close(rf.optimize(model, engine="modules")(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 def test_packs_and_uint8_rows_reach_an_adapter():

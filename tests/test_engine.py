@@ -374,3 +374,47 @@ def test_without_the_extension_the_copy_runs_eagerly(monkeypatch):
     assert not cpu.serves(fast)
     with torch.no_grad():
         assert torch.equal(fast(images_of(MIX)), model(images_of(MIX)))
+
+
+def test_an_engine_that_calls_modules(isa):
+    model = make_model(act_layer=nn.Softsign)
+    model.blocks[1].attn.register_forward_hook(lambda module, args, output: output * 1.5)
+    x = torch.stack(images_of([6, 6]))
+    with pytest.raises(ValueError, match=r'or optimize\(model, engine="modules"\), which calls every module'):
+        rf.optimize(model)
+    fast = rf.optimize(model, engine="modules")
+    check(fast, model, images_of(MIX * 6))
+    with torch.no_grad():
+        torch.testing.assert_close(fast.forward_features(x), model.forward_features(x))
+        packed = fast.forward_features(images_of(MIX))
+        torch.testing.assert_close(fast.forward_head(packed), fast(images_of(MIX)))
+        maps = fast.forward_intermediates(x, indices=1, intermediates_only=True)[0]
+        torch.testing.assert_close(maps, model.forward_intermediates(x, indices=1, intermediates_only=True)[0])
+    assert all(block.attn.proj._packed.value for block in fast.blocks)
+    assert not fast(x).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(fast(x), fast(x.clone()))
+    for i, image in enumerate(images_of(MIX)):
+        assert torch.equal(fast([image])[0], fast(images_of(MIX))[i]), "the same bits in every batch"
+
+
+def test_engines_are_made_of_each_other():
+    model = make_model()
+    fused, modular = rf.optimize(model), rf.optimize(model, engine="modules")
+    x, expected = images_of(MIX), rf.optimize(model)(images_of(MIX))
+    assert torch.equal(rf.optimize(modular)(x), expected)
+    assert torch.equal(rf.optimize(fused, engine="modules")(x), modular(x))
+    assert torch.equal(rf.optimize(modular, engine="modules")(x), modular(x))
+    assert torch.equal(pickle.loads(pickle.dumps(modular))(x), modular(x))
+    narrow = rf.optimize(model, torch.bfloat16, engine="modules")
+    assert narrow(x).dtype == torch.bfloat16
+    assert (narrow(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_engines_are_named():
+    with pytest.raises(ValueError, match=r"engine: expected 'fused' or 'modules', got 'eager'"):
+        rf.optimize(make_model(), engine="eager")
+    with pytest.raises(ValueError, match='dtype: engine="modules" has no int8 weights; use engine="fused"'):
+        rf.optimize(make_model(), torch.int8, engine="modules")
+    with pytest.raises(TypeError, match=r"model: expected a revit_fast\.ReViT, got Mine"):
+        rf.optimize(type("Mine", (rf.ReViT,), {})(depth=1, embed_dim=8, num_heads=2), engine="modules")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, randn
 from PIL import Image
-from small_models import GRIDS, drawn, images_of, make_model
+from small_models import GRIDS, MIX, drawn, images_of, make_model
 
 import revit_fast as rf
 from revit_fast.adaptive.policies import smallest_sufficient, suffices
@@ -120,6 +120,22 @@ class TestPackedProgram:
         torch.testing.assert_close(loaded(batch.data, batch.grid_hw), model(batch), atol=1e-6, rtol=1e-6)
 
     @needs_extension
+    def test_a_copy_that_calls_modules_is_exported_as_the_model(self):
+        """Compiled code runs plain layers."""
+        model = make_model(act_layer=torch.nn.Softsign)
+        fast = rf.optimize(model, engine="modules")
+        batch = model.pack(images_of(MIX))
+        with torch.no_grad():
+            fast(batch)
+            program = export.export_packed(fast, dict.fromkeys(MIX))
+            assert {name for name in program.state_dict if name.startswith("model.")} == {
+                f"model.{name}" for name in model.state_dict()
+            }
+            torch.testing.assert_close(program.module()(batch.data, batch.grid_hw), model(batch))
+            x = torch.stack(images_of([6, 6]))
+            single = export.export_single(rf.optimize(make_model(), engine="modules"), 6)
+            torch.testing.assert_close(single.module()(x), make_model()(x), atol=1e-5, rtol=1e-5)
+
     def test_without_the_package_it_needs_the_extension_alone(self, tmp_path):
         model, path = make_model(), tmp_path / "program.pt2"
         export.save_program(export.export_packed(model), path, {"classes": ["a"]})

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import dense_vit
@@ -241,6 +242,9 @@ class TestMutations:
 
     def test_before_and_after_the_first_call(self, model, images):
         assert_copies_follow(model, rf.optimize, images)
+
+    def test_a_copy_that_calls_modules_follows_all(self, model, images):
+        assert_copies_follow(model, partial(rf.optimize, engine="modules"), images, refuses=False)
 
 
 def test_spec_refuses_what_cannot_be():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from helpers import assert_as_accurate, only_on, randn
 from mutations import assert_copies_follow
 from small_models import drawn
+from torch.nn.utils import parametrize, prune
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from revit_fast import ops
@@ -226,7 +228,7 @@ def test_the_data_loader_of_torch_pins_clips(pinned):
         assert got.n_frames == (3, 2)
         assert got.grids == clips.grids
         copies = [copy for _, copy in pinned]
-        for name in ("data", "cu_seqlens", "length_index", "tiles", "grid_hw", "normalization"):
+        for name in ("data", "cu_seqlens", "length_index", "grid_hw", "normalization"):
             assert any(getattr(got.frames, name) is copy for copy in copies), name
 
 
@@ -317,19 +319,134 @@ def test_bfloat16():
     assert (got.float() - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
-def test_what_packed_code_would_not_run_is_refused():
+def test_only_other_classes_are_refused():
     with pytest.raises(TypeError, match="TimeSformer, got Linear"):
         optimize(torch.nn.Linear(2, 2))
-    model = make_model()
+    with pytest.raises(TypeError, match="TimeSformer, got Mine"):
+        optimize(type("Mine", (TimeSformer,), {})(depth=1, embed_dim=8, num_heads=2))
     with pytest.raises(ValueError, match="train the model that it was made of"):
-        optimize(model).train()
-    model.blocks[1].norm1 = torch.nn.LayerNorm(24)
-    with pytest.raises(ValueError, match=r"blocks\.1\.norm1 is LayerNorm"):
-        optimize(model)
+        optimize(make_model()).train()
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **options):
+        return self.inner(*args, **options) * 2
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "proj", "fc1", "temporal_fc", "head"], init_lora_weights=False)
+    return peft.get_peft_model(model, config).base_model.model
+
+
+def wrapped(name):
+    def change(model):
+        parent, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, child, Doubled(getattr(parent, child)))
+
+    return change
+
+
+def hooked(name):
+    return lambda model: model.get_submodule(name).register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def of_weight(apply, name):
+    return lambda model: apply(model.get_submodule(name))
+
+
+SERVED = {
+    "LoRA": adapted,
+    **{
+        f"hook on {name}": hooked(f"blocks.0.{name}") for name in ("temporal_attn", "temporal_attn.proj", "temporal_fc")
+    },
+    **{f"hook on {name}": hooked(f"blocks.1.{name}") for name in ("attn", "attn.qkv", "mlp", "mlp.act", "mlp.drop")},
+    "hook on the embedding": hooked("patch_embed.proj"),
+    **{
+        f"wrapped {name}": wrapped(name) for name in ("blocks.0.temporal_attn", "blocks.1.attn.qkv", "blocks.0.mlp.fc2")
+    },
+    "an activation without a kernel": lambda m: [setattr(b.mlp, "act", torch.nn.Softsign()) for b in m.blocks],
+    "a parametrisation": of_weight(
+        lambda layer: parametrize.register_parametrization(layer, "weight", torch.nn.Tanh()), "blocks.0.temporal_fc"
+    ),
+    "pruning": of_weight(lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "blocks.0.temporal_attn.proj"),
+    "another head": lambda m: setattr(m, "head", torch.nn.Sequential(m.head, torch.nn.Tanh())),
+    "no bias": lambda m: setattr(m.blocks[0].temporal_attn.proj, "bias", None),
+}
+
+
+@pytest.mark.parametrize("change", SERVED.values(), ids=SERVED)
+def test_whatever_was_done_to_a_model_is_served(change):
+    model, clips = make_model(), clips_of(MIX)
+    fast = optimize(model)
+    with torch.no_grad():
+        unchanged = fast(clips)
+        expected = copy.deepcopy(model)
+        expected = change(expected) if change is adapted else (change(expected), expected)[1]
+        logits, features = expected(clips), expected.forward_features(clips)
+        assert (logits - unchanged).abs().max() > 1e-3, "it must do something"
+        before = optimize(expected)
+        for copied in (before, copy.deepcopy(before)):
+            assert (copied(clips) - logits).abs().max() <= 2e-5
+        if change is not adapted:
+            change(fast)
+            assert (fast(clips) - logits).abs().max() <= 2e-5, "after the first call"
+        for got, tokens in zip(before.forward_features(clips), features, strict=True):
+            assert (got - tokens).abs().max() <= 5e-5
+    with torch.inference_mode():
+        assert (before(clips) - logits).abs().max() <= 2e-5
+
+
+def test_temporal_projections_are_merged_while_they_are_plain():
+    fast, clips = optimize(make_model()), clips_of(MIX)
+    fast(clips)
+    blocks = fast.blocks
+    assert all(block._packed.value is not None for block in blocks)
+    assert not any(block.temporal_attn.proj._packed.value or block.temporal_fc._packed.value for block in blocks)
+    blocks[0].temporal_fc.register_forward_hook(lambda *_: None)
+    fast.refresh()
+    fast(clips)
+    assert [block._packed.value is None for block in blocks] == [True, False]
+    assert blocks[0].temporal_attn.proj._packed.value
+
+
+def test_a_copy_has_the_names_of_the_model():
     model = make_model()
-    model.blocks[0].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn has a forward hook"):
-        optimize(model)
+    fast = optimize(model)
+    fast(clips_of(MIX))
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in fast.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+def test_results_are_of_the_old_or_the_new_weights():
+    models = [make_model(), make_model()]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.mul_(1.1)
+    states, clips = [copy.deepcopy(model.state_dict()) for model in models], clips_of(MIX[:2])
+    fast, expected = optimize(models[0]), [optimize(model)(clips) for model in models]
+    got, stop = [], threading.Event()
+
+    def call():
+        while not stop.is_set():
+            got.append(fast(clips))
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(30):
+        fast.load_state_dict(states[i % 2])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(got) > 3
+    assert all(any(torch.equal(one, result) for result in expected) for one in got)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +523,16 @@ def test_settings_that_do_not_fit_are_refused():
         make_model(grids=(3, 5))
 
 
-def test_optimized_copies_follow_or_refuse_every_change():
+@pytest.mark.parametrize("options", [{}, {"attention_type": "joint_space_time", "act_layer": "silu"}], ids=str)
+def test_optimized_copies_follow_every_change(options):
+    model = make_model(embed_dim=16, num_heads=2, hidden_dim=12, num_classes=3, depth=2, **options)
+    assert_copies_follow(model, optimize, clips_of([(3, 2), (2, 1)]), refuses=False)
+
+
+def test_optimized_copies_follow_changes_of_dropout():
+    """As above, with dropout rates that act if a dropout is put into training mode."""
     model = make_model(embed_dim=16, num_heads=2, hidden_dim=12, num_classes=3, depth=2)
-    assert_copies_follow(model, optimize, clips_of([(3, 2), (2, 1)]))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert_copies_follow(model, optimize, clips_of([(3, 2), (2, 1)]), refuses=False)

@@ -61,7 +61,8 @@ def export_packed(
     argument. The logits equal those of `model` bit for bit.
 
     An optimised copy (`optimize`) is exported as its single fused op, with weights packed for the instruction set in
-    use. With another instruction set the op raises an error that names the weight.
+    use. With another instruction set the op raises an error that names the weight. A copy made with
+    `engine="modules"` is exported as its model is; the logits then equal the copy's up to rounding.
 
     Args:
         model: the model, in evaluation mode on the CPU.

@@ -2,7 +2,7 @@
 
 Blocks run fused (csrc/vit_forward.cpp): norms, projections, the MLP and residual sums of a tile of rows never leave the
 cache of the core that computes them. Hooks of submodules would not run, nor would modules that replace a block's own. A
-model with such hooks or modules raises an error that names them.
+model with such hooks or modules raises an error that names them; `packed_modules` serve it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ CALLED = ("head", "head_dist", "aux_head")
 """Modules that the fused forward pass calls unless they are plain linear layers. They may be anything."""
 
 
+OTHERWISE = 'run the model itself, or optimize(model, engine="modules"), which calls every module'
+"""What to do with a model that the fused forward pass refuses."""
+
 WITHOUT_EFFECT = ("grad_checkpointing", "distilled_training")
 """Attributes of a model that change nothing in evaluation without gradients."""
 
@@ -46,22 +49,23 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
         model: see `check_unaltered`.
         training: see `check_unaltered`.
     """
-    check_unaltered(model, "the fused forward pass", training)
+    check_unaltered(model, "the fused forward pass", training, OTHERWISE)
     for i, block in enumerate(model.spec.blocks):
         if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
             raise ValueError(
                 f"model: blocks.{i}.mlp.act is {block.mlp.act.name}; the fused forward pass has "
-                f"{', '.join(ACTIVATIONS)}; run the model itself, which is not optimised"
+                f"{', '.join(ACTIVATIONS)}; {OTHERWISE}"
             )
 
 
-def check_unaltered(model: ReViT, runner: str, training: bool = False) -> None:
+def check_unaltered(model: ReViT, runner: str, training: bool = False, otherwise: str = "run the model itself") -> None:
     """Raises a ValueError that names the first module that is not as the model's spec has it.
 
     Args:
         model: compared with a new model of its spec, module by module.
         runner: what would not run the module, for the message.
         training: whether a module in training mode is refused too.
+        otherwise: what to do instead, for the message.
     """
     built = _built(model.spec)
     found = difference(
@@ -72,8 +76,8 @@ def check_unaltered(model: ReViT, runner: str, training: bool = False) -> None:
         found = next((f"{name} has no values: they were dropped, or it is on the meta device" for name in empty), None)
     if found:
         raise ValueError(
-            f"model: {found}, which {runner} would not run; remove it, or merge it into plain layers first, or run the "
-            "model itself, which is not optimised"
+            f"model: {found}, which {runner} would not run; remove it, or merge it into plain layers first, or "
+            f"{otherwise}"
         )
 
 

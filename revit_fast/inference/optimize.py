@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, bucket_of
 from revit_fast.inference.inference_copy import InferenceCopy, in_turn
+from revit_fast.inference.modular import ModularReViT
 from revit_fast.layers.derived import Derived
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
+
+ENGINES = ("fused", "modules")
+"""Ways to run a copy, see `optimize`."""
 
 
 def needing_weights(what: str, method: Callable) -> Callable:
@@ -144,10 +148,11 @@ def optimize(
     model: ReViT,
     dtype: torch.dtype | None = None,
     *,
+    engine: str = "fused",
     keep_weights: bool = True,
     max_rows: int = MAX_ROWS,
     max_graphs: int = MAX_GRAPHS,
-) -> OptimizedReViT:
+) -> OptimizedReViT | ModularReViT:
     """An inference copy of `model` with the same methods and, within rounding, the same results; `model` is unchanged.
 
     On a CPU `forward` and `forward_features` run fused. The first call packs the weights; the copy then holds them
@@ -168,6 +173,10 @@ def optimize(
     at capture. Batches beyond `max_rows` and all other methods run eagerly. Calls from several threads run one after
     another.
 
+    The engine "modules" calls every module instead, so it serves what the fused engine refuses: hooks, adapters,
+    replaced modules, any activation. On a CPU in float32, plain linear layers, MLPs and patch embeddings run on weights
+    packed once. In bfloat16, and on a GPU, it runs the model's own code, without CUDA graphs.
+
     float64 models, other methods, code under `torch.compile` and a CPU without the C++ extension use the model's own
     code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules). It cannot
     notice a write through `.data` that keeps the memory: call `copy.refresh()` after one. `load_state_dict` and `.to`
@@ -180,6 +189,7 @@ def optimize(
         model: the model to copy.
         dtype: dtype of the copy, float32, bfloat16 or float16; by default that of the model. int8 means a float32 copy
             with packed weights in int8.
+        engine: "fused", or "modules" to call every module.
         keep_weights: False drops the original weights of the blocks' linear layers once they are packed, so the copy
             takes half the memory (on a CPU only). Everything that needs them is then refused: `forward_intermediates`,
             `state_dict` and saving, `load_state_dict`, `.to`, copies, pickles, exports of one grid, compilation.
@@ -190,19 +200,28 @@ def optimize(
     Raises:
         TypeError: if `model` is not a `ReViT`, or for another dtype.
         ValueError: for bounds below 1; for int8 on any device but a CPU; on a CPU for float16, and for a model with
-            hooks or replaced modules that fused code would not run (the message names them).
+            hooks or replaced modules that fused code would not run (the message names them); for an unknown engine.
     """
-    if type(model) not in (ReViT, OptimizedReViT):  # a subclass may compute something else
+    if type(model) not in (ReViT, OptimizedReViT, ModularReViT):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
         raise TypeError(f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.int8, got {dtype}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected {' or '.join(map(repr, ENGINES))}, got {engine!r}")
     for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
     if dtype == torch.int8:
         check_integer_device(model.pos_embed.device)
+        if engine == "modules":
+            raise ValueError('dtype: engine="modules" has no int8 weights; use engine="fused", or bfloat16')
     if model.pos_embed.device.type == "cpu":
         if (dtype or model.pos_embed.dtype) == torch.float16:
             raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")
-        cpu.check_fusable(model)
+        if engine == "fused":
+            cpu.check_fusable(model)
+    if engine == "modules":
+        if not keep_weights:
+            raise ValueError('keep_weights: engine="modules" needs the weights; leave it True, or use engine="fused"')
+        return ModularReViT(model, dtype)
     return OptimizedReViT(model, dtype, keep_weights, max_rows, max_graphs)

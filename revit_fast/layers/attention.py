@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -59,6 +61,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, queries: Queries | None = None) -> Tensor:
         """`[T, C]`, or `[Tq, C]` for the rows of `queries` only; they still attend to all rows of their sequence."""
+        return self.proj_drop(self.proj(self.attend(x, layout, queries)))
+
+    def attend(self, x: Tensor, layout: Layout, queries: Queries | None = None) -> Tensor:
+        """The heads' outputs side by side, `[T, H * D]` or `[Tq, H * D]`: what the output projection reads."""
         of_queries = layout if queries is None else queries.layout
         out = ops.varlen_attention(
             *self._project(x, queries),
@@ -68,16 +74,29 @@ class Attention(nn.Module):
             tiles=of_queries.tiles,
             tile_counts=of_queries.tile_counts,
         )
-        return self.proj_drop(self.proj(out.flatten(1)))
+        return out.flatten(1)
 
     def _project(self, x: Tensor, queries: Queries | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[Tq, H, D]`, keys and values `[T, H, D]`."""
-        heads = (self.num_heads, self.head_dim)
-        if queries is None or not is_plain(self.qkv, nn.Linear):
+        heads, width = (self.num_heads, self.head_dim), self.num_heads * self.head_dim
+        some_outputs = None if queries is None else outputs_of(self.qkv)
+        if some_outputs is None:
             q, k, v = self.qkv(x).view(-1, 3, *heads).unbind(1)
             return (q if queries is None else q.index_select(0, queries.rows)), k, v
-        width = self.num_heads * self.head_dim
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x.index_select(0, queries.rows), weight[:width], None if bias is None else bias[:width])
-        kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+        q = some_outputs(x.index_select(0, queries.rows), slice(0, width))
+        kv = some_outputs(x, slice(width, None))
         return q.view(-1, *heads), *kv.view(-1, 2, *heads).unbind(1)
+
+
+def outputs_of(linear: nn.Module) -> Callable[[Tensor, slice], Tensor] | None:
+    """A function of rows that computes a part of a linear layer's outputs; None if the layer must be called.
+
+    A class that stands for `nn.Linear` may have a method `outputs` that does this.
+    """
+    if not is_plain(linear, nn.Linear):
+        return None
+    return partial(getattr(type(linear), "outputs", _outputs), linear)
+
+
+def _outputs(linear: nn.Linear, x: Tensor, part: slice) -> Tensor:
+    return F.linear(x, linear.weight[part], None if linear.bias is None else linear.bias[part])

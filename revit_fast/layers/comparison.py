@@ -11,13 +11,21 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 SCALARS = (bool, int, float, str, tuple, type(None))
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The type of a module, or the one that it stands for: a class that computes the same names it in `stands_for`."""
+    kind = type(module)
+    return vars(kind).get("stands_for", kind)  # a subclass of such a class may compute something else
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does exactly what `kind` does with its weights.
 
     A subclass, a parametrised module, an adapter around a layer, a quantised layer and a module with hooks (pruning and
     weight norm of older PyTorch are hooks) do more: they must be called.
     """
-    return type(module) is kind and not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
+    return (
+        kind_of(module) is kind and not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
+    )
 
 
 def alteration(module: nn.Module) -> str | None:
@@ -51,8 +59,8 @@ def difference(
         training: whether the mode of the modules (training or evaluation) counts too.
         ignored: attributes of `live` itself that may differ.
     """
-    if name and type(live) is not type(built):
-        kinds = (type(live), type(built))
+    kinds = (kind_of(live), kind_of(built))
+    if name and kinds[0] is not kinds[1]:
         names = [kind.__name__ for kind in kinds]
         if len(set(names)) == 1:  # of another library, for example peft's Linear
             names = [f"{kind.__module__}.{kind.__name__}" for kind in kinds]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, getitem, is_, itemgetter
 from typing import Generic, Protocol, TypeVar
@@ -153,6 +153,27 @@ class Snapshot:
             )
         except KeyError:  # something was removed
             return False
+
+
+class TensorWatch:
+    """Notices whether some tensors are no longer what they were: replaced, moved or written to. It sees nothing else.
+
+    Args:
+        read: reads the tensors from their source; None stands for a tensor that is absent.
+        source: where the tensors are. None of them is an inference tensor.
+    """
+
+    def __init__(self, read: Callable[[S], Sequence[Tensor | None]], source: S) -> None:
+        self._read, self._source = read, source
+        self._values = read(source)
+        self._key = self._read_key()
+
+    def _read_key(self) -> list[tuple[int, int]]:
+        return [(value._version, value.data_ptr()) for value in self._values if value is not None]
+
+    def holds(self) -> bool:
+        """Whether the tensors are as they were."""
+        return all(map(is_, self._read(self._source), self._values)) and self._read_key() == self._key
 
 
 def check_versioned(module: nn.Module) -> None:

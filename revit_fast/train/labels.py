@@ -14,7 +14,8 @@ import numpy as np
 
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.grids import check_grids
-from revit_fast.inference.optimize import OptimizedReViT, optimize
+from revit_fast.inference.inference_copy import InferenceCopy
+from revit_fast.inference.optimize import optimize
 from revit_fast.io.atomic import replaced
 from revit_fast.io.images import ImageError
 from revit_fast.models.vit import ReViT
@@ -115,7 +116,7 @@ def predict_lengths(
     Returns:
         The predictions. An image that cannot be read is listed and does not affect the others.
     """
-    fast = model if isinstance(model, OptimizedReViT) else optimize(model)
+    fast = model if isinstance(model, InferenceCopy) else optimize(model)
     prep = AdaptivePreprocessor.for_model(fast, policy=("fixed", fast.grids[0]), **dict(settings or {}))
     pipe = AdaptivePipeline(fast, prep)
     logits = np.full((len(fast.grids), len(images), fast.num_classes), np.nan, dtype=np.float32)

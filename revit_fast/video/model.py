@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from revit_fast.grids import check_grids
 from revit_fast.layers.attention import Attention, Queries
-from revit_fast.layers.mlp import Mlp, activation_name, make_activation
+from revit_fast.layers.mlp import Mlp, make_activation
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
@@ -74,7 +74,7 @@ class SpaceTimeBlock(nn.Module):
         """
         if self.divided:
             h, x = add_and_norm(self.temporal_norm1, x, delta, layout.stream)
-            delta = self.temporal_fc(self.temporal_attn(h, layout.temporal))
+            delta = self._over_time(h, layout.temporal)
             delta[layout.n_patch_rows :] = 0  # temporal attention does not change class tokens
         h, x = add_and_norm(self.norm1, x, delta, layout.stream)
         h = h.index_select(0, layout.to_space)
@@ -89,6 +89,10 @@ class SpaceTimeBlock(nn.Module):
             delta[layout.n_patch_rows :] = mean_pool(copies, layout.copies)
         h, x = self.norm2(delta, rows, residual=x)
         return x, self.mlp(h)
+
+    def _over_time(self, h: Tensor, layout: Layout) -> Tensor:
+        """Temporal attention and the linear layer after it."""
+        return self.temporal_fc(self.temporal_attn(h, layout))
 
 
 def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -145,9 +149,7 @@ class TimeSformer(nn.Module):
         act_layer: str = "gelu",
         eps: float = 1e-6,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self._arguments = arguments
         check_attention_type(attention_type)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}")
@@ -183,19 +185,6 @@ class TimeSformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self._positions = PositionTables(Resampling(self.base_grid), [(g, g) for g in self.grids])
         self.init_weights()
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        if "_arguments" not in state:  # pickled before they were kept; all blocks were alike then
-            block = self.blocks[0] if len(self.blocks) else None
-            names = ("grids", "base_grid", "num_frames", "patch_size", "in_chans", "num_classes", "embed_dim")
-            self._arguments = {name: getattr(self, name) for name in (*names, "num_heads", "attention_type")} | {
-                "depth": len(self.blocks),
-                "hidden_dim": block and block.mlp.fc1.out_features,
-                "qkv_bias": block is None or block.attn.qkv.bias is not None,
-                "act_layer": "gelu" if block is None else activation_name(block.mlp.act),
-                "eps": self.norm.eps,
-            }
 
     def init_weights(self) -> None:
         """The authors' initialisation: truncated normal weights; zero biases and time embeddings.
