@@ -30,6 +30,7 @@ def varlen_attention(
     *,
     scale: float,
     causal: bool = False,
+    round_factors: Callable[[Tensor], Tensor] = lambda factor: factor,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v within every sequence and head.
 
@@ -41,11 +42,13 @@ def varlen_attention(
         cu_seqlens_k: `[B + 1]`.
         scale: factor on the scores.
         causal: query i of a sequence sees keys up to i + Lk - Lq (bottom-right alignment, as in flash-attn).
+        round_factors: rounding of every factor of a matrix product; none by default.
 
     Returns:
         out `[Tq, Hq, D]`; zero for rows that see no key and for padding rows.
         lse `[Hq, Tq]`, log-sum-exp of the scaled scores, `-inf` for the same rows.
     """
+    q, k, v = map(round_factors, (q, k, v))
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses = [], []
@@ -60,7 +63,7 @@ def varlen_attention(
             scores = scores.masked_fill(~visible, -math.inf)
         lse = torch.logsumexp(scores.to(lse_dtype), dim=-1) if n_k else scores.new_full(scores.shape[:2], -math.inf)
         blind = torch.isneginf(lse)
-        p = torch.exp(scores - lse.masked_fill(blind, 0.0).to(scores.dtype).unsqueeze(-1))
+        p = round_factors(torch.exp(scores - lse.masked_fill(blind, 0.0).to(scores.dtype).unsqueeze(-1)))
         outs.append((p @ vb).transpose(0, 1))
         lses.append(lse.to(lse_dtype))
     n_padding = q.shape[0] - int(cu_seqlens_q[-1])
@@ -192,7 +195,8 @@ def vit_forward(
     blocks: Sequence[BlockWeights],
     *,
     n_pooled: int,
-    round_rows: Callable[[Tensor], Tensor] | None = None,
+    round_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+    round_factors: Callable[[Tensor], Tensor] = lambda factor: factor,
 ) -> Tensor:
     """Maps patch rows to tokens after the final norm: embedding, pre-norm transformer blocks, norm.
 
@@ -208,12 +212,13 @@ def vit_forward(
         norm: (weight, bias, eps) of the norm after the blocks; empty tensors for no norm.
         blocks: the blocks; they may differ from one another in everything but C.
         n_pooled: number of leading tokens of every sequence to return; 0 for all.
-        round_rows: function applied to the input rows of every linear layer of a block; None for no change.
+        round_rows: rounding of the input rows of every linear layer of a block; none by default.
+        round_factors: rounding of `rows` and of every factor of attention's products; none by default.
 
     Returns:
         `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`.
     """
-    x = assemble_tokens(F.linear(rows, *embed), prefix, pos_table, pos_offset, cu_seqlens)
+    x = assemble_tokens(F.linear(round_factors(rows), *embed), prefix, pos_table, pos_offset, cu_seqlens)
     cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype)
 
     def normed(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
@@ -223,14 +228,14 @@ def vit_forward(
         return tal_layer_norm(x, weight, bias if bias.numel() else None, cu_seqlens, length_index, eps)
 
     def linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
-        return F.linear(x if round_rows is None else round_rows(x), *layer)
+        return F.linear(round_rows(x), *layer)
 
     x = normed(x, norm_pre)
     for block in blocks:
         head_dim = block.proj[0].shape[1] // block.n_heads
         scale = head_dim**-0.5 if block.scale is None else block.scale
         q, k, v = linear(normed(x, block.norm1), block.qkv).view(-1, 3, block.n_heads, head_dim).unbind(1)
-        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=scale)
+        attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=scale, round_factors=round_factors)
         x = x + linear(attended.flatten(1), block.proj)
         x = x + linear(activate(block.activation, linear(normed(x, block.norm2), block.fc1)), block.fc2)
     x = normed(x, norm)

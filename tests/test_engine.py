@@ -15,6 +15,7 @@ from torch import nn
 import revit_fast as rf
 from revit_fast.inference import cpu
 from revit_fast.ops import _library
+from revit_fast.ops.linear import cpu_multiplies_bf16
 from revit_fast.packing import PackedBatch
 
 pytestmark = [
@@ -156,10 +157,10 @@ def test_random_norms_per_length_equal_the_timm_model_that_carries_them(name):
     assert torch.equal(torch.cat([fast(x[None]) for x in images]), fast(images))
 
 
-def test_bfloat16_weights_are_widened_not_the_arithmetic(isa):
-    """Against the float64 model with the rounded weights: float32's error and the rounding of the output remain.
+def test_bfloat16_rounds_less_than_the_eager_model(isa):
+    """Against the float64 model with the rounded weights. The eager bfloat16 model rounds every activation.
 
-    The eager bfloat16 model rounds every activation, which costs it two digits.
+    Where weights are widened, float32's error and the rounding of the output remain.
     """
     model = make_model()
     fast = rf.optimize(model, torch.bfloat16)
@@ -170,9 +171,10 @@ def test_bfloat16_weights_are_widened_not_the_arithmetic(isa):
         truth = copy.deepcopy(rounded).double()([x.double() for x in images_of(MIX)])
         error = (fast(images_of(MIX)).double() - truth).abs().max()
         eager = (rounded([x.bfloat16() for x in images_of(MIX)]).double() - truth).abs().max()
-    # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; and float32's error.
-    assert error <= truth.abs().max() * 2**-8 + 1e-4
     assert error < eager
+    if not cpu_multiplies_bf16():
+        # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; and float32's error.
+        assert error <= truth.abs().max() * 2**-8 + 1e-4
 
 
 def test_int8_blocks_in_a_float32_copy(isa):

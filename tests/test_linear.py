@@ -89,6 +89,35 @@ def test_matches_float64(isa, dtype, activation):
         assert_as_accurate(ours, same, truth, f"T={n_rows}, K={depth}, N={n_out}")
 
 
+NATIVE, EMULATED = "avx512_bf16", "avx2x16"
+
+
+@pytest.mark.skipif(not {NATIVE, EMULATED} <= set(ISAS), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("exponents", [(0, 255), (40, 90), (100, 150)], ids=["any", "tiny", "common"])
+def test_emulated_products_have_the_bits_of_the_instruction(exponents):
+    """On random bits: denormals, infinities and NaN among them. The emulation is what other CPUs test."""
+    generator = torch.Generator().manual_seed(exponents[1])
+
+    def numbers(*shape):
+        bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64)
+        exponent = torch.randint(*exponents, shape, generator=generator, dtype=torch.int64) << 23
+        return ((bits & ~(255 << 23)) | exponent).to(torch.int32).view(torch.float32)
+
+    x, weight = numbers(200, 601), numbers(70, 601)
+    x[::2] = torch.where(torch.rand(x[::2].shape, generator=generator) < 0.99, 0.0, x[::2])  # few terms: all bits count
+    before, results = _library.cpu_isa(), []
+    try:
+        for isa in (NATIVE, EMULATED):
+            torch.ops.revit_fast.select_cpu_isa(isa)
+            results.append(ops.packed_linear(x, ops.pack_weight(weight, None, torch.bfloat16)))
+    finally:
+        torch.ops.revit_fast.select_cpu_isa(before)
+    native, emulated = (torch.where(r.isnan(), 0.5, r) for r in results)
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+    assert torch.equal(native.view(torch.int32), emulated.view(torch.int32))
+    assert native.unique().numel() > 1000
+
+
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
 def test_no_rows(isa, dtype):
     for depth, n_out in ((1, 1), (3, 16), (384, 100)):

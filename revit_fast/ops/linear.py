@@ -65,8 +65,8 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     Args:
         weight: `[N, K]` of any float dtype, on the CPU.
         bias: `[N]`; None for zero.
-        dtype: dtype of the packed weight: float32, bfloat16 or int8. int8 is symmetric with the scale max |W| / 127 for every row of the weight; `packed_linear`
-            says what becomes of x.
+        dtype: dtype of the packed weight: float32, bfloat16 or int8. int8 is symmetric with the scale max |W| / 127
+            for every row of the weight. `packed_linear` says what becomes of x.
 
     Raises:
         TypeError: for a dtype that is not one of these, or an argument that is not a tensor.

@@ -251,7 +251,7 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
         (weights[4], weights[5], norm_eps),
         blocks,
         n_pooled=n_pooled,
-        round_rows=round_rows if integer else None,
+        **({"round_rows": round_rows} if integer else {}),
     )
 
 

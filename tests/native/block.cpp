@@ -22,8 +22,14 @@ using revit::cpu::TokenNorm;
 
 constexpr int32_t kLengths = 3;
 constexpr double kTolerance = 2e-5;
-// What rounding to int8 does to numbers of order one; that a tile does the same as its layers is checked bit by bit.
-constexpr double kInt8Tolerance = 0.2;
+// What rounding to int8 and to bfloat16 does to numbers of order one; that a tile does the same as its layers is
+// checked bit by bit.
+constexpr double kInt8Tolerance = 0.2, kBFloat16Tolerance = 0.05;
+
+double tolerance_of(const revit::cpu::Kernels& kernels, WeightType type) {
+  if (type == WeightType::kInt8) return kInt8Tolerance;
+  return type == WeightType::kBFloat16 && kernels.linear.rounds ? kBFloat16Tolerance : kTolerance;
+}
 
 int32_t length_of(int64_t row) { return static_cast<int32_t>((2 * row + 1) % kLengths); }
 
@@ -233,7 +239,7 @@ void check_tile(const revit::cpu::Kernels& kernels, const Problem& problem, cons
   }
   const double x_error = c.attended ? x.difference(problem.block, c.n_rows, n_channels)
                                     : x.difference({problem.x.begin(), problem.x.end()}, c.n_rows, n_channels);
-  const double tolerance = weights.type == WeightType::kInt8 ? kInt8Tolerance : kTolerance;
+  const double tolerance = tolerance_of(kernels, weights.type);
   const double projected_error = c.projected ? projected.difference(expected, c.n_rows, n_projected) : 0;
   CHECK(x_error <= (c.attended ? tolerance : 0));
   CHECK(projected_error <= tolerance);
