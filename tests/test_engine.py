@@ -157,6 +157,16 @@ def test_random_norms_per_length_equal_the_timm_model_that_carries_them(name):
     assert torch.equal(torch.cat([fast(x[None]) for x in images]), fast(images))
 
 
+def test_auto_takes_bfloat16_where_it_is_multiplied(isa):
+    for engine in ("fused", "modules"):
+        fast = rf.optimize(make_model(), "auto", engine=engine)
+        assert fast.dtype_used == (torch.bfloat16 if cpu_multiplies_bf16() else torch.float32)
+        assert fast(images_of(MIX)).dtype == fast.dtype_used
+    assert rf.optimize(make_model(), torch.int8).dtype_used == torch.int8
+    with pytest.raises(TypeError, match=r"torch\.int8 or \"auto\", got 'fast'"):
+        rf.optimize(make_model(), "fast")
+
+
 def test_bfloat16_rounds_less_than_the_eager_model(isa):
     """Against the float64 model with the rounded weights. The eager bfloat16 model rounds every activation.
 

@@ -18,6 +18,11 @@ class ModularReViT(InferenceCopy, ReViT):
             self.to(dtype=dtype)
         prepack(self)
 
+    @property
+    def dtype_used(self) -> torch.dtype:
+        """Dtype of the weights that the blocks multiply with."""
+        return self.pos_embed.dtype
+
     forward = in_turn(torch.no_grad()(ReViT.forward))
     forward_features = in_turn(torch.no_grad()(ReViT.forward_features))
     forward_head = in_turn(torch.no_grad()(ReViT.forward_head))

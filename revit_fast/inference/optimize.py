@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from revit_fast.inference.modular import ModularReViT
 from revit_fast.layers.derived import Derived
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
+from revit_fast.ops.linear import cpu_multiplies_bf16
 from revit_fast.packing import PackedBatch
 
 ENGINES = ("fused", "modules")
@@ -84,6 +85,11 @@ class OptimizedReViT(InferenceCopy, ReViT):
         self._derive()
 
     @property
+    def dtype_used(self) -> torch.dtype:
+        """Dtype of the weights that the blocks multiply with."""
+        return self._packed_dtype or self.pos_embed.dtype
+
+    @property
     def input_device(self) -> torch.device:
         """Device on which the copy expects its batches; it is the CPU if graphs are replayed, which copy a batch."""
         return torch.device("cpu") if self._replays() else self.pos_embed.device
@@ -136,6 +142,16 @@ class OptimizedReViT(InferenceCopy, ReViT):
             return cpu.fused_tokens(self, self._packed, self._on_known_device(self._patch_rows(batch)))
 
 
+def chosen_dtype(model: ReViT, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that `optimize` takes for "auto"; any other as it is."""
+    if dtype != "auto":
+        return dtype
+    if model.pos_embed.device.type == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+    native = model.pos_embed.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def check_integer_device(device: torch.device) -> None:
     """Raises a ValueError if there are no kernels for int8 weights."""
     if device.type != "cpu":
@@ -146,7 +162,7 @@ def check_integer_device(device: torch.device) -> None:
 
 def optimize(
     model: ReViT,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     *,
     engine: str = "fused",
     keep_weights: bool = True,
@@ -156,9 +172,14 @@ def optimize(
     """An inference copy of `model` with the same methods and, within rounding, the same results; `model` is unchanged.
 
     On a CPU `forward` and `forward_features` run fused. The first call packs the weights; the copy then holds them
-    twice, packed and as its parameters. An image's result is bitwise the same whatever else is in its batch. bfloat16
-    weights take half the memory. They are widened when they are read, so all arithmetic is in float32. Several threads
-    may call the copy concurrently.
+    twice, packed and as its parameters. An image's result is bitwise the same whatever else is in its batch. Several
+    threads may call the copy concurrently.
+
+    bfloat16 weights take half the memory. CPUs with AVX512_BF16 (Zen 4, Cooper Lake, Sapphire Rapids and later) also
+    multiply in bfloat16: rows, queries, keys, values and attention's probabilities are rounded to bfloat16 where they
+    meet weights or each other; sums, residuals, norms and activations are in float32. That is almost twice as fast as
+    float32. On other CPUs the weights are widened when they are read, and all arithmetic is in float32. `revit-fast
+    env` says which it is.
 
     int8, on a CPU only, is faster and takes a quarter of the memory, but is less accurate. The weights of the blocks
     are rounded to symmetric 8-bit integers, with a scale for every output. Each row that is multiplied by them is
@@ -188,7 +209,8 @@ def optimize(
     Args:
         model: the model to copy.
         dtype: dtype of the copy, float32, bfloat16 or float16; by default that of the model. int8 means a float32 copy
-            with packed weights in int8.
+            with packed weights in int8. "auto" is bfloat16 where the device multiplies in bfloat16, else float32 on a
+            CPU and float16 on a GPU; the copy's `dtype_used` says which.
         engine: "fused", or "modules" to call every module.
         keep_weights: False drops the original weights of the blocks' linear layers once they are packed, so the copy
             takes half the memory (on a CPU only). Everything that needs them is then refused: `forward_intermediates`,
@@ -204,8 +226,11 @@ def optimize(
     """
     if type(model) not in (ReViT, OptimizedReViT, ModularReViT):  # a subclass may compute something else
         raise TypeError(f"model: expected a revit_fast.ReViT, got {type(model).__name__}; use ReViT.from_timm(vit)")
+    dtype = chosen_dtype(model, dtype)
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
-        raise TypeError(f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.int8, got {dtype}")
+        raise TypeError(
+            f'dtype: expected torch.float32, torch.bfloat16, torch.float16, torch.int8 or "auto", got {dtype!r}'
+        )
     if engine not in ENGINES:
         raise ValueError(f"engine: expected {' or '.join(map(repr, ENGINES))}, got {engine!r}")
     for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
