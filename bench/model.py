@@ -57,7 +57,7 @@ OUR_KINDS = (
     Kind(
         "ours, bfloat16",
         partial(ours, dtype=torch.bfloat16),
-        "`optimize(model, dtype=torch.bfloat16)`: weights in bfloat16, arithmetic in float32.",
+        "`optimize(model, dtype=torch.bfloat16)`: products of bfloat16 where the CPU has them, else of float32.",
     ),
     Kind(
         "ours, int8",
