@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Se
 from copy import copy
 from functools import partial
 from os import PathLike
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -321,7 +322,7 @@ def pipeline(
     policy: PolicySpec | None = None,
     labels: Sequence[str] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     token_budget: int = 4096,
     optimize: bool = True,
     **options,
@@ -335,7 +336,7 @@ def pipeline(
         policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
         device: device of the model; by default its present one.
-        dtype: type of the model's weights, see `optimize`.
+        dtype: type of the model's weights, see `optimize`; "auto" is for an optimised copy.
         token_budget: largest number of tokens in a pack.
         optimize: run a copy made by `revit_fast.optimize`; otherwise the model itself, in evaluation mode.
         **options: further arguments of `AdaptivePipeline`, or of `AdaptivePreprocessor` (draft, crop_pct, ...).
@@ -349,6 +350,8 @@ def pipeline(
         raise ValueError("weights: they are for a model made by name; load them with model.load_checkpoint(path)")
     if isinstance(assigner, (str, PathLike)):
         assigner = TokenLengthAssigner.load(assigner)
+    if dtype == "auto" and not optimize:
+        raise ValueError('dtype: "auto" is chosen for an optimised copy; give a torch.dtype with optimize=False')
     model = model if device is None else model.to(device)
     fast = optimized_copy(model, dtype) if optimize else model.to(dtype or model.pos_embed.dtype).eval()
     own = {name: options.pop(name) for name in ("max_wait_s", "n_decoders") if name in options}
