@@ -282,6 +282,14 @@ class TestWithoutWeights:
 class TestManyThreads:
     """Eight threads run everything that derives, and another reloads: each result is the old or the new model's."""
 
+    @pytest.fixture(autouse=True)
+    def one_thread_each(self):
+        """PyTorch's matrix products, which eager code and position tables use, round by their number of threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
     def test_forwards_features_pipelines_and_reloads(self):
         model = make_model(embed_dim=32, num_heads=2)
         states = [{n: factor * v for n, v in model.state_dict().items()} for factor in (1.0, 1.25)]
