@@ -58,6 +58,7 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
       "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled) -> Tensor");
   m.def("cpu_panel() -> int");
   m.def("cpu_multiplies_bf16() -> bool");
+  m.def("cpu_integer_depths() -> int");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
   m.def("select_cpu_isa(str isa) -> ()");

@@ -53,6 +53,8 @@ int64_t cpu_panel() { return cpu::kernels().linear.panel; }
 
 bool cpu_multiplies_bf16() { return cpu::kernels().linear.rounds; }
 
+int64_t cpu_integer_depths() { return cpu::kernels().linear.integer_depths; }
+
 }  // namespace
 
 void share_linear(const cpu::LinearTile& whole) {
@@ -82,4 +84,5 @@ STABLE_TORCH_LIBRARY_IMPL(revit_fast, CPU, m) { m.impl("packed_linear", TORCH_BO
 STABLE_TORCH_LIBRARY_IMPL(revit_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_panel", TORCH_BOX(&revit::cpu_panel));
   m.impl("cpu_multiplies_bf16", TORCH_BOX(&revit::cpu_multiplies_bf16));
+  m.impl("cpu_integer_depths", TORCH_BOX(&revit::cpu_integer_depths));
 }

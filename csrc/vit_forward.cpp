@@ -379,9 +379,9 @@ class Forward {
     args.out = {out.data, out.stride, block.head_dim};
     args.lse = nullptr;
     const cpu::AttentionKernels& kernels = cpu::kernels().attention;
-    const auto kernel = model_.type == cpu::WeightType::kBFloat16
-                            ? kernels.forward_rounded
-                            : kernels.forward[static_cast<int>(cpu::DType::kFloat32)];
+    const auto kernel = model_.type == cpu::WeightType::kFloat32
+                            ? kernels.forward[static_cast<int>(cpu::DType::kFloat32)]
+                            : kernels.forward_rounded;
     for_each_task(static_cast<int64_t>(items.size()), [&](int64_t i) {
       if (items[i].n_rows > 0) kernel(args, items[i]);
     });

@@ -40,9 +40,13 @@ def on_device(device):
 
 
 def pytest_generate_tests(metafunc):
-    """The C++ kernels run once per instruction set that this machine can execute."""
+    """The C++ kernels run once per instruction set that this machine can execute.
+
+    Sets that differ in their products of narrow weights alone are for the modules that say `NARROW_PRODUCTS = True`.
+    """
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", helpers.ISAS if helpers.device == "cpu" else [helpers.device], indirect=True)
+        isas = helpers.ALL_ISAS if getattr(metafunc.module, "NARROW_PRODUCTS", False) else helpers.ISAS
+        metafunc.parametrize("isa", isas if helpers.device == "cpu" else [helpers.device], indirect=True)
 
 
 @pytest.fixture

@@ -15,7 +15,10 @@ from revit_fast.packing import cumulative
 SEQLENS = (0, 1, 2, 50, 101, 197, 577, 1025)
 HEAD_DIMS = (1, 7, 32, 40, 64, 72, 80, 128, 256)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = _library.cpu_isas() or ["reference"]
+ALL_ISAS = _library.cpu_isas() or ["reference"]
+# Sets that differ from another in the products of narrow weights alone; their other kernels are those of the other.
+PRODUCTS_ONLY = ("amx", "avx512_vnni", "avxvnni", "avx2_vnni", "avx2_amx")
+ISAS = [isa for isa in ALL_ISAS if isa not in PRODUCTS_ONLY]
 
 device = "cpu"
 """Where the ops run, by the option --device: cpu, interpreter (CPU tensors, Triton kernels) or cuda."""

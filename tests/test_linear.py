@@ -1,12 +1,15 @@
 """packed_linear and the packing of its weights: against float64 by the error rule, invariances and errors."""
 
 import functools
+import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ISAS, assert_as_accurate, only_on, randn
+from helpers import ALL_ISAS, assert_as_accurate, only_on, randn
 from torch.nn import functional as F
 
 from revit_fast import ops, reference
@@ -24,6 +27,7 @@ from revit_fast.ops.linear import (
     unpacked,
 )
 
+NARROW_PRODUCTS = True
 pytestmark = only_on("cpu", reason="a CPU op")
 
 needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the C++ extension is not built")
@@ -72,7 +76,7 @@ def problem(n_rows, depth, n_out, dtype, rounds):
     products = []
     for wide in (torch.float32, torch.float64):
         rows = round_rows(x.to(wide)) if dtype == torch.int8 else (x.bfloat16() if rounds else x).to(wide)
-        products.append(linear(rows, *unpacked(*packed, depth, wide)))
+        products.append(linear(rows, *unpacked(*packed, wide)))
     return x, weight, bias, *products
 
 
@@ -89,12 +93,30 @@ def test_matches_float64(isa, dtype, activation):
         assert_as_accurate(ours, same, truth, f"T={n_rows}, K={depth}, N={n_out}")
 
 
-NATIVE, EMULATED = "avx512_bf16", "avx2x16"
+# Instruction sets and those that compute the same in portable vectors.
+EMULATED = {"avx512_bf16": "avx2x16", "avx512_vnni": "avx2x16", "avxvnni": "avx2_vnni", "amx": "avx2_amx"}
 
 
-@pytest.mark.skipif(not {NATIVE, EMULATED} <= set(ISAS), reason="this CPU does not multiply bfloat16")
+def results_of(isas, x, weight, dtype):
+    before, results = _library.cpu_isa(), []
+    try:
+        for isa in isas:
+            torch.ops.revit_fast.select_cpu_isa(isa)
+            results.append(ops.packed_linear(x, ops.pack_weight(weight, None, dtype)))
+    finally:
+        torch.ops.revit_fast.select_cpu_isa(before)
+    return results
+
+
+def needs(native):
+    return pytest.param(
+        native, marks=pytest.mark.skipif(native not in ALL_ISAS, reason=f"this CPU is without {native}")
+    )
+
+
+@pytest.mark.parametrize("native", [needs("avx512_bf16"), needs("amx")])
 @pytest.mark.parametrize("exponents", [(0, 255), (40, 90), (100, 150)], ids=["any", "tiny", "common"])
-def test_emulated_products_have_the_bits_of_the_instruction(exponents):
+def test_emulated_products_have_the_bits_of_the_instruction(native, exponents):
     """On random bits: denormals, infinities and NaN among them. The emulation is what other CPUs test."""
     generator = torch.Generator().manual_seed(exponents[1])
 
@@ -105,17 +127,44 @@ def test_emulated_products_have_the_bits_of_the_instruction(exponents):
 
     x, weight = numbers(200, 601), numbers(70, 601)
     x[::2] = torch.where(torch.rand(x[::2].shape, generator=generator) < 0.99, 0.0, x[::2])  # few terms: all bits count
-    before, results = _library.cpu_isa(), []
-    try:
-        for isa in (NATIVE, EMULATED):
-            torch.ops.revit_fast.select_cpu_isa(isa)
-            results.append(ops.packed_linear(x, ops.pack_weight(weight, None, torch.bfloat16)))
-    finally:
-        torch.ops.revit_fast.select_cpu_isa(before)
-    native, emulated = (torch.where(r.isnan(), 0.5, r) for r in results)
+    results = results_of((native, EMULATED[native]), x, weight, torch.bfloat16)
+    ours, emulated = (torch.where(r.isnan(), 0.5, r) for r in results)
     assert torch.equal(results[0].isnan(), results[1].isnan())
-    assert torch.equal(native.view(torch.int32), emulated.view(torch.int32))
-    assert native.unique().numel() > 1000
+    assert torch.equal(ours.view(torch.int32), emulated.view(torch.int32))
+    assert ours.unique().numel() > 1000
+
+
+@pytest.mark.parametrize("native", [needs(isa) for isa in EMULATED])
+def test_emulated_integer_products_have_the_bits_of_the_instruction(native):
+    x, weight = randn(200, 601) * torch.logspace(-3, 3, 601), randn(70, 601, seed=1)
+    ours, emulated = results_of((native, EMULATED[native]), x, weight, torch.int8)
+    assert torch.equal(ours, emulated)
+
+
+@needs_extension
+@pytest.mark.parametrize("depth", [1, 64, 147, 384, 512, 1000])
+def test_int8_has_the_same_bits_on_every_instruction_set(depth):
+    """Sums of a chain are exact integers, of pairs and of bytes alike; sums of several chains round by themselves."""
+    x, weight = randn(50, depth), randn(70, depth, seed=1)
+    first, *others = results_of(ALL_ISAS, x, weight, torch.int8)
+    for isa, result in zip(ALL_ISAS[1:], others, strict=True):
+        if depth <= 512:
+            assert torch.equal(result, first), isa
+        else:
+            torch.testing.assert_close(result, first, rtol=1e-6, atol=1e-5)
+
+
+INSTRUCTIONS = ("vdpbf16ps", "vpdpbusd", "tdpbf16ps", "tdpbusd", "tileloadd", "ldtilecfg", "tilerelease")
+
+
+@needs_extension
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86-64")
+def test_the_instructions_are_in_the_binary():
+    binary = Path(_library.__file__).parents[1] / "_C.so"
+    listing = subprocess.run(["objdump", "-d", binary], capture_output=True, text=True, check=True).stdout
+    for instruction in INSTRUCTIONS:
+        assert re.search(rf"\b{instruction}\b", listing), f"{instruction} is nowhere in the compiled code"
 
 
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
@@ -123,7 +172,7 @@ def test_no_rows(isa, dtype):
     for depth, n_out in ((1, 1), (3, 16), (384, 100)):
         *_, packed = make(n_out, depth, dtype)
         assert ops.packed_linear(torch.empty(0, depth), packed, "gelu").shape == (0, n_out)
-        arguments = (torch.empty(0, depth), *packed, ACTIVATIONS.index("gelu"))
+        arguments = (torch.empty(0, depth), *packed[:3], ACTIVATIONS.index("gelu"))
         assert _library.reference_ops["packed_linear"](*arguments).shape == (0, n_out)
 
 
@@ -162,7 +211,7 @@ def test_packing_keeps_the_weight(isa, weight_dtype, dtype):
         weight, bias = randn(n_out, depth, dtype=weight_dtype), randn(n_out, seed=1, dtype=weight_dtype)
         packed = ops.pack_weight(weight, bias, dtype)
         n_panels = -(-n_out // panel)
-        shape = (n_panels, depth, panel) if dtype == torch.float32 else (n_panels, (depth + 1) // 2, panel, 2)
+        shape = (n_panels, depth, panel) if dtype == torch.float32 else (n_panels, -(-depth // 32) * 16, panel, 2)
         assert packed.n_out == n_out
         assert packed.panels.shape == shape
         assert packed.panels.dtype == dtype
@@ -254,7 +303,7 @@ def test_no_gradient_flows(isa):
 def test_opcheck(isa, dtype):
     *_, packed = make(20, 7, dtype)
     for n_rows in (5, 0):
-        arguments = (randn(n_rows, 7), *packed, ACTIVATIONS.index("gelu"))
+        arguments = (randn(n_rows, 7), *packed[:3], ACTIVATIONS.index("gelu"))
         torch.library.opcheck(torch.ops.revit_fast.packed_linear, arguments)
 
 
@@ -265,7 +314,7 @@ def test_panels_of_another_instruction_set_are_refused(isa, dtype):
     x, panel = randn(5, 24), cpu_panel()
     expected = ops.packed_linear(x, packed)
     others = 0
-    for other in ISAS:
+    for other in ALL_ISAS:
         torch.ops.revit_fast.select_cpu_isa(other)
         if cpu_panel() != panel:
             others += 1
@@ -345,9 +394,11 @@ def test_weights_that_were_not_packed_so_are_refused(isa, changes, match, dtype)
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
 def test_another_depth_is_refused(isa, dtype):
     *_, packed = make(20, 6, dtype)
-    for depth in (1, 4, 8, 60):
-        with pytest.raises(RuntimeError, match=rf"weight \[20, {depth}\] .* pack it again"):
+    for depth in (1, 4, 5, 8, 60, 200):
+        with pytest.raises(ValueError, match=rf"x: expected 6 columns, as the weight has, got shape \[2, {depth}\]"):
             ops.packed_linear(torch.zeros(2, depth), packed)
+    with pytest.raises(RuntimeError, match=r"weight \[20, 200\] .* pack it again"):
+        ops.packed_linear(torch.zeros(2, 200), packed._replace(depth=200))
 
 
 @needs_extension
@@ -355,7 +406,7 @@ def test_unknown_number_of_an_activation_is_refused(isa):
     *_, packed = make(20, 6)
     for number in (-1, len(ACTIVATIONS)):
         with pytest.raises(RuntimeError, match=f"activation must be in .*, got {number}"):
-            torch.ops.revit_fast.packed_linear(torch.zeros(2, 6), *packed, number)
+            torch.ops.revit_fast.packed_linear(torch.zeros(2, 6), *packed[:3], number)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells the size of pages")

@@ -26,6 +26,7 @@ def run_ranks(n: int, task: str, folder: Path, timeout: float = 240, **settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     command += [str(TESTS / "train_ranks.py"), task, str(folder), json.dumps(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts says where
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 

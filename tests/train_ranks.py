@@ -71,3 +71,7 @@ def main(task: str, folder: Path, settings: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    # The threads of gloo outlive the group, because DistributedDataParallel keeps a reference to it. If one of them
+    # needs the interpreter while that ends, PyTorch aborts the process (pytorch/pytorch#190489). All results are
+    # written by now.
+    os._exit(0)

@@ -381,6 +381,7 @@ void attention_backward(const AttentionBackward& args, const AttentionItem& item
 template <class T>
 using RoundedElement = std::conditional_t<kPairProducts, Pair, Compute<T>>;
 
+#ifndef REVIT_BASE
 const AttentionKernels attention_kernels = {
     kRowTile,
     {attention_forward<float>, attention_forward<BFloat16, RoundedElement<BFloat16>>, attention_forward<Float16>,
@@ -388,3 +389,4 @@ const AttentionKernels attention_kernels = {
     attention_forward<float, RoundedElement<float>>,
     {attention_backward<float>, attention_backward<BFloat16>, attention_backward<Float16>, attention_backward<double>},
 };
+#endif

@@ -29,10 +29,10 @@ int64_t max_block_rows(const BlockShape& shape) {
   const RowFloats floats = row_floats<W>(shape);
   const int64_t all = floats.normed + floats.hidden + floats.sums + floats.rounded + floats.rounded_hidden;
   const int64_t rows = kTileBytes / (all * static_cast<int64_t>(sizeof(float)));
-  return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
+  return std::max<int64_t>(rows / kRowsOf<W>, 2) * kRowsOf<W>;
 }
 
-int64_t max_embed_rows(int64_t depth) {
+inline int64_t max_embed_rows(int64_t depth) {
   const int64_t rows = kTileBytes / (odd_lines(depth) * static_cast<int64_t>(sizeof(float)));
   return std::max<int64_t>(rows / kLinearRows, 2) * kLinearRows;
 }
@@ -58,8 +58,9 @@ void norm_tile(const NormTile& tile) {
 
 template <class W>
 void block_tile(const BlockTile& tile) {
+  [[maybe_unused]] const TileState<W> state;
   const BlockShape& shape = *tile.shape;
-  const int64_t rows = whole_rows(tile.n_rows), n_channels = shape.n_channels;
+  const int64_t rows = whole_rows<W>(tile.n_rows), n_channels = shape.n_channels;
   const int64_t chunk = chain_of<W>(shape.hidden);
   const RowFloats floats = row_floats<W>(shape);
   const int64_t a_stride = floats.normed, h_stride = floats.hidden;
@@ -125,7 +126,8 @@ void row_to_float(const EmbedTile& tile, int64_t row, float* out) {
 
 template <class W>
 void embed_tile(const EmbedTile& tile) {
-  const int64_t rows = whole_rows(tile.n_rows), depth = tile.embed.depth, n_channels = tile.n_channels;
+  [[maybe_unused]] const TileState<W> state;
+  const int64_t rows = whole_rows<W>(tile.n_rows), depth = tile.embed.depth, n_channels = tile.n_channels;
   const int64_t a_stride = odd_lines(depth), out_stride = odd_lines(whole_panels(n_channels));
   const auto [a, out, one_panel, rounded] =
       Arrays<float, 4>({rows * a_stride, rows * out_stride, rows * kLinearPanel, rows * factors_size<W>(depth)}).array;
@@ -138,9 +140,3 @@ void embed_tile(const EmbedTile& tile) {
                          tile.tokens.data + tile.token[i] * tile.tokens.stride, n_channels});
   }
 }
-
-const BlockKernels block_kernels = {{max_block_rows<float>, max_block_rows<BFloat16>, max_block_rows<int8_t>},
-                                    max_embed_rows,
-                                    {block_tile<float>, block_tile<BFloat16>, block_tile<int8_t>},
-                                    {embed_tile<float>, embed_tile<BFloat16>},
-                                    norm_tile};

@@ -13,6 +13,8 @@
   #define REVIT_F16C 1
   #define REVIT_AVX512 0
   #define REVIT_BF16 REVIT_EMULATED
+  #define REVIT_VNNI REVIT_EMULATED
+  #define REVIT_AMX 0
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

@@ -1,4 +1,4 @@
-// Kernels for x86-64 with AVX-512 (Skylake-X, Zen 4 and later): sixteen lanes.
+// Kernels for x86-64 with AVX-512 (Skylake-X and later): sixteen lanes.
 #if defined(__x86_64__)
   #include "cpu/prelude.h"
 
@@ -14,6 +14,8 @@
   #define REVIT_F16C 1
   #define REVIT_AVX512 1
   #define REVIT_BF16 0
+  #define REVIT_VNNI 0
+  #define REVIT_AMX 0
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

@@ -1,12 +1,13 @@
-// Kernels for x86-64 with AVX-512 and its products of bfloat16 (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+// Kernels for x86-64 with AVX-512 and its products of bfloat16 and int8 (Cooper Lake, Zen 4 and later).
 #if defined(__x86_64__)
   #include "cpu/prelude.h"
 
   #if defined(__clang__)
-    #pragma clang attribute push( \
-        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+    #pragma clang attribute push(                                                                          \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c"))), \
+        apply_to = function)
   #else
-    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+    #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
   #endif
 
   #define REVIT_ISA avx512_bf16
@@ -14,6 +15,8 @@
   #define REVIT_F16C 1
   #define REVIT_AVX512 1
   #define REVIT_BF16 REVIT_NATIVE
+  #define REVIT_VNNI REVIT_NATIVE
+  #define REVIT_AMX 0
   #include "cpu/kernels.inl.h"
 
   #if defined(__clang__)

@@ -6,4 +6,6 @@
 #define REVIT_F16C 0
 #define REVIT_AVX512 0
 #define REVIT_BF16 0
+#define REVIT_VNNI 0
+#define REVIT_AMX 0
 #include "cpu/kernels.inl.h"

@@ -22,6 +22,18 @@ struct Kernels {
   BlockKernels block;
 };
 
+// A set that differs from `base` in products with narrow weights alone; null for those that do not differ.
+struct NarrowProducts {
+  const char* isa;
+  const Kernels* base;
+  int integer_depths;
+  void (*linear[kWeightTypes])(const LinearTile&);
+  int64_t (*max_rows[kWeightTypes])(const BlockShape&);
+  void (*block[kWeightTypes])(const BlockTile&);
+  void (*embed)(const EmbedTile&);  // with weights of kBFloat16
+};
+
+// Constants all: code of a set must not run before it is known that this machine can execute it.
 namespace baseline {
 extern const Kernels kernels;
 }
@@ -29,14 +41,29 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avx2_vnni {
+extern const NarrowProducts kernels;
+}
+namespace avxvnni {
+extern const NarrowProducts kernels;
+}
 namespace avx2x16 {
 extern const Kernels kernels;
+}
+namespace avx2_amx {
+extern const NarrowProducts kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_vnni {
+extern const NarrowProducts kernels;
+}
 namespace avx512_bf16 {
 extern const Kernels kernels;
+}
+namespace amx {
+extern const NarrowProducts kernels;
 }
 #endif
 

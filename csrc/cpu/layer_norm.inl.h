@@ -442,6 +442,7 @@ void widen_elements(const WidenArgs& args) {
   for (; i < args.n; ++i) out[i] = widen(in[i]);
 }
 
+#ifndef REVIT_BASE
 const LayerNormKernels layer_norm_kernels = {
     {layer_norm_forward<float>, layer_norm_forward<BFloat16>, layer_norm_forward<Float16>, layer_norm_forward<double>},
     {layer_norm_backward<float>, layer_norm_backward<BFloat16>, layer_norm_backward<Float16>,
@@ -449,3 +450,4 @@ const LayerNormKernels layer_norm_kernels = {
     {layer_norm_reduce<float>, layer_norm_reduce<BFloat16>, layer_norm_reduce<Float16>, layer_norm_reduce<double>},
     {widen_elements<float>, widen_elements<BFloat16>, widen_elements<Float16>, widen_elements<double>},
 };
+#endif

@@ -74,8 +74,10 @@ void sum_rows(const SumRowsArgs& args) {
   }
 }
 
+#ifndef REVIT_BASE
 const TokenKernels token_kernels = {
     {add_elements<float>, add_elements<BFloat16>, add_elements<Float16>, add_elements<double>},
     {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>, sum_rows<double>},
     {divide_elements<float>, divide_elements<BFloat16>, divide_elements<Float16>, divide_elements<double>},
 };
+#endif

@@ -205,27 +205,39 @@ REVIT_INLINE Vec<int32_t, N> multiply_pairs(Vec<int32_t, N> a, Vec<int32_t, N> b
   return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
 
+// Of instructions. Emulated ones are called, as inline code of dozens of them would take minutes to compile.
+#if REVIT_BF16 == REVIT_EMULATED || REVIT_VNNI == REVIT_EMULATED
+  #define REVIT_PRODUCT __attribute__((noinline))
+#else
+  #define REVIT_PRODUCT REVIT_INLINE
+#endif
+
+#if REVIT_BF16 == REVIT_EMULATED
+// The float of these bits; a denormal becomes zero.
+template <int N>
+REVIT_INLINE Vec<float, N> flushed(Vec<int32_t, N> bits) {
+  bits = (bits & 0x7f800000) == 0 ? bits & INT32_MIN : bits;
+  return reinterpret_cast<Vec<float, N>>(bits);
+}
+#endif
+
 #if REVIT_BF16
 // sum + a b, where every 32-bit lane of a and b holds two bfloat16 values: a fused multiply-add of the upper ones, then
 // one of the lower ones, each rounded to the nearest float. Denormals count as zero, in a, b and all results. This is
 // vdpbf16ps, which ignores the modes of MXCSR.
 template <int N>
-REVIT_INLINE Vec<float, N> dot_pairs(Vec<float, N> sum, Vec<int32_t, N> a, Vec<int32_t, N> b) {
+REVIT_PRODUCT Vec<float, N> dot_pairs(Vec<float, N> sum, Vec<int32_t, N> a, Vec<int32_t, N> b) {
   #if REVIT_BF16 == REVIT_NATIVE
   static_assert(N == 16);
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   #else
-  const auto flushed = [](Vec<int32_t, N> bits) __attribute__((always_inline)) {
-    bits = (bits & 0x7f800000) == 0 ? bits & INT32_MIN : bits;
-    return reinterpret_cast<Vec<float, N>>(bits);
-  };
   const auto step = [&](Vec<int32_t, N> x, Vec<int32_t, N> y) __attribute__((always_inline)) {
-    const Vec<float, N> factor = flushed(x), other = flushed(y);
+    const Vec<float, N> factor = flushed<N>(x), other = flushed<N>(y);
     Vec<float, N> result;
     for (int i = 0; i < N; ++i) result[i] = __builtin_fmaf(factor[i], other[i], sum[i]);
-    sum = flushed(reinterpret_cast<Vec<int32_t, N>>(result));
+    sum = flushed<N>(reinterpret_cast<Vec<int32_t, N>>(result));
   };
-  sum = flushed(reinterpret_cast<Vec<int32_t, N>>(sum));
+  sum = flushed<N>(reinterpret_cast<Vec<int32_t, N>>(sum));
   step(a & static_cast<int32_t>(0xffff0000), b & static_cast<int32_t>(0xffff0000));
   step(a << 16, b << 16);
   return sum;
@@ -241,6 +253,23 @@ REVIT_INLINE void store_factors(BFloat16* p, Vec<float, N> v) {
   __builtin_memcpy(p, &rounded, sizeof(rounded));
   #else
   store<N>(p, v);
+  #endif
+}
+#endif
+
+#if REVIT_VNNI
+// sum + a b, where every 32-bit lane holds four values: unsigned bytes in a, signed ones in b. This is vpdpbusd.
+template <int N>
+REVIT_PRODUCT Vec<int32_t, N> dot_quads(Vec<int32_t, N> sum, Vec<int32_t, N> a, Vec<int32_t, N> b) {
+  #if REVIT_VNNI == REVIT_NATIVE && REVIT_AVX512
+  static_assert(N == 16);
+  return (Vec<int32_t, N>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  #elif REVIT_VNNI == REVIT_NATIVE
+  static_assert(N == 8);
+  return (Vec<int32_t, N>)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+  #else
+  for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 0xff) * (b << (24 - shift) >> 24);
+  return sum;
   #endif
 }
 #endif

@@ -72,7 +72,7 @@ def run_packed(x: Tensor, *layers: tuple[PackedWeight, str]) -> Tensor:
 def packed(weight: Tensor, bias: Tensor | None) -> PackedWeight:
     """A packed weight; a large one is on pages of 2 MiB."""
     made = pack_weight(weight, bias)
-    return made if made.panels.nbytes < LARGE else PackedWeight(*gathered(made[:2]), made.n_out)
+    return made if made.panels.nbytes < LARGE else PackedWeight(*gathered(made[:2]), *made[2:])
 
 
 class PackedLinear(nn.Linear):

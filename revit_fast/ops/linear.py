@@ -19,11 +19,11 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "quick_gelu")
 FLOAT_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 PACKED_DTYPES = (*FLOAT_PACKED_DTYPES, torch.int8)
 
-MAX_CHAIN, CHAIN_UNIT = 512, 32
+MAX_CHAIN, CHAIN_UNIT = 512, 64
 """The longest part of a row that is quantized with one scale, and the unit that its length is a multiple of."""
 
 LINE = 64
-"""Bytes of a cache line."""
+"""Bytes of a cache line. A column of narrow weights is padded to whole lines."""
 
 LARGEST = 127
 """The largest integer: the range is symmetric, [-127, 127]."""
@@ -37,16 +37,21 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         panels: float32 `[N / p, K, p]`, panels of p columns of the transposed weight, where p depends on the
-            instruction set in use (`cpu_panel`); or bfloat16 or int8 `[N / p, K / 2, p, 2]` with two depths side by
-            side. Zero beyond N and K.
+            instruction set in use (`cpu_panel`); or bfloat16 or int8 `[N / p, K / d, p, d]` with d depths side by side,
+            where K is rounded up to 32 (bfloat16) or 64 (int8), and d is 2, or for int8 `cpu_integer_depths`. Zero
+            beyond N and K.
         bias: float32 `[N]` with N rounded up to whole panels, zero beyond; with int8 panels `[2, N]`, where the second
-            row holds the scales: weight `[n, k]` is the integer times scale n.
+            row holds the scales: weight `[n, k]` is the integer times scale n. If d is 4, one more row follows for
+            every chain (`chain_length`): -128 times the sum of its integers. It takes off what the rows are raised by
+            to become unsigned.
         n_out: N, the number of outputs.
+        depth: K, the number of inputs.
     """
 
     panels: Tensor
     bias: Tensor
     n_out: int
+    depth: int
 
 
 def cpu_panel() -> int:
@@ -57,6 +62,11 @@ def cpu_panel() -> int:
 def cpu_multiplies_bf16() -> bool:
     """Whether products with bfloat16 weights are of bfloat16, by the instruction set in use (see `packed_linear`)."""
     return _library.HAS_EXTENSION and torch.ops.revit_fast.cpu_multiplies_bf16()
+
+
+def cpu_integer_depths() -> int:
+    """Depths side by side in int8 panels for the instruction set in use: 4 where it multiplies bytes (VNNI), else 2."""
+    return torch.ops.revit_fast.cpu_integer_depths() if _library.HAS_EXTENSION else 2
 
 
 def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> PackedWeight:
@@ -82,21 +92,30 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
         _checks.check_rows("bias", bias, "[N]")
         if bias.shape[0] != n_out:
             raise ValueError(f"bias: expected shape [{n_out}] like the rows of weight, got {list(bias.shape)}")
-    panel = cpu_panel()
+    panel, depths = cpu_panel(), {torch.float32: 1, torch.bfloat16: 2, torch.int8: cpu_integer_depths()}[dtype]
+    columns = -(-n_out // panel) * panel
+    unit = 1 if dtype == torch.float32 else LINE // dtype.itemsize
     with torch.no_grad():
-        padded = -(-n_out // panel) * panel
-        wide_bias = torch.zeros(1 if dtype != torch.int8 else 2, padded, dtype=torch.float32, device="cpu")
-        if bias is not None:
-            wide_bias[0, :n_out] = bias
         if dtype == torch.int8:
-            weight, wide_bias[1, :n_out] = quantize_weight(weight)
-        wide = torch.zeros(padded, depth if dtype == torch.float32 else depth + depth % 2, dtype=dtype, device="cpu")
-        wide[:n_out, :depth] = weight
-        if dtype == torch.float32:
-            panels = wide.view(-1, panel, depth).permute(0, 2, 1)
+            weight, scale = quantize_weight(weight)
+            rows = [bias, scale, *(offsets(weight) if depths == 4 else ())]
         else:
-            panels = wide.view(-1, panel, wide.shape[1] // 2, 2).permute(0, 2, 1, 3)
-        return PackedWeight(panels.contiguous(), wide_bias if dtype == torch.int8 else wide_bias[0], n_out)
+            rows = [bias]
+        vectors = torch.zeros(len(rows), columns, dtype=torch.float32, device="cpu")
+        for vector, row in zip(vectors, rows, strict=True):
+            if row is not None:
+                vector[:n_out] = row
+        wide = torch.zeros(columns, -(-depth // unit) * unit, dtype=dtype, device="cpu")
+        wide[:n_out, :depth] = weight
+        panels = wide.view(-1, panel, wide.shape[1] // depths, depths).permute(0, 2, 1, 3)
+        panels = panels.squeeze(3) if dtype == torch.float32 else panels
+        return PackedWeight(panels.contiguous(), vectors if dtype == torch.int8 else vectors[0], n_out, depth)
+
+
+def offsets(integers: Tensor) -> Tensor:
+    """What to add to the sums of each chain `[chains, N]` of an integer weight `[N, K]` if rows are raised by 128."""
+    chains = integers.split(chain_length(integers.shape[1]), 1)
+    return torch.stack([-128.0 * chain.sum(1, dtype=torch.float32) for chain in chains])
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,11 +208,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> 
 
     Raises:
         TypeError, ValueError: for an x of another dtype or shape, or an unknown activation.
-        RuntimeError: for panels of another instruction set or depth.
+        RuntimeError: for panels of another instruction set.
     """
     _checks.check_rows("x", x)
     if x.dtype != torch.float32:
         raise TypeError(f"x: expected float32, got {x.dtype}; use x.float()")
+    if x.shape[1] != weight.depth:
+        raise ValueError(f"x: expected {weight.depth} columns, as the weight has, got shape {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     index = ACTIVATIONS.index(activation)

@@ -160,12 +160,12 @@ struct PackedBlock {
   WeightType type;
   Packed proj, fc1, fc2, next;
 
-  PackedBlock(const Problem& problem, WeightType type, int64_t panel)
+  PackedBlock(const Problem& problem, WeightType type, const revit::cpu::LinearKernels& kernels)
       : type(type),
-        proj(problem.proj, type, panel),
-        fc1(problem.fc1, type, panel),
-        fc2(problem.fc2, type, panel),
-        next(problem.next, type, panel) {}
+        proj(problem.proj, type, kernels),
+        fc1(problem.fc1, type, kernels),
+        fc2(problem.fc2, type, kernels),
+        next(problem.next, type, kernels) {}
 };
 
 struct Case {
@@ -266,7 +266,7 @@ void test_tiles(const revit::cpu::Kernels& kernels, const BlockShape& shape, Ran
   const int64_t panel = kernels.linear.panel;
   const Problem problem(shape, 2 * panel + 3, random);
   for (const WeightType type : {WeightType::kFloat32, WeightType::kBFloat16, WeightType::kInt8}) {
-    const PackedBlock weights(problem, type, panel);
+    const PackedBlock weights(problem, type, kernels.linear);
     for (const int64_t n_rows : kRowCounts) {
       const int64_t gap = n_rows % 2 * 5;
       for (const Case& c : {Case{n_rows, gap, true, true, 0, 3},
@@ -380,8 +380,8 @@ void check_embed(const revit::cpu::Kernels& kernels, const EmbedProblem& problem
 void test_embed(const revit::cpu::Kernels& kernels, int64_t n_channels, int64_t depth, Random& random) {
   const EmbedProblem floats(n_channels, depth, false, random), bytes(n_channels, depth, true, random);
   for (const WeightType type : {WeightType::kFloat32, WeightType::kBFloat16}) {
-    const Packed weight(floats.layer, type, kernels.linear.panel);
-    const Packed weight_of_bytes(bytes.layer, type, kernels.linear.panel);
+    const Packed weight(floats.layer, type, kernels.linear);
+    const Packed weight_of_bytes(bytes.layer, type, kernels.linear);
     for (const int64_t n_rows : kRowCounts) {
       with_new_scratch([&] {
         const auto check = [&](DType of_rows, auto encode) {

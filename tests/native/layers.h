@@ -77,7 +77,7 @@ inline Layer exact_layer(int64_t n_out, int64_t depth, Random& random) {
 
 // Weights and rows of which int8 rounds nothing: whole numbers with a scale of one, as the largest is 127. Rows may be
 // cut for their scales at multiples of kScaleUnit.
-inline constexpr int64_t kScaleUnit = 32;
+inline constexpr int64_t kScaleUnit = revit::cpu::kIntegerChainUnit;
 
 inline Layer whole_layer(int64_t n_out, int64_t depth, Random& random) {
   Layer layer = {n_out, depth, std::vector<float>(n_out * depth), std::vector<float>(n_out)};
@@ -99,28 +99,36 @@ inline Layer random_layer(int64_t n_out, int64_t depth, Random& random) {
 // A layer's weight packed as linear.h says, in buffers of exactly that size.
 class Packed {
  public:
-  Packed(const Layer& layer, WeightType type, int64_t panel)
+  Packed(const Layer& layer, WeightType type, const revit::cpu::LinearKernels& kernels)
       : type_(type),
         depth_(layer.depth),
-        n_panels_(round_up(layer.n_out, panel) / panel),
-        bias_(n_panels_ * panel, 0.0f),
-        scales_(type == WeightType::kInt8 ? n_panels_ * panel : 0, 0.0f) {
-    const int64_t panel_size = (type == WeightType::kFloat32 ? depth_ : round_up(depth_, 2)) * panel;
+        n_panels_(round_up(layer.n_out, kernels.panel) / kernels.panel),
+        bias_(n_panels_ * kernels.panel, 0.0f) {
+    const bool integer = type == WeightType::kInt8, wide = type == WeightType::kFloat32;
+    const int64_t panel = kernels.panel, n_columns = n_panels_ * panel;
+    const int64_t depths = integer ? kernels.integer_depths : 2;  // in a lane
+    const int64_t panel_size = (wide ? depth_ : round_up(depth_, integer ? 64 : 32)) * panel;
     const int64_t size = n_panels_ * panel_size;
-    if (type == WeightType::kFloat32) wide_.resize(size);
+    const int64_t chain = revit::cpu::chain_depth(depth_, revit::cpu::kMaxIntegerChain, revit::cpu::kIntegerChainUnit);
+    if (wide) wide_.resize(size);
     if (type == WeightType::kBFloat16) narrow_.resize(size);
-    if (type == WeightType::kInt8) bytes_.resize(size);
+    if (integer) {
+      bytes_.resize(size);
+      scales_.resize(n_columns);
+      if (depths == 4) offsets_.resize((depth_ + chain - 1) / chain * n_columns);
+    }
     for (int64_t n = 0; n < layer.n_out; ++n) {
       const int64_t first = n / panel * panel_size, column = n % panel;
       float largest = 0;
       for (int64_t k = 0; k < depth_; ++k) largest = std::max(largest, std::fabs(layer.weight[n * depth_ + k]));
-      if (type == WeightType::kInt8) scales_[n] = largest / 127;
+      if (integer) scales_[n] = largest / 127;
       for (int64_t k = 0; k < depth_; ++k) {
         const float w = layer.weight[n * depth_ + k];
-        const int64_t beside = first + (k / 2 * panel + column) * 2 + k % 2;
-        if (type == WeightType::kFloat32) wide_[first + k * panel + column] = w;
+        const int64_t beside = first + (k / depths * panel + column) * depths + k % depths;
+        if (wide) wide_[first + k * panel + column] = w;
         if (type == WeightType::kBFloat16) narrow_[beside] = bfloat16_bits(w);
-        if (type == WeightType::kInt8 && largest > 0) bytes_[beside] = static_cast<int8_t>(std::lrint(w / scales_[n]));
+        if (integer && largest > 0) bytes_[beside] = static_cast<int8_t>(std::lrint(w / scales_[n]));
+        if (!offsets_.empty()) offsets_[k / chain * n_columns + n] -= 128.0f * bytes_[beside];
       }
       bias_[n] = layer.bias[n];
     }
@@ -130,7 +138,7 @@ class Packed {
     const void* panels = wide_.data();
     if (type_ == WeightType::kBFloat16) panels = narrow_.data();
     if (type_ == WeightType::kInt8) panels = bytes_.data();
-    return {type_, panels, bias_.data(), depth_, n_panels_, scales_.data()};
+    return {type_, panels, bias_.data(), depth_, n_panels_, scales_.data(), offsets_.data()};
   }
   int64_t n_panels() const { return n_panels_; }
 
@@ -140,7 +148,7 @@ class Packed {
   std::vector<float> wide_;
   std::vector<uint16_t> narrow_;
   std::vector<int8_t> bytes_;
-  std::vector<float> bias_, scales_;
+  std::vector<float> bias_, scales_, offsets_;
 };
 
 inline double activated(Activation activation, double x) {

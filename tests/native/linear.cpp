@@ -115,7 +115,7 @@ void test_linear(const revit::cpu::Kernels& kernels) {
       const Problem exact(n_out, depth, panel, false, random), whole(n_out, depth, panel, true, random);
       for (const WeightType type : {WeightType::kFloat32, WeightType::kBFloat16, WeightType::kInt8}) {
         const Problem& problem = type == WeightType::kInt8 ? whole : exact;
-        const Packed weight(problem.layer, type, panel);
+        const Packed weight(problem.layer, type, kernels.linear);
         for (const int64_t n_rows : kRowCounts) {
           with_new_scratch([&] { check_tiles(kernels, problem, weight, type, n_rows); });
         }

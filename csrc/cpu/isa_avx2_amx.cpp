@@ -1,0 +1,24 @@
+// The products of amx in portable vectors, compiled for AVX2, so that their logic is tested everywhere.
+#if defined(__x86_64__)
+  #include "cpu/prelude.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+  #else
+    #pragma GCC target("avx2,fma,f16c")
+  #endif
+
+  #define REVIT_ISA avx2_amx
+  #define REVIT_LANES 16
+  #define REVIT_F16C 1
+  #define REVIT_AVX512 0
+  #define REVIT_BF16 REVIT_EMULATED
+  #define REVIT_VNNI REVIT_EMULATED
+  #define REVIT_AMX REVIT_EMULATED
+  #define REVIT_BASE avx2x16
+  #include "cpu/kernels.inl.h"
+
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #endif
+#endif
