@@ -333,6 +333,7 @@ class TestTheDirectory:
         changed = rf.TokenLengthAssigner.for_model(model).eval()
         cases = {
             "model": {"pipe": pipe_of(other, "argmax", tla)},
+            "dtype": {"pipe": pipe_of(rf.optimize(model, torch.int8), "argmax", tla)},
             "assigner": {"pipe": pipe_of(model, "argmax", changed)},
             "policy": {"pipe": pipe.with_policy(("threshold", 0.5))},
             "inputs": {"pipe": pipe, "sources": ("b", "a")},
@@ -351,6 +352,16 @@ class TestTheDirectory:
         manifest["preprocessing"]["exact"] = True
         path.write_text(json.dumps(manifest))
         self.claim(tmp_path, pipe_of(model, "cycle"))
+
+    def test_an_older_manifest_does_not_name_the_dtype(self, model, tmp_path):
+        self.claim(tmp_path, pipe_of(model, "cycle"))
+        path = tmp_path / "_manifest.json"
+        manifest = json.loads(path.read_text())
+        assert manifest.pop("dtype") == "float32"
+        path.write_text(json.dumps(manifest))
+        self.claim(tmp_path, pipe_of(model, "cycle"))
+        with pytest.raises(ManifestError, match=r'another run \(dtype: "float32" there, "int8" now\)'):
+            self.claim(tmp_path, pipe_of(rf.optimize(model, torch.int8), "cycle"))
 
     def test_is_not_taken_from_other_files(self, model, tmp_path):
         (tmp_path / "thesis.tex").write_text("precious")
