@@ -407,6 +407,20 @@ class TestCommand:
         assert main(["predict", "a.png", "--engine", "ray", "--model", MODEL, *arguments]) == 2
         assert match in capsys.readouterr().err
 
+    def test_workers_have_the_dtype_of_the_command(self, cluster, weights, model, paths, tmp_path, capsys):
+        arguments = ["predict", *paths[:4], "--engine", "ray", "--address", cluster, "--model", MODEL]
+        arguments += ["--weights", weights, "--grid", "7", "--output", str(tmp_path / "out"), "--workers", "1"]
+        assert main([*arguments, "--dtype", "int8"]) == 0
+        assert "--dtype int8: weights in int8\n" in capsys.readouterr().err
+        records = list(read_records(tmp_path / "out"))
+        tops = [
+            [[e["score"] for e in result.top(5)] for result in pipe_of(m, ("fixed", 7))(paths[:4])]
+            for m in (rf.optimize(model, torch.int8), model)
+        ]
+        assert [[e["probability"] for e in r["top"]] for r in records] == tops[0] != tops[1]
+        assert main(arguments) == 2, "these would be other results"
+        assert '(dtype: "int8" there, "float32" now)' in capsys.readouterr().err
+
     def test_paths_only(self, model, tmp_path):
         with pytest.raises(TypeError, match="sources: expected paths, which workers can read, got ndarray"):
             predict_dataset(pipe_of(model, "cycle"), [np.zeros((4, 4, 3), np.uint8)], tmp_path / "out")
