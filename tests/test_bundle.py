@@ -1,5 +1,6 @@
 """Bundles: whole round trips in a process of its own, saves that are killed, and what is refused."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from revit_fast.cli import main
 from revit_fast.io.atomic import write_json
 from revit_fast.models import hub
 from revit_fast.models.folder import ASSIGNER, CARD, CONFIG, MODEL
+from revit_fast.ops.linear import cpu_multiplies_bf16
 from revit_fast.streaming.bundle import read_bundle, save_bundle
 
 GRIDS, PATCH = (4, 3, 2), 4
@@ -401,6 +403,56 @@ class TestCommands:
         code, _, err = self.run(capsys, "predict", photos, "--model", "no_such_model")
         assert code == 2
         assert "no_such_model" in err
+
+    @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "int8"])
+    def test_predict_in_a_dtype(self, isa, capsys, folder, photos, dtype):
+        code, records, err = self.run(capsys, "predict", photos, "--model", folder, "--dtype", dtype)
+        assert code == 0
+        used = ("bfloat16" if cpu_multiplies_bf16() else "float32") if dtype == "auto" else dtype
+        assert f"--dtype {dtype}: weights in {used}\n" in err
+        pipe = rf.load(folder, dtype=getattr(torch, used))
+        for record, result in zip(records, pipe(IMAGES), strict=True):
+            assert [(e["class"], e["probability"]) for e in record["top"]] == [
+                (e["label"], e["score"]) for e in result.top(5)
+            ]
+
+    def test_every_dtype_shows_in_the_classes_and_none_in_the_grids(self, isa, capsys, folder, photos):
+        """The assigner runs in float32 whatever the model runs in: so its calibration stays true."""
+        found = {}
+        for dtype in ("float32", "bfloat16", "int8"):
+            records = self.run(capsys, "predict", photos, "--model", folder, "--dtype", dtype)[1]
+            found[dtype] = [[r[name] for r in records] for name in ("grid", "lengths", "top")]
+        assert found["float32"][:2] == found["bfloat16"][:2] == found["int8"][:2]
+        tops = [found[dtype][2] for dtype in found]
+        assert all(a != b for a, b in itertools.combinations(tops, 2))
+
+    def test_the_dtype_of_the_bundle_is_the_default(self, capsys, photos, tmp_path):
+        records = {}
+        for name in ("float32", "bfloat16", "float16"):
+            model = make_model().to(getattr(torch, name))
+            save_bundle(tmp_path / name, model, make_assigner(), classes=CLASSES, settings=SETTINGS)
+        for name in ("float32", "bfloat16"):
+            code, default, err = self.run(capsys, "predict", photos, "--model", tmp_path / name)
+            _, records[name], _ = self.run(capsys, "predict", photos, "--model", tmp_path / name, "--dtype", name)
+            assert (code, [r["top"] for r in default]) == (0, [r["top"] for r in records[name]])
+            assert "--dtype" not in err
+        assert [r["top"] for r in records["float32"]] != [r["top"] for r in records["bfloat16"]]
+        code, _, err = self.run(capsys, "predict", photos, "--model", tmp_path / "float16")
+        refusal = "--dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32"
+        assert (code, err.splitlines()[-1]) == (2, f"revit-fast: error: {refusal}")
+        assert self.run(capsys, "predict", photos, "--model", tmp_path / "float16", "--dtype", "auto")[0] == 0
+
+    def test_explain_in_a_dtype(self, capsys, folder, photos, tmp_path, monkeypatch):
+        sheets = []
+        monkeypatch.setattr("revit_fast.cli.explain.write", lambda path, entries: sheets.append(entries))
+        arguments = ["explain", str(photos), "--model", str(folder), "--output", str(tmp_path / "sheet.html")]
+        for dtype in ("float32", "int8"):
+            assert main([*arguments, "--dtype", dtype]) == 0
+            assert f"--dtype {dtype}: weights in {dtype}\n" in capsys.readouterr().err
+            results = rf.load(folder, dtype=getattr(torch, dtype))(IMAGES)
+            tops = [tuple((e["label"], e["score"]) for e in result.top(5)) for result in results]
+            assert [entry.classes for entry in sheets[-1]] == tops
+        assert [e.classes for e in sheets[0]] != [e.classes for e in sheets[1]]
 
     def test_explain(self, capsys, folder, photos, tmp_path):
         code = main(["explain", str(photos), "--model", str(folder), "--output", str(tmp_path / "sheet.html")])

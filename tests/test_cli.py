@@ -253,6 +253,7 @@ class TestErrors:
             (["--assigner", "absent.safetensors"], "--assigner: there is no file absent.safetensors"),
             (["--trace", "absent/t.json"], "--trace: cannot write absent/t.json"),
             (["--format", "xml"], "--format"),
+            (["--dtype", "float16"], "--dtype: invalid choice: 'float16' (choose from"),
             (["--weights", "absent.safetensors"], "--weights: there is no file absent.safetensors"),
             (["--labels", "absent.txt"], "--labels"),
             (["--output", "absent/x.json"], "--output"),

@@ -14,6 +14,7 @@ from torch import nn
 
 import revit_fast as rf
 from revit_fast.inference import cpu
+from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.ops import _library
 from revit_fast.ops.linear import cpu_multiplies_bf16
 from revit_fast.packing import PackedBatch
@@ -166,6 +167,17 @@ def test_auto_takes_bfloat16_where_it_is_multiplied(isa):
     assert rf.optimize(make_model(), torch.int8).dtype_used == torch.int8
     with pytest.raises(TypeError, match=r"torch\.int8 or \"auto\", got 'fast'"):
         rf.optimize(make_model(), "fast")
+
+
+def test_the_dtype_that_is_used_has_a_name(monkeypatch):
+    model = make_model()
+    assert dtype_name(model) == dtype_name(rf.optimize(model)) == "float32"
+    assert dtype_name(rf.optimize(model, torch.bfloat16, engine="modules")) == "bfloat16"
+    assert dtype_name(nn.Identity()) == "unknown"
+    fast = rf.optimize(model, torch.int8)
+    assert dtype_name(fast) == "int8"
+    monkeypatch.setattr(_library, "HAS_EXTENSION", False)
+    assert dtype_name(fast) == "float32", "there is nothing to run int8 weights with"
 
 
 def test_bfloat16_rounds_less_than_the_eager_model(isa):

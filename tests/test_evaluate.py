@@ -1,5 +1,6 @@
 """Evaluation: numbers and statistics by hand, determinism, plots, commands."""
 
+import copy
 import gzip
 import json
 import struct
@@ -414,6 +415,49 @@ class TestCommands:
         images = tiny_training.synthetic(300, 8)[0]
         tokens = [r.grid**2 for r in pipe.assign(images.image(i) for i in range(300))]
         assert np.mean(tokens) <= 30
+
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("label", ["--output", "{}/labels.csv"]),
+            ("train-assigner", []),
+            ("calibrate", ["--budget", "30"]),
+            ("evaluate", []),
+        ],
+    )
+    def test_predictions_are_made_in_the_dtype(self, place, capsys, monkeypatch, command, options):
+        save_bundle(place / "a", tiny_training.trained(), make_assigner(), classes=list("0123"), settings=SETTINGS)
+
+        class Predicted(Exception):
+            pass
+
+        def predicted(model, images, **_):
+            raise Predicted(model.dtype_used)
+
+        monkeypatch.setattr("revit_fast.train.labels.predict_lengths", predicted)
+        arguments = [command, f"{place}/a", str(place), "--split", "test", *(o.format(place) for o in options)]
+        for dtype in ("bfloat16", "int8"):
+            with pytest.raises(Predicted, match=rf"^torch\.{dtype}$"):
+                main([*arguments, "--dtype", dtype])
+            assert capsys.readouterr().err == f"--dtype {dtype}: weights in {dtype}\n"
+        save_bundle(place / "a", copy.deepcopy(tiny_training.trained()).half(), make_assigner())
+        assert main(arguments) == 2
+        assert "error: --dtype: float16 is not served on the CPU; use" in capsys.readouterr().err
+
+    def test_a_report_says_its_dtype(self, place, capsys, monkeypatch):
+        timed = []
+
+        def measured(report, pipe, pixels, **options):
+            timed.append(pipe.model.dtype_used)
+            return measure(report, pipe, pixels, **options)
+
+        monkeypatch.setattr("revit_fast.train.timing.measure", measured)
+        options = ["--time", "--rounds", "1", "--time-images", "5", "--json", f"{place}/r.json"]
+        for asked, used in (([], "float32"), (["--dtype", "int8"], "int8")):
+            assert main(["evaluate", f"{place}/m", str(place), "--limit", "50", *options, *asked]) == 0
+            assert f"The model's weights are in {used}." in capsys.readouterr().out
+            assert json.loads((place / "r.json").read_text())["dtype"] == used
+        assert timed == [torch.float32, torch.int8]
 
     def test_calibration_holds_pixels_a_few_at_a_time(self, place, monkeypatch):
         model, images = tiny_training.trained(), tiny_training.synthetic(40, 3)[0]

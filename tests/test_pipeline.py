@@ -536,8 +536,9 @@ class TestArguments:
             rf.AdaptivePipeline(model, pipe.prep, token_budget=0)
         with pytest.raises(ValueError, match="weights"):
             rf.pipeline(model, weights="x.pth")
-        with pytest.raises(ValueError, match=r"dtype: .*optimize=False"):
-            rf.pipeline(model, dtype="auto", optimize=False)
+        for dtype in ("auto", torch.int8):
+            with pytest.raises(ValueError, match=rf"dtype: {dtype} is for an optimised copy; .*optimize=False"):
+                rf.pipeline(model, dtype=dtype, optimize=False)
         assert rf.pipeline(model, dtype="auto").model.dtype_used == rf.optimize(model, "auto").dtype_used
         with pytest.raises(FileNotFoundError, match="absent"):
             rf.pipeline(model, "absent.safetensors")

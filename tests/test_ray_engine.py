@@ -333,6 +333,7 @@ class TestTheDirectory:
         changed = rf.TokenLengthAssigner.for_model(model).eval()
         cases = {
             "model": {"pipe": pipe_of(other, "argmax", tla)},
+            "dtype": {"pipe": pipe_of(rf.optimize(model, torch.int8), "argmax", tla)},
             "assigner": {"pipe": pipe_of(model, "argmax", changed)},
             "policy": {"pipe": pipe.with_policy(("threshold", 0.5))},
             "inputs": {"pipe": pipe, "sources": ("b", "a")},
@@ -351,6 +352,16 @@ class TestTheDirectory:
         manifest["preprocessing"]["exact"] = True
         path.write_text(json.dumps(manifest))
         self.claim(tmp_path, pipe_of(model, "cycle"))
+
+    def test_an_older_manifest_does_not_name_the_dtype(self, model, tmp_path):
+        self.claim(tmp_path, pipe_of(model, "cycle"))
+        path = tmp_path / "_manifest.json"
+        manifest = json.loads(path.read_text())
+        assert manifest.pop("dtype") == "float32"
+        path.write_text(json.dumps(manifest))
+        self.claim(tmp_path, pipe_of(model, "cycle"))
+        with pytest.raises(ManifestError, match=r'another run \(dtype: "float32" there, "int8" now\)'):
+            self.claim(tmp_path, pipe_of(rf.optimize(model, torch.int8), "cycle"))
 
     def test_is_not_taken_from_other_files(self, model, tmp_path):
         (tmp_path / "thesis.tex").write_text("precious")
@@ -395,6 +406,20 @@ class TestCommand:
     def test_usage_errors(self, capsys, arguments, match):
         assert main(["predict", "a.png", "--engine", "ray", "--model", MODEL, *arguments]) == 2
         assert match in capsys.readouterr().err
+
+    def test_workers_have_the_dtype_of_the_command(self, cluster, weights, model, paths, tmp_path, capsys):
+        arguments = ["predict", *paths[:4], "--engine", "ray", "--address", cluster, "--model", MODEL]
+        arguments += ["--weights", weights, "--grid", "7", "--output", str(tmp_path / "out"), "--workers", "1"]
+        assert main([*arguments, "--dtype", "int8"]) == 0
+        assert "--dtype int8: weights in int8\n" in capsys.readouterr().err
+        records = list(read_records(tmp_path / "out"))
+        tops = [
+            [[e["score"] for e in result.top(5)] for result in pipe_of(m, ("fixed", 7))(paths[:4])]
+            for m in (rf.optimize(model, torch.int8), model)
+        ]
+        assert [[e["probability"] for e in r["top"]] for r in records] == tops[0] != tops[1]
+        assert main(arguments) == 2, "these would be other results"
+        assert '(dtype: "int8" there, "float32" now)' in capsys.readouterr().err
 
     def test_paths_only(self, model, tmp_path):
         with pytest.raises(TypeError, match="sources: expected paths, which workers can read, got ndarray"):

@@ -293,6 +293,7 @@ def server(tmp_path):
     root = str(Path(rf.__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     arguments = ["--model", MODEL, "--weights", weights, "--policy", "entropy", "--batch-tokens", "500"]
+    arguments += ["--dtype", "bfloat16"]
     arguments += ["--port", str(port), "--max-body-mb", "1", "--max-megapixels", "1", "--max-wait-ms", "2000"]
     log = open(tmp_path / "log", "w+")  # noqa: SIM115, a pipe that nobody reads would block Ray's processes
     command = [sys.executable, "-m", "revit_fast.cli", "serve", *arguments]
@@ -303,6 +304,7 @@ def server(tmp_path):
             assert running.poll() is None, Path(log.name).read_text()
             assert time.monotonic() < deadline, Path(log.name).read_text()
             time.sleep(0.1)
+        assert Path(log.name).read_text().startswith("--dtype bfloat16: weights in bfloat16\n")
         yield running, f"http://127.0.0.1:{port}", weights
     finally:
         if running.poll() is None:
@@ -325,7 +327,7 @@ def fetch(url, data=None):
 class TestCommand:
     def test_on_loopback_until_sigterm(self, server):
         running, url, weights = server
-        fast = rf.optimize(rf.create_model(MODEL, weights=weights).eval())
+        fast = rf.optimize(rf.create_model(MODEL, weights=weights).eval(), torch.bfloat16)
         prep = rf.AdaptivePreprocessor.for_model(fast, policy="entropy")
         images = [png(i, 60 + i, 90 - i) for i in range(23)] + [_flat()]
         wanted = expected(rf.AdaptivePipeline(fast, prep), images)
@@ -344,6 +346,7 @@ class TestCommand:
         status, text = fetch(f"{url}/metrics")
         found = samples(text)
         assert status == 200
+        assert found["revit_fast_model_info", ("bfloat16",)] == 1
         assert found["revit_fast_batch_images_sum", ()] == len(images)
         assert found["revit_fast_batch_images_count", ()] < len(images), "requests at a time share batches"
         assert found["revit_fast_batch_tokens_bucket", ("500.0",)] == found["revit_fast_batch_tokens_count", ()]

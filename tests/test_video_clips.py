@@ -409,6 +409,16 @@ class TestPredict:
         assert "not an AVI" in rows[3]["error"]
         assert "4 clips (1 failed)" in err
 
+    def test_weights_are_in_float32(self, capsys, folder, clip):
+        for dtype in ("auto", "float32"):
+            code, _, err = self.run(capsys, clip, "--model", folder[0], "--dtype", dtype)
+            assert code == 0
+            assert f"--dtype {dtype}: weights in float32\n" in err
+        for dtype in ("bfloat16", "int8"):
+            code, out, err = self.run(capsys, clip, "--model", folder[0], "--dtype", dtype)
+            assert (code, out) == (2, "")
+            assert f"--dtype: clips are classified in float32, got {dtype}; give float32 or auto\n" in err
+
     def test_an_assigner_chooses(self, capsys, folder, clip, tmp_path):
         torch.manual_seed(0)
         tla = drawn(rf.TokenLengthAssigner(GRIDS, thumbnail_px=16, widths=(8, 16)))

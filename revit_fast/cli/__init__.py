@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_images(p)
     add_results(p)
-    p.set_defaults(command="assign", weights=None, labels=None, batch_tokens=4096)
+    p.set_defaults(command="assign", weights=None, labels=None, dtype=None, batch_tokens=4096)
 
     p = commands.add_parser(
         "explain",

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 
 RESULT_FORMATS = ("table", "json", "csv")
 
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+"""Values of --dtype: the dtypes of `revit_fast.optimize` that the CPU serves, where the commands run."""
+
 EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
@@ -182,6 +185,16 @@ def add_threads(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's)")
 
 
+def add_dtype(p: argparse.ArgumentParser) -> None:
+    """The option of the commands that run an optimised copy of a model; `pipelines.optimized` reads it."""
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the weights: auto is bfloat16 where the CPU multiplies in bfloat16, else float32; int8 is "
+        "faster and less accurate (default: the model's own, float32 unless a bundle has another)",
+    )
+
+
 def add_results(p: argparse.ArgumentParser) -> None:
     """Arguments of the commands that print a result per image."""
     p.add_argument(
@@ -196,6 +209,7 @@ def add_classes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
     p.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to report (default %(default)s)")
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
+    add_dtype(p)
 
 
 def add_batches(p: argparse.ArgumentParser) -> None:

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from revit_fast.adaptive.policies import smallest_sufficient
+    from revit_fast.cli.pipelines import optimized
     from revit_fast.streaming.bundle import save_bundle
     from revit_fast.train.assigner import calibrate_on
     from revit_fast.train.evaluate import threshold_for
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     model, tla = bundle.model, bundle.tla
     if tla is None:
         raise UsageError(f"{args.bundle} has no assigner yet; make one with `revit-fast train-assigner`")
-    predictions = predict_lengths(model, images, progress=counter("predicted"))
+    predictions = predict_lengths(optimized(args, model, "BUNDLE"), images, progress=counter("predicted"))
     with usage_errors(policy="--budget"):
         places = calibrate_on(tla, images, model, predictions)
         correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))

@@ -60,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
         check_file("--json", args.json)
     if args.plot:
         check_plot(args.plot)
-    from revit_fast.streaming.pipeline import pipeline
+    from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+    from revit_fast.cli.pipelines import optimized
+    from revit_fast.streaming.pipeline import AdaptivePipeline
     from revit_fast.train.evaluate import THRESHOLDS, default_policies, evaluate
     from revit_fast.train.labels import predict_lengths
     from revit_fast.train.timing import measure
 
     bundle, images = open_both(args)
-    predictions = predict_lengths(bundle.model, images, progress=counter("predicted"))
+    fast = optimized(args, bundle.model, "BUNDLE")
+    predictions = predict_lengths(fast, images, progress=counter("predicted"))
     policies = default_policies()
     if args.thresholds:
         policies = ["argmax", *(("threshold", threshold) for threshold in args.thresholds)]
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         policies.append(bundle.policy)
     with usage_errors():
         report = evaluate(
-            bundle.model,
+            fast,
             bundle.tla,
             images,
             policies=policies,
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             match="argmax" if bundle.tla is None else bundle.policy,
         )
         if args.time:
-            pipe = pipeline(bundle.model, bundle.tla, policy=bundle.policy)
+            pipe = AdaptivePipeline(fast, AdaptivePreprocessor.for_model(fast, bundle.tla, policy=bundle.policy))
             readable = [i for i in range(len(images)) if i not in predictions.unreadable]
             pixels = [images.image(i) for i in readable[: args.time_images]]
             report = measure(report, pipe, pixels, rounds=args.rounds)

@@ -24,11 +24,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast label`; returns 0, or 1 if any image could not be read."""
+    from revit_fast.cli.pipelines import optimized
     from revit_fast.train.labels import LengthLabels, predict_lengths
 
     check_file("--output", args.output)
     bundle, images = open_both(args)
-    predictions = predict_lengths(bundle.model, images, progress=counter("predicted"))
+    predictions = predict_lengths(optimized(args, bundle.model, "BUNDLE"), images, progress=counter("predicted"))
     labels = LengthLabels.of(predictions, images, args.rule, args.unsolved)
     with usage_errors():
         labels.save(args.output)

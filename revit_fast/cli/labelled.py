@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_threads, positive
+from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, positive
 
 if TYPE_CHECKING:
     from revit_fast.streaming.bundle import Bundle
@@ -28,6 +28,7 @@ def add_data(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("--split", default=split, help="split of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default %(default)s)")
+    add_dtype(p)
     add_threads(p)
 
 

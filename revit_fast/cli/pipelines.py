@@ -16,7 +16,8 @@ from revit_fast.adaptive.policies import PolicySpec
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli.arguments import UsageError
 from revit_fast.grids import DEFAULT_GRIDS
-from revit_fast.inference.optimize import optimize
+from revit_fast.inference.inference_copy import InferenceCopy, dtype_name
+from revit_fast.inference.optimize import OptimizedReViT, optimize
 from revit_fast.io.images import IMAGES, Kind
 from revit_fast.models.create import create_model
 from revit_fast.models.hub import is_bundle
@@ -39,11 +40,37 @@ def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> 
         raise UsageError(f"--model: {args.model} has no classifier to predict with")
     labels = read_labels(args.labels, model.num_classes) if args.labels else bundle and bundle.classes
     prep = build_preprocessor(args, model, bundle)
+    fast = optimized(args, model)
     try:
-        fast = optimize(model)
         return AdaptivePipeline(fast, prep, token_budget=args.batch_tokens, labels=labels, max_wait_s=max_wait_s)
     except ValueError as error:
         raise UsageError.of(error, model="--model") from error
+
+
+def optimized(args: argparse.Namespace, model: ReViT, option: str = "--model") -> OptimizedReViT:
+    """An optimised copy of `model` in the dtype of --dtype.
+
+    Args:
+        args: the arguments.
+        model: the model.
+        option: name of the argument that the model comes from.
+
+    Raises:
+        UsageError: if the dtype cannot be served, or the model cannot be optimised.
+    """
+    dtype = args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    try:
+        copy = optimize(model, dtype)
+    except ValueError as error:
+        raise UsageError.of(error, model=option, dtype="--dtype") from error
+    say_dtype(args, copy)
+    return copy
+
+
+def say_dtype(args: argparse.Namespace, copy: InferenceCopy) -> None:
+    """Says on stderr which weights a copy runs with, if --dtype asks for some."""
+    if args.dtype is not None:
+        print(f"--dtype {args.dtype}: weights in {dtype_name(copy)}", file=sys.stderr, flush=True)
 
 
 def build_preprocessor(args: argparse.Namespace, model: ReViT, bundle: Bundle | None = None) -> AdaptivePreprocessor:

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from revit_fast.cli.arguments import UsageError, refuse_cluster_options
-from revit_fast.cli.pipelines import check_fixed, choice_options, policy_of, read_labels, refuse_files_of
+from revit_fast.cli.pipelines import (
+    check_fixed,
+    choice_options,
+    policy_of,
+    read_labels,
+    refuse_files_of,
+    say_dtype,
+)
 from revit_fast.cli.report import open_results, write_results
 from revit_fast.io.images import IMAGES
 from revit_fast.models.weights import read_checkpoint
@@ -22,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast predict` on clips; returns 0, or 1 if any clip failed."""
     if args.engine != "local":
         raise UsageError(f"--engine {args.engine}: clips are classified in one process; leave it out")
+    if args.dtype not in (None, "auto", "float32"):
+        raise UsageError(f"--dtype: clips are classified in float32, got {args.dtype}; give float32 or auto")
     refuse_files_of(IMAGES, args, "a ViT's name or a bundle")
     import_module("av")  # if it is missing, main says what to install
     refuse_cluster_options(args)
@@ -50,6 +59,8 @@ def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
     labels = read_labels(args.labels, model.num_classes) if args.labels else classes
     options = {"policy": policy, "draft": args.draft, "n_frames": args.frames or model.num_frames}
     try:
-        return pipeline(model, args.assigner, labels=labels, token_budget=args.batch_tokens, **options)
+        pipe = pipeline(model, args.assigner, labels=labels, token_budget=args.batch_tokens, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError.of(error, **choice_options(args)) from error
+    say_dtype(args, pipe.model)
+    return pipe

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from revit_fast.adaptive.assigner import TokenLengthAssigner
+    from revit_fast.cli.pipelines import optimized
     from revit_fast.streaming.bundle import save_bundle
     from revit_fast.train.assigner import train_assigner
     from revit_fast.train.labels import LengthLabels, predict_lengths
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     bundle, images = open_both(args)
     code, sufficiency = 0, None
     if args.labels is None or args.objective == "suffices":
-        predictions = predict_lengths(bundle.model, images, progress=counter("predicted"))
+        fast = optimized(args, bundle.model, "BUNDLE")
+        predictions = predict_lengths(fast, images, progress=counter("predicted"))
         code = say_unreadable(images, predictions.unreadable)
         sufficiency = predictions.sufficiency(images.labels) if args.objective == "suffices" else None
         kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)

@@ -34,10 +34,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.io.images import ImageError, encoded_size
 from revit_fast.io.trace import StageTimes
 from revit_fast.streaming.pipeline import AdaptivePipeline
@@ -95,9 +96,10 @@ class Metrics(StageTimes):
     Args:
         token_budget: token budget of a batch. It is the last bucket but one, which makes larger batches visible.
         n_waiting: returns the number of images in the service now.
+        dtype: name of the dtype of the weights that the model multiplies with.
     """
 
-    def __init__(self, token_budget: int, n_waiting: Callable[[], int]) -> None:
+    def __init__(self, token_budget: int, n_waiting: Callable[[], int], dtype: str) -> None:
         super().__init__()
         self.registry = CollectorRegistry()
 
@@ -114,6 +116,7 @@ class Metrics(StageTimes):
         )
         self.stage_seconds = make(Counter, "stage_seconds", "Time spent in a stage.", labelnames=["stage"])
         make(Gauge, "waiting_images", "Images that wait for their result.").set_function(n_waiting)
+        make(Info, "model", "The model that is served.").info({"dtype": dtype})
 
     def _record(self, stage: str, begin: float, end: float, details: dict) -> None:
         super()._record(stage, begin, end, details)
@@ -133,7 +136,7 @@ class Service:
 
     def __init__(self, pipe: AdaptivePipeline, limits: Limits = Limits()) -> None:
         self.limits = limits
-        self.metrics = Metrics(pipe.token_budget, lambda: len(self.session))
+        self.metrics = Metrics(pipe.token_budget, lambda: len(self.session), dtype_name(pipe.model))
         self.session = pipe.session(self.metrics)
         self._n_open = 0
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.io.atomic import replaced
 from revit_fast.io.images import Source
 from revit_fast.streaming.pipeline import AdaptivePipeline
@@ -200,6 +201,8 @@ def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> 
     kept = read_manifest(directory)
     # Older manifests contain the option `exact`. It changed no result and no longer exists.
     kept.get("preprocessing", {}).pop("exact", None)
+    # Older manifests do not name the dtype. The model's digest shows it, except for int8, which no command had.
+    kept.setdefault("dtype", "float32" if manifest["dtype"] == "int8" else manifest["dtype"])
     differing = [name for name in sorted(kept.keys() | manifest.keys()) if kept.get(name) != manifest.get(name)]
     if differing:
         changes = "; ".join(f"{n}: {_short(kept.get(n))} there, {_short(manifest.get(n))} now" for n in differing)
@@ -259,6 +262,7 @@ def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source])
         "format": FORMAT,
         "revit_fast": __version__,
         "model": _module_digest(pipe.model),
+        "dtype": dtype_name(pipe.model),
         "assigner": None if tla is None else _module_digest(tla, repr(_calibration(tla)).encode()),
         "policy": prep.policy.spec,
         "preprocessing": settings,

@@ -16,6 +16,15 @@ from revit_fast.io.memory import keep_freed_pages
 from revit_fast.layers import derived
 
 
+def dtype_name(model: nn.Module) -> str:
+    """Name of the dtype of the weights that a model multiplies with, such as "bfloat16".
+
+    It is a copy's `dtype_used`, or else the dtype of the first parameter; "unknown" for a model without parameters.
+    """
+    used = getattr(model, "dtype_used", None) or next((p.dtype for p in model.parameters()), "unknown")
+    return str(used).removeprefix("torch.")
+
+
 class Turns:
     """Lets calls run together, and a change of the model alone: it waits for the calls, and later calls wait for it."""
 

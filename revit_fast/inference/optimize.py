@@ -86,8 +86,8 @@ class OptimizedReViT(InferenceCopy, ReViT):
 
     @property
     def dtype_used(self) -> torch.dtype:
-        """Dtype of the weights that the blocks multiply with."""
-        return self._packed_dtype or self.pos_embed.dtype
+        """Dtype of the weights that the blocks multiply with; without the C++ extension that of the parameters."""
+        return self._packed_dtype if self._packed_dtype and cpu.serves(self) else self.pos_embed.dtype
 
     @property
     def input_device(self) -> torch.device:

@@ -336,7 +336,7 @@ def pipeline(
         policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
         labels: names of the classes.
         device: device of the model; by default its present one.
-        dtype: type of the model's weights, see `optimize`; "auto" is for an optimised copy.
+        dtype: type of the model's weights, see `optimize`; "auto" and int8 are for an optimised copy.
         token_budget: largest number of tokens in a pack.
         optimize: run a copy made by `revit_fast.optimize`; otherwise the model itself, in evaluation mode.
         **options: further arguments of `AdaptivePipeline`, or of `AdaptivePreprocessor` (draft, crop_pct, ...).
@@ -350,8 +350,10 @@ def pipeline(
         raise ValueError("weights: they are for a model made by name; load them with model.load_checkpoint(path)")
     if isinstance(assigner, (str, PathLike)):
         assigner = TokenLengthAssigner.load(assigner)
-    if dtype == "auto" and not optimize:
-        raise ValueError('dtype: "auto" is chosen for an optimised copy; give a torch.dtype with optimize=False')
+    if dtype in ("auto", torch.int8) and not optimize:
+        raise ValueError(
+            f"dtype: {dtype} is for an optimised copy; leave optimize=False out, or give a floating-point dtype"
+        )
     model = model if device is None else model.to(device)
     fast = optimized_copy(model, dtype) if optimize else model.to(dtype or model.pos_embed.dtype).eval()
     own = {name: options.pop(name) for name in ("max_wait_s", "n_decoders") if name in options}

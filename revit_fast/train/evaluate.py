@@ -13,6 +13,7 @@ import numpy as np
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, confidence, make_policy, smallest_sufficient
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 from revit_fast.train.data import ImageSet
@@ -55,13 +56,13 @@ def evaluate(
     - entropy: images with higher entropy of grey values get longer lengths, with the shares that `match` gives.
 
     Args:
-        model: the `ReViT`.
+        model: the `ReViT`, of which an optimised copy is made, or such a copy.
         tla: its assigner; None: only baselines are reported, random and entropy with equal shares.
         images: labelled images that neither the model nor the assigner was trained on.
         policies: policies of the assigner, see `policies.make_policy`; by default `default_policies`.
         cascade: bounds of the confidence cascade.
         settings: preprocessing that replaces the model's.
-        predictions: result of `predict_lengths` for these images, if it is known already.
+        predictions: result of `predict_lengths` for this model and these images, if it is known already.
         unsolved: the oracle's length for an image that no length classifies correctly, see `labels.length_labels`.
         match: policy whose shares the random and entropy baselines take, usually the one to be deployed.
         n_random: number of seeds of the random baseline, at least 5.
@@ -112,6 +113,7 @@ def evaluate(
         label_shares=tuple((np.bincount(oracle, minlength=len(model.grids)) / len(oracle)).tolist()),
         unsolved_share=float((~tally.correct.any(axis=0)).mean()),
         assigner_gmacs=tally.assigner_gmacs,
+        dtype=dtype_name(model),
     )
 
 

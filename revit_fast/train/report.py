@@ -81,6 +81,7 @@ class Report:
         label_shares: share of the images for which the oracle chooses each length, the longest first.
         unsolved_share: share of the images that no length classifies correctly.
         assigner_gmacs: multiply-adds of the assigner per image, in billions.
+        dtype: name of the dtype of the weights that the model multiplied with, such as "bfloat16".
         machine: setup in which times were measured; None without times.
     """
 
@@ -92,6 +93,7 @@ class Report:
     label_shares: tuple[float, ...]
     unsolved_share: float
     assigner_gmacs: float
+    dtype: str
     machine: Mapping[str, Any] | None = None
 
     def row(self, name: str) -> Row:
@@ -116,7 +118,7 @@ class Report:
         head = [
             f"{self.n_images} images of {self.n_classes} classes{unreadable}. Smallest right length: {labels} (the "
             f"longest also where none is right: {self.unsolved_share:.1%}). The assigner costs "
-            f"{self.assigner_gmacs:.3g} GMACs an image.",
+            f"{self.assigner_gmacs:.3g} GMACs an image. The model's weights are in {self.dtype}.",
             "",
         ]
         foot = [
