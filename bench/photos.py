@@ -20,8 +20,13 @@ def photo(seed: int, height: int = SIZE[0], width: int = SIZE[1]) -> np.ndarray:
     return (127 + 80 * np.stack(waves, axis=-1) + noise).clip(0, 255).astype(np.uint8)
 
 
+def encoded(image: Image.Image, **options) -> bytes:
+    """An image as a JPEG file; `options` are those of Pillow's encoder."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
 def jpeg(seed: int) -> bytes:
     """A photograph-sized JPEG of quality 90."""
-    file = io.BytesIO()
-    Image.fromarray(photo(seed)).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return encoded(Image.fromarray(photo(seed)), quality=90)
