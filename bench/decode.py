@@ -2,9 +2,9 @@
 
 Run: python -m bench.decode [--rounds 15]
 
-The photographs are the samples of scikit-learn and scikit-image, encoded at quality 90. imagecodecs and opencv are
-measured where they are installed. A decoder alone does less than a pipeline needs: ours also opens the file with
-Pillow for its size, its EXIF orientation and its metadata.
+The photographs are parts of the samples of scikit-learn and scikit-image, encoded at quality 90. torchcodec,
+imagecodecs and opencv are measured where they are installed. A decoder alone does less than a pipeline needs: ours also
+opens the file with Pillow for its size, its EXIF orientation and its metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.photos import encoded
+from bench.photos import encoded, real_photo
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import CpuClock, take_turns
 from revit_fast.io import jpeg
@@ -38,12 +38,8 @@ SHAPES = {
 
 
 def photographs(size: tuple[int, int], **options) -> list[bytes]:
-    """JPEG files of three photographs, resized to one size."""
-    from skimage.data import coffee
-    from sklearn.datasets import load_sample_images
-
-    pixels = [*load_sample_images().images, coffee()]
-    return [encoded(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC), quality=90, **options) for p in pixels]
+    """JPEG files of three photographs of one size."""
+    return [encoded(real_photo(seed, *size), quality=90, **options) for seed in range(3)]
 
 
 def by_pillow(file: bytes) -> np.ndarray:
@@ -75,6 +71,10 @@ def decoders() -> dict[str, Decode]:
     if jpeg.matching_decoder():
         found |= {"ours, simplejpeg": read_rgb, "simplejpeg alone": jpeg.matching_decoder()}
     found["torchvision alone"] = by_torchvision
+    if find_spec("torchcodec"):
+        from torchcodec.decoders import decode_jpeg
+
+        found["torchcodec alone"] = lambda file: decode_jpeg(file).permute(1, 2, 0).numpy()
     if find_spec("imagecodecs"):
         from imagecodecs import jpeg8_decode
 
