@@ -13,12 +13,13 @@ import resource
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import revit_fast as rf
-from bench.model_peers import PEERS, Kind, Peer, Run, Unsuited, precision_name
+from bench.model_peers import PEERS
 from bench.model_work import (
     MIXES,
     MODELS,
@@ -27,6 +28,7 @@ from bench.model_work import (
     TOLERANCES,
     Case,
     Flops,
+    agreement,
     grids_of,
     model_title,
     random_vit,
@@ -34,13 +36,14 @@ from bench.model_work import (
     timed,
     ungroup,
 )
-from bench.probe import FmaProbe
+from bench.peers.common import Kind, Peer, Run, Unsuited, precision_name
+from bench.probe import PeakProbe, best_instruction, engine_instruction, instructions_in_use
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.scaling import TOKENS, scaling, scaling_table
 from revit_fast.inference.cpu import pack_model
 from revit_fast.ops import packed_linear
 
-OURS, CEILING, PROBE = "ours", "matrix products alone", "FMA probe"
+OURS, CEILING = "ours", "matrix products alone"
 BATCHES = (1, 3, 16, 64)
 
 
@@ -49,7 +52,9 @@ def ours(case: Case, dtype: torch.dtype = torch.float32) -> Peer:
     model = rf.optimize(rf.ReViT.from_timm(case.vit), dtype=dtype)
     packs = [model.pack(images) for images in case.sets]
     run = torch.inference_mode()(lambda i: model(packs[i % N_SETS]))
-    return Peer(run, range(len(case.grids)), flops_of_ours(case), precision=precision_name(dtype))
+    precision = precision_name(dtype)
+    order, flops = range(len(case.grids)), flops_of_ours(case)
+    return Peer(run, order, flops, precision=precision, instruction=engine_instruction(precision))
 
 
 OUR_KINDS = (
@@ -91,22 +96,33 @@ def products_alone(case: Case) -> tuple[Run, float]:
     return run, sum(2.0 * n * weight.panels.shape[1] * weight.n_out for n, weight in calls)
 
 
-def judged(logits: Tensor, peer: Peer, case: Case) -> tuple[float | None, str | None]:
-    """Checks a candidate's logits of the first set.
+class Verdict(NamedTuple):
+    """What a candidate's logits of the first set are.
 
-    Returns:
-        Their error, None where it cannot be computed; and what is wrong with them, None where nothing is.
+    Attributes:
+        error: see `relative_error`; None where it cannot be computed.
+        agreement: see `agreement`; None where it cannot be computed.
+        problem: what is wrong with them; None where nothing is.
     """
+
+    error: float | None
+    agreement: float | None
+    problem: str | None
+
+
+def judged(logits: Tensor, peer: Peer, case: Case) -> Verdict:
+    """Compares a candidate's logits of the first set with the true ones, by the tolerance of its precision."""
     expected = case.expected
     if logits.shape != expected.shape:
-        return None, f"wrong: shape {tuple(logits.shape)}, expected {tuple(expected.shape)}"
+        return Verdict(None, None, f"wrong: shape {tuple(logits.shape)}, expected {tuple(expected.shape)}")
     if not logits.isfinite().all():
-        return None, "wrong: logits are not finite"
+        return Verdict(None, None, "wrong: logits are not finite")
     if peer.order is None:
-        return None, None
-    error, tolerance = relative_error(ungroup(logits, peer.order), expected), TOLERANCES[peer.precision]
+        return Verdict(None, None, None)
+    logits, tolerance = ungroup(logits, peer.order), TOLERANCES[peer.precision]
+    error = relative_error(logits, expected)
     problem = f"wrong: differs from timm by {error:.1e} of the largest logit, {peer.precision} may by {tolerance:.0e}"
-    return error, None if error <= tolerance else problem
+    return Verdict(error, agreement(logits, expected), None if error <= tolerance else problem)
 
 
 def page_faults(run: Run, calls: int = 5) -> int:
@@ -120,43 +136,50 @@ def page_faults(run: Run, calls: int = 5) -> int:
 
 
 def checked(case: Case, builders: dict[str, Callable[[Case], Peer]]) -> tuple[dict[str, Peer], dict[str, dict]]:
-    """The candidates whose logits are right; and the precision and error of every one, and why it is left out."""
-    peers, verdicts = {}, {}
+    """The candidates whose logits are right; and what was found of every one, and why it is left out."""
+    peers, found = {}, {}
     for name, build in builders.items():
-        precision = error = None
+        precision, verdict = None, Verdict(None, None, None)
         try:
             peer = build(case)
             precision = peer.precision
-            error, reason = judged(peer.run(0), peer, case)
+            verdict = judged(peer.run(0), peer, case)
+            reason = verdict.problem
         except Exception as e:  # a peer that is not installed or fails must not end the run of the others
             reason = str(e) if isinstance(e, Unsuited) else f"{type(e).__name__}: {e}".splitlines()[0]
         if reason is None:
             peers[name] = peer
-        verdicts[name] = {"precision": precision, "error": error, "reason": reason}
-    return peers, verdicts
+        found[name] = {
+            "precision": precision,
+            "error": verdict.error,
+            "agreement": verdict.agreement,
+            "reason": reason,
+        }
+    return peers, found
 
 
 def measure(case: Case, peer_keys: Sequence[str], rounds: int, pause_s: float) -> dict:
     """Checks and times all candidates of a case."""
     builders = {kind.name: kind.build for kind in (*OUR_KINDS, *(PEERS[key] for key in peer_keys))}
-    peers, verdicts = checked(case, builders)
-    verdicts[CEILING] = {"precision": "float32", "error": None, "reason": None}
-    probe = FmaProbe(case.n_threads)
-    runs = {name: peer.run for name, peer in peers.items()} | {PROBE: probe.run}
+    peers, found = checked(case, builders)
+    found[CEILING] = {"precision": "float32", "error": None, "agreement": None, "reason": None}
+    probes = {instruction.name: PeakProbe(instruction, case.n_threads) for instruction in instructions_in_use()}
+    runs = {name: peer.run for name, peer in peers.items()} | {name: probe.run for name, probe in probes.items()}
     runs[CEILING], product_flops = products_alone(case)
     samples = timed(runs, rounds, pause_s)
-    peak = probe.flops / statistics.median(samples[PROBE])
+    peaks = {name: probe.ops / statistics.median(samples[name]) for name, probe in probes.items()}
     nominal = case.shape.flops(case.seqlens).total
-    result = {"flops_nominal": nominal, "fma_peak": peak, "fma_kind": probe.kind, "candidates": []}
-    for name, verdict in verdicts.items():
+    result = {"flops_nominal": nominal, "peaks": peaks, "candidates": []}
+    for name, verdict in found.items():
         row = {"candidate": name} | verdict
         if name in samples:
+            peer = peers.get(name)
+            instruction = (peer and peer.instruction) or best_instruction(verdict["precision"])
+            flops = peer.flops.total if peer else product_flops
             row |= times(samples[name], samples.get(OURS), len(case.grids))
-            row["note"] = peers[name].note if name in peers else ""
-            flops = peers[name].flops.total if name in peers else product_flops
-            per_flop = 1e3 / row["median_ms"] / peak
-            row |= {"flops": flops, "of_peak": flops * per_flop}
-            row["of_peak_nominal"] = nominal * per_flop if name in peers else None
+            per_flop = 1e3 / row["median_ms"] / peaks[instruction.name]
+            row |= {"note": peer.note if peer else "", "instruction": instruction.name, "flops": flops}
+            row |= {"of_peak": flops * per_flop, "of_peak_nominal": nominal * per_flop if peer else None}
         result["candidates"].append(row)
     if OURS in peers:
         result["page_faults"] = page_faults(peers[OURS].run)
@@ -187,12 +210,17 @@ def error_text(row: dict) -> str:
     return "–" if row["error"] is None else f"{row['error']:.1e}"
 
 
+def agreement_text(row: dict) -> str:
+    """The part of the images that a row gives the true class; a dash where no logits can be compared."""
+    return "–" if row["agreement"] is None else f"{row['agreement']:.0%}"
+
+
 def case_table(result: dict, rounds: int) -> str:
     """A case as Markdown."""
     facts = [
         f"{result['tokens']} tokens",
         f"{result['flops_nominal'] / 1e9:.1f} GFLOP nominal",
-        f"FMA peak {result['fma_peak'] / 1e9:.0f} GFLOP/s ({result['fma_kind']})",
+        *(f"peak of {name}: {peak / 1e9:.0f} GOP/s" for name, peak in result["peaks"].items()),
     ]
     if "page_faults" in result:
         facts.append(f"{result['page_faults']} page faults in a warm call of ours")
@@ -203,14 +231,14 @@ def case_table(result: dict, rounds: int) -> str:
         "",
         " · ".join(facts),
         "",
-        "| candidate | precision | error | median ms | quartiles ms | images/s | time ÷ ours | GFLOP | of peak "
-        "| of peak, nominal | note |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| candidate | precision | error | top-1 | median ms | quartiles ms | images/s | time ÷ ours | GFLOP | of peak "
+        "| nominal | peak of | note |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in result["candidates"]:
-        who = f"| {row['candidate']} | {row['precision'] or '–'} | {error_text(row)} "
+        who = f"| {row['candidate']} | {row['precision'] or '–'} | {error_text(row)} | {agreement_text(row)} "
         if row["reason"]:
-            lines.append(f"{who}| | | | | | | | {row['reason']} |")
+            lines.append(f"{who}| | | | | | | | | {row['reason']} |")
             continue
         low, high = row["quartiles_ms"]
         ratio = f"{row['ratio_to_ours']:.2f}" if row["ratio_to_ours"] else "–"
@@ -221,7 +249,7 @@ def case_table(result: dict, rounds: int) -> str:
         ]
         lines.append(
             f"{who}| {row['median_ms']:.2f} | {low:.2f}–{high:.2f} | {row['images_per_s']:.1f} "
-            f"| {ratio} | {row['flops'] / 1e9:.1f} | {row['of_peak']:.1%} | {nominal} "
+            f"| {ratio} | {row['flops'] / 1e9:.1f} | {row['of_peak']:.1%} | {nominal} | {row['instruction']} "
             f"| {'; '.join(filter(None, notes))} |"
         )
     return "\n".join([*lines, ""])
@@ -234,15 +262,21 @@ def document(header: dict, results: Sequence[dict], scaling_rows: Sequence[dict]
         "",
         header_line(header),
         "",
-        f"{args.threads} threads; {args.rounds} rounds in alternating order on {N_SETS} rotated sets of "
-        f"images, {args.pause:g} s rest before each turn. Precision: the lowest among the operands of a candidate's "
-        "matrix products; error: its largest difference to timm's logits in float64, as a part of the largest logit, "
-        "on the first set of images. GFLOP: what a candidate executes, two for a multiply-add of its matrix products "
-        "and attention; of peak: that over its time and over the FMA peak of float32, measured between the "
-        "turns of the same case; nominal: with the FLOP of every block on every token of the batch in place of those "
-        "executed (ours leaves out what the pooled token does not need in the last block, padded peers execute more). "
-        "Other precisions may exceed the peak. The ceiling is the time of our linear layers "
-        "alone on our microkernel in float32, scaled to all FLOP that ours executes.",
+        f"{args.threads} threads; {args.rounds} rounds in alternating order on {N_SETS} rotated sets of images, "
+        f"{args.pause:g} s rest before each turn.",
+        "",
+        "Precision: the lowest among the operands of a candidate's matrix products. Error: its largest difference to "
+        "timm's logits in float64, as a part of the largest logit, on the first set of images. Top-1: the part of "
+        "those images whose largest logit is the one of float64. GFLOP: what a candidate executes, two for a "
+        "multiply-add of its matrix products and attention; norms, softmax and activations are not counted.",
+        "",
+        "Of peak: GFLOP over time and over the rate of the instruction under 'peak of', which is measured between "
+        "the turns of the same case. For ours it is the instruction that the kernels of the linear layers use "
+        "(attention is in float32 in the int8 rows, but the peak is that of int8). For peers it is the fastest one "
+        "of their precision among those that are probed. AMX is not probed and may exceed it. Nominal: the same with "
+        "the FLOP of every block on every token of the batch in place of those executed (ours leaves out what the "
+        "pooled token does not need in the last block, padded peers execute more). The ceiling is the time of our "
+        "linear layers alone on our microkernel in float32, scaled to all FLOP that ours executes.",
         "",
         *(f"- **{kind.name}**: {kind.note}" for kind in (*OUR_KINDS, *(PEERS[key] for key in args.peers))),
         "",
@@ -251,20 +285,6 @@ def document(header: dict, results: Sequence[dict], scaling_rows: Sequence[dict]
     if scaling_rows:
         lines.append(scaling_table(scaling_rows))
     return "\n".join(lines)
-
-
-def progress_line(result: dict) -> str:
-    """A case in a line: ours, then the ratios, each with precision and error."""
-    parts = []
-    for row in result["candidates"]:
-        how = f"{row['precision']}, error {error_text(row)}"
-        if row["reason"]:
-            parts.append(f"{row['candidate']} –")
-        elif row["candidate"] == OURS:
-            parts.append(f"ours {row['median_ms']:.1f} ms ({how}, {row['of_peak']:.0%} of peak)")
-        elif row["ratio_to_ours"]:
-            parts.append(f"{row['candidate']} {row['ratio_to_ours']:.2f} ({how})")
-    return f"{case_title(result)}: {' · '.join(parts)}"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -323,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 case = Case(vit, grids_of(mix, batch), open_ended=mix == "random", n_threads=args.threads)
                 about = {"model": model_name, "batch": batch, "mix": mix, "tokens": sum(case.seqlens)}
                 results.append(about | {"grids": case.grids} | measure(case, args.peers, args.rounds, args.pause))
-                print(progress_line(results[-1]), flush=True)
+                print(case_table(results[-1], args.rounds), flush=True)
                 save()
                 del case
                 torch.compiler.reset()  # else dynamo holds compiled shapes, each with its copy of the weights

@@ -1,55 +1,46 @@
 """From images to logits: what the assigner costs, what preparing costs, and whole pipelines beside others.
 
-Run: python -m bench.pipeline [--quick] [--parts assigner prepare jpeg stream]
+Run: python -m bench.pipeline [--quick] [--parts assigner prepare jpeg stream] [--dtypes float32 bfloat16 int8]
 
 The mix of grids is that of the model bench (4 at 14, 6 at 10, 6 at 7 of 16 images). No assigner can be trained here, so
 one of random weights is run, its cost counted, and the mix taken whatever it says.
 
 The error of a pipeline from JPEG files is that of its model on the first batch: the largest difference of a logit to
 the same model in float64 on the same prepared images, as a part of the largest logit. A pipeline whose error is beyond
-the tolerance of its precision has no time.
+the tolerance of its precision has no time. Ours runs at each precision of --dtypes, and every row has its ratio to each
+of them; the other pipelines are in bench/pipeline_peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import io
 import resource
 import statistics
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import v2
 
 import revit_fast as rf
-from bench.model_work import MODELS, TOLERANCES, grids_of, model_title, random_vit, relative_error, true_logits
+from bench.model_work import MODELS, TOLERANCES, grids_of, model_title, random_vit
 from bench.photos import SIZE, jpeg, photo
+from bench.pipeline_peers import BATCH, CROP_PCT, Candidate, peers, torchvision_tensor
 from bench.report import header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
-from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.policies import Policy, make_policy
 from revit_fast.io.trace import StageTimes
-from revit_fast.models.settings import IMAGENET_MEAN, IMAGENET_STD
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
-BATCH = 16
-CROP_PCT = 0.9
 N_SETS = 4
-TIMM_TRANSFORM = create_transform(224, crop_pct=CROP_PCT, interpolation="bicubic")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def mixed_policy(n_images: int) -> Policy:
@@ -67,8 +58,6 @@ def make_pipeline(key: str, n_images: int, **options: Any) -> AdaptivePipeline:
 
 
 Row = dict[str, Any]
-Load = Callable[[bytes], Tensor]
-"""The tensor of a JPEG file that a model takes."""
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -77,23 +66,41 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in rows]) + "\n"
 
 
-def timed_rows(what: str, candidates: dict[str, Callable[[int], Any]], rounds: int, per: int) -> list[Row]:
-    """Candidates in turns; milliseconds per image and the ratio to the first, which is ours."""
+def timed_rows(
+    what: str,
+    candidates: dict[str, Callable[[int], Any]],
+    rounds: int,
+    per: int,
+    bases: dict[str, str] | None = None,
+) -> list[Row]:
+    """Candidates in turns; milliseconds per image and ratios.
+
+    Args:
+        what: the case.
+        candidates: functions of the round by name.
+        rounds: turns of each.
+        per: images of a turn.
+        bases: for each ratio its column's name and the candidate to compare with; by default the first one, as "ours".
+    """
     for run in candidates.values():
         run(0)
     samples = take_turns(candidates, rounds, pause_s=0.1)
-    first = next(iter(samples.values()))
     rows = []
     for name, seconds in samples.items():
         median, (low, high) = spread_ms([s / per for s in seconds])
-        ratio = statistics.median(b / a for a, b in zip(first, seconds, strict=True))
         row = {"case": what, "candidate": name, "ms/image": round(median, 3)}
-        rows.append(row | {"quartiles": f"{low:.3f} to {high:.3f}", "time / ours": round(ratio, 3)})
+        row["quartiles"] = f"{low:.3f} to {high:.3f}"
+        for column, base in (bases or {"ours": next(iter(samples))}).items():
+            ratio = statistics.median(s / b for s, b in zip(seconds, samples[base], strict=True))
+            row[f"time / {column}"] = round(ratio, 3)
+        rows.append(row)
     return rows
 
 
 def checked_rows(what: str, candidates: dict[str, Candidate], rounds: int, per: int) -> list[Row]:
     """Rows of candidates with their precision and error; those beyond its tolerance come last, without times.
+
+    Ratios are to every candidate whose name begins with "ours".
 
     Raises:
         SystemExit: where the first, which is ours, is beyond its tolerance: there is nothing to compare with.
@@ -103,13 +110,14 @@ def checked_rows(what: str, candidates: dict[str, Candidate], rounds: int, per: 
     first = next(iter(candidates))
     if first not in right:
         raise SystemExit(f"{what}: {first} is wrong, its error is {errors[first]:.1e}")
-    rows = timed_rows(what, right, rounds, per)
+    rows = timed_rows(what, right, rounds, per, {name: name for name in right if name.startswith("ours")})
     for row in rows:
         row["images/s"] = round(1e3 / row["ms/image"], 1)
     rows += [{"case": what, "candidate": name, "ms/image": "wrong"} for name in candidates if name not in right]
     for row in rows:
-        name = row["candidate"]
-        row |= {"precision": candidates[name].precision, "error": f"{errors[name]:.1e}"}
+        candidate = candidates[row["candidate"]]
+        error = f"{errors[row['candidate']]:.1e}"
+        row |= {"precision": candidate.precision, "error": error, "note": candidate.note}
     return rows
 
 
@@ -132,144 +140,24 @@ def assigner_rows(key: str, rounds: int) -> list[Row]:
     return rows
 
 
-def torchvision_tensor(image: Tensor, image_px: int) -> Tensor:
-    """The evaluation transform of torchvision v2 on uint8: resize the shorter side, crop, normalise."""
-    image = v2.functional.resize(image, [int(image_px / CROP_PCT)], v2.InterpolationMode.BICUBIC, antialias=True)
-    image = v2.functional.center_crop(image, [image_px, image_px])
-    image = v2.functional.to_dtype(image, torch.float32, scale=True)
-    return v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
-
-
 def prepare_rows(rounds: int) -> list[Row]:
     """From decoded pixels to what a model takes."""
     pipe = make_pipeline("deit-s", BATCH)
     sets = [[photo(BATCH * s + i) for i in range(BATCH)] for s in range(N_SETS)]
     chw = [[torch.from_numpy(image).permute(2, 0, 1) for image in images] for images in sets]
-    transform = v2.Compose([lambda image: torchvision_tensor(image, 224)])
 
     def ours(turn: int) -> Tensor:
         images = sets[turn % N_SETS]
         return pipe.prep.pack(images, pipe.prep.assign(images).grids).data
 
+    def torchvision(turn: int) -> Tensor:
+        return torch.stack([torchvision_tensor(image) for image in chw[turn % N_SETS]])
+
     candidates = {
         "ours: assigner, mixed grids, packed": ours,
-        "torchvision v2 uint8, 224 px, stacked": lambda turn: torch.stack([transform(i) for i in chw[turn % N_SETS]]),
+        "torchvision v2 uint8, 224 px, stacked": torchvision,
     }
     return timed_rows(f"{BATCH} images of {SIZE[1]}x{SIZE[0]}, 2 threads", candidates, rounds, BATCH)
-
-
-def batched(items: Iterable[Tensor], n: int) -> Iterator[Tensor]:
-    """Stacks of n."""
-    batch: list[Tensor] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == n:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
-        yield torch.stack(batch)
-
-
-def ahead(function: Callable, items: Iterable, n_threads: int, n_ahead: int) -> Iterator:
-    """`function` of every item in order, computed on threads that far ahead."""
-    with ThreadPoolExecutor(n_threads) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == n_ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-@dataclass
-class Candidate:
-    """A pipeline from JPEG files to logits.
-
-    Attributes:
-        run: computes the logits of all files, in parts of any number of images.
-        expected: float64 logits `[BATCH, n_classes]` of the first files, as the pipeline prepares them.
-        precision: the lowest among the operands of its matrix products, a key of `TOLERANCES`.
-    """
-
-    run: Callable[[int], list[Tensor]]
-    expected: Tensor
-    precision: str = "float32"
-
-    def error(self) -> float:
-        """The largest difference of a logit to the expected one, as a part of the largest."""
-        n_classes = self.expected.shape[1]
-        logits = torch.cat([part.reshape(-1, n_classes) for part in self.run(0)])
-        return relative_error(logits[:BATCH], self.expected)
-
-
-def timm_run(vit, files: Sequence[bytes], n_threads: int, load: Load) -> Callable[[int], list[Tensor]]:
-    """timm at full length; the next images are prepared during the forward pass."""
-
-    @torch.inference_mode()
-    def run(turn: int) -> list[Tensor]:
-        return [vit(x) for x in batched(ahead(load, files, n_threads, 2 * BATCH), BATCH)]
-
-    return run
-
-
-def openvino_run(
-    vit, files: Sequence[bytes], n_threads: int, hint: str, load: Load, precision: str | None
-) -> tuple[Callable[[int], list[Tensor]], str]:
-    """OpenVINO at full length, compiled for batches of 16, and the precision that it takes (its own choice for None).
-
-    The next images are prepared during the forward pass.
-    """
-    import openvino
-
-    from bench.model_peers import openvino_compiled, openvino_precision, quiet_export
-
-    with quiet_export():
-        model = openvino.convert_model(vit, example_input=torch.zeros(1, 3, 224, 224), input=[BATCH, 3, 224, 224])
-    compiled = openvino_compiled(model, n_threads, hint, precision)
-    n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-    requests = [compiled.create_infer_request() for _ in range(n_requests)]
-
-    def logits_of(request) -> Tensor:
-        return torch.from_numpy(request.get_output_tensor().data.copy())
-
-    def run(turn: int) -> list[Tensor]:
-        outputs, running = [], deque()
-        free = deque(requests)
-        for x in batched(ahead(load, files, n_threads, 2 * BATCH), BATCH):
-            if not free:
-                request, _ = running.popleft()
-                request.wait()
-                outputs.append(logits_of(request))
-                free.append(request)
-            request = free.popleft()
-            request.start_async([x.numpy()], share_inputs=True)
-            running.append((request, x))  # the input must live until it is done
-        for request, _ in running:
-            request.wait()
-            outputs.append(logits_of(request))
-        return outputs
-
-    return run, openvino_precision(compiled)
-
-
-def timm_load(file: bytes) -> Tensor:
-    """timm's own transform, on PIL images."""
-    return TIMM_TRANSFORM(Image.open(io.BytesIO(file)).convert("RGB"))
-
-
-def torchvision_load(file: bytes) -> Tensor:
-    """torchvision's own JPEG decoder and uint8 transform."""
-    data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
-    return torchvision_tensor(decode_jpeg(data, ImageReadMode.RGB), 224)
-
-
-def our_load(file: bytes) -> Tensor:
-    """Our resize at full size, as an image tensor: the fastest transform here."""
-    pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "boxes": [eval_box(*pixels.shape[:2], 224, CROP_PCT)]}
-    rows = rf.ops.resize_patchify([pixels], 224, 224, **options).data
-    return rows.view(224, 224, 3).permute(2, 0, 1)
 
 
 def expected_of_ours(vit, pipe: AdaptivePipeline, files: Sequence[bytes]) -> Tensor:
@@ -279,42 +167,36 @@ def expected_of_ours(vit, pipe: AdaptivePipeline, files: Sequence[bytes]) -> Ten
         return rf.ReViT.from_timm(vit).double()(replace(batch, data=batch.data.double()))
 
 
-def jpeg_rows(key: str, n_images: int, rounds: int, n_threads: int) -> tuple[list[Row], list[Row]]:
-    """JPEG files to logits: ours on the mix, the others at full length."""
+def jpeg_rows(
+    key: str, n_images: int, rounds: int, n_threads: int, dtypes: Sequence[str]
+) -> tuple[list[Row], list[Row]]:
+    """JPEG files to logits, and the stages of ours: ours on the mix at each precision, the others at full length."""
     files = [jpeg(i) for i in range(n_images)]
-    pipe = make_pipeline(key, n_images)
     vit = random_vit(MODELS[key])
-    stages: list[dict[str, float]] = []
+    stages: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in dtypes}
 
-    def ours(turn: int) -> list[Tensor]:
+    def ours(turn: int, pipe: AdaptivePipeline, dtype: str) -> list[Tensor]:
         times = StageTimes()
         begin = time.perf_counter()
         logits = [result.logits for result in pipe(files, times=times)]
-        stages.append({**times.seconds, "wall": time.perf_counter() - begin})
+        stages[dtype].append({**times.seconds, "wall": time.perf_counter() - begin})
         return logits
 
-    def expected(load: Load) -> Tensor:
-        return true_logits(vit, [torch.stack([load(file) for file in files[:BATCH]])])
-
-    candidates = {
-        "ours: assigner, mixed grids": Candidate(ours, expected_of_ours(vit, pipe, files[:BATCH])),
-        "timm full-length, its own transform": Candidate(
-            timm_run(vit, files, n_threads, timm_load), expected(timm_load)
-        ),
-    }
-    for name, load in (("torchvision v2 uint8", torchvision_load), ("our resize", our_load)):
-        truth = expected(load)
-        for hint, asked in product(("LATENCY", "THROUGHPUT"), ("f32", None)):
-            run, precision = openvino_run(vit, files, n_threads, hint, load, asked)
-            default = "" if asked else ", default precision"
-            candidates[f"OpenVINO full-length ({hint}{default}), {name}"] = Candidate(run, truth, precision)
+    candidates = {}
+    for dtype in dtypes:
+        pipe = make_pipeline(key, n_images, dtype=DTYPES[dtype])
+        run = partial(ours, pipe=pipe, dtype=dtype)
+        candidates[f"ours, {dtype}"] = Candidate(run, expected_of_ours(vit, pipe, files[:BATCH]), dtype)
+    candidates |= peers(vit, files, n_threads, with_int8="int8" in dtypes)
     rows = checked_rows(f"{model_title(key)}, {n_images} JPEGs, {n_threads} threads", candidates, rounds, n_images)
     stage_rows = [
         {
             "case": rows[0]["case"],
+            "precision": dtype,
             "stage": stage,
-            "ms/image": round(1e3 * statistics.median(s[stage] for s in stages[1:]) / n_images, 3),
+            "ms/image": round(1e3 * statistics.median(s[stage] for s in stages[dtype][1:]) / n_images, 3),
         }
+        for dtype in dtypes
         for stage in ("decode", "assign", "pack", "forward", "wall")
     ]
     return rows, stage_rows
@@ -378,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deit-ti", "deit-s"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precisions of ours")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=64, help="JPEGs of a round")
@@ -403,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "prepare" in args.parts:
         add("prepare", "Pixels to model input", prepare_rows(3 * args.rounds))
     for key in args.models if "jpeg" in args.parts else ():
-        rows, stages = jpeg_rows(key, args.images, args.rounds, args.threads)
+        rows, stages = jpeg_rows(key, args.images, args.rounds, args.threads, args.dtypes)
         add("jpeg", f"JPEG files to logits, {model_title(key)}", rows)
         add("stages", "Time of each stage, all threads", stages)
     if "stream" in args.parts:

@@ -23,7 +23,7 @@ def compare(model: str) -> Comparison:
     peers = {name: build(case) for name, build in BUILDERS.items()}
 
     def check(candidate: str, logits) -> None:
-        _, problem = judged(logits, peers[candidate], case)
+        problem = judged(logits, peers[candidate], case).problem
         assert problem is None, f"{candidate}: {problem}"
 
     return Comparison(

@@ -1,7 +1,7 @@
 """`python -m bench.model`: every peer computes what timm does, says its precision, and wrong logits get no time."""
 
 import json
-import math
+import platform
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ timm = pytest.importorskip("timm")
 
 from bench import model as bench  # noqa: E402 (needs timm)
 from bench import probe  # noqa: E402
-from bench.model_peers import PEERS, Kind, Peer, Unsuited  # noqa: E402
+from bench.model_peers import PEERS  # noqa: E402
 from bench.model_work import (  # noqa: E402
     MODELS,
     TOLERANCES,
@@ -31,6 +31,7 @@ from bench.model_work import (  # noqa: E402
     timed,
     true_logits,
 )
+from bench.peers.common import Kind, Peer, Unsuited  # noqa: E402
 
 pytestmark = only_on("cpu", reason="a bench of the CPU")
 
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "openvino": ["openvino"],
     "openvino-default": ["openvino"],
+    "openvino-int8": ["openvino", "nncf"],
     "onnxruntime": ["onnx", "onnxruntime"],
     "navit": ["vit_pytorch"],
 }
@@ -57,13 +59,11 @@ def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     peer = PEERS[key].build(case)
     for turn in (0, 1, 0):
         logits = peer.run(turn)
-    error, problem = bench.judged(logits, peer, case)
+    error, _, problem = bench.judged(logits, peer, case)
     assert problem is None
     assert (error is None) == (peer.order is None)
-    if key == "timm-bf16":
-        assert peer.precision == "bfloat16"
-    elif key != "openvino-default":
-        assert peer.precision == "float32"
+    expected = {"timm-bf16": "bfloat16", "openvino-int8": "int8 per tensor"}.get(key, "float32")
+    assert peer.precision == expected or key == "openvino-default"
     if error is not None:
         assert (error > TOLERANCES["float32"]) == (peer.precision != "float32"), "the error tells the precision"
     assert (peer.order is None) == (key in ("timm-full", "navit")), "the others share timm's weights"
@@ -108,7 +108,7 @@ def test_the_compiled_peer_gives_the_logits_of_timm():
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     logits = [peer.run(turn) for turn in (1, 0)][1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew after it was built"
-    assert bench.judged(logits, peer, case)[1] is None
+    assert bench.judged(logits, peer, case).problem is None
     torch.compiler.reset()
     with pytest.raises(Unsuited, match="compiled anew"):
         PEERS["compile"].build(Case(vit, grids_of("random", 2), open_ended=True))
@@ -117,7 +117,7 @@ def test_the_compiled_peer_gives_the_logits_of_timm():
 def test_ours_and_its_products(vit):
     case = Case(vit, grids_of("mix", 4))
     peer = bench.ours(case)
-    assert bench.judged(peer.run(0), peer, case)[1] is None
+    assert bench.judged(peer.run(0), peer, case).problem is None
     assert bench.page_faults(peer.run, calls=1) >= 0
     products, flops = bench.products_alone(case)
     products(0)
@@ -128,7 +128,7 @@ def test_ours_and_its_products(vit):
 def test_ours_at_every_precision(vit, kind):
     case = Case(vit, grids_of("mix", 4))
     peer = kind.build(case)
-    error, problem = bench.judged(peer.run(0), peer, case)
+    error, _, problem = bench.judged(peer.run(0), peer, case)
     assert problem is None
     assert peer.precision == (kind.name.partition(", ")[2] or "float32")
     assert (error > TOLERANCES["float32"]) == (peer.precision != "float32"), "the error tells the precision"
@@ -146,7 +146,7 @@ def test_errors_are_to_timm_in_float64(vit):
 def test_the_tolerance_of_bfloat16_is_twice_the_error_of_autocast():
     case = Case(random_vit(MODELS["deit-ti"]), grids_of("mix", 3))
     peer = PEERS["timm-bf16"].build(case)
-    error, _ = bench.judged(peer.run(0), peer, case)
+    error, _, _ = bench.judged(peer.run(0), peer, case)
     assert TOLERANCES["bfloat16"] / 4 < error < TOLERANCES["bfloat16"] / 2
 
 
@@ -155,10 +155,12 @@ def test_every_precision_has_its_tolerance(vit, precision):
     case = Case(vit, grids_of("mix", 4))
     largest, order = case.expected.abs().max(), range(4)
 
-    def judged(factor):
+    def judged(factor) -> tuple[float, str | None]:
         logits = case.expected.clone()
         logits[2, 3] += factor * TOLERANCES[precision] * largest
-        return bench.judged(logits, Peer(lambda turn: logits, order, Flops(1, 1), precision=precision), case)
+        peer = Peer(lambda turn: logits, order, Flops(1, 1), precision=precision)
+        error, _, problem = bench.judged(logits, peer, case)
+        return error, problem
 
     error, problem = judged(0.9)
     assert error == pytest.approx(0.9 * TOLERANCES[precision])
@@ -168,7 +170,7 @@ def test_every_precision_has_its_tolerance(vit, precision):
     assert problem.startswith("wrong: differs from timm")
     assert precision in problem
     swapped = Peer(lambda turn: None, [1, 0, 2, 3], Flops(1, 1), precision=precision)
-    assert bench.judged(case.expected, swapped, case)[1], "images in the wrong order are no rounding"
+    assert bench.judged(case.expected, swapped, case).problem, "images in the wrong order are no rounding"
 
 
 def test_flops_of_deit_small_on_the_mix():
@@ -218,7 +220,12 @@ def test_wrong_results_get_no_time(vit, monkeypatch):
     assert list(peers) == ["right"]
     assert verdicts["wrong"]["reason"].startswith("wrong: differs from timm")
     assert verdicts["wrong"]["error"] == pytest.approx(1 / case.expected.abs().max().item())
-    assert verdicts["absent"] == {"precision": None, "error": None, "reason": "ImportError: not installed"}
+    assert verdicts["absent"] == {
+        "precision": None,
+        "error": None,
+        "agreement": None,
+        "reason": "ImportError: not installed",
+    }
     assert verdicts["right"]["reason"] is None
     monkeypatch.setattr(bench, "OUR_KINDS", (Kind(bench.OURS, wrong, ""),))
     result = bench.measure(case, ["timm"], rounds=1, pause_s=0)
@@ -227,7 +234,7 @@ def test_wrong_results_get_no_time(vit, monkeypatch):
     assert timm_["ratio_to_ours"] is None
     about = {"model": "deit-ti", "batch": 3, "mix": "mix", "tokens": 1}
     row = next(line for line in bench.case_table(about | result, 1).splitlines() if line.startswith("| ours"))
-    assert row.startswith(f"| ours | float32 | {ours['error']:.1e} | |")
+    assert row.startswith(f"| ours | float32 | {ours['error']:.1e} | 100% | |")
 
 
 def test_a_wrong_pipeline_gets_no_time():
@@ -282,16 +289,80 @@ def test_the_command_writes_its_tables(monkeypatch, tmp_path, capsys):
     assert content["scaling"][0]["tokens"] == 50
     table = (tmp_path / "model.md").read_text()
     assert "## DeiT-Ti, batch 1, all 7×7" in table
-    assert f"| ours | float32 | {rows['ours']['error']:.1e} |" in table
-    assert "| timm, full length | float32 | – |" in table
-    assert f"(float32, error {rows['ours']['error']:.1e}, " in capsys.readouterr().out
+    assert f"| ours | float32 | {rows['ours']['error']:.1e} | 100% |" in table
+    assert rows["ours"]["instruction"] == probe.engine_instruction("float32").name in content["results"][0]["peaks"]
+    assert "| timm, full length | float32 | – | – |" in table
+    assert bench.case_table(content["results"][0], 1) in capsys.readouterr().out
     assert "## Scaling: DeiT-Ti, ours" in table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.md"]
 
 
-@pytest.mark.parametrize("n_threads", [1, 2])
-def test_the_probe_measures_a_peak(n_threads):
-    peak = probe.fma_peak(n_threads, rounds=1)
-    assert math.isfinite(peak)
-    assert peak > 0
-    assert probe.FmaProbe(n_threads, seconds=0.001).kind in probe.KINDS
+@pytest.mark.parametrize("instruction", probe.INSTRUCTIONS, ids=lambda instruction: instruction.name)
+def test_the_probe_of_an_instruction(instruction, tmp_path):
+    """It compiles anywhere on x86-64, and is refused where the processor has no such instruction."""
+    if instruction.needs and platform.machine() != "x86_64":
+        pytest.skip("an instruction of x86-64")
+    probe.compile_probe(instruction, tmp_path / "peak.so")
+    if not instruction.supported:
+        with pytest.raises(ValueError, match=f"no {instruction.name}"):
+            probe.PeakProbe(instruction, 1)
+        return
+    for n_threads in (1, 2):
+        peak = probe.PeakProbe(instruction, n_threads, seconds=0.001)
+        ops = peak.ops
+        peak.run(1)
+        assert peak.ops == ops > 0
+
+
+def test_every_precision_is_compared_with_an_instruction_that_is_probed():
+    probed = probe.instructions_in_use()
+    assert all(instruction.supported for instruction in probed)
+    for precision in TOLERANCES:
+        assert probe.best_instruction(precision) in probed
+    for precision in ("float32", "bfloat16", "int8"):
+        assert probe.engine_instruction(precision) in probed
+
+
+def has(monkeypatch, isa, depths, multiplies_bf16, *names):
+    """Pretends a processor that has capabilities `names`, and our kernels on it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    monkeypatch.setattr(probe._library, "cpu_isa", lambda: isa)
+    monkeypatch.setattr(probe.linear, "cpu_integer_depths", lambda: depths, raising=False)
+    monkeypatch.setattr(probe.linear, "cpu_multiplies_bf16", lambda: multiplies_bf16)
+
+
+AVX2, AVX512 = ("avx2", "fma3"), ("avx2", "fma3", "avx512_f", "avx512_bw")
+MACHINES = {  # our kernels and the processor's capabilities, then our instructions and the best int8 one
+    "avx2": (("avx2", 2, False, *AVX2), (probe.FMA_256, probe.FMA_256, probe.VPMADDWD_256), probe.VPMADDWD_256),
+    "avx2, emulating": (
+        ("avx2x16", 4, True, *AVX2),
+        (probe.FMA_256, probe.FMA_256, probe.VPMADDWD_256),
+        probe.VPMADDWD_256,
+    ),
+    "avxvnni": (
+        ("avxvnni", 4, False, *AVX2, "avx_vnni"),
+        (probe.FMA_256, probe.FMA_256, probe.VPDPBUSD_256),
+        probe.VPDPBUSD_256,
+    ),
+    "avx512": (("avx512", 2, False, *AVX512), (probe.FMA_512, probe.FMA_512, probe.VPMADDWD_512), probe.VPMADDWD_512),
+    "avx512, all": (
+        ("avx512_bf16", 4, True, *AVX512, "avx512_bf16", "avx512_vnni"),
+        (probe.FMA_512, probe.VDPBF16PS, probe.VPDPBUSD_512),
+        probe.VPDPBUSD_512,
+    ),
+    "avx2 chosen": (
+        ("avx2", 2, False, *AVX512, "avx512_bf16", "avx512_vnni"),
+        (probe.FMA_256, probe.FMA_256, probe.VPMADDWD_256),
+        probe.VPDPBUSD_512,
+    ),
+    "not x86": (("baseline", 2, False), (probe.FMA,) * 3, probe.FMA),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_instruction_of_our_kernels(monkeypatch, machine):
+    described, ours, best = MACHINES[machine]
+    has(monkeypatch, *described)
+    assert tuple(probe.engine_instruction(precision) for precision in ("float32", "bfloat16", "int8")) == ours
+    assert probe.best_instruction("int8 per tensor") == best
+    assert probe.has_vnni() == ("vnni" in " ".join(described[3:]))

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -578,6 +579,7 @@ class TestEnv:
         assert found["isa"] in found["isas"] or not found["extension"]
         assert "cpu" in found["attention"]
         assert len(found["cuda"]) == torch.cuda.device_count()
+        assert found["jpeg"] == ("Pillow" if importlib.util.find_spec("simplejpeg") is None else "simplejpeg")
 
     def test_text(self, capsys):
         assert main(["env"]) == 0

@@ -304,6 +304,7 @@ class TestSources:
             (RGB.astype(np.float32), "uint8"),
             (RGB[None], r"\[1, 13, 21, 3\]"),
             (RGB[:0], r"\[0, 21, 3\]"),
+            (Image.new("RGB", (5, 0)), "at least one pixel, got 5x0"),
             (None, "NoneType"),
             (3, "int"),
         ],

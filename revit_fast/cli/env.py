@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from revit_fast.environment import attempt, versions
+from revit_fast.io.jpeg import matching_decoder
 from revit_fast.io.memory import allocator_state
 from revit_fast.ops import _library
 from revit_fast.ops.linear import cpu_multiplies_bf16
@@ -27,6 +28,7 @@ def environment() -> dict[str, Any]:
     backends = {"cpu": ("CPU", cpu_kernel), "cuda": ("CUDA", "Triton")}
     return {
         **versions(),
+        "jpeg": "simplejpeg" if matching_decoder() else "Pillow",
         "malloc": attempt(allocator_state),
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),

@@ -1,0 +1,66 @@
+"""A timm ViT as a graph that serves every grid, for runtimes that read exported models."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import numpy as np
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from bench.model_work import Case, Grid, grids_of
+
+N_CALIBRATION = 96
+"""Images that a quantizer calibrates with, of the three lengths in the proportions of the mix."""
+
+
+class WithPositions(nn.Module):
+    """A timm ViT whose position embeddings come as an input, so that an exported graph serves every grid."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Logits of images `[B, 3, H, W]` with positions `[1, N, C]` of their grid, class token first."""
+        vit = self.vit
+        x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x = torch.cat([vit.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + positions
+        return vit.forward_head(vit.norm(vit.blocks(x)))
+
+
+def positions_of(vit: VisionTransformer, grid: Grid) -> Tensor:
+    """Position embeddings `[1, N, C]` of a grid."""
+    n_prefix = vit.num_prefix_tokens
+    return resample_abs_pos_embed(vit.pos_embed, grid, num_prefix_tokens=n_prefix).detach().contiguous()
+
+
+def example_inputs(vit: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """Inputs of `WithPositions` to trace it with."""
+    side = 7 * vit.patch_embed.patch_size[0]
+    return torch.randn(2, 3, side, side), positions_of(vit, (7, 7))
+
+
+def calibration_images(vit: VisionTransformer) -> list[tuple[Grid, Tensor]]:
+    """Grids and images `[1, 3, H, W]` to calibrate with: drawn as those of a `Case`, but none of them."""
+    draw, p = torch.Generator().manual_seed(2), vit.patch_embed.patch_size[0]
+    grids = grids_of("mix", N_CALIBRATION)
+    return [((h, w), torch.randn(1, 3, h * p, w * p, generator=draw)) for h, w in grids]
+
+
+@contextlib.contextmanager
+def quiet_export():
+    """Hides torch's notices that TorchScript is deprecated: both engines' importers still read it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def numpy_inputs(case: Case) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """Of every set, images and positions of every group, as arrays over the same memory."""
+    positions = {grid: positions_of(case.vit, grid).numpy() for grid in case.groups}
+    return [[(images.numpy(), positions[grid]) for grid, images in stacked.items()] for stacked in case.stacked]
