@@ -41,8 +41,11 @@ PACKAGES = {
     "openvino-default": ["openvino"],
     "openvino-int8": ["openvino", "nncf"],
     "onnxruntime": ["onnx", "onnxruntime"],
+    "onnxruntime-int8": ["onnx", "onnxruntime"],
     "navit": ["vit_pytorch"],
 }
+
+COMPILED = ("compile", "compile-bf16", "compile-tuned", "compile-tuned-bf16", "torchao-int8")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def vit():
 
 
 @pytest.mark.parametrize("mix", ["mix", "random"])
-@pytest.mark.parametrize("key", [key for key in PEERS if key != "compile"])
+@pytest.mark.parametrize("key", [key for key in PEERS if key not in COMPILED])
 def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     for package in PACKAGES.get(key, []):
         pytest.importorskip(package)
@@ -62,7 +65,7 @@ def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     error, _, problem = bench.judged(logits, peer, case)
     assert problem is None
     assert (error is None) == (peer.order is None)
-    expected = {"timm-bf16": "bfloat16", "openvino-int8": "int8 per tensor"}.get(key, "float32")
+    expected = "int8 per tensor" if "int8" in key else "bfloat16" if "bf16" in key else "float32"
     assert peer.precision == expected or key == "openvino-default"
     if error is not None:
         assert (error > TOLERANCES["float32"]) == (peer.precision != "float32"), "the error tells the precision"
@@ -101,17 +104,26 @@ def test_openvino_leaves_signal_handlers_a_stack():
     assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr[-2000:]
 
 
-def test_the_compiled_peer_gives_the_logits_of_timm():
+# Autotuning is left out: it takes a quarter of a minute for every product.
+@pytest.mark.parametrize(
+    ("key", "precision"), [("compile", "float32"), ("compile-bf16", "bfloat16"), ("torchao-int8", "int8")]
+)
+def test_a_compiled_peer_gives_the_logits_of_timm(key, precision):
+    if key == "torchao-int8":
+        pytest.importorskip("torchao")
     vit = random_vit("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=2, num_classes=10)
     case = Case(vit, grids_of("all-7", 2))
-    peer = PEERS["compile"].build(case)
+    peer = PEERS[key].build(case)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     logits = [peer.run(turn) for turn in (1, 0)][1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew after it was built"
-    assert bench.judged(logits, peer, case).problem is None
+    error, _, problem = bench.judged(logits, peer, case)
+    assert problem is None
+    assert peer.precision == precision
+    assert (error > TOLERANCES["float32"]) == (precision != "float32"), "the error tells the precision"
     torch.compiler.reset()
     with pytest.raises(Unsuited, match="compiled anew"):
-        PEERS["compile"].build(Case(vit, grids_of("random", 2), open_ended=True))
+        PEERS[key].build(Case(vit, grids_of("random", 2), open_ended=True))
 
 
 def test_ours_and_its_products(vit):
