@@ -309,6 +309,39 @@ def test_the_command_writes_its_tables(monkeypatch, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.md"]
 
 
+def test_the_accuracy_of_low_precision(vit):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from bench import int8_accuracy
+
+    chunks = int8_accuracy.chunks_of(vit, 20, seed=3)
+    assert sum(len(images) for _, images in chunks) == 20
+    rows = {row["candidate"]: row for row in int8_accuracy.accuracy_rows(vit, chunks, n_threads=1)}
+    errors = [rows[name]["error"] for name in ("ours", "ours, bfloat16", "ours, int8")]
+    assert errors == sorted(errors)
+    assert errors[0] < TOLERANCES["float32"]
+    assert rows["ours"]["agreement"] == 1
+    nncf = rows["OpenVINO, NNCF int8"]
+    assert TOLERANCES["float32"] < nncf["error"] < TOLERANCES["int8 per tensor"], nncf
+    assert all(
+        line.count("|") == 8
+        for line in int8_accuracy.table(
+            [{"model": "m", "weights": "random"} | row for row in rows.values()]
+        ).splitlines()
+    )
+
+
+def test_outliers(vit):
+    from bench import int8_accuracy
+
+    changed = int8_accuracy.with_outliers(vit, seed=0)
+    norm, plain = changed.blocks[0].norm1.weight, vit.blocks[0].norm1.weight
+    assert sorted((norm / plain).tolist()) == [1.0] * 60 + [10.0] * 4
+    ratio = changed.blocks[0].mlp.fc1.weight / vit.blocks[0].mlp.fc1.weight
+    assert set(ratio.round(decimals=3).unique().tolist()) == {1.0, 5.0}
+    assert 0 < (ratio > 4).float().mean() < 2e-3
+
+
 @pytest.mark.parametrize("instruction", probe.INSTRUCTIONS, ids=lambda instruction: instruction.name)
 def test_the_probe_of_an_instruction(instruction, tmp_path):
     """It compiles anywhere on x86-64, and is refused where the processor has no such instruction."""
