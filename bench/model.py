@@ -189,9 +189,9 @@ def measure(case: Case, peer_keys: Sequence[str], rounds: int, pause_s: float) -
 
 
 def times(samples: Sequence[float], of_ours: Sequence[float] | None, n_images: int) -> dict:
-    """Statistics of a candidate; its ratio is to ours in the rounds that both took part in."""
+    """Statistics of a candidate; its ratio is the median of those to ours in the rounds that both took part in."""
     median_ms, quartiles_ms = spread_ms(samples)
-    ratio = statistics.median(samples) / statistics.median(of_ours[: len(samples)]) if of_ours else None
+    ratio = statistics.median(s / of for s, of in zip(samples, of_ours, strict=False)) if of_ours else None
     return {
         "median_ms": median_ms,
         "quartiles_ms": quartiles_ms,
