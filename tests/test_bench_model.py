@@ -104,6 +104,22 @@ def test_openvino_leaves_signal_handlers_a_stack():
     assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr[-2000:]
 
 
+def test_openvino_at_full_length():
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from bench.peers import openvino_
+
+    vit = random_vit("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=2, num_classes=10)
+    images = torch.randn(6, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    calibration, images = images[:4].split(1), images[4:]
+    expected, errors = true_logits(vit, [images]), []
+    for samples in (None, calibration):
+        model = openvino_.openvino_full_length(vit, len(images), samples)
+        compiled = openvino_.openvino_compiled(model, 1, "LATENCY", "f32")
+        errors.append(relative_error(torch.from_numpy(compiled((images.numpy(),))[0]), expected))
+    assert errors[0] < TOLERANCES["float32"] < errors[1] < TOLERANCES["int8 per tensor"]
+
+
 # Autotuning is left out: it takes a quarter of a minute for every product.
 @pytest.mark.parametrize(
     ("key", "precision"), [("compile", "float32"), ("compile-bf16", "bfloat16"), ("torchao-int8", "int8")]
