@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import revit_fast as rf
-from bench.model_peers import PEERS
+from bench.model_peers import PEERS, SLOW_TO_BUILD
 from bench.model_work import (
     MIXES,
     MODELS,
@@ -189,9 +189,9 @@ def measure(case: Case, peer_keys: Sequence[str], rounds: int, pause_s: float) -
 
 
 def times(samples: Sequence[float], of_ours: Sequence[float] | None, n_images: int) -> dict:
-    """Statistics of a candidate; its ratio is to ours in the rounds that both took part in."""
+    """Statistics of a candidate; its ratio is the median of those to ours in the rounds that both took part in."""
     median_ms, quartiles_ms = spread_ms(samples)
-    ratio = statistics.median(samples) / statistics.median(of_ours[: len(samples)]) if of_ours else None
+    ratio = statistics.median(s / of for s, of in zip(samples, of_ours, strict=False)) if of_ours else None
     return {
         "median_ms": median_ms,
         "quartiles_ms": quartiles_ms,
@@ -293,7 +293,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--mixes", nargs="+", choices=MIXES)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS)
     parser.add_argument("--rounds", type=int, help="turns of every candidate")
     parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds of rest before each turn")
@@ -301,12 +301,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scaling-model", choices=MODELS)
     parser.add_argument("--scaling-tokens", nargs="+", type=int)
     parser.add_argument("--name", default="model", help="results are written under this name")
-    parser.add_argument("--quick", action="store_true", help="DeiT-Ti, batch 3, two mixes, 3 rounds, short scaling")
+    parser.add_argument("--quick", action="store_true", help="DeiT-Ti, batch 3, two mixes, 3 rounds, no autotuning")
     args = parser.parse_args(argv)
     quick = {
         "models": ["deit-ti"],
         "batches": [3],
         "mixes": ["mix", "random"],
+        "peers": [key for key in PEERS if key not in SLOW_TO_BUILD],
         "rounds": 3,
         "scaling_model": "deit-ti",
         "scaling_tokens": TOKENS[:3],
@@ -315,6 +316,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "models": list(MODELS),
         "batches": list(BATCHES),
         "mixes": list(MIXES),
+        "peers": list(PEERS),
         "rounds": 15,
         "scaling_model": "deit-s",
         "scaling_tokens": TOKENS,

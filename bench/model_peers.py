@@ -12,13 +12,14 @@ from functools import partial
 import torch
 
 from bench.peers.common import Kind
-from bench.peers.exported import N_CALIBRATION, quiet_export
+from bench.peers.exported import N_CALIBRATION
 from bench.peers.onnxruntime_ import onnxruntime_grouped
-from bench.peers.openvino_ import openvino_compiled, openvino_grouped, openvino_precision
+from bench.peers.openvino_ import openvino_grouped
 from bench.peers.packed import naflexvit_padded, navit_packed
 from bench.peers.pytorch import timm_full_length, timm_grouped, torch_compiled
 
-__all__ = ["PEERS", "openvino_compiled", "openvino_precision", "quiet_export"]
+SLOW_TO_BUILD = ("compile-tuned", "compile-tuned-bf16")
+"""Peers that take minutes for every case, as each product of each grid is compiled and timed."""
 
 PEERS = {
     "timm-full": Kind(
@@ -39,6 +40,26 @@ PEERS = {
         torch_compiled,
         "TorchInductor with freezing, compiled for every grid and count. Random grids would be compiled one by one, "
         "without end: not measured there.",
+    ),
+    "compile-bf16": Kind(
+        "torch.compile, frozen, grouped, autocast bf16",
+        partial(torch_compiled, precision="bfloat16"),
+        'The same under `torch.autocast("cpu", torch.bfloat16)`.',
+    ),
+    "compile-tuned": Kind(
+        "torch.compile, frozen, grouped, max-autotune",
+        partial(torch_compiled, autotune=True),
+        "In float32 with `max_autotune`: for every matrix product the faster of inductor's own and the library's.",
+    ),
+    "compile-tuned-bf16": Kind(
+        "torch.compile, frozen, grouped, max-autotune, autocast bf16",
+        partial(torch_compiled, precision="bfloat16", autotune=True),
+        "The same under autocast.",
+    ),
+    "torchao-int8": Kind(
+        "torchao dynamic int8, torch.compile, frozen, grouped",
+        partial(torch_compiled, precision="int8"),
+        "Linear layers by `Int8DynamicActivationInt8WeightConfig`, then as `torch.compile`.",
     ),
     "openvino-default": Kind(
         "OpenVINO, grouped, default precision",
@@ -64,6 +85,12 @@ PEERS = {
         onnxruntime_grouped,
         "A session with fixed shapes for every grid and count, the better of spinning and waiting threads. Random "
         "grids: one dynamic session, a call per grid.",
+    ),
+    "onnxruntime-int8": Kind(
+        "ONNX Runtime, grouped, dynamic int8",
+        partial(onnxruntime_grouped, int8=True),
+        "The same after `quant_pre_process` and `quantize_dynamic`, the quantization that its documentation recommends "
+        "for transformers, with its defaults.",
     ),
     "naflex": Kind(
         "timm NaFlexViT, padded",

@@ -88,9 +88,9 @@ def mixed_stream() -> Iterator[Grid]:
         yield from grids_of("mix", sum(count for _, count in MIX))
 
 
-def random_vit(name: str, **kwargs) -> VisionTransformer:
+def random_vit(name: str, seed: int = 0, **kwargs) -> VisionTransformer:
     """A timm ViT in eval mode, any input size, with weights that keep activations of order one."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vit = timm.create_model(name, dynamic_img_size=True, **kwargs).eval()
     with torch.no_grad():
         for parameter in vit.parameters():

@@ -66,11 +66,6 @@ def first_supported(*instructions: Instruction | None) -> Instruction:
     return next((i for i in instructions if i and i.supported), FMA)
 
 
-def integer_depths() -> int:
-    """Products that our int8 kernels' instruction adds to one sum: 4 with VNNI, else 2."""
-    return getattr(linear, "cpu_integer_depths", lambda: 2)()
-
-
 def engine_instruction(precision: str) -> Instruction:
     """The instruction that our kernels multiply with at a precision, "int8", by the instruction set in use.
 
@@ -78,7 +73,7 @@ def engine_instruction(precision: str) -> Instruction:
     """
     wide = _library.cpu_isa().startswith("avx512")
     if precision == "int8":
-        vnni = (VPDPBUSD_512 if wide else VPDPBUSD_256) if integer_depths() == 4 else None
+        vnni = (VPDPBUSD_512 if wide else VPDPBUSD_256) if linear.cpu_integer_depths() == 4 else None
         return first_supported(vnni, VPMADDWD_512 if wide else None, VPMADDWD_256)
     bf16 = precision == "bfloat16" and wide and linear.cpu_multiplies_bf16()
     return first_supported(VDPBF16PS if bf16 else None, FMA_512 if wide else None, FMA_256)

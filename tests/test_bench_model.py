@@ -41,8 +41,11 @@ PACKAGES = {
     "openvino-default": ["openvino"],
     "openvino-int8": ["openvino", "nncf"],
     "onnxruntime": ["onnx", "onnxruntime"],
+    "onnxruntime-int8": ["onnx", "onnxruntime"],
     "navit": ["vit_pytorch"],
 }
+
+COMPILED = ("compile", "compile-bf16", "compile-tuned", "compile-tuned-bf16", "torchao-int8")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def vit():
 
 
 @pytest.mark.parametrize("mix", ["mix", "random"])
-@pytest.mark.parametrize("key", [key for key in PEERS if key != "compile"])
+@pytest.mark.parametrize("key", [key for key in PEERS if key not in COMPILED])
 def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     for package in PACKAGES.get(key, []):
         pytest.importorskip(package)
@@ -62,7 +65,7 @@ def test_a_peer_gives_the_logits_of_timm(vit, key, mix):
     error, _, problem = bench.judged(logits, peer, case)
     assert problem is None
     assert (error is None) == (peer.order is None)
-    expected = {"timm-bf16": "bfloat16", "openvino-int8": "int8 per tensor"}.get(key, "float32")
+    expected = "int8 per tensor" if "int8" in key else "bfloat16" if "bf16" in key else "float32"
     assert peer.precision == expected or key == "openvino-default"
     if error is not None:
         assert (error > TOLERANCES["float32"]) == (peer.precision != "float32"), "the error tells the precision"
@@ -101,17 +104,42 @@ def test_openvino_leaves_signal_handlers_a_stack():
     assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr[-2000:]
 
 
-def test_the_compiled_peer_gives_the_logits_of_timm():
+def test_openvino_at_full_length():
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from bench.peers import openvino_
+
+    vit = random_vit("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=2, num_classes=10)
+    images = torch.randn(6, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    calibration, images = images[:4].split(1), images[4:]
+    expected, errors = true_logits(vit, [images]), []
+    for samples in (None, calibration):
+        model = openvino_.openvino_full_length(vit, len(images), samples)
+        compiled = openvino_.openvino_compiled(model, 1, "LATENCY", "f32")
+        errors.append(relative_error(torch.from_numpy(compiled((images.numpy(),))[0]), expected))
+    assert errors[0] < TOLERANCES["float32"] < errors[1] < TOLERANCES["int8 per tensor"]
+
+
+# Autotuning is left out: it takes a quarter of a minute for every product.
+@pytest.mark.parametrize(
+    ("key", "precision"), [("compile", "float32"), ("compile-bf16", "bfloat16"), ("torchao-int8", "int8")]
+)
+def test_a_compiled_peer_gives_the_logits_of_timm(key, precision):
+    if key == "torchao-int8":
+        pytest.importorskip("torchao")
     vit = random_vit("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=2, num_classes=10)
     case = Case(vit, grids_of("all-7", 2))
-    peer = PEERS["compile"].build(case)
+    peer = PEERS[key].build(case)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     logits = [peer.run(turn) for turn in (1, 0)][1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew after it was built"
-    assert bench.judged(logits, peer, case).problem is None
+    error, _, problem = bench.judged(logits, peer, case)
+    assert problem is None
+    assert peer.precision == precision
+    assert (error > TOLERANCES["float32"]) == (precision != "float32"), "the error tells the precision"
     torch.compiler.reset()
     with pytest.raises(Unsuited, match="compiled anew"):
-        PEERS["compile"].build(Case(vit, grids_of("random", 2), open_ended=True))
+        PEERS[key].build(Case(vit, grids_of("random", 2), open_ended=True))
 
 
 def test_ours_and_its_products(vit):
@@ -297,6 +325,39 @@ def test_the_command_writes_its_tables(monkeypatch, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.md"]
 
 
+def test_the_accuracy_of_low_precision(vit):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from bench import int8_accuracy
+
+    chunks = int8_accuracy.chunks_of(vit, 20, seed=3)
+    assert sum(len(images) for _, images in chunks) == 20
+    rows = {row["candidate"]: row for row in int8_accuracy.accuracy_rows(vit, chunks, n_threads=1)}
+    errors = [rows[name]["error"] for name in ("ours", "ours, bfloat16", "ours, int8")]
+    assert errors == sorted(errors)
+    assert errors[0] < TOLERANCES["float32"]
+    assert rows["ours"]["agreement"] == 1
+    nncf = rows["OpenVINO, NNCF int8"]
+    assert TOLERANCES["float32"] < nncf["error"] < TOLERANCES["int8 per tensor"], nncf
+    assert all(
+        line.count("|") == 8
+        for line in int8_accuracy.table(
+            [{"model": "m", "weights": "random"} | row for row in rows.values()]
+        ).splitlines()
+    )
+
+
+def test_outliers(vit):
+    from bench import int8_accuracy
+
+    changed = int8_accuracy.with_outliers(vit, seed=0)
+    norm, plain = changed.blocks[0].norm1.weight, vit.blocks[0].norm1.weight
+    assert sorted((norm / plain).tolist()) == [1.0] * 60 + [10.0] * 4
+    ratio = changed.blocks[0].mlp.fc1.weight / vit.blocks[0].mlp.fc1.weight
+    assert set(ratio.round(decimals=3).unique().tolist()) == {1.0, 5.0}
+    assert 0 < (ratio > 4).float().mean() < 2e-3
+
+
 @pytest.mark.parametrize("instruction", probe.INSTRUCTIONS, ids=lambda instruction: instruction.name)
 def test_the_probe_of_an_instruction(instruction, tmp_path):
     """It compiles anywhere on x86-64, and is refused where the processor has no such instruction."""
@@ -327,7 +388,7 @@ def has(monkeypatch, isa, depths, multiplies_bf16, *names):
     """Pretends a processor that has capabilities `names`, and our kernels on it."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
     monkeypatch.setattr(probe._library, "cpu_isa", lambda: isa)
-    monkeypatch.setattr(probe.linear, "cpu_integer_depths", lambda: depths, raising=False)
+    monkeypatch.setattr(probe.linear, "cpu_integer_depths", lambda: depths)
     monkeypatch.setattr(probe.linear, "cpu_multiplies_bf16", lambda: multiplies_bf16)
 
 

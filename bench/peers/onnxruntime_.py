@@ -35,11 +35,30 @@ def onnx_file(vit: VisionTransformer) -> tuple[Path, tempfile.TemporaryDirectory
     return path, folder
 
 
-def onnxruntime_run(case: Case, spin: bool) -> Run:
-    """One call per grid; a session per grid and count with its shape fixed, or one dynamic one for open-ended grids."""
+@lru_cache(maxsize=1)
+def onnx_int8_file(vit: VisionTransformer) -> tuple[Path, tempfile.TemporaryDirectory]:
+    """The model in int8 beside its file, and their folder.
+
+    ONNX Runtime's documentation recommends dynamic quantization for transformers: activations get one scale for a
+    tensor in every call. Its defaults are kept, so weights get one scale for a tensor too.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path, folder = onnx_file(vit)
+    prepared, quantized = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)  # which fails on sizes that are free
+    quantize_dynamic(prepared, quantized)
+    return quantized, folder
+
+
+def onnxruntime_run(case: Case, path: Path, spin: bool) -> Run:
+    """One call of a file's model per grid.
+
+    Each grid and count has a session with its shape fixed; open-ended grids share a dynamic one.
+    """
     import onnxruntime
 
-    path, _ = onnx_file(case.vit)
     inputs = [
         [{"images": images, "positions": positions} for images, positions in groups] for groups in numpy_inputs(case)
     ]
@@ -69,9 +88,11 @@ def onnxruntime_run(case: Case, spin: bool) -> Run:
     return run
 
 
-def onnxruntime_grouped(case: Case) -> Peer:
+def onnxruntime_grouped(case: Case, int8: bool = False) -> Peer:
     """ONNX Runtime's CPU provider, all graph optimisations."""
-    variants = {name: onnxruntime_run(case, spin) for name, spin in (("spinning", True), ("no spinning", False))}
+    path, _ = onnx_int8_file(case.vit) if int8 else onnx_file(case.vit)
+    variants = {name: onnxruntime_run(case, path, spin) for name, spin in (("spinning", True), ("no spinning", False))}
     name, run = fastest(variants)
     note = name + (", dynamic shapes" if case.open_ended else "")
-    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), note)
+    precision = "int8 per tensor" if int8 else "float32"
+    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), note, precision)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -61,13 +63,14 @@ def openvino_quantized(model, samples: Sequence[tuple[np.ndarray, ...]]):
     # Without VNNI, OpenVINO adds products of 8 bits in 16, where they saturate: NNCF's remedy is weights of 7 bits, by
     # default in the first layer only.
     fix = nncf.OverflowFix.FIRST_LAYER if has_vnni() else nncf.OverflowFix.ENABLE
-    return nncf.quantize(
-        model,
-        nncf.Dataset(samples),
-        subset_size=len(samples),
-        model_type=nncf.ModelType.TRANSFORMER,
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # where its progress does not interrupt a table
+        return nncf.quantize(
+            model,
+            nncf.Dataset(samples),
+            subset_size=len(samples),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+        )
 
 
 @lru_cache(maxsize=1)
@@ -78,8 +81,7 @@ def openvino_int8_model(vit: VisionTransformer):
 
 
 def openvino_full_length(vit: VisionTransformer, batch: int, calibration: Sequence[Tensor] | None = None):
-    """A model of fixed shape `[batch, 3, side, side]`, every image at the longest grid; compile it with
-    `openvino_compiled`.
+    """A model for images `[batch, 3, side, side]` of the longest grid; compile it with `openvino_compiled`.
 
     Args:
         vit: the model.

@@ -44,19 +44,38 @@ def timm_grouped(case: Case, dtype: torch.dtype = torch.float32) -> Peer:
     return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), precision=precision_name(dtype))
 
 
-def torch_compiled(case: Case) -> Peer:
-    """TorchInductor with frozen weights, compiled for every grid and count; one call per grid."""
+@lru_cache(maxsize=1)
+def quantized_by_torchao(vit: VisionTransformer) -> VisionTransformer:
+    """A copy with linear layers in int8: a scale for every row of activations in each call, and for every output."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantized = copy.deepcopy(vit)
+    # The settings of inductor that it would make are for Triton, and would stay for all peers.
+    quantize_(quantized, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return quantized
+
+
+def torch_compiled(case: Case, precision: str = "float32", autotune: bool = False) -> Peer:
+    """TorchInductor with frozen weights, compiled for every grid and count; one call per grid.
+
+    Args:
+        case: the images.
+        precision: "float32"; "bfloat16" for autocast; or "int8" for linear layers by torchao.
+        autotune: whether inductor times its own matrix products beside the libraries'.
+    """
     if case.open_ended:
         raise Unsuited("would be compiled anew, for most of a minute, for every new grid")
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    compiled = {grid: torch.compile(case.vit, fullgraph=True, dynamic=False) for grid in case.groups}
+    vit = quantized_by_torchao(case.vit) if precision == "int8" else case.vit
+    compiled = {grid: torch.compile(vit, fullgraph=True, dynamic=False) for grid in case.groups}
 
     @torch.no_grad()  # freezing does nothing where gradients may be wanted
     def run(turn: int) -> Tensor:
-        return torch.cat([compiled[grid](x) for grid, x in case.stacked[turn % N_SETS].items()])
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            return torch.cat([compiled[grid](x) for grid, x in case.stacked[turn % N_SETS].items()])
 
-    with inductor.patch(freezing=True), dynamo.patch(recompile_limit=64):
+    with inductor.patch(freezing=True, max_autotune=autotune), dynamo.patch(recompile_limit=64):
         run(0)
-    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens))
+    return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), precision=precision)
