@@ -66,12 +66,17 @@ def first_supported(*instructions: Instruction | None) -> Instruction:
     return next((i for i in instructions if i and i.supported), FMA)
 
 
+def is_wide() -> bool:
+    """Whether our kernels use vectors of 512 bits."""
+    return _library.cpu_isa().startswith(("avx512", "amx"))
+
+
 def engine_instruction(precision: str) -> Instruction:
     """The instruction that our kernels multiply with at a precision, "int8", by the instruction set in use.
 
     Vectors wider than ours may run at another clock, so their peak would not be comparable.
     """
-    wide = _library.cpu_isa().startswith("avx512")
+    wide = is_wide()
     if precision == "int8":
         vnni = (VPDPBUSD_512 if wide else VPDPBUSD_256) if linear.cpu_integer_depths() == 4 else None
         return first_supported(vnni, VPMADDWD_512 if wide else None, VPMADDWD_256)
@@ -93,7 +98,11 @@ def best_instruction(precision: str) -> Instruction:
 
 def instructions_in_use() -> list[Instruction]:
     """Those that the processor has, FMA and `vpmaddwd` at the width of our kernels."""
-    unused = (FMA, FMA_256, VPMADDWD_256) if _library.cpu_isa().startswith("avx512") else (FMA, FMA_512, VPMADDWD_512)
+    unused = (
+        (FMA, FMA_256, VPMADDWD_256)
+        if _library.cpu_isa().startswith(("avx512", "amx"))
+        else (FMA, FMA_512, VPMADDWD_512)
+    )
     ours = [engine_instruction(precision) for precision in ("float32", "bfloat16", "int8")]
     return list(dict.fromkeys([*ours, *(i for i in INSTRUCTIONS if i.supported and i not in unused)]))
 

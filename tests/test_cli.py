@@ -25,6 +25,7 @@ import revit_fast as rf
 from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.cli import arguments, main, pipelines, report
+from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16
 from revit_fast.streaming.decoding import CHUNK, MORE_SMALL
 
 MODEL = "deit_tiny_patch16_224"
@@ -577,6 +578,9 @@ class TestEnv:
         assert found["timm"] == timm.__version__
         assert found["threads"] == torch.get_num_threads()
         assert found["isa"] in found["isas"] or not found["extension"]
+        assert found["bfloat16"].split()[0] == ("multiplied" if cpu_multiplies_bf16() else "widened")
+        assert found["int8"].split()[0] == ("multiplied" if cpu_integer_depths() == 4 else "widened")
+        assert ("never executed on hardware" in found["bfloat16"]) == (found["isa"] == "amx")
         assert "cpu" in found["attention"]
         assert len(found["cuda"]) == torch.cuda.device_count()
         assert found["jpeg"] == ("Pillow" if importlib.util.find_spec("simplejpeg") is None else "simplejpeg")

@@ -11,6 +11,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "cpu/self_check.h"
 
 namespace revit::cpu {
 namespace {
@@ -75,11 +76,15 @@ const std::vector<Candidate>& candidates() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-    all.push_back({completed(amx::kernels), bf16 && has_amx()});
-    all.push_back({avx512_bf16::kernels, bf16});
-    all.push_back({completed(avx512_vnni::kernels), vnni});
+    // Not all of these have been executed where this was written, so each shows first that it computes.
+    const auto add_checked = [&](const Kernels& kernels, bool supported) {
+      all.push_back({kernels, supported && computes_right(kernels)});
+    };
+    add_checked(completed(amx::kernels), bf16 && has_amx());
+    add_checked(avx512_bf16::kernels, bf16);
+    add_checked(completed(avx512_vnni::kernels), vnni);
     all.push_back({avx512::kernels, avx512});
-    all.push_back({completed(avxvnni::kernels), avx2 && has_avxvnni()});
+    add_checked(completed(avxvnni::kernels), avx2 && has_avxvnni());
     all.push_back({avx2::kernels, avx2});
 #endif
     all.push_back({baseline::kernels, true});

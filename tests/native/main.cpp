@@ -4,6 +4,7 @@
 #include <sstream>
 #include <string>
 
+#include "cpu/self_check.h"
 #include "native_test.h"
 
 namespace native {
@@ -17,6 +18,7 @@ int main() {
   for (std::string isa; isas >> isa;) {
     if (!revit::cpu::select_isa(isa.c_str())) return 2;
     const revit::cpu::Kernels& kernels = revit::cpu::kernels();
+    CHECK(revit::cpu::computes_right(kernels));
     native::test_block(kernels);
     native::test_linear(kernels);
     if (whole.insert(kernels.attention.forward_rounded).second) {
