@@ -42,11 +42,27 @@ def on_device(device):
 def pytest_generate_tests(metafunc):
     """The C++ kernels run once per instruction set that this machine can execute.
 
-    Sets that differ in their products of narrow weights alone are for the modules that say `NARROW_PRODUCTS = True`.
+    Sets that differ in their products of narrow weights alone are for modules with a name `NARROW_PRODUCTS`: their
+    tests of a narrow dtype, or "all".
     """
     if "isa" in metafunc.fixturenames:
-        isas = helpers.ALL_ISAS if getattr(metafunc.module, "NARROW_PRODUCTS", False) else helpers.ISAS
+        isas = helpers.ALL_ISAS if hasattr(metafunc.module, "NARROW_PRODUCTS") else helpers.ISAS
         metafunc.parametrize("isa", isas if helpers.device == "cpu" else [helpers.device], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what a set that differs in narrow products alone has in common with another: wide weights."""
+
+    def is_new(item):
+        values = getattr(item, "callspec", None) and item.callspec.params
+        if not values or values.get("isa") not in helpers.PRODUCTS_ONLY:
+            return True
+        return item.module.NARROW_PRODUCTS == "all" or values.get("dtype") in (torch.bfloat16, torch.int8)
+
+    known = [item for item in items if not is_new(item)]
+    if known:
+        config.hook.pytest_deselected(items=known)
+        items[:] = [item for item in items if is_new(item)]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from revit_fast.ops import _library
 from revit_fast.ops.linear import cpu_multiplies_bf16
 from revit_fast.packing import PackedBatch
 
-NARROW_PRODUCTS = True
+NARROW_PRODUCTS = "dtype"
 pytestmark = [
     only_on("cpu", reason="about the fused CPU engine"),
     pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built"),

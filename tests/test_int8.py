@@ -8,7 +8,7 @@ from revit_fast import ops
 from revit_fast.ops import _library
 from revit_fast.ops.linear import LEAST_SCALED, chain_length, quantize_rows, quantize_weight, unpack_weight
 
-NARROW_PRODUCTS = True
+NARROW_PRODUCTS = "all"
 pytestmark = [
     only_on("cpu", reason="a CPU op"),
     pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built"),

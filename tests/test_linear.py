@@ -27,7 +27,7 @@ from revit_fast.ops.linear import (
     unpacked,
 )
 
-NARROW_PRODUCTS = True
+NARROW_PRODUCTS = "dtype"
 pytestmark = only_on("cpu", reason="a CPU op")
 
 needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the C++ extension is not built")

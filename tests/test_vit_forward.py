@@ -21,7 +21,7 @@ from revit_fast.ops.linear import (
 )
 from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
 
-NARROW_PRODUCTS = True
+NARROW_PRODUCTS = "dtype"
 pytestmark = only_on("cpu", reason="a CPU op")
 
 N_LENGTHS = 3
