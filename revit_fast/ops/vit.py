@@ -140,14 +140,18 @@ class ViTWeights:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedWeight:
-    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a new panel."""
+def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: Tensor | None = None) -> PackedWeight:
+    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a new panel.
+
+    Arguments are those of `pack_weight`.
+    """
     width = weight.shape[0] // 3
     padding = -width % cpu_panel()
     parts = [torch.nn.functional.pad(part, (0, 0, 0, padding)) for part in weight.view(3, width, -1)]
-    if bias is not None:
-        bias = torch.nn.functional.pad(bias.view(3, width), (0, padding)).flatten()
-    return pack_weight(torch.cat(parts), bias, dtype)
+    bias, scale = (
+        t if t is None else torch.nn.functional.pad(t.view(3, width), (0, padding)).flatten() for t in (bias, scale)
+    )
+    return pack_weight(torch.cat(parts), bias, dtype, scale)
 
 
 def vit_forward(
