@@ -11,8 +11,9 @@ from small_models import MIX, images_of, make_model
 
 import revit_fast as rf
 from revit_fast import reference
+from revit_fast.inference.calibration import block_inputs
 from revit_fast.inference.cpu import parameters_of
-from revit_fast.inference.smoothing import BlockParameters, LinearWeights, Statistics, block_inputs, smoothed
+from revit_fast.inference.smoothing import BlockParameters, LinearWeights, Statistics, smoothed
 from revit_fast.ops import _library
 from revit_fast.ops.linear import pack_weight, quantize_weight, round_rows, unpacked
 from revit_fast.ops.vit import NO_NORM, TokenNorm

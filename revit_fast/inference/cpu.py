@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast import ops
-from revit_fast.inference.smoothing import BlockParameters, LinearWeights, block_inputs, calibrated
+from revit_fast.inference.calibration import block_inputs
+from revit_fast.inference.smoothing import BlockParameters, LinearWeights, calibrated
 from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem

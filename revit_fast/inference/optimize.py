@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast.inference import cpu, cuda_graphs
+from revit_fast.inference.calibration import calibration_batches
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, bucket_of
 from revit_fast.inference.inference_copy import InferenceCopy, in_turn
 from revit_fast.inference.modular import ModularReViT
-from revit_fast.inference.smoothing import calibration_batches
 from revit_fast.layers.derived import Derived
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
@@ -203,11 +203,12 @@ def optimize(
     and everything that does not run fused. docs/notes/cpu-engine.md lists costs and gains; check the accuracy of your
     own model.
 
-    `calibrate` makes int8 more accurate, most of all for models with channels that are much larger than the others.
-    Weights are then prepared for the inputs that they meet on these batches (`inference.smoothing`). It costs nothing
-    but time when weights are packed: seconds to minutes. The parameters stay as they are. The copy keeps the batches,
-    also in pickles and copies of it, and calibrates again whenever it packs its weights again, on the new weights. So
-    results after an unpickling differ in the last integers of weights. With keep_weights=False it drops the batches.
+    `calibrate` makes int8 more accurate, most of all for models in which some channels are much larger than the others.
+    Weights are prepared for the inputs that they meet on these batches (`inference.smoothing`), which takes seconds to
+    minutes whenever weights are packed. The parameters stay as they are. The copy keeps the batches, in pickles and
+    deep copies too, and calibrates on them again when its weights have changed. Arithmetic in another order can round a
+    few weights otherwise, so a deep copy or an unpickled copy may differ a little in its results. With
+    keep_weights=False the copy drops the batches.
 
     On a GPU the forward pass is replayed from CUDA graphs, so one call launches all kernels. A graph is captured for
     the first batch of a new shape; shapes are rounded up, see `inference.cuda_graphs`. A batch may be on the CPU,
