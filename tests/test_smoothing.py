@@ -1,6 +1,7 @@
 """int8 weights calibrated on batches: the folds are exact, the rounding is better, and copies keep their batches."""
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -10,11 +11,11 @@ from helpers import only_on, randn
 from small_models import MIX, images_of, make_model
 
 import revit_fast as rf
-from revit_fast import reference
+from revit_fast import ops, reference
 from revit_fast.inference.calibration import block_inputs
 from revit_fast.inference.cpu import parameters_of
 from revit_fast.inference.smoothing import BlockParameters, LinearWeights, Statistics, smoothed
-from revit_fast.ops import _library
+from revit_fast.ops import _library, vit
 from revit_fast.ops.linear import pack_weight, quantize_weight, round_rows, unpacked
 from revit_fast.ops.vit import NO_NORM, TokenNorm
 
@@ -195,6 +196,36 @@ def test_a_model_with_outliers_gains_and_results_do_not_depend_on_the_pack(isa, 
         assert torch.equal(fast([images[i] for i in order]), got[order])
     assert all(map(torch.equal, fast.state_dict().values(), model.state_dict().values()))
     assert fast.dtype_used == torch.int8
+
+
+@needs_extension
+@torch.inference_mode()
+def test_the_first_qkv_is_not_rounded(isa, monkeypatch):
+    """The engine computes what the reference does, whose rows of that layer are not rounded either."""
+    calls, op = [], ops.vit_forward
+    monkeypatch.setattr(ops, "vit_forward", lambda *arguments: calls.append(arguments) or op(*arguments))
+    for options, images in (({}, images_of(MIX)), ({"depth": 1}, images_of([(1, 1)])), ({}, images_of([6] * 60))):
+        fast = rf.optimize(outlier_model(**options), torch.int8, calibrate=CALIBRATION)
+        got = fast.forward_features(images).data
+        *arguments, weights, n_pooled = calls[-1]
+        dtypes = [(b.qkv.panels.dtype, b.proj.panels.dtype, b.fc2.panels.dtype) for b in weights.blocks]
+        assert dtypes == [(torch.float32, torch.int8, torch.int8)] + [(torch.int8,) * 3] * (len(dtypes) - 1)
+        expected = vit._reference(*arguments, weights.prefix, weights.tensors, weights.descriptor, n_pooled)
+        assert relative_error(got, expected) < 2e-3  # 1e-2 if rows are rounded there
+
+
+@needs_extension
+@pytest.mark.parametrize(("i", "layer"), [(0, "proj"), (0, "fc2"), (1, "qkv"), (1, "fc1")])
+def test_no_other_layer_may_have_another_dtype(i, layer):
+    model, images = make_model(), images_of(MIX)
+    fast, plain = rf.optimize(model, torch.int8), rf.optimize(model)
+    fast(images), plain(images)
+    packed, blocks = fast._packed.value, list(fast._packed.value.weights.blocks)
+    blocks[i] = blocks[i]._replace(**{layer: getattr(plain._packed.value.weights.blocks[i], layer)})
+    weights = dataclasses.replace(packed.weights, blocks=blocks)
+    fast._packed._kept = (*fast._packed._kept[:3], packed._replace(weights=weights))
+    with pytest.raises(RuntimeError, match="must have one dtype, except for the first block's qkv"):
+        fast(images)
 
 
 @needs_extension

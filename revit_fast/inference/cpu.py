@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from revit_fast import ops
 from revit_fast.inference.calibration import block_inputs
-from revit_fast.inference.smoothing import BlockParameters, LinearWeights, calibrated
+from revit_fast.inference.smoothing import LAYERS, BlockParameters, LinearWeights, calibrated
 from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
@@ -164,13 +165,15 @@ def parameters_of(block: Block) -> BlockParameters:
     )
 
 
-def _packed_block(block: BlockParameters, described: BlockSpec, dtype: torch.dtype) -> BlockWeights:
-    def packed(layer: LinearWeights, pack: Callable[..., PackedWeight] = pack_weight) -> PackedWeight:
-        return pack(layer.weight, layer.bias, dtype, layer.scale)
+def _packed_block(
+    block: BlockParameters, described: BlockSpec, dtype: torch.dtype, qkv_dtype: torch.dtype
+) -> BlockWeights:
+    def packed(layer: LinearWeights) -> PackedWeight:
+        return pack_weight(layer.weight, layer.bias, dtype, layer.scale)
 
     return BlockWeights(
         block.norm1,
-        packed(block.qkv, pack_qkv),
+        pack_qkv(block.qkv.weight, block.qkv.bias, qkv_dtype, block.qkv.scale),
         packed(block.proj),
         block.norm2,
         packed(block.fc1),
@@ -201,11 +204,13 @@ def pack_model(
     check_fusable(model, training)
     outer = model.pos_embed.dtype
     dtype = dtype or outer
-    parameters = map(parameters_of, model.blocks)
+    parameters, first_qkv = map(parameters_of, model.blocks), dtype
     if calibration:
-        parameters = map(calibrated, parameters, block_inputs(model, calibration))
+        first_qkv, rounded = outer, chain([LAYERS[1:]], repeat(LAYERS))
+        parameters = map(calibrated, parameters, block_inputs(model, calibration), rounded)
     blocks = [
-        _packed_block(block, described, dtype) for block, described in zip(parameters, model.spec.blocks, strict=True)
+        _packed_block(block, described, dtype, dtype if i else first_qkv)
+        for i, (block, described) in enumerate(zip(parameters, model.spec.blocks, strict=True))
     ]
     weights = ViTWeights(
         embed=pack_weight(*model.patch_embed.matrix(), outer),

@@ -205,10 +205,10 @@ def optimize(
 
     `calibrate` makes int8 more accurate, most of all for models in which some channels are much larger than the others.
     Weights are prepared for the inputs that they meet on these batches (`inference.smoothing`), which takes seconds to
-    minutes whenever weights are packed. The parameters stay as they are. The copy keeps the batches, in pickles and
-    deep copies too, and calibrates on them again when its weights have changed. Arithmetic in another order can round a
-    few weights otherwise, so a deep copy or an unpickled copy may differ a little in its results. With
-    keep_weights=False the copy drops the batches.
+    minutes whenever weights are packed. The first block's qkv stays in float32. The parameters stay as they are. The
+    copy keeps the batches, in pickles and deep copies too, and calibrates on them again when its weights have changed.
+    Arithmetic in another order can round a few weights otherwise, so a deep copy or an unpickled copy may differ a
+    little in its results. With keep_weights=False the copy drops the batches.
 
     On a GPU the forward pass is replayed from CUDA graphs, so one call launches all kernels. A graph is captured for
     the first batch of a new shape; shapes are rounded up, see `inference.cuda_graphs`. A batch may be on the CPU,

@@ -7,11 +7,14 @@ Three steps, all of them folded into parameters that the engine has anyway:
    attention, divide the rows. Between activation and `fc2` nothing can be folded, so `fc2` has no factors.
 2. Each integer is chosen with regard to the errors of those before it, as in GPTQ (arXiv 2210.17323).
 3. The mean error of every output is taken off its bias (arXiv 1906.04721).
+
+The first block's qkv keeps its precision: patches meet each other there before anything has averaged over them, and its
+errors are magnified most of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +34,9 @@ DAMPING = 0.01
 
 COLUMNS = 64
 """Columns whose errors are passed on together."""
+
+LAYERS = ("qkv", "proj", "fc1", "fc2")
+"""The linear layers of a block."""
 
 
 class LinearWeights(NamedTuple):
@@ -58,18 +64,19 @@ class BlockParameters(NamedTuple):
     fc2: LinearWeights
 
 
-def calibrated(block: BlockParameters, inputs: Mapping[str, Tensor]) -> BlockParameters:
+def calibrated(block: BlockParameters, inputs: Mapping[str, Tensor], layers: Sequence[str] = LAYERS) -> BlockParameters:
     """The same function in float, up to rounding to integers, with parameters that lose less by it.
 
     Args:
         block: the parameters.
         inputs: rows `[T, K]` that enter its linear layers, from `calibration.block_inputs`.
+        layers: the layers to round.
     """
     statistics = {name: Statistics.of(rows, getattr(block, name).weight) for name, rows in inputs.items()}
     factors = {name: statistics[name].factors(getattr(block, name).weight) for name in ("qkv", "proj", "fc1")}
     smooth = smoothed(block, factors)
     factors["fc2"] = torch.ones_like(statistics["fc2"].mean)
-    rounded = {name: statistics[name].divided_by(factors[name]).rounded(getattr(smooth, name)) for name in statistics}
+    rounded = {name: statistics[name].divided_by(factors[name]).rounded(getattr(smooth, name)) for name in layers}
     return smooth._replace(**rounded)
 
 

@@ -42,9 +42,9 @@ NO_NORM = TokenNorm(torch.empty(0, device="cpu"), NO_BIAS, 1e-6)
 
 
 class BlockWeights(NamedTuple):
-    """A block with its weights packed, all blocks in one dtype.
+    """A block with its weights packed, all blocks in one dtype; `qkv` of the first may have another.
 
-    Blocks may differ from one another in everything but C and the dtype. LayerScale is folded into `proj` and `fc2`.
+    Blocks may differ from one another in everything else but C. LayerScale is folded into `proj` and `fc2`.
 
     Attributes:
         norm1: norm before attention.
@@ -229,7 +229,7 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
         n_heads, head_dim, hidden, activation = map(int, whole)
         width = n_heads * head_dim
         w = weights[TENSORS_BEFORE_BLOCKS + i * TENSORS_PER_BLOCK :]
-        integer = w[2].dtype == torch.int8
+        integer = w[4].dtype == torch.int8
         blocks.append(
             reference.BlockWeights(
                 (w[0], w[1], norm1_eps),
@@ -243,6 +243,11 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
                 scale,
             )
         )
+    if integer:
+        first_qkv = weights[TENSORS_BEFORE_BLOCKS + 2]
+        rounding = {"round_rows": round_rows, "rounds_first_qkv": first_qkv.dtype == torch.int8}
+    else:
+        rounding = {}
     return reference.vit_forward(
         rows.to(dtype),
         cu_seqlens,
@@ -255,7 +260,7 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
         (weights[4], weights[5], norm_eps),
         blocks,
         n_pooled=n_pooled,
-        **({"round_rows": round_rows} if integer else {}),
+        **rounding,
     )
 
 
