@@ -54,7 +54,7 @@ struct Block {
 struct Model {
   int64_t n_channels;
   int64_t largest_width, largest_hidden;  // of all blocks
-  cpu::WeightType type;                   // of the blocks' weights
+  cpu::WeightType type;                   // of the blocks' weights, except for the first block's qkv
   cpu::PackedWeight embed;
   cpu::TokenNorm norm_pre, norm;
   std::vector<Block> blocks;
@@ -150,7 +150,7 @@ struct Activations {
 // Stages over rows, shared among threads. Rows are cut at whole blocks, so that no tile writes rows of its neighbour.
 class RowStages {
  public:
-  explicit RowStages(cpu::WeightType type) : kernels_(cpu::kernels()), type_(static_cast<int>(type)) {}
+  RowStages() : kernels_(cpu::kernels()) {}
 
   int64_t block_rows() const { return 2 * kernels_.linear.half_block; }
   // Below this number of rows there are too few tiles to give every thread its own.
@@ -168,10 +168,12 @@ class RowStages {
     });
   }
 
-  // Computes all rows of `whole`, in tiles. `normed` and `hidden` are used if there are few rows.
+  // Computes all rows of `whole`, in tiles; its weights have one type. `normed` and `hidden` are used if there are few
+  // rows.
   void block(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
     if (whole.n_rows < few_rows()) return block_by_columns(whole, normed, hidden);
-    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type_](*whole.shape));
+    const int type = static_cast<int>(whole.attended.data != nullptr ? whole.proj.type : whole.next.type);
+    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type](*whole.shape));
     for_each_task(static_cast<int64_t>(begins.size()) - 1, [&](int64_t task) {
       const int64_t row = begins[task];
       cpu::BlockTile tile = whole;
@@ -180,7 +182,7 @@ class RowStages {
       tile.x = whole.x.from(row);
       tile.length += row;
       tile.n_rows = begins[task + 1] - row;
-      kernels_.block.tile[type_](tile);
+      kernels_.block.tile[type](tile);
     });
   }
 
@@ -224,13 +226,12 @@ class RowStages {
   }
 
   const cpu::Kernels& kernels_;
-  int type_;
 };
 
 class Forward {
  public:
   Forward(const Model& model, const Batch& batch, int64_t n_pooled, float* out)
-      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out), stages_(model.type) {}
+      : model_(model), batch_(batch), n_pooled_(n_pooled), out_(out) {}
 
   void run(const Group& group, cpu::Scratch& memory) {
     const int64_t n_sequences = group.end - group.first;
@@ -499,10 +500,12 @@ Model model_of(const std::vector<Tensor>& weights, const ViTDescriptor& descript
     model.blocks.push_back(block_of(of_block, d, n_lengths, n_channels));
     of_block += kTensorsPerBlock;
     const Block& block = model.blocks.back();
-    for (const cpu::PackedWeight* weight : {&block.qkv, &block.proj, &block.fc1, &block.fc2}) {
-      STD_TORCH_CHECK(weight->type == model.blocks[0].qkv.type, "the weights of all blocks must have one dtype");
+    model.type = model.blocks[0].proj.type;
+    const bool first = model.blocks.size() == 1;  // its qkv is a stage of its own, so it may have another type
+    for (const cpu::PackedWeight* weight : {first ? &block.proj : &block.qkv, &block.proj, &block.fc1, &block.fc2}) {
+      STD_TORCH_CHECK(weight->type == model.type,
+                      "the weights of all blocks must have one dtype, except for the first block's qkv");
     }
-    model.type = block.qkv.type;
     model.largest_width = std::max(model.largest_width, block.shape.width);
     model.largest_hidden = std::max(model.largest_hidden, block.shape.hidden);
   }

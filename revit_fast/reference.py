@@ -196,6 +196,7 @@ def vit_forward(
     *,
     n_pooled: int,
     round_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+    rounds_first_qkv: bool = True,
     round_factors: Callable[[Tensor], Tensor] = lambda factor: factor,
 ) -> Tensor:
     """Maps patch rows to tokens after the final norm: embedding, pre-norm transformer blocks, norm.
@@ -213,6 +214,7 @@ def vit_forward(
         blocks: the blocks; they may differ from one another in everything but C.
         n_pooled: number of leading tokens of every sequence to return; 0 for all.
         round_rows: rounding of the input rows of every linear layer of a block; none by default.
+        rounds_first_qkv: whether the rows of the first block's `qkv` are rounded like the others.
         round_factors: rounding of `rows` and of every factor of attention's products; none by default.
 
     Returns:
@@ -231,10 +233,12 @@ def vit_forward(
         return F.linear(round_rows(x), *layer)
 
     x = normed(x, norm_pre)
-    for block in blocks:
+    for i, block in enumerate(blocks):
         head_dim = block.proj[0].shape[1] // block.n_heads
         scale = head_dim**-0.5 if block.scale is None else block.scale
-        q, k, v = linear(normed(x, block.norm1), block.qkv).view(-1, 3, block.n_heads, head_dim).unbind(1)
+        rows = normed(x, block.norm1)
+        qkv = linear(rows, block.qkv) if rounds_first_qkv or i else F.linear(rows, *block.qkv)
+        q, k, v = qkv.view(-1, 3, block.n_heads, head_dim).unbind(1)
         attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=scale, round_factors=round_factors)
         x = x + linear(attended.flatten(1), block.proj)
         x = x + linear(activate(block.activation, linear(normed(x, block.norm2), block.fc1)), block.fc2)

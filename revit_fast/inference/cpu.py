@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from revit_fast import ops
-from revit_fast.layers.block import LayerScale, ResidualScale
+from revit_fast.inference.calibration import block_inputs
+from revit_fast.inference.smoothing import LAYERS, BlockParameters, LinearWeights, calibrated
+from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
 from revit_fast.layers.derived import Derived
@@ -24,12 +27,13 @@ from revit_fast.layers.mlp import ACTIVATIONS
 from revit_fast.layers.norm import TALNorm
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.inputs import PatchRows, rows_apart
+from revit_fast.models.spec import Block as BlockSpec
 from revit_fast.models.spec import ViTSpec
 from revit_fast.models.vit import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
 from revit_fast.ops.vit import NO_BIAS, NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
-from revit_fast.packing import Layout
+from revit_fast.packing import Layout, PackedBatch
 
 CALLED = ("head", "head_dist", "aux_head")
 """Modules that the fused forward pass calls unless they are plain linear layers. They may be anything."""
@@ -137,19 +141,57 @@ def _norm(module: nn.Module) -> TokenNorm:
     return TokenNorm(weight, bias[0] if bias else NO_BIAS, module.eps)
 
 
-def _scaled(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedWeight:
-    """The packed layer with the scale of its result folded in."""
+def _linear(linear: nn.Linear, scale: nn.Module | None = None) -> LinearWeights:
+    """The layer with the scale of its result folded in."""
     if isinstance(scale, LayerScale):
         gamma = scale.gamma.double()
     elif isinstance(scale, ResidualScale):
         gamma = linear.weight.new_full((linear.out_features,), 1 / scale.divisor, dtype=torch.float64)
     else:
-        return pack_weight(linear.weight, linear.bias, dtype)
+        return LinearWeights(linear.weight, linear.bias)
     bias = None if linear.bias is None else linear.bias.double() * gamma
-    return pack_weight(linear.weight.double() * gamma.unsqueeze(1), bias, dtype)
+    return LinearWeights(linear.weight.double() * gamma.unsqueeze(1), bias)
 
 
-def pack_model(model: ReViT, dtype: torch.dtype | None = None, *, training: bool = False) -> Packed:
+def parameters_of(block: Block) -> BlockParameters:
+    """A block's parameters as they are packed."""
+    return BlockParameters(
+        _norm(block.norm1),
+        _linear(block.attn.qkv),
+        _linear(block.attn.proj, block.ls1),
+        _norm(block.norm2),
+        _linear(block.mlp.fc1),
+        _linear(block.mlp.fc2, block.ls2),
+    )
+
+
+def _packed_block(
+    block: BlockParameters, described: BlockSpec, dtype: torch.dtype, qkv_dtype: torch.dtype
+) -> BlockWeights:
+    def packed(layer: LinearWeights) -> PackedWeight:
+        return pack_weight(layer.weight, layer.bias, dtype, layer.scale)
+
+    return BlockWeights(
+        block.norm1,
+        pack_qkv(block.qkv.weight, block.qkv.bias, qkv_dtype, block.qkv.scale),
+        packed(block.proj),
+        block.norm2,
+        packed(block.fc1),
+        packed(block.fc2),
+        n_heads=described.attn.heads,
+        head_dim=described.attn.head_dim,
+        activation=described.mlp.act.name,
+        scale=described.attn.scale,
+    )
+
+
+def pack_model(
+    model: ReViT,
+    dtype: torch.dtype | None = None,
+    *,
+    training: bool = False,
+    calibration: Sequence[PackedBatch] = (),
+) -> Packed:
     """Packs a model's weights for the instruction set in use; raises a ValueError if they cannot be fused.
 
     Args:
@@ -157,24 +199,18 @@ def pack_model(model: ReViT, dtype: torch.dtype | None = None, *, training: bool
         dtype: dtype of the packed weights of the blocks; None for that of the model. Embedding and head are always
             packed in the model's dtype.
         training: whether a module in training mode is refused.
+        calibration: batches on which the weights are calibrated, see `smoothing`; none: they are rounded as they are.
     """
     check_fusable(model, training)
     outer = model.pos_embed.dtype
     dtype = dtype or outer
+    parameters, first_qkv = map(parameters_of, model.blocks), dtype
+    if calibration:
+        first_qkv, rounded = outer, chain([LAYERS[1:]], repeat(LAYERS))
+        parameters = map(calibrated, parameters, block_inputs(model, calibration), rounded)
     blocks = [
-        BlockWeights(
-            _norm(block.norm1),
-            pack_qkv(block.attn.qkv.weight, block.attn.qkv.bias, dtype),
-            _scaled(block.attn.proj, block.ls1, dtype),
-            _norm(block.norm2),
-            pack_weight(block.mlp.fc1.weight, block.mlp.fc1.bias, dtype),
-            _scaled(block.mlp.fc2, block.ls2, dtype),
-            n_heads=described.attn.heads,
-            head_dim=described.attn.head_dim,
-            activation=described.mlp.act.name,
-            scale=described.attn.scale,
-        )
-        for block, described in zip(model.blocks, model.spec.blocks, strict=True)
+        _packed_block(block, described, dtype, dtype if i else first_qkv)
+        for i, (block, described) in enumerate(zip(parameters, model.spec.blocks, strict=True))
     ]
     weights = ViTWeights(
         embed=pack_weight(*model.patch_embed.matrix(), outer),

@@ -69,14 +69,17 @@ def cpu_integer_depths() -> int:
     return torch.ops.revit_fast.cpu_integer_depths() if _library.HAS_EXTENSION else 2
 
 
-def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> PackedWeight:
+def pack_weight(
+    weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32, scale: Tensor | None = None
+) -> PackedWeight:
     """Packs a linear layer for `packed_linear`, for the instruction set in use.
 
     Args:
         weight: `[N, K]` of any float dtype, on the CPU.
         bias: `[N]`; None for zero.
-        dtype: dtype of the packed weight: float32, bfloat16 or int8. int8 is symmetric with the scale max |W| / 127
-            for every row of the weight. `packed_linear` says what becomes of x.
+        dtype: dtype of the packed weight: float32, bfloat16 or int8. int8 is symmetric with a scale for every row of
+            the weight. `packed_linear` says what becomes of x.
+        scale: float32 `[N]`, the scales for int8; by default max |W| / 127. Other dtypes have none.
 
     Raises:
         TypeError: for a dtype that is not one of these, or an argument that is not a tensor.
@@ -97,7 +100,7 @@ def pack_weight(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype =
     unit = 1 if dtype == torch.float32 else LINE // dtype.itemsize
     with torch.no_grad():
         if dtype == torch.int8:
-            weight, scale = quantize_weight(weight)
+            weight, scale = quantize_weight(weight, scale)
             rows = [bias, scale, *(offsets(weight) if depths == 4 else ())]
         else:
             rows = [bias]
@@ -118,10 +121,16 @@ def offsets(integers: Tensor) -> Tensor:
     return torch.stack([-128.0 * chain.sum(1, dtype=torch.float32) for chain in chains])
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers of a weight `[N, K]` and the float32 scale `[N]` of every row, NaN where a row is not finite."""
+def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers of a weight `[N, K]` and the float32 scale `[N]` of every row, NaN where a row is not finite.
+
+    Args:
+        weight: the weight.
+        scale: the scales; by default max |W| / 127.
+    """
     weight = weight.double()
-    scale = weight.abs().amax(1).float() / LARGEST
+    if scale is None:
+        scale = weight.abs().amax(1).float() / LARGEST
     scale = torch.where(scale.isfinite(), scale, torch.nan)
     integers = (weight / scale.double().unsqueeze(1)).round().nan_to_num(0).clamp(-LARGEST, LARGEST)
     return integers.to(torch.int8), scale

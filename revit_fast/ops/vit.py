@@ -42,9 +42,9 @@ NO_NORM = TokenNorm(torch.empty(0, device="cpu"), NO_BIAS, 1e-6)
 
 
 class BlockWeights(NamedTuple):
-    """A block with its weights packed, all blocks in one dtype.
+    """A block with its weights packed, all blocks in one dtype; `qkv` of the first may have another.
 
-    Blocks may differ from one another in everything but C and the dtype. LayerScale is folded into `proj` and `fc2`.
+    Blocks may differ from one another in everything else but C. LayerScale is folded into `proj` and `fc2`.
 
     Attributes:
         norm1: norm before attention.
@@ -140,14 +140,18 @@ class ViTWeights:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedWeight:
-    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a new panel."""
+def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: Tensor | None = None) -> PackedWeight:
+    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a new panel.
+
+    Arguments are those of `pack_weight`.
+    """
     width = weight.shape[0] // 3
     padding = -width % cpu_panel()
     parts = [torch.nn.functional.pad(part, (0, 0, 0, padding)) for part in weight.view(3, width, -1)]
-    if bias is not None:
-        bias = torch.nn.functional.pad(bias.view(3, width), (0, padding)).flatten()
-    return pack_weight(torch.cat(parts), bias, dtype)
+    bias, scale = (
+        t if t is None else torch.nn.functional.pad(t.view(3, width), (0, padding)).flatten() for t in (bias, scale)
+    )
+    return pack_weight(torch.cat(parts), bias, dtype, scale)
 
 
 def vit_forward(
@@ -225,7 +229,7 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
         n_heads, head_dim, hidden, activation = map(int, whole)
         width = n_heads * head_dim
         w = weights[TENSORS_BEFORE_BLOCKS + i * TENSORS_PER_BLOCK :]
-        integer = w[2].dtype == torch.int8
+        integer = w[4].dtype == torch.int8
         blocks.append(
             reference.BlockWeights(
                 (w[0], w[1], norm1_eps),
@@ -239,6 +243,11 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
                 scale,
             )
         )
+    if integer:
+        first_qkv = weights[TENSORS_BEFORE_BLOCKS + 2]
+        rounding = {"round_rows": round_rows, "rounds_first_qkv": first_qkv.dtype == torch.int8}
+    else:
+        rounding = {}
     return reference.vit_forward(
         rows.to(dtype),
         cu_seqlens,
@@ -251,7 +260,7 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
         (weights[4], weights[5], norm_eps),
         blocks,
         n_pooled=n_pooled,
-        **({"round_rows": round_rows} if integer else {}),
+        **rounding,
     )
 
 
