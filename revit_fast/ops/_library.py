@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 # The schemas of csrc/library.cpp, for installations without the extension. A test checks that the two are equal.
 SCHEMAS = (
@@ -77,6 +78,32 @@ def register_fallback(name: str, function: Callable) -> None:
     reference_ops[name] = function
     if not HAS_EXTENSION:
         _fallback.impl(name, function, "CPU")
+
+
+def call(name: str, *args):
+    """Calls the op `name`, whose derivatives are for reverse mode alone.
+
+    PyTorch would treat its result as a constant in forward mode: a tangent would silently be zero.
+
+    Raises:
+        NotImplementedError: in forward mode, or under a transform of `torch.func`.
+    """
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(name, [arg for arg in args if isinstance(arg, torch.Tensor)])
+    return getattr(torch.ops.revit_fast, name).default(*args)
+
+
+def _refuse_transforms(name: str, tensors: list[torch.Tensor]) -> None:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"revit_fast::{name}: forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors) are not implemented; "
+            "use backward(), torch.autograd.grad or torch.autograd.functional.jacobian"
+        )
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        raise NotImplementedError(
+            f"revit_fast::{name}: transforms of torch.func (grad, vjp, jacrev, vmap) are not implemented; use "
+            "backward() or torch.autograd.functional.jacobian, and instead of vmap one pack of all sequences"
+        )
 
 
 class _DifferentiableOnce(torch.autograd.Function):

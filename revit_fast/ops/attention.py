@@ -77,7 +77,8 @@ def varlen_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    out, lse = torch.ops.revit_fast.varlen_attention(
+    out, lse = _library.call(
+        "varlen_attention",
         q,
         k,
         v,

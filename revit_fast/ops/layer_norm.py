@@ -14,8 +14,6 @@ from torch import Tensor
 from revit_fast import reference
 from revit_fast.ops import _checks, _library
 
-_OPS = torch.ops.revit_fast
-
 
 def tal_layer_norm(
     x: Tensor,
@@ -102,9 +100,9 @@ def tal_rms_norm(
 def _norm(x, weight, bias, cu_seqlens, length_index, eps, residual, tiles) -> Tensor | tuple[Tensor, Tensor]:
     cu_seqlens, length_index = cu_seqlens.contiguous(), length_index.contiguous()
     if residual is None:
-        return _OPS.tal_layer_norm.default(x, weight, bias, cu_seqlens, length_index, eps, tiles)[0]
-    y, total, _, _ = _OPS.tal_layer_norm_residual.default(
-        x, residual, weight, bias, cu_seqlens, length_index, eps, tiles
+        return _library.call("tal_layer_norm", x, weight, bias, cu_seqlens, length_index, eps, tiles)[0]
+    y, total, _, _ = _library.call(
+        "tal_layer_norm_residual", x, residual, weight, bias, cu_seqlens, length_index, eps, tiles
     )
     return y, total
 

@@ -228,7 +228,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, activation: str = "none") -> 
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     index = ACTIVATIONS.index(activation)
     with torch.no_grad():
-        return torch.ops.revit_fast.packed_linear.default(x, weight.panels, weight.bias, weight.n_out, index)
+        return _library.call("packed_linear", x, weight.panels, weight.bias, weight.n_out, index)
 
 
 @torch.library.register_fake("revit_fast::packed_linear")

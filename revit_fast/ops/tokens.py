@@ -8,8 +8,6 @@ from torch import Tensor
 from revit_fast import reference
 from revit_fast.ops import _checks, _library
 
-_OPS = torch.ops.revit_fast
-
 
 def assemble_tokens(
     patches: Tensor, prefix: Tensor, pos_table: Tensor, pos_offset: Tensor, cu_seqlens: Tensor
@@ -42,7 +40,9 @@ def assemble_tokens(
             raise ValueError(f"{name}: expected shape {axes} with C = {patches.shape[1]}, got {list(value.shape)}")
     _checks.check_cu_seqlens(cu_seqlens, "patches", patches)
     _checks.check_per_sequence("pos_offset", pos_offset, cu_seqlens)
-    return _OPS.assemble_tokens.default(patches, prefix, pos_table, pos_offset.contiguous(), cu_seqlens.contiguous())
+    return _library.call(
+        "assemble_tokens", patches, prefix, pos_table, pos_offset.contiguous(), cu_seqlens.contiguous()
+    )
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
@@ -69,7 +69,7 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
         raise TypeError(f"skip: expected an int, got {type(skip).__name__}")
     if skip < 0:
         raise ValueError(f"skip: expected a number of rows that is not negative, got {skip}")
-    return _OPS.mean_pool.default(x, cu_seqlens.contiguous(), skip)
+    return _library.call("mean_pool", x, cu_seqlens.contiguous(), skip)
 
 
 @torch.library.register_fake("revit_fast::assemble_tokens")

@@ -190,7 +190,8 @@ def vit_forward(
     if not 0 <= n_pooled <= weights.prefix.shape[0]:
         raise ValueError(f"n_pooled: expected 0 to {weights.prefix.shape[0]} prefix tokens, got {n_pooled}")
     with torch.no_grad():
-        return torch.ops.revit_fast.vit_forward.default(
+        return _library.call(
+            "vit_forward",
             rows,
             cu_seqlens.contiguous(),
             length_index.contiguous(),
