@@ -57,10 +57,8 @@ class _Track:
     _dts_s: float = field(default=inf, repr=False)
 
     def add(self, packet: Packet) -> None:
-        """Counts a packet; the ones without data at the end of a stream hold nothing."""
-        if not packet.size:
-            return
-        self.n_pictures += not packet.is_discard
+        """Counts a packet. One without data repeats a frame, or has no time and marks the end."""
+        self.n_pictures += packet.size > 0 and not packet.is_discard
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is None:
             return
@@ -86,10 +84,8 @@ def read_packets(container: InputContainer) -> Packets:
     for packet in container.demux():
         tracks.setdefault(packet.stream.index, _Track()).add(packet)
     video = tracks[stream.index]
-    declared_s = _stream_s(container, stream)
-    counted = [video]
-    if not declared_s:  # the container's duration is that of its longest stream
-        declared_s, counted = _container_s(container), list(tracks.values())
+    declared_s, of_stream = _declared(container, stream)
+    counted = [video] if of_stream else list(tracks.values())  # a container is as long as its longest stream
     start_s, end_s = min(track.start_s for track in counted), max(track.end_s for track in counted)
     if start_s < 0 or declared_s < start_s < inf:  # otherwise the duration may count from 0: so it does in Matroska
         end_s -= start_s
@@ -99,24 +95,18 @@ def read_packets(container: InputContainer) -> Packets:
     return Packets(video.n_pictures, video.last_s, end_s, declared_s, slack_s)
 
 
-def _stream_s(container: InputContainer, stream: VideoStream) -> float:
-    """The duration in the header of the video stream, 0 if there is none."""
-    duration_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-    if _is_estimate(container):
-        return 0.0
-    if container.format.name == "avi" and stream.frames and stream.average_rate:
-        # FFmpeg shortens the duration of an AVI file that was cut off, and leaves the number of frames.
-        duration_s = max(duration_s, float(stream.frames / stream.average_rate))
-    return duration_s
-
-
-def _container_s(container: InputContainer) -> float:
+def _declared(container: InputContainer, stream: VideoStream) -> tuple[float, bool]:
+    """The duration in the header in seconds, 0 if there is none, and whether it is that of the stream alone."""
     import av
 
-    return 0.0 if _is_estimate(container) or not container.duration else container.duration / av.time_base
-
-
-def _is_estimate(container: InputContainer) -> bool:
-    """Whether FFmpeg has made up a missing duration from the size of the file and the sum of the streams' bit rates."""
-    rates = [getattr(stream.codec_context, "bit_rate", None) or 0 for stream in container.streams]
-    return 0 < container.bit_rate == sum(rates)
+    own_s = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    if "matroska" in container.format.name:
+        # The header has no duration of a stream. If FFmpeg gives one, the header has none at all, and FFmpeg has
+        # estimated both from bit rates.
+        own_s, of_container = 0.0, 0 if own_s else container.duration
+    elif container.format.name == "avi":
+        # FFmpeg shortens the duration of a file that was cut off, and leaves the number of frames.
+        own_s, of_container = max(own_s, float(stream.frames * stream.time_base)), None
+    else:
+        of_container = container.duration
+    return (own_s, True) if own_s else ((of_container or 0) / av.time_base, False)

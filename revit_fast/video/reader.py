@@ -48,8 +48,8 @@ def spread(n_total: int, n_frames: int) -> list[int]:
 def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
     """RGB frames spread evenly over a clip, turned upright (by PyAV 14 or later).
 
-    The frames are counted by reading the file, not taken from its header. Files are read twice: the packets first, then
-    the frames. If a packet is not a frame each, as in some AVI files, a third time.
+    The number of frames is counted, not taken from the header. A file is read once for its packets and decoded once; if
+    there are more or fewer frames than packets, it is decoded a second time.
 
     Args:
         source: a path or the bytes of an AVI, Matroska, WebM, MP4 or QuickTime file, whose first video stream is taken;
@@ -95,13 +95,13 @@ def _read(file: str | bytes, n_frames: int) -> np.ndarray:
 def _frames_at(
     file: str | bytes, indices: Sequence[int], packets: Packets | None = None
 ) -> tuple[list[np.ndarray], int]:
-    """The frames at increasing indices, as far as the file has them, and the number of frames in the file.
+    """The frames at increasing indices, as far as the file has them, and the number of frames, as far as it is known.
 
     Args:
         file: the clip.
         indices: the frames to take; decoding stops after the last.
-        packets: what is to be verified. If the last index is that of the last picture, or there are no indices, one more
-            frame is asked for, and if there is one, the rest is counted. Otherwise the number returned is the expected.
+        packets: the packets, whose count is to be verified. If the last index is that of the last picture, one more
+            frame is asked for. If there is one, or there are no indices, all frames are counted.
 
     Raises:
         ClipError: if the frames end before the packets.
@@ -122,9 +122,8 @@ def _frames_at(
 
 def _check_end(end_s: float, packets: Packets) -> None:
     if -inf < end_s < packets.declared_s - packets.slack_s:
-        raise ClipError(
-            f"ends after {max(end_s, 0):.2f} s, and its duration is {packets.declared_s:.2f} s; it is cut off or damaged"
-        )
+        declared = f"its duration is {packets.declared_s:.2f} s"
+        raise ClipError(f"ends after {max(end_s, 0):.2f} s, and {declared}; it is cut off or damaged")
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
