@@ -172,9 +172,9 @@ class TestReader:
             read_clip(clip, 2)
 
 
-def rewritten(path, source, change):
+def rewritten(path, source, change, **options):
     """Writes the packets of a clip again, with contents `change(contents)` at the same times; None leaves one out."""
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
         if not hasattr(new, "add_stream_from_template"):
             pytest.skip("this PyAV cannot copy a stream")
         stream = new.add_stream_from_template(old.streams.video[0])
@@ -319,9 +319,13 @@ class TestCounts:
         assert np.abs(level(read_clip(path, 8)) - want).max() < 6
         with pytest.raises(ClipError, match="has 30 frames, and the model takes 31"):
             read_clip(path, 31)
-        path = rewritten(tmp_path / "b.webm", whole, lambda contents: [*contents[:30], *map(hidden, contents[30:])])
-        with pytest.raises(ClipError, match=r"ends after 2\.90 s, and its duration is 6\.00 s"):
-            read_clip(path, 8)
+
+        def half(contents):
+            return [*contents[:30], *map(hidden, contents[30:])]
+
+        for name, options in (("b.webm", {}), ("c.webm", {"live": "1"})):
+            with pytest.raises(ClipError, match=r"ends after 3\.00 s, and its duration is 6\.00 s"):
+                read_clip(rewritten(tmp_path / name, whole, half, **options), 8)
 
     def test_packets_of_two_frames(self, tmp_path):
         """VP9 can join frames in one packet, so that there are more frames than packets."""

@@ -83,7 +83,7 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
 def _read(file: str | bytes, n_frames: int) -> np.ndarray:
     with _opened(file) as container:
         packets = read_packets(container)
-    _check_end(packets.end_s, packets)
+    _check_end(packets.end_s, packets.declared_s, packets.slack_s)
     n_total = packets.n_pictures
     indices = spread(n_total, n_frames) if n_total >= n_frames else []
     frames, n_found = _frames_at(file, indices, packets)
@@ -115,15 +115,16 @@ def _frames_at(
                 frames.append(_upright_rgb(frame))
             if indices and i == indices[-1] and n_found != n_expected:
                 return frames, n_expected or n_found
-    if packets is not None and last_s is not None and last_s < packets.last_s - packets.slack_s:
-        _check_end(last_s, packets._replace(declared_s=packets.declared_s or packets.end_s))
+    if packets is not None and last_s is not None:
+        end_s = packets.end_s - (packets.last_s - last_s)
+        _check_end(end_s, packets.declared_s or packets.end_s, packets.slack_s)
     return frames, n_found
 
 
-def _check_end(end_s: float, packets: Packets) -> None:
-    if -inf < end_s < packets.declared_s - packets.slack_s:
-        declared = f"its duration is {packets.declared_s:.2f} s"
-        raise ClipError(f"ends after {max(end_s, 0):.2f} s, and {declared}; it is cut off or damaged")
+def _check_end(end_s: float, declared_s: float, slack_s: float) -> None:
+    if -inf < end_s < declared_s - slack_s:
+        durations = f"ends after {max(end_s, 0):.2f} s, and its duration is {declared_s:.2f} s"
+        raise ClipError(f"{durations}; it is cut off or damaged")
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
