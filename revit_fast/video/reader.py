@@ -6,11 +6,13 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from revit_fast.io.images import ImageError, Kind, Source, check_file, os_reason
+from revit_fast.video.packets import Packets, read_packets
 
 if TYPE_CHECKING:  # arrays need no PyAV, and it is imported where it is first needed
     from av.container import InputContainer
@@ -46,6 +48,9 @@ def spread(n_total: int, n_frames: int) -> list[int]:
 def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
     """RGB frames spread evenly over a clip, turned upright (by PyAV 14 or later).
 
+    The number of frames is counted, not taken from the header. A file is read once for its packets and decoded once; if
+    there are more or fewer frames than packets, it is decoded a second time.
+
     Args:
         source: a path or the bytes of an AVI, Matroska, WebM, MP4 or QuickTime file, whose first video stream is taken;
             or uint8 frames `[F, H, W, 3]`.
@@ -55,8 +60,8 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
         uint8 array `[n_frames, H, W, 3]`.
 
     Raises:
-        ClipError: with the reason: missing, empty, no video, damaged, too few frames, frames of several sizes, or an
-            array of another type or shape.
+        ClipError: with the reason: missing, empty, no video, damaged, too few frames, frames of several sizes, an
+            end well before the duration in the header, or an array of another type or shape.
     """
     if isinstance(source, np.ndarray):
         return _checked_array(source)[spread(len(source), n_frames)]
@@ -77,27 +82,49 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
 
 def _read(file: str | bytes, n_frames: int) -> np.ndarray:
     with _opened(file) as container:
-        declared = container.streams.video[0].frames  # 0 where the container does not say
-    if declared >= n_frames:
-        frames = _frames_at(file, spread(declared, n_frames))
-        if len(frames) == n_frames:
-            return _stacked(frames)
-    # The declared number is missing, too small, or larger than the number of frames in the file.
-    with _opened(file) as container:
-        n_total = sum(1 for _ in container.decode(video=0))
-    return _stacked(_frames_at(file, spread(n_total, n_frames)))
+        packets = read_packets(container)
+    _check_end(packets.end_s, packets.declared_s, packets.slack_s)
+    n_total = packets.n_pictures
+    indices = spread(n_total, n_frames) if n_total >= n_frames else []
+    frames, n_found = _frames_at(file, indices, packets)
+    if len(frames) < n_frames or n_found != n_total:  # a packet is not always a frame
+        frames, _ = _frames_at(file, spread(n_found, n_frames))
+    return _stacked(frames)
 
 
-def _frames_at(file: str | bytes, indices: Sequence[int]) -> list[np.ndarray]:
-    """The frames at increasing indices, as far as the file has them."""
-    wanted, frames = set(indices), []
+def _frames_at(
+    file: str | bytes, indices: Sequence[int], packets: Packets | None = None
+) -> tuple[list[np.ndarray], int]:
+    """The frames at increasing indices, as far as the file has them, and the number of frames, as far as it is known.
+
+    Args:
+        file: the clip.
+        indices: the frames to take; decoding stops after the last.
+        packets: the packets, whose count is to be verified. If the last index is that of the last picture, one more
+            frame is asked for. If there is one, or there are no indices, all frames are counted.
+
+    Raises:
+        ClipError: if the frames end before the packets.
+    """
+    n_expected = packets.n_pictures if packets is not None else None
+    wanted, frames, n_found, last_s = set(indices), [], 0, None
     with _opened(file) as container:
         for i, frame in enumerate(container.decode(video=0)):
+            n_found, last_s = i + 1, frame.time
             if i in wanted:
                 frames.append(_upright_rgb(frame))
-            if i >= indices[-1]:
-                break
-    return frames
+            if indices and i == indices[-1] and n_found != n_expected:
+                return frames, n_expected or n_found
+    if packets is not None and last_s is not None:
+        end_s = packets.end_s - (packets.last_s - last_s)
+        _check_end(end_s, packets.declared_s or packets.end_s, packets.slack_s)
+    return frames, n_found
+
+
+def _check_end(end_s: float, declared_s: float, slack_s: float) -> None:
+    if -inf < end_s < declared_s - slack_s:
+        durations = f"ends after {max(end_s, 0):.2f} s, and its duration is {declared_s:.2f} s"
+        raise ClipError(f"{durations}; it is cut off or damaged")
 
 
 def _stacked(frames: list[np.ndarray]) -> np.ndarray:
