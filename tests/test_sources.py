@@ -288,7 +288,8 @@ class TestHeldImages:
         image = Image.open(io.BytesIO(encoded(PIXELS[0], kind)))
         position = image.fp.tell()
         kept = held(image).kept
-        assert image.tile and kept.tile
+        assert image.tile
+        assert kept.tile
         assert image.fp.tell() == position
         assert np.array_equal(read_rgb(kept), read_rgb(image))
 
