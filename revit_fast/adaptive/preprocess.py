@@ -15,6 +15,7 @@ from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.crops import aspect_grid, eval_box
 from revit_fast.adaptive.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
+from revit_fast.io.held import own_pixels
 from revit_fast.io.images import ImageError, ImageSource, name_of, read_rgb
 from revit_fast.models.folder import check_assigner
 from revit_fast.models.macs import forward_macs
@@ -309,10 +310,11 @@ class AdaptivePreprocessor:
     def _decoded(self, images: Sequence[ImageSource]) -> list[np.ndarray]:
         if isinstance(images, (str, bytes, np.ndarray, Tensor)):
             raise TypeError(f"images: expected a list of images, got one {type(images).__name__}; wrap it: [image]")
-        decoded = []
+        decoded, listed = [], isinstance(images, (list, tuple))
         for i, source in enumerate(images):
             try:
-                decoded.append(self.decode(source))
+                pixels = self.decode(source)
+                decoded.append(pixels if listed else own_pixels(pixels, source))
             except ImageError as error:
                 raise ImageError(f"images[{i}], {name_of(source)}: {error}") from error
         return decoded

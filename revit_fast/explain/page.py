@@ -24,6 +24,7 @@ import numpy as np
 from revit_fast.adaptive.policies import Evidence
 from revit_fast.explain.facts import Explanation, Length, explain, total, with_evidence
 from revit_fast.explain.html import DARK, LEGEND, LIGHT, STYLE, entries, meter
+from revit_fast.io.held import own_pixels
 from revit_fast.io.images import ImageError, ImageSource, on_one_line
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
@@ -75,7 +76,7 @@ def look_at(pipe: AdaptivePipeline, source: ImageSource, name: str, *, top_k: in
     name = on_one_line(name)
     try:
         begin = time.perf_counter()
-        image = pipe.prep.decode(source)
+        image = own_pixels(pipe.prep.decode(source), source)  # it is kept
         decode_ms = 1e3 * (time.perf_counter() - begin)
         asking = pipe.prep.with_policy("argmax")
         asking.assign([image])

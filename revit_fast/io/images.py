@@ -141,7 +141,10 @@ def name_of(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"<{len(source)} bytes>"
+        try:
+            return f"<{len(source)} bytes>"
+        except ValueError:  # its owner has released it
+            return "<memoryview>"
     if isinstance(source, (np.ndarray, Tensor)):
         return f"<array {'x'.join(map(str, source.shape))}>"
     return f"<{type(source).__name__}>"
@@ -150,7 +153,7 @@ def name_of(source: ImageSource) -> str:
 def check_sources(sources: object) -> None:
     """Raises a TypeError for a single image. Some could be iterated by mistake: a path by letters, an array by rows."""
     single = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Tensor, Source)
-    if isinstance(sources, single) or _is_pil_image(sources):
+    if isinstance(sources, single) or is_pil_image(sources):
         got = type(sources).__name__
         raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
 
@@ -183,7 +186,7 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
     """
     if isinstance(source, np.ndarray):
         return _checked_array(source)
-    with _reasons():
+    with as_image_error():
         if isinstance(source, Source):
             if source.error is not None:
                 raise ImageError(source.error)
@@ -192,10 +195,10 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
             return _read_file(source, draft_px)
         if isinstance(source, (bytes, bytearray, memoryview)):
             return _decode(_opened(source), draft_px)
-        if _is_pil_image(source):
+        if is_pil_image(source):
             if 0 in source.size:
                 raise ImageError("expected at least one pixel, got {}x{}".format(*source.size))
-            with _LOADING[id(source) // 64 % len(_LOADING)]:  # objects lie 16 bytes or more apart
+            with loading_lock(source):
                 source.load()
                 turn = _upright_transposition(source)
             return _rgb(source, turn)
@@ -210,12 +213,12 @@ def encoded_size(data: bytes) -> tuple[int, int]:
     Raises:
         ImageError: if the header cannot be read; reasons as for `read_rgb`.
     """
-    with _reasons(), _open(_opened(data)) as image:
+    with as_image_error(), _open(_opened(data)) as image:
         return image.size
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
+def as_image_error() -> Iterator[None]:
     """Turns the exceptions of decoders into `ImageError`."""
     try:
         yield
@@ -231,9 +234,15 @@ def _reasons() -> Iterator[None]:
         raise ImageError(str(error) or type(error).__name__) from error
 
 
-def _is_pil_image(source: object) -> bool:
+def is_pil_image(source: object) -> bool:
+    """Whether a source is a PIL image; imports no Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(source, pillow.Image)
+
+
+def loading_lock(image: Image.Image) -> threading.Lock:
+    """The lock to take while an image's pixels or metadata may be loaded."""
+    return _LOADING[id(image) // 64 % len(_LOADING)]  # objects lie 16 bytes or more apart
 
 
 def _opened(data: bytes) -> io.BytesIO:
@@ -341,14 +350,18 @@ def _copied_out(image: Image.Image) -> np.ndarray:
     return file.pixels.reshape(height, width, 3)
 
 
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation; 1, which is upright, if there is none or it cannot be read."""
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not make the pixels unreadable
+        return 1
+
+
 def _upright_transposition(image: Image.Image) -> Image.Transpose | None:
-    """The transposition that turns the stored pixels upright, from the EXIF orientation; None if they are upright."""
+    """The transposition that turns the stored pixels upright; None if they are upright."""
     from PIL import Image
 
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata does not make the pixels unreadable
-        return None
     return {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -357,4 +370,4 @@ def _upright_transposition(image: Image.Image) -> Image.Transpose | None:
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(orientation)
+    }.get(orientation_of(image))

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from revit_fast.io.images import ImageError, ImageSource, name_of
+from revit_fast.io.held import Held, held, own_pixels
+from revit_fast.io.images import ImageError, ImageSource
 from revit_fast.io.trace import StageTimes
 
 MAX_DECODERS = 8
@@ -31,6 +32,11 @@ and put into a chunk: for a group of 16, the overhead of assigning would exceed 
 def default_decoders() -> int:
     """The number of PyTorch's compute threads, at most `MAX_DECODERS`."""
     return min(torch.get_num_threads(), MAX_DECODERS)
+
+
+def copies(sources: object, copy: bool) -> bool:
+    """Whether sources are copied: not out of a list or tuple, where no producer runs between the items."""
+    return copy and type(sources) not in (list, tuple)
 
 
 class Decoded(NamedTuple):
@@ -75,11 +81,14 @@ class Decoders:
 
     Args:
         sources: a separate thread iterates them. `chunk` itself iterates a list or tuple, which never blocks: a thread
-            would compete with the consumer's Python for the interpreter and with its kernels for a core.
+            would compete with the consumer's Python for the interpreter and with its kernels for a core. A `Held` is
+            taken as it is.
         decode: function from a source to pixels; raises `ImageError`.
         n_workers: number of decoding threads.
         times: records the time of each decoding.
         first_index: index of the first source.
+        copy: whether to copy what the producer of the sources could change, see `io.held`, before the next source is
+            asked for. Nothing out of a list or tuple is copied: no producer runs between its items.
     """
 
     def __init__(
@@ -89,13 +98,15 @@ class Decoders:
         n_workers: int,
         times: StageTimes,
         first_index: int = 0,
+        *,
+        copy: bool = True,
     ) -> None:
         self._decode, self._times, self._first_index = decode, times, first_index
         self._fed: queue.SimpleQueue[Fed | End] = queue.SimpleQueue()
         self._head: Fed | End | None = None
         self._ahead = threading.Semaphore(2 * n_workers + CHUNK)
         self._more = 0  # further images that may be decoded ahead, after as many small ones
-        self._stopped = False
+        self._stopped, self._copy = False, copies(sources, copy)
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
         self._listed = enumerate(sources, first_index) if isinstance(sources, (list, tuple)) else None
         if self._listed is None:
@@ -124,18 +135,23 @@ class Decoders:
                 self._put(*item)
 
     def _put(self, index: int, source: ImageSource) -> None:
-        # Handing an array to another thread would cost more than checking it here.
-        there = isinstance(source, (np.ndarray, torch.Tensor))
-        decoded = Done(self._run(index, source)) if there else self._pool.submit(self._run, index, source)
-        self._fed.put(Fed(index, source, decoded))
+        copy = self._copy and not isinstance(source, Held)
+        # Handing an array to another thread would cost more than checking it here. That also spares a copy of clips,
+        # of which only some frames are taken.
+        there = isinstance(source.kept if isinstance(source, Held) else source, (np.ndarray, torch.Tensor))
+        taken = source if isinstance(source, Held) else held(source, copy=copy and not there)
+        decoded = Done(self._run(index, taken, copy)) if there else self._pool.submit(self._run, index, taken)
+        self._fed.put(Fed(index, taken.source, decoded))
 
-    def _run(self, index: int, source: ImageSource) -> Decoded:
+    def _run(self, index: int, taken: Held, copy: bool = False) -> Decoded:
         image, reason, begin = None, None, time.perf_counter()
         with self._times.span("decode", index=index):
             try:
-                image = self._decode(source)
+                image = self._decode(taken.kept)
+                if copy:
+                    image = own_pixels(image, taken.kept)
             except ImageError as error:
-                reason = f"{name_of(source)}: {error}"
+                reason = f"{taken.name}: {error}"
         return Decoded(image, reason, 1e3 * (time.perf_counter() - begin))
 
     def chunk(self, deadline: float) -> tuple[list[Fed], End | None]:

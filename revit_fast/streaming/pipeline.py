@@ -27,7 +27,7 @@ from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
 from revit_fast.streaming.batching import TokenBudgetBatcher
-from revit_fast.streaming.decoding import Decoders, Fed, default_decoders
+from revit_fast.streaming.decoding import Decoders, Fed, copies, default_decoders
 from revit_fast.streaming.results import InOrder, Ready, Result
 from revit_fast.streaming.session import Session
 
@@ -98,7 +98,12 @@ class AdaptivePipeline:
         return other
 
     def __call__(
-        self, sources: Iterable[ImageSource], *, times: StageTimes | None = None, first_index: int = 0
+        self,
+        sources: Iterable[ImageSource],
+        *,
+        times: StageTimes | None = None,
+        first_index: int = 0,
+        copy: bool = True,
     ) -> Iterator[Result]:
         """Yields one `Result` per source, in the order of the sources; computes them as they are consumed.
 
@@ -108,36 +113,61 @@ class AdaptivePipeline:
             times: collects the time of each stage; a `Trace` also keeps the spans.
             first_index: place of the first source in its stream, for `Result.index` and for policies that depend on the
                 place. A part of a stream then gives the same results as in the whole stream.
+            copy: a generator may fill the array, buffer or PIL image that it has yielded again: what it could change is
+                copied before `next()` is called on it. False spares the copy, if sources stay unchanged until their
+                results. What is in a list or tuple is never copied and must stay unchanged. Files are read later.
         """
         check_sources(sources)
-        return self._run(sources, times or StageTimes(), first_index)
+        return self._run(sources, times or StageTimes(), first_index, copy)
 
-    def assign(self, sources: Iterable[ImageSource], *, times: StageTimes | None = None) -> Iterator[Result]:
+    def assign(
+        self, sources: Iterable[ImageSource], *, times: StageTimes | None = None, copy: bool = True
+    ) -> Iterator[Result]:
         """Decides without running the model; yields results without logits as soon as they are known.
+
+        Args:
+            sources: see `__call__`.
+            times: collects the time of each stage.
+            copy: see `__call__`.
 
         Raises:
             ValueError: if the policy is a cascade, which needs the logits.
         """
         check_sources(sources)
         self.prep.policy.decides_before("assign")
-        return self._assign(sources, times or StageTimes())
+        return self._assign(sources, times or StageTimes(), copy)
 
-    def classify(self, images: Iterable[ImageSource], top_k: int = 5) -> list[dict]:
-        """A list of `{"predictions": [{"label", "score"}, ...], "grid", "tokens", "error"}`, one per image."""
+    def classify(self, images: Iterable[ImageSource], top_k: int = 5, *, copy: bool = True) -> list[dict]:
+        """A list of `{"predictions": [{"label", "score"}, ...], "grid", "tokens", "error"}`, one per image.
+
+        Args:
+            images: see `__call__`.
+            top_k: number of classes for each image.
+            copy: see `__call__`.
+        """
         return [
-            {"predictions": r.top(top_k), "grid": r.grid, "tokens": r.n_tokens, "error": r.error} for r in self(images)
+            {"predictions": r.top(top_k), "grid": r.grid, "tokens": r.n_tokens, "error": r.error}
+            for r in self(images, copy=copy)
         ]
 
-    def session(self, times: StageTimes | None = None) -> Session:
+    def session(self, times: StageTimes | None = None, *, copy: bool = True) -> Session:
         """Starts a `Session`, which takes images from any thread; it is a context manager.
 
         Args:
             times: collects the time of each stage.
+            copy: False if arrays, buffers and PIL images stay unchanged until their results; they are not copied then.
         """
-        return Session(self, times)
+        return Session(self, times, copy=copy)
 
-    async def stream(self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource]) -> AsyncIterator[Result]:
-        """Yields the results of a stream in order, without blocking the event loop; waits for its consumer."""
+    async def stream(
+        self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource], *, copy: bool = True
+    ) -> AsyncIterator[Result]:
+        """Yields the results of a stream in order, without blocking the event loop; waits for its consumer.
+
+        Args:
+            sources: see `__call__`.
+            copy: see `__call__`.
+        """
         check_sources(sources)
         waiting: asyncio.Queue[asyncio.Future | None] = asyncio.Queue(maxsize=MAX_BEHIND)
 
@@ -152,7 +182,7 @@ class AdaptivePipeline:
             finally:
                 await waiting.put(None)
 
-        session = self.session()
+        session = self.session(copy=copies(sources, copy))
         submitting = asyncio.create_task(submit_all(session))
         try:
             while (future := await waiting.get()) is not None:
@@ -162,10 +192,10 @@ class AdaptivePipeline:
             submitting.cancel()
             await asyncio.to_thread(session.close)
 
-    def _run(self, sources: Iterable[ImageSource], times: StageTimes, first_index: int) -> Iterator[Result]:
+    def _run(self, sources: Iterable[ImageSource], times: StageTimes, first_index: int, copy: bool) -> Iterator[Result]:
         batcher: TokenBudgetBatcher[Ready] = self._make_batcher()
         done = InOrder(first_index)
-        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times, first_index)
+        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times, first_index, copy=copy)
         try:
             end, n_unreleased = None, 0
             while end is None:
@@ -215,8 +245,8 @@ class AdaptivePipeline:
         ready.start_pass(grid, grid_hw, self._n_tokens(grid_hw))
         return ready
 
-    def _assign(self, sources: Iterable[ImageSource], times: StageTimes) -> Iterator[Result]:
-        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times)
+    def _assign(self, sources: Iterable[ImageSource], times: StageTimes, copy: bool) -> Iterator[Result]:
+        decoders = Decoders(sources, self.prep.decode, self.n_decoders, times, copy=copy)
         try:
             end = None
             while end is None:

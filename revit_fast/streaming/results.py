@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 
 import numpy as np
 from torch import Tensor
 
-from revit_fast.io.images import ImageSource, name_of
+from revit_fast.io.images import ImageSource, Source, name_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,7 @@ class Result:
 
     Attributes:
         index: place of the source in the stream.
-        source: the source as it was given.
+        source: the source as it was given; a producer that fills it again has changed it.
         grid: assigned patches per side; in a cascade the last grid; None if there is an error. If proportions are kept
             (see `AdaptivePreprocessor`), this is the side of a square with the largest number of tokens allowed.
         n_tokens: tokens that the model processed, including prefix tokens; in a cascade the sum over all grids.
@@ -41,7 +42,11 @@ class Result:
     @property
     def reason(self) -> str | None:
         """The error without the name of the source."""
-        return None if self.error is None else self.error.removeprefix(f"{name_of(self.source)}: ")
+        if self.error is None:
+            return None
+        if isinstance(self.source, (str, PathLike, Source)):
+            return self.error.removeprefix(f"{name_of(self.source)}: ")
+        return self.error.partition(">: ")[2]  # of "<120 bytes>: reason"; the source's size may have changed
 
     def top(self, k: int = 5) -> list[dict]:
         """The k best classes, `{"label": name or index, "score": probability}`; empty without logits."""

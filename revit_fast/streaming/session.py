@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
+from revit_fast.io.held import Held, held
 from revit_fast.io.images import ImageSource
 from revit_fast.io.trace import StageTimes
 from revit_fast.streaming.results import Result
@@ -19,10 +20,14 @@ class Session:
     Args:
         pipe: the `AdaptivePipeline`; its `max_wait_s` is the longest time that an image waits for others.
         times: collects the time of each stage.
+        copy: False if arrays, buffers and PIL images stay unchanged from `submit` to their results; they are not copied
+            then.
     """
 
-    def __init__(self, pipe: Callable[..., Iterator[Result]], times: StageTimes | None = None) -> None:
-        self._pipe, self._times = pipe, times
+    def __init__(
+        self, pipe: Callable[..., Iterator[Result]], times: StageTimes | None = None, *, copy: bool = True
+    ) -> None:
+        self._pipe, self._times, self._copy = pipe, times, copy
         self._sources: queue.SimpleQueue = queue.SimpleQueue()
         self._waiting: deque[Future[Result]] = deque()
         self._lock = threading.Lock()
@@ -34,15 +39,18 @@ class Session:
     def submit(self, source: ImageSource) -> Future[Result]:
         """Submits an image and returns its future result. An image that cannot be read gives a result with an error.
 
+        An array, buffer or PIL image may be changed as soon as this returns, unless the session has `copy=False`.
+
         Raises:
             RuntimeError: if the session is closed or its pipeline has failed.
         """
         future: Future[Result] = Future()
+        taken = held(source, copy=self._copy)
         with self._lock:  # `_waiting` must have the order of the queue, because results do
             if self._closed is not None:
                 raise RuntimeError(f"submit: {self._closed}")
             self._waiting.append(future)
-            self._sources.put(source)
+            self._sources.put(taken)
         return future
 
     def close(self) -> None:
@@ -68,7 +76,7 @@ class Session:
         """Number of images that wait for their results."""
         return len(self._waiting)
 
-    def _submitted(self) -> Iterator[ImageSource]:
+    def _submitted(self) -> Iterator[Held]:
         while (source := self._sources.get()) is not self._end:
             yield source
 
