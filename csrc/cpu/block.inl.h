@@ -29,7 +29,8 @@ int64_t max_block_rows(const BlockShape& shape) {
   const RowFloats floats = row_floats<W>(shape);
   const int64_t all = floats.normed + floats.hidden + floats.sums + floats.rounded + floats.rounded_hidden;
   const int64_t rows = kTileBytes / (all * static_cast<int64_t>(sizeof(float)));
-  return std::max<int64_t>(rows / kRowsOf<W>, 2) * kRowsOf<W>;
+  constexpr int64_t unit = kTiles<W> ? 96 : kLinearRows;  // whole blocks of this type and of floats
+  return std::max<int64_t>(rows / unit, kTiles<W> ? 1 : 2) * unit;
 }
 
 inline int64_t max_embed_rows(int64_t depth) {
