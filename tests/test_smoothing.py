@@ -164,9 +164,7 @@ class TestRounding:
         weight = randn(40, self.depth, seed=5)
         for value in (0.0, 2.0):
             layer = self.rounded(torch.full((5, self.depth), value), weight)
-            assert torch.equal(
-                layer.weight, unpacked(*pack_weight(weight, None, torch.int8), torch.float64)[0]
-            )
+            assert torch.equal(layer.weight, unpacked(*pack_weight(weight, None, torch.int8), torch.float64)[0])
 
 
 def test_factors_share_the_range_between_rows_and_weight():
@@ -202,6 +200,8 @@ def test_a_model_with_outliers_gains_and_results_do_not_depend_on_the_pack(isa, 
 @torch.inference_mode()
 def test_the_first_qkv_is_not_rounded(isa, monkeypatch):
     """The engine computes what the reference does, whose rows of that layer are not rounded either."""
+    if cpu_multiplies_bf16():
+        pytest.skip("attention rounds to bfloat16 here, which moves results by as much as rounding the rows would")
     calls, op = [], ops.vit_forward
     monkeypatch.setattr(ops, "vit_forward", lambda *arguments: calls.append(arguments) or op(*arguments))
     for options, images in (({}, images_of(MIX)), ({"depth": 1}, images_of([(1, 1)])), ({}, images_of([6] * 60))):
@@ -211,8 +211,7 @@ def test_the_first_qkv_is_not_rounded(isa, monkeypatch):
         dtypes = [(b.qkv.panels.dtype, b.proj.panels.dtype, b.fc2.panels.dtype) for b in weights.blocks]
         assert dtypes == [(torch.float32, torch.int8, torch.int8)] + [(torch.int8,) * 3] * (len(dtypes) - 1)
         expected = vit._reference(*arguments, weights.prefix, weights.tensors, weights.descriptor, n_pooled)
-        if not cpu_multiplies_bf16():  # else attention rounds to bfloat16, which the reference does not
-            assert relative_error(got, expected) < 2e-3  # 1e-2 if rows are rounded there
+        assert relative_error(got, expected) < 2e-3  # 1e-2 if rows are rounded there
 
 
 @needs_extension
