@@ -28,13 +28,15 @@ libc = ctypes.CDLL(None)
 libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 
+pieces = (ctypes.c_void_p * 300)()  # a list would grow, and its own memory would come to lie between the pieces
+
 def faults(size=100_000):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    pieces = [libc.malloc(size) for _ in range(300)]
-    for piece in pieces:
-        ctypes.memset(piece, 1, size)
-    while pieces:
-        libc.free(pieces.pop())
+    for i in range(len(pieces)):
+        pieces[i] = libc.malloc(size)
+        ctypes.memset(pieces[i], 1, size)
+    for i in reversed(range(len(pieces))):
+        libc.free(pieces[i])
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def keeps():
