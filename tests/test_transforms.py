@@ -68,3 +68,20 @@ def test_a_model_refuses_it(transform, engine):
     (image,) = images_of([model.grids[0]])
     with pytest.raises(NotImplementedError, match=r"^revit_fast::.* not implemented; use "):
         TRANSFORMS[transform](lambda x: model([x]), image)
+
+
+@pytest.mark.parametrize("engine", [None, "fused", "modules"])
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+def test_nothing_made_in_a_transform_is_kept(transform, engine):
+    """What is kept of a batch's shape is made anew by the call after a refused one, whose tensors are gone."""
+    model = make_model()
+    model = rf.optimize(model, engine=engine) if engine else model
+    seed = sum(map(ord, transform + str(engine)))
+    (image,) = images_of([(3 + seed % 5, 3 + seed % 7)])
+    with pytest.raises(NotImplementedError, match="not implemented"):
+        TRANSFORMS[transform](lambda x: model([x]), image)
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model([image]), fresh([image]), rtol=1e-4, atol=1e-5)
+    if engine is None:
+        model([image]).sum().backward()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast.layers.comparison import is_plain
-from revit_fast.layers.derived import Derived, TensorWatch
+from revit_fast.layers.derived import Derived, TensorWatch, kept_tensors
 from revit_fast.layers.mlp import Mlp, activation_name
 from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
 from revit_fast.ops import _library
@@ -96,7 +96,7 @@ class PackedLinear(nn.Linear):
         key = (part.start, part.stop)
         with self._packed.of(self) as parts:
             if key not in parts:
-                with torch.inference_mode(False), torch.no_grad():
+                with kept_tensors():
                     bias = None if self.bias is None else self.bias[part]
                     parts[key] = packed(self.weight[part], bias)
             return parts[key]
@@ -157,7 +157,7 @@ class PackedPatchEmbed(PatchEmbed):
         key = None if normalization is None else tuple(normalization.flatten().tolist())
         with self._packed.of(self) as kept:
             if key not in kept:
-                with torch.inference_mode(False), torch.no_grad():
+                with kept_tensors():
                     layer = self.matrix() if normalization is None else self.fold(normalization)
                     for old in kept.keys() - {None}:
                         del kept[old]

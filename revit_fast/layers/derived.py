@@ -27,6 +27,13 @@ class Watch(Protocol):
         """Whether nothing has changed."""
 
 
+@contextmanager
+def kept_tensors() -> Iterator[None]:
+    """Makes tensors that outlive the call: they belong to no inference mode, gradient or transform of `torch.func`."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+        yield
+
+
 class Derived(Generic[S, T]):
     """A value that is made from a source, usually a module, and kept until the source or the instruction set changes.
 
@@ -64,7 +71,7 @@ class Derived(Generic[S, T]):
                         "packed again for another instruction set; make another copy with keep_weights=True"
                     )
                 self._kept = None  # if making fails, the next call tries again
-                with torch.inference_mode(False), torch.no_grad():
+                with kept_tensors():
                     self._kept = kept = isa, source, self._watch(source), self._make(source)
             yield kept[3]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revit_fast.layers.derived import Derived
+from revit_fast.layers.derived import Derived, kept_tensors
 
 MAX_EXTRA_GRIDS = 128
 """How many grids besides the configured ones are kept: photographs of all shapes need fewer under three budgets."""
@@ -103,7 +103,7 @@ class KnownGrids:
         if torch.compiler.is_compiling():
             return self.grid_hw.to(device), self.offset.to(device)
         if device not in self._placed:
-            with torch.inference_mode(False):
+            with kept_tensors():
                 self._placed[device] = self.grid_hw.to(device), self.offset.to(device)
         return self._placed[device]
 
@@ -154,7 +154,7 @@ class PositionTables:
             if len(first_row) + len(new) > len(self.configured) + MAX_EXTRA_GRIDS:
                 first_row, matrix, generation = {}, matrix[:0], generation + 1
                 new = list(dict.fromkeys([*self.configured, *new]))
-            with torch.inference_mode(False), torch.no_grad():  # tensors kept from inference also work in training
+            with kept_tensors():
                 identity = torch.eye(matrix.shape[1], dtype=torch.float64, device="cpu")
                 parts = [self.resampling.resampled(identity, grid) for grid in new]
                 ends = accumulate((len(part) for part in parts), initial=matrix.shape[0])
@@ -178,7 +178,7 @@ class PositionTables:
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and pos_embed.requires_grad):
             return known.table(pos_embed, n_prefix)
-        with self._tables.of(pos_embed) as tables, torch.inference_mode(False), torch.no_grad():
+        with self._tables.of(pos_embed) as tables, kept_tensors():
             return tables.grown(known, n_prefix, dtype or pos_embed.dtype)
 
 

@@ -23,12 +23,13 @@ T = TypeVar("T")
 
 
 def _keeps_tensors() -> bool:
-    """Whether a new tensor may be kept: one made in a `FakeTensorMode` has no values and belongs to that mode only."""
-    return type(torch.empty(0)) is Tensor
+    """Whether a new tensor may be kept: one made in a `FakeTensorMode` or a transform of `torch.func` belongs to it."""
+    new = torch.empty(0)
+    return type(new) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(new)
 
 
 def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """`lru_cache` of functions that make tensors; a `FakeTensorMode` bypasses the cache."""
+    """`lru_cache` of functions that make tensors; where these may not be kept, the cache is bypassed."""
 
     def cached(make: Callable[..., T]) -> Callable[..., T]:
         kept = lru_cache(maxsize)(make)
@@ -183,10 +184,10 @@ class PackPlan:
         """Rows of all sequences, without padding."""
         return sum(self.seqlens)
 
-    @cached_property
+    @property
     def work(self) -> WorkList:
         """The work list; its tensor is on the CPU."""
-        return work_list(self.seqlens, n_padding=self.n_padding)
+        return self._tensors("work", torch.device("cpu"), lambda: work_list(self.seqlens, n_padding=self.n_padding))
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`cu_seqlens` int32 `[B + 1]` and `length_index` int32 `[B]` on `device`."""
