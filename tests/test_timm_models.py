@@ -87,7 +87,7 @@ def test_architecture_and_default_cfg_are_those_of_timms_model(name):
     model = timm.create_model(name, device="meta")
     vit = timm.create_model(counterpart(name), device="meta")
     ours, theirs = model.state_dict(), vit.state_dict()
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() - {"_extra_state"} == theirs.keys()
     for key, value in theirs.items():
         assert ours[key].shape == ((3, *value.shape) if "norm" in key else value.shape), key
     assert model.blocks[0].norm1.eps == vit.blocks[0].norm1.eps
@@ -190,8 +190,8 @@ class TestCheckpoints:
                 again = small(img_size=96, checkpoint_path=tmp_path / name)
             assert torch.equal(again(image(96)), model(image(96)))
         longer = small(checkpoint_path=tmp_path / "own.pth", grids=(14, 6, 4))
-        assert relative(longer(image(96)), model(image(96))) > 1e-4  # the norms of another length
-        assert torch.equal(longer.blocks[1].norm1.weight, model.blocks[1].norm1.weight)
+        assert model.grids == (6, 4, 3)
+        assert torch.equal(longer.blocks[1].norm1.weight, model.blocks[1].norm1.weight[[0, 0, 1]])
 
     def test_load_checkpoint_of_an_existing_model(self, plain):
         vit, path = plain

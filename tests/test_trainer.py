@@ -376,18 +376,18 @@ def test_fine_tuning_from_weights_of_other_classes_and_of_a_plain_vit(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **MODEL_KWARGS)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     config = tiny_config(weights=str(tmp_path / "vit.safetensors"))
-    model, new_head = build_model(config, 3)
-    assert new_head
+    model, text = build_model(config, 3)
+    assert text == ", with a new head"
     assert torch.equal(model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     assert model.head.weight.shape == (3, 32)
-    model, new_head = build_model(config, 5)
-    assert not new_head
+    model, text = build_model(config, 5)
+    assert text == ", with the head of the weights, which do not name its classes"
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(model.eval()(x), vit.eval()(x), rtol=1e-4, atol=1e-5)
     vit.reset_classifier(0)
     save_file(vit.state_dict(), tmp_path / "features.safetensors")
-    model, new_head = build_model(tiny_config(weights=str(tmp_path / "features.safetensors")), 3)
-    assert new_head
+    model, text = build_model(tiny_config(weights=str(tmp_path / "features.safetensors")), 3)
+    assert text == ", with a new head"
     assert torch.equal(model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     with pytest.raises(ValueError, match=r"weights: .*vit.safetensors does not fit this model"):
         build_model(tiny_config(weights=config.weights, model_kwargs=MODEL_KWARGS | {"embed_dim": 64}), 5)

@@ -65,6 +65,13 @@ class Resampling(NamedTuple):
         square = resample(stored, self.base_grid, (height, width))
         return square.unflatten(0, (height, width))[: grid[0], : grid[1]].flatten(0, 1)
 
+    def rebased(self, stored: Tensor, old_grid: tuple[int, int]) -> Tensor:
+        """What is stored for the base grid, `[n_stored, C]`, from what another model stores for `old_grid`."""
+        if not self.factorized:
+            return resample(stored, old_grid, self.base_grid)
+        lines = zip(stored.split(old_grid), self.base_grid, strict=True)
+        return torch.cat([_resample_line(line, length) for line, length in lines])
+
 
 def _resample_line(embeddings: Tensor, length: int) -> Tensor:
     """Resamples the embeddings `[old length, C]` of one side linearly to `[length, C]`."""

@@ -22,7 +22,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
+from revit_fast.grids import check_grids
 from revit_fast.io.atomic import replaced_folder
+from revit_fast.models.loading import MadeFor
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import SETTINGS, input_settings
 from revit_fast.models.weights import load_fitting, read_checkpoint
@@ -153,7 +155,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_model(
-    folder: Path, kind: type[M], arguments: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
+    folder: Path,
+    kind: type[M],
+    arguments: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    match_norms: str = "length",
 ) -> M:
     """The model of a folder, in evaluation mode; its `pretrained_cfg` holds the settings and `label_names`.
 
@@ -162,6 +168,7 @@ def read_model(
         kind: `ReViT` or a subclass.
         arguments: constructor arguments that replace the saved ones.
         config: result of `read_config`, if the file has been read already.
+        match_norms: how norms go to other grids, see `ReViT.load_weights`.
 
     Raises:
         FileNotFoundError: where a file is missing.
@@ -188,7 +195,8 @@ def read_model(
             "save the bundle again"
         )
     try:
-        load_fitting(model, read_checkpoint(folder / MODEL), folder / MODEL)
+        weights = model.follow(read_checkpoint(folder / MODEL), _made_for(config["revit"]), match_norms)
+        load_fitting(model, weights, folder / MODEL)
     except ValueError as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
         raise ValueError(f"bundle: {error}; {fix}") from error
@@ -197,6 +205,12 @@ def read_model(
         raise ValueError(f"bundle: {folder / CONFIG}: expected settings of {', '.join(SETTINGS)}, got {settings!r}")
     model.pretrained_cfg = settings | {"label_names": list(config["classes"])}
     return model.eval()
+
+
+def _made_for(revit: Mapping[str, Any]) -> MadeFor | None:
+    """What the norms and positions beside a model's constructor arguments stand for; None if these name no grids."""
+    grids = revit.get("grids")
+    return MadeFor(tuple(revit.get("base_grid") or grids[:1] * 2), check_grids(grids)) if grids else None
 
 
 def _class_names(model: nn.Module) -> Sequence[str]:

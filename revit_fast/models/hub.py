@@ -111,6 +111,7 @@ class Pretrained:
         token: str | bool | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        match_norms: str = "length",
         **arguments: Any,
     ) -> M:
         """A saved model, in evaluation mode; `revit_fast.load` also loads its assigner and policy.
@@ -123,6 +124,7 @@ class Pretrained:
             token: access token of the Hub; by default that of the login.
             force_download: whether to download files again that are already there.
             local_files_only: whether to use only files that are already there.
+            match_norms: how norms go to other grids, see `ReViT.load_weights`.
             **arguments: constructor arguments that replace the saved ones, for example drop_path_rate.
 
         Raises:
@@ -138,7 +140,7 @@ class Pretrained:
         else:
             options = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
             folder = download(name, revision=revision, local_files_only=local_files_only, **options)
-        return read_model(find_bundle(folder), cls, arguments)
+        return read_model(find_bundle(folder), cls, arguments, match_norms=match_norms)
 
 
 def find_bundle(name_or_folder: str | os.PathLike) -> Path:

@@ -52,6 +52,8 @@ class TimmInterface:
         pool = self.global_pool if global_pool is None else global_pool
         self._spec = replace(self._spec, head=replace(self._spec.head, classes=num_classes, pool=pool))
         self.num_classes, self.global_pool = num_classes, pool
+        # A new head knows no classes: names of the old one's would be written beside it where the number is the same.
+        self.pretrained_cfg = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.head = self._linear_head().to(**like).train(self.training)
         if self.distilled:

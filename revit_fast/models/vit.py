@@ -7,10 +7,8 @@ The method is "Make A Long Image Short" (arXiv 2307.02092); names, meanings and 
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +21,15 @@ from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
-from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
+from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.hub import Pretrained
 from revit_fast.models.inputs import Inputs, TakesImages, rows_apart
 from revit_fast.models.keywords import keywords_of, spec_of
+from revit_fast.models.loading import LoadsWeights
 from revit_fast.models.spec import Block as BlockSpec
 from revit_fast.models.spec import Divide, LayerScale, Norm, ViTSpec
 from revit_fast.models.timm_api import NORM_PARAMETER, TimmInterface
-from revit_fast.models.weights import load_fitting, read_checkpoint
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, PackedBatch, device_cu_seqlens
 
@@ -44,7 +42,7 @@ fx.wrap("sequence_max")
 STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
-class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
+class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
@@ -59,6 +57,8 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
     Raises:
         TypeError, ValueError: for keywords that no model can have, or that stand beside a spec.
     """
+
+    norm_parameter = NORM_PARAMETER
 
     def __init__(self, spec: ViTSpec | None = None, /, **keywords: Any) -> None:
         if spec is not None and keywords:
@@ -223,51 +223,11 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
         return model_from_transformers(cls, vit, grids, processor)
 
-    def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the state dict of a plain ViT to the shapes of this model; that of a ReViT stays unchanged.
-
-        Norm parameters are repeated for every length and position embeddings are resampled to the base grid. A
-        token-label head is left out if this model has none.
-        """
-        converted = {}
-        for name, value in state_dict.items():
-            if name.startswith("aux_head.") and self.aux_head is None:
-                continue
-            if NORM_PARAMETER.search(name) and value.dim() == 1:
-                value = value.expand(len(self.grids), -1)
-            elif name == "pos_embed" and value.dim() == 3 and value.shape[1] != self.pos_embed.shape[1]:
-                value = self._resample_checkpoint_positions(value)
-            converted[name] = value
-        return converted
-
-    def _resample_checkpoint_positions(self, value: Tensor) -> Tensor:
-        n_prefix = self._n_prefix_embedded
-        side = math.isqrt(max(value.shape[1] - n_prefix, 0))
-        if side * side != value.shape[1] - n_prefix or self.resampling.factorized:
-            return value  # the caller reports the error
-        patches = resample(wide_patches(value, n_prefix), (side, side), self.base_grid).to(value.dtype)
-        return torch.cat([value[:, :n_prefix], patches.unsqueeze(0)], dim=1)
-
-    def load_checkpoint(self, path: str | Path) -> None:
-        """Loads the weights of a plain ViT or of a ReViT from `.safetensors` or `.pth` (with `weights_only=True`).
-
-        Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
-        """
-        self.load_weights(read_checkpoint(Path(path)), path)
-
-    def load_weights(self, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-        """Loads the state dict of a plain ViT or of a ReViT.
-
-        Args:
-            state_dict: state dict of either.
-            source: name of the state dict in errors.
-
-        Raises:
-            ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
-        """
-        load_fitting(self, self.convert_state_dict(state_dict), source)
+    def convert_state_dict(self, state_dict: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        """See `LoadsWeights`; a token-label head is left out if this model has none."""
+        spare = "aux_head." if self.aux_head is None else ()
+        kept = {name: value for name, value in state_dict.items() if not name.startswith(spare)}
+        return super().convert_state_dict(kept, **options)
 
     @property
     def _n_prefix_embedded(self) -> int:

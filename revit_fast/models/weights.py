@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+
+EXTRA_STATE = "_extra_state"
+"""torch's name for the entry of a state dict that `get_extra_state` makes; weights of others lack it."""
+
+CLASSES = "classes"
+"""Where the metadata of a file of weights, or a saved model's `config.json`, name the classes."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -31,6 +38,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
+def named_classes(path: Path) -> tuple[str, ...] | None:
+    """Names of the classes that the head in a file of weights is for, in the order of its rows; None if it names none.
+
+    They are in the file's own metadata, or in the `config.json` of the saved model that it is a part of.
+    """
+    names = None
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            names = json.loads((file.metadata() or {}).get(CLASSES, "null"))
+    config = path.parent / "config.json"
+    if names is None and path.name == "model.safetensors" and config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        names = content.get(CLASSES) if isinstance(content, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
 def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
     """Loads a state dict whose names and shapes are those of the module.
 
@@ -44,7 +69,7 @@ def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
     """
     own = module.state_dict()
     problems = {
-        "missing": sorted(own.keys() - state_dict.keys()),
+        "missing": sorted(own.keys() - state_dict.keys() - {EXTRA_STATE}),
         "unexpected": sorted(state_dict.keys() - own.keys()),
         "of another shape": [
             f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"

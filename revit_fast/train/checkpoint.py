@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from revit_fast.io.atomic import replaced
+from revit_fast.models.weights import CLASSES
 
-FORMAT = "revit-fast training state 2"
+FORMAT = "revit-fast training state 3"
 TENSOR = "\0tensor"
 """Key of the JSON objects that replace tensors; no parameter or option has this name."""
 
@@ -87,10 +88,15 @@ def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return dict(zip(value["keys"], (_put_together(v, tensors) for v in value["values"]), strict=True))
 
 
-def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
-    """Writes a state dict as safetensors, all or nothing; `ReViT.load_checkpoint` reads it."""
+def save_weights(path: Path, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> None:
+    """Writes a state dict and the names of its classes as safetensors, all or nothing.
+
+    `ReViT.load_checkpoint` reads the weights, `models.weights.named_classes` the names.
+    """
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
+    # One entry alone: safetensors writes several in any order, and equal runs would give other bytes.
+    metadata = {} if classes is None else {CLASSES: json.dumps(classes)}
     with replaced(path) as temporary:
-        temporary.write_bytes(save(tensors))  # save_file's file is readable for its owner only
+        temporary.write_bytes(save(tensors, metadata))  # save_file's file is readable for its owner only

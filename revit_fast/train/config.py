@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revit_fast.grids import DEFAULT_GRIDS, check_grids
+from revit_fast.grids import DEFAULT_GRIDS, MATCH_NORMS, check_grids
 from revit_fast.io.atomic import replaced
 from revit_fast.models.settings import input_settings
 
@@ -146,7 +146,10 @@ class TrainConfig:
         model: timm's name of a ViT or DeiT.
         model_kwargs: arguments of `timm.create_model` that change that architecture.
         grids: token grids, strictly decreasing; the model sees every image at all of them.
-        weights: `.safetensors` or `.pth` file of initial weights, of a plain ViT or a ReViT; None: random weights.
+        weights: `.safetensors` or `.pth` file of initial weights, of a plain ViT or a ReViT; None: random weights. The
+            rows of a head whose classes the file names go to the classes of the same names.
+        match_norms: "length": the norms of a ReViT's weights go to the same lengths, and those of the nearest to a new
+            length; "order": the longest's go to the longest, and so on, for weights of which all lengths are scaled.
         epochs: passes over the images.
         batch_size: images that one process (in length-parallel mode: one group of processes) loads and mixes together.
         micro_batch: images of one pack. A batch passes through the model in several packs whose gradients are added, so
@@ -188,6 +191,7 @@ class TrainConfig:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     grids: Sequence[int] = DEFAULT_GRIDS
     weights: str | None = None
+    match_norms: str = "length"
     epochs: int = 300
     batch_size: int = 128
     micro_batch: int | None = None
@@ -220,7 +224,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", check_grids(self.grids))
-        for name, legal in (("mode", MODES), ("amp", AMP)):
+        for name, legal in (("mode", MODES), ("amp", AMP), ("match_norms", MATCH_NORMS)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}: expected one of {', '.join(legal)}, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "grad_accum_steps", "log_steps"):

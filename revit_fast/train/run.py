@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +15,7 @@ import torch
 from revit_fast.io.atomic import remove_leftovers
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
-from revit_fast.models.weights import read_checkpoint
+from revit_fast.models.weights import named_classes, read_checkpoint
 from revit_fast.streaming.bundle import save_bundle
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError, split_off
@@ -33,7 +33,9 @@ VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
 
 BUNDLE, LOCK = "bundle", "train.lock"
 
-HEAD_PARAMETER = re.compile(r"head(_dist)?\.(weight|bias)$")
+HEAD_PARAMETER = re.compile(r"(aux_)?head(_dist)?\.(weight|bias)$")
+
+NEW_HEAD = ", with a new head"
 
 
 def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
@@ -85,26 +87,45 @@ def read_config(folder: Path) -> TrainConfig:
         raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
-def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
-    """The model of a run with its initial weights, and whether its head is new.
+def build_model(config: TrainConfig, n_classes: int, classes: Sequence[str] | None = None) -> tuple[ReViT, str]:
+    """The model of a run with its initial weights, and in words what became of their head.
 
-    The head is new if the checkpoint has another number of classes, or is one of features alone, without a head.
+    A head follows the names of its classes where the weights name them (`models.weights.named_classes`): a class of the
+    same name keeps its row, another gets a new one. Where they name none, a head for as many classes is taken.
+
+    Args:
+        config: choices of the run.
+        n_classes: number of the images' classes.
+        classes: their names.
+
+    Returns:
+        The model, and a phrase that follows its name; "" if there is nothing to say.
 
     Raises:
         ValueError: for an unknown name, an architecture that is not supported, or weights that do not fit.
     """
     model = create_model(config.model, config.grids, num_classes=n_classes, **config.model_kwargs)
     if config.weights is None:
-        return model, False
-    state_dict = read_checkpoint(Path(config.weights))
+        return model, ""
+    path = Path(config.weights)
+    state_dict = read_checkpoint(path)
     own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
-    new_head = any(
-        name not in state_dict or state_dict[name].shape[:1] != value.shape[:1] for name, value in own.items()
-    )
-    if new_head:
-        state_dict |= own
-    model.load_weights(state_dict, config.weights)
-    return model, new_head
+    head = {name: state_dict[name] for name in own if name in state_dict}
+    named, text = named_classes(path), ""
+    if named is not None and classes is not None and all(len(value) == len(named) for value in head.values()):
+        kept = [(i, named.index(name)) for i, name in enumerate(classes) if name in named]
+        new, old = (list(places) for places in zip(*kept, strict=True)) if kept else ([], [])
+        for name, value in head.items():
+            if value.shape[1:] == own[name].shape[1:]:
+                own[name] = own[name].index_copy(0, torch.tensor(new, dtype=torch.int64), value[old].to(own[name]))
+        if len(kept) < n_classes or not head:
+            text = f", with the head's rows of {len(kept)} of {n_classes} classes" if kept and head else NEW_HEAD
+    elif len(head) < len(own) or any(len(value) != n_classes for value in head.values()):
+        text = NEW_HEAD
+    else:
+        own, text = head, ", with the head of the weights, which do not name its classes" if head else ""
+    model.load_weights(state_dict | own, config.weights, match_norms=config.match_norms)
+    return model, text
 
 
 @contextmanager
@@ -170,7 +191,7 @@ def train(
     with closing(world), ExitStack() as stack:
         images, held_out = open_data(config)
         torch.manual_seed(config.seed)
-        model, new_head = build_model(config, len(images.classes))
+        model, head = build_model(config, len(images.classes), images.classes)
         settings = config.input_settings(model)
         if world.is_first:
             stack.enter_context(_alone_in(folder))
@@ -179,7 +200,6 @@ def train(
             trainer.resume()
         if terminal is not None and world.is_first:
             start = f"from update {trainer.step} of {trainer.n_updates}" if trainer.step else "from the start"
-            head = ", with a new head" if new_head else ""
             print(
                 f"training {config.model}{head} on {len(images)} images of {len(images.classes)} classes at grids "
                 f"{', '.join(map(str, config.grids))}, {config.mode}, {world.size} process(es), {start}",

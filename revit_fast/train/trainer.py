@@ -27,6 +27,7 @@ from revit_fast.train.loader import Batch, EvalLoader, TrainLoader
 from revit_fast.train.log import EPOCHS, STEPS, RunLog, percentages
 from revit_fast.train.losses import length_loss, tlsd_loss
 from revit_fast.train.meter import Meter
+from revit_fast.train.optimizers import create_optimizer
 from revit_fast.train.stopping import Interrupted, NotFiniteError, signals_call
 
 CACHED_ACTIVATIONS, FEWEST_ROWS = 2**20, 2048
@@ -86,7 +87,6 @@ class Trainer:
         world: World | None = None,
         terminal: TextIO | None = None,
     ) -> None:
-        from timm.optim import create_optimizer_v2
         from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
@@ -127,9 +127,8 @@ class Trainer:
             )
         self.n_updates = self.updates_per_epoch * config.epochs
         images_per_update = config.batch_size * config.grad_accum_steps * self.world.n_groups
-        options = {"layer_decay": config.layer_decay} if config.layer_decay is not None else {}
-        self.optimizer = create_optimizer_v2(
-            model, config.opt, config.learning_rate(images_per_update), config.weight_decay, **options
+        self.optimizer = create_optimizer(
+            model, config.opt, config.learning_rate(images_per_update), config.weight_decay, config.layer_decay
         )
         self.schedule, _ = create_scheduler_v2(
             self.optimizer,
@@ -178,7 +177,7 @@ class Trainer:
             if accuracy is None and self.held_out is not None:
                 accuracy = self.evaluate()
             if folder is not None:
-                save_weights(folder / FINAL, self.weights())
+                save_weights(folder / FINAL, self.weights(), self.loader.images.classes)
         finally:
             self.log.close()
         return accuracy
@@ -213,7 +212,7 @@ class Trainer:
         torch.manual_seed(_seed_of(self.config.seed, self.step, self.world.rank))
         if self.schedule is not None:  # it is None for "none"
             self.schedule.step_update(self.step)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         parts = [(part, len(batch.target)) for batch in batches for part in batch.parts(self._micro_batch)]
         for i, (part, n_images) in enumerate(parts):
             last = i + 1 == len(parts)
@@ -299,7 +298,7 @@ class Trainer:
         if accuracy.accuracy[0] > self.best:
             self.best = accuracy.accuracy[0]
             if self.folder is not None and self.world.is_first:
-                save_weights(self.folder / BEST, self.weights())
+                save_weights(self.folder / BEST, self.weights(), self.loader.images.classes)
         return accuracy
 
     @torch.no_grad()

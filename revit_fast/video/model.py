@@ -22,7 +22,7 @@ from revit_fast.layers.mlp import Mlp, make_activation
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
-from revit_fast.models.weights import load_fitting
+from revit_fast.models.loading import LoadsWeights
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout
 from revit_fast.video.clips import ClipLayout, PackedClips
@@ -100,7 +100,7 @@ def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: La
     return (norm(x, layout), x) if delta is None else norm(delta, layout, residual=x)
 
 
-class TimeSformer(nn.Module):
+class TimeSformer(LoadsWeights, nn.Module):
     """A Vision Transformer for clips with attention over time and space, at several lengths.
 
     Takes `Tensor [B, F, 3, H, W]`, a list of tensors `[F_i, 3, h_i, w_i]` of mixed sizes and frame counts, or
@@ -130,6 +130,9 @@ class TimeSformer(nn.Module):
     Raises:
         ValueError: if grids do not decrease, heads do not divide the channels, or the attention type is unknown.
     """
+
+    norm_parameter = NORM_PARAMETER
+    _n_prefix_embedded = 1
 
     def __init__(
         self,
@@ -243,24 +246,12 @@ class TimeSformer(nn.Module):
         state_dict = names_from_transformers(state_dict)
         head = state_dict.get("head.weight")
         model = cls(grids=grids, num_classes=0 if head is None else head.shape[0], **config_from_transformers(config))
-        model.load_weights(state_dict, "state_dict")
+        model.load_weights(state_dict, "state_dict", grids=config.get("grids"))
         return model.eval()
 
-    def load_weights(self, state_dict: Mapping[str, Tensor], source: str) -> None:
-        """Loads weights under Hugging Face's or our own names; norms of one length are repeated for every length.
-
-        Args:
-            state_dict: the weights.
-            source: name of the weights in error messages.
-
-        Raises:
-            ValueError: if names or shapes do not fit; the message lists them.
-        """
-        converted = names_from_transformers(state_dict)
-        for name, value in converted.items():
-            if NORM_PARAMETER.search(name) and value.dim() == 1:
-                converted[name] = value.expand(len(self.grids), -1)
-        load_fitting(self, converted, source)
+    def convert_state_dict(self, state_dict: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        """See `LoadsWeights`; names may be Hugging Face's or our own."""
+        return super().convert_state_dict(names_from_transformers(state_dict), **options)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: the class token, embeddings and every TAL-LN parameter."""
