@@ -252,7 +252,7 @@ def write_adaptive_onnx(bundle: Bundle, folder: str | os.PathLike) -> None:
     model, tla = bundle.model, bundle.tla
     old = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
     if any(file.suffix != ".onnx" and not is_hidden(file) for file in old):
-        raise ValueError(f"folder: {folder} holds other files, and ONNX files in it would go; give a new folder")
+        raise ValueError(f"folder: {folder} holds other files; give a new folder: ONNX files of other names would go")
     settings = model_settings(model, bundle.classes or None)
     with replaced_folder(folder, sorted(file.name for file in old if file.suffix == ".onnx")) as new:
         for grid in model.grids:

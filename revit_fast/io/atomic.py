@@ -100,7 +100,7 @@ def replaced_folder(path: str | os.PathLike, own: Sequence[str] = ()) -> Iterato
     with ExitStack() as stack:
         is_new = not path.is_dir()
         alone = not is_new and stack.enter_context(locked(path))
-        new = _temporary(path.parent, path.name) if is_new else _temporary(path)
+        new, names = _temporary(path.parent, path.name) if is_new else _temporary(path), []
         new.mkdir()
         try:
             yield new
@@ -116,13 +116,14 @@ def replaced_folder(path: str | os.PathLike, own: Sequence[str] = ()) -> Iterato
                     return
                 alone = stack.enter_context(locked(path))  # another process was faster
                 new = new.rename(_temporary(path))
+            for name in names:
+                _sync_folder(path)  # the first file is on disk before others change
+                _put(new / name, path / name)
             _sync_folder(path)
         except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
+            if not names or (new / names[0]).exists():  # otherwise the new content is valid already
+                shutil.rmtree(new, ignore_errors=True)
             raise
-        for name in names:
-            _put(new / name, path / name)
-            _sync_folder(path)  # the first file is on disk before others change
         for name in set(own) - set(names):
             (path / name).unlink(missing_ok=True)
         # The lock says that nobody else is writing: the others were left by killed processes.
