@@ -9,6 +9,7 @@ import re
 import stat
 import tempfile
 import threading
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,12 @@ from test_bundle import CLASSES, edit, make_model
 from test_bundle import make_assigner as calibrated_assigner
 
 import revit_fast as rf
+from revit_fast.cli.arguments import UsageError, check_file
+from revit_fast.cli.export import check_output
 from revit_fast.cli.report import open_output
 from revit_fast.deploy import export
 from revit_fast.io import atomic, verified
-from revit_fast.io.atomic import LEFTOVER, replaced, replaced_folder, write_json
+from revit_fast.io.atomic import LEFTOVER, make_folder, replaced, replaced_folder, write_json
 from revit_fast.models.folder import ASSIGNER, CARD, CONFIG, MODEL
 from revit_fast.models.weights import read_checkpoint
 from revit_fast.streaming.bundle import read_bundle, save_bundle
@@ -147,6 +150,14 @@ class TestWhatStays:
             folder.rmdir()
             parent.rmdir()
 
+    def test_a_command_writes_into_a_folder_whose_parent_it_may_not_write(self, tmp_path, monkeypatch):
+        folder = tmp_path / "onnx"
+        folder.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == folder)
+        check_output(Namespace(format="onnx", grid=None, output=str(folder)))
+        with pytest.raises(UsageError, match="--output: cannot write"):
+            check_output(Namespace(format="onnx", grid=None, output=str(tmp_path / "new")))
+
     def test_mode_setgid_and_other_files(self, folder):
         group = 65534 if os.geteuid() == 0 else os.getegid()
         os.chown(folder, -1, group)
@@ -229,6 +240,24 @@ class TestLinks:
         assert not (folder / MODEL).is_symlink()
         assert not (folder / CARD).is_symlink()
 
+    def test_to_the_folder_of_a_run_that_leads_nowhere(self, tmp_path):
+        (tmp_path / "run").symlink_to("disk/run")
+        make_folder(tmp_path / "run" / "logs")
+        make_folder(tmp_path / "run")
+        assert (tmp_path / "disk" / "run" / "logs").is_dir()
+        made = re.compile(r"\.mkdir\(|makedirs")
+        package = Path(rf.__file__).parent
+        assert [path.name for path in package.rglob("*.py") if made.search(path.read_text())] == ["atomic.py"]
+
+    def test_that_lead_nowhere_pass_the_check_of_an_option(self, tmp_path):
+        (tmp_path / "link").symlink_to("absent/file")
+        check_file("--output", str(tmp_path / "link"))
+        with open_output(str(tmp_path / "link")) as file:
+            file.write("x")
+        assert (tmp_path / "link").read_text() == "x"
+        with pytest.raises(UsageError, match="--output: cannot write"):
+            check_file("--output", str(tmp_path / "absent" / "file"))
+
     def test_in_the_place_of_one_file(self, tmp_path):
         (tmp_path / "there").mkdir()
         for name, target, place in (
@@ -291,8 +320,6 @@ class TestFiles:
         assert len(names(tmp_path)) == 2
 
     def test_that_cannot_be_written_say_so(self, tmp_path):
-        from revit_fast.cli.arguments import UsageError
-
         with pytest.raises(UsageError, match=r"--output: cannot write .*absent/out.csv: No such file"):
             open_output(str(tmp_path / "absent" / "out.csv")).__enter__()
 

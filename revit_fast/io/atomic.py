@@ -39,7 +39,7 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
     exists but is not a regular file (/dev/null, for example), it is not replaced: it is yielded itself. A file that is
     itself a mount point cannot be replaced: the content is copied into it.
     """
-    path = _followed(Path(path))
+    path = target_of(path)
     if path.exists() and not path.is_file():
         yield path
         return
@@ -96,7 +96,7 @@ def replaced_folder(path: str | os.PathLike, own: Sequence[str] = ()) -> Iterato
         OSError: if a file cannot be written or replaced.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with ExitStack() as stack:
         is_new = not path.is_dir()
         alone = not is_new and stack.enter_context(locked(path))
@@ -130,6 +130,18 @@ def replaced_folder(path: str | os.PathLike, own: Sequence[str] = ()) -> Iterato
         for done in path.glob(UNFINISHED) if alone else [new]:
             if LEFTOVER.fullmatch(done.name):
                 shutil.rmtree(done, ignore_errors=True)
+
+
+def target_of(path: str | os.PathLike) -> Path:
+    """The file that `open` would write to; the link itself if it leads into a folder that does not exist."""
+    path, target = Path(path), Path(os.path.realpath(path))
+    leads_nowhere = path.is_symlink() and not target.parent.is_dir()
+    return Path(os.path.realpath(path.parent), path.name) if leads_nowhere else target
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder and its parents unless it exists; where a link leads nowhere, its target is made."""
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
 
 
 def is_hidden(entry: Path) -> bool:
@@ -166,13 +178,6 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
                 fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
                 got = True
         yield got
-
-
-def _followed(path: Path) -> Path:
-    """The file that `open` would write to; the link itself if it leads into a folder that does not exist."""
-    target = Path(os.path.realpath(path))
-    leads_nowhere = path.is_symlink() and not target.parent.is_dir()
-    return Path(os.path.realpath(path.parent), path.name) if leads_nowhere else target
 
 
 def _temporary(folder: Path, name: str = "") -> Path:
