@@ -562,6 +562,9 @@ class TestFolder:
             Path(name).write_bytes(content)
         assert read_folder(".").classes == tuple("abcde")
         read = json.loads(config.read_text())
+        config.write_text(json.dumps(read | {"files": None}))
+        with pytest.raises(ValueError, match=r"config.json: files: expected bytes and sha256 of model.safetensors"):
+            read_folder(".")
         del read["files"]
         config.write_text(json.dumps(read))
         Path("preprocessor_config.json").unlink()

@@ -68,8 +68,10 @@ def read_folder(folder: str | os.PathLike) -> Checkpoint:
         config = _parsed(read_file(folder / CONFIG, CONFIG, {}, "checkpoint"), folder / CONFIG)
         # transformers keeps entries that it does not know when it saves another model; they name the files of ours.
         files = {} if "transformers_version" in config else config.get("files", {})
-        names = [MODEL, PROCESSOR] if PROCESSOR in files or (folder / PROCESSOR).is_file() else [MODEL]
-        return config, {name: read_file(folder / CONFIG, name, files, "checkpoint") for name in names}
+        contents = {MODEL: read_file(folder / CONFIG, MODEL, files, "checkpoint")}
+        if PROCESSOR in files or (folder / PROCESSOR).is_file():
+            contents[PROCESSOR] = read_file(folder / CONFIG, PROCESSOR, files, "checkpoint")
+        return config, contents
 
     config, contents = read_together(folder / CONFIG, read)
     try:
@@ -121,10 +123,12 @@ def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with replaced_folder(folder, OWN) as new:
         (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))
-        for name, content in ((PROCESSOR, processor), (CONFIG, config)):
-            if name == CONFIG:
-                content["files"] = files_in(new)
-            (new / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / PROCESSOR).write_text(_as_text(processor), encoding="utf-8")
+        (new / CONFIG).write_text(_as_text(config | {"files": files_in(new)}), encoding="utf-8")
+
+
+def _as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _parsed(content: bytes, path: Path) -> dict[str, Any]:
