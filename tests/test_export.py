@@ -259,7 +259,7 @@ class TestRefusals:
         pytest.importorskip("onnxscript")
         (tmp_path / "notes.txt").write_text("mine")
         assert main(["export", "fashion-mnist", "--format", "onnx", "--output", str(tmp_path)]) == 2
-        assert "holds other files, which would go" in capsys.readouterr().err
+        assert "holds other files; give a new folder" in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 

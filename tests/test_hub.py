@@ -350,6 +350,7 @@ class TestRefused:
         with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors"):
             rf.ReViT.from_pretrained(folder)
         (folder / MODEL).write_bytes(content.getvalue())
+        edit(folder, files={})
         with pytest.raises(ValueError, match=r"saved/model.safetensors cannot be read.*; copy the whole folder"):
             rf.ReViT.from_pretrained(folder)
 
@@ -374,6 +375,7 @@ class TestRefused:
     def test_weights_that_do_not_fit_are_not_made_to(self, folder):
         """A plain ViT's norms are not repeated, nor positions of another grid resampled, where a ReViT is expected."""
         good = load_file(folder / MODEL)
+        edit(folder, files={})
         n_prefix = 1
         for name, value in (
             ("blocks.0.norm1.weight", good["blocks.0.norm1.weight"][0].clone()),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import re
 import shlex
@@ -541,6 +542,44 @@ class TestFolder:
             assert torch.equal(again(clips), model(clips))
         save_folder(tmp_path / "model", again)
         assert read_folder(tmp_path / "model").classes is None
+
+    def test_a_folder_that_is_saved_to_again_stays_and_its_files_are_known(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = Path("config.json")
+        save_folder(".", make_model())
+        Path("log.txt").write_text("mine")
+        save_folder(".", make_model(), classes=list("abcde"))
+        assert Path.cwd() == tmp_path
+        assert sorted(os.listdir()) == ["config.json", "log.txt", "model.safetensors", "preprocessor_config.json"]
+        for name in ("model.safetensors", "preprocessor_config.json"):
+            content = Path(name).read_bytes()
+            Path(name).write_bytes(content + b" ")
+            with pytest.raises(ValueError, match=rf"checkpoint: {name} is not the file that config.json names"):
+                read_folder(".")
+            Path(name).unlink()
+            with pytest.raises(FileNotFoundError, match=rf"lacks {name}"):
+                read_folder(".")
+            Path(name).write_bytes(content)
+        assert read_folder(".").classes == tuple("abcde")
+        read = json.loads(config.read_text())
+        config.write_text(json.dumps(read | {"files": None}))
+        with pytest.raises(ValueError, match=r"config.json: files: expected bytes and sha256 of model.safetensors"):
+            read_folder(".")
+        del read["files"]
+        config.write_text(json.dumps(read))
+        Path("preprocessor_config.json").unlink()
+        assert read_folder(".").classes == tuple("abcde"), "older folders name no files"
+
+    def test_what_transformers_makes_of_our_folder_is_read(self, tmp_path):
+        """It keeps what our configuration says of our files, and writes others."""
+        transformers = pytest.importorskip("transformers")
+        save_folder(tmp_path / "ours", make_model())
+        config = transformers.TimesformerConfig.from_pretrained(tmp_path / "ours")
+        model = transformers.TimesformerForVideoClassification(config)
+        torch.nn.init.constant_(model.classifier.bias, 3)
+        model.save_pretrained(tmp_path / "theirs")
+        assert "model.safetensors" in json.loads((tmp_path / "theirs" / "config.json").read_text())["files"]
+        assert read_folder(tmp_path / "theirs").model.head.bias.eq(3).all()
 
     def test_a_folder_of_something_else_is_not_replaced(self, tmp_path):
         (tmp_path / "note.txt").write_text("mine")

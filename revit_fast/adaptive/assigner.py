@@ -19,6 +19,7 @@ from revit_fast.adaptive.network import STEM_PATCH, FusedCNN, SeparableCNN
 from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.io.atomic import replaced
+from revit_fast.io.tensors import tensors_and_metadata
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
@@ -308,23 +309,25 @@ class TokenLengthAssigner(nn.Module):
 
     @classmethod
     @torch.inference_mode(False)  # changes of a tensor made in inference mode could not be noticed
-    def load(cls, path: str | Path) -> TokenLengthAssigner:
+    def load(cls, path: str | Path, content: bytes | None = None) -> TokenLengthAssigner:
         """Reads an assigner that `save` wrote; it is in evaluation mode.
+
+        Args:
+            path: the file.
+            content: what the file holds, if it has been read already.
 
         Raises:
             FileNotFoundError: if the file does not exist.
             ValueError: if `save` did not write the file, or it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        if not Path(path).is_file():
+        if content is None and not Path(path).is_file():
             raise FileNotFoundError(f"assigner: there is no file {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"assigner: {path} was not written by TokenLengthAssigner.save")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = tensors_and_metadata(Path(path).read_bytes() if content is None else content)
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"assigner: {path} was not written by TokenLengthAssigner.save")
             settings = json.loads(metadata["assigner"])
             calibration = settings.pop("calibration", None)
             assigner = cls(**settings)

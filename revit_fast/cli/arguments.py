@@ -12,6 +12,8 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
+from revit_fast.io.atomic import target_of
+
 RESULT_FORMATS = ("table", "json", "csv")
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -263,7 +265,7 @@ def add_goal(p: argparse.ArgumentParser, required: bool) -> None:
 def check_file(option: str, path: str) -> None:
     """Raises a usage error, before anything is computed, for a file that cannot be written."""
     is_device = os.path.exists(path) and not os.path.isfile(path)  # a device such as /dev/null cannot be replaced
-    written = path if is_device else os.path.dirname(os.path.realpath(path))
+    written = path if is_device else target_of(path).parent
     if os.path.isdir(path) or not os.access(written, os.W_OK):
         raise UsageError(f"{option}: cannot write {path}; give a file in a folder that can be written to")
 

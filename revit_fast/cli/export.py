@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from revit_fast.cli.arguments import UsageError, positive
+from revit_fast.io.atomic import target_of
 
 if TYPE_CHECKING:
     from revit_fast.streaming.bundle import Bundle
@@ -74,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
 def check_output(args: argparse.Namespace) -> None:
     """Raises a usage error, before anything is computed, for an output that cannot be written."""
     is_folder, suffix = args.format == "onnx" and args.grid is None, SUFFIXES[args.format]
-    path = Path(os.path.realpath(args.output))
+    path = Path(os.path.realpath(args.output)) if is_folder else target_of(args.output)
     if not is_folder and path.suffix != suffix:
         raise UsageError(f"--output: expected a name that ends in {suffix}, got {args.output!r}")
     if is_folder and (path.suffix == suffix or path.is_file()):
         raise UsageError(f"--output: without --grid it is a folder, got {args.output!r}; give --grid for one file")
-    if (not is_folder and path.is_dir()) or not os.access(path.parent, os.W_OK):
+    written = path if is_folder and path.is_dir() else path.parent  # a folder that exists stays the same one
+    if (not is_folder and path.is_dir()) or not os.access(written, os.W_OK):
         raise UsageError(f"--output: cannot write {args.output}; give a name in a folder that can be written to")
 
 

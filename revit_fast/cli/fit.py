@@ -9,7 +9,7 @@ from typing import Any
 
 from revit_fast.cli.arguments import add_goal
 from revit_fast.cli.runs import KeyValues, add_run, configuration, exit_code
-from revit_fast.io.atomic import read_json, write_json
+from revit_fast.io.atomic import make_folder, read_json, write_json
 
 GOAL = "fit.json"
 """File in a run's folder with the arguments of `fit` that are not those of the training; `--resume` reads it."""
@@ -38,7 +38,7 @@ def goal(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         kept = read_json(path)
         if {"budget", "max_drop"} & given.keys():  # a given one replaces the kept one
             kept = {name: value for name, value in kept.items() if name == "assigner"}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(path, kept | given)
     return kept | given
 

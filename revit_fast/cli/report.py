@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -136,13 +136,13 @@ def open_output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    with replaced(path) as written:
+    with ExitStack() as stack:
         try:
-            file = open(written, "w", encoding="utf-8", newline="")  # noqa: SIM115
+            written = stack.enter_context(replaced(path))
+            file = stack.enter_context(open(written, "w", encoding="utf-8", newline=""))
         except OSError as error:
             raise UsageError(f"--output: cannot write {path}: {error.strerror}") from error
-        with file:
-            yield file
+        yield file
 
 
 def write(stream: TextIO, text: str) -> None:

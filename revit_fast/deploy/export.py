@@ -30,7 +30,7 @@ from torch.export import Dim, ExportedProgram
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec, make_policy
 from revit_fast.deploy.programs import AssignerProgram, DenseProgram, FixedProgram, make_packed
-from revit_fast.io.atomic import replaced, replaced_folder
+from revit_fast.io.atomic import is_hidden, replaced, replaced_folder
 from revit_fast.kernels.constants import N_CLASSES
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.models.macs import forward_macs
@@ -242,17 +242,19 @@ def write_single_onnx(model: ReViT, grid: Grid, path: str | os.PathLike, setting
 def write_adaptive_onnx(bundle: Bundle, folder: str | os.PathLike) -> None:
     """Writes a bundle as a folder of ONNX files: `grid-14.onnx` and so on, and `assigner.onnx`.
 
-    The folder is written completely or not at all. The assigner maps `thumbnails` to `probabilities`; its metadata say
-    how to choose a grid from them.
+    A new folder appears when it is complete. In an existing one, each file is replaced once all new ones are complete,
+    and ONNX files of other names go. The assigner maps `thumbnails` to `probabilities`; its metadata say how to choose
+    a grid from them.
 
     Raises:
         ModuleNotFoundError, ValueError: see `write_onnx`; a ValueError also if the folder contains other files.
     """
     model, tla = bundle.model, bundle.tla
-    if any(file.suffix != ".onnx" for file in (Path(folder).iterdir() if Path(folder).is_dir() else ())):
-        raise ValueError(f"folder: {folder} holds other files, which would go; give a new folder")
+    old = list(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    if any(file.suffix != ".onnx" and not is_hidden(file) for file in old):
+        raise ValueError(f"folder: {folder} holds other files; give a new folder: ONNX files of other names would go")
     settings = model_settings(model, bundle.classes or None)
-    with replaced_folder(folder) as new:
+    with replaced_folder(folder, sorted(file.name for file in old if file.suffix == ".onnx")) as new:
         for grid in model.grids:
             write_single_onnx(model, grid, new / f"grid-{grid}.onnx", settings)
         if tla is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from revit_fast.inference.inference_copy import dtype_name
-from revit_fast.io.atomic import replaced
+from revit_fast.io.atomic import make_folder, replaced
 from revit_fast.io.images import Source
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.streaming.results import Result
@@ -194,7 +194,7 @@ def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> 
             raise ManifestError(
                 f"output: {directory} is not empty and holds no results of ours; give another directory"
             )
-        (directory / "_done").mkdir(parents=True, exist_ok=True)
+        make_folder(directory / "_done")
         with replaced(path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         return

@@ -2,28 +2,32 @@
 
 | file | holds |
 | --- | --- |
-| `config.json` | the ReViT's constructor arguments, class names, preprocessing, policy, the card's text |
+| `config.json` | the ReViT's constructor arguments, class names, preprocessing, policy, the card's text, `files` |
 | `model.safetensors` | the ReViT's weights |
 | `assigner.safetensors` | the assigner with its calibration, where the folder has one |
 | `README.md` | the model card, made of `config.json` |
 
 The names are those of a repository on the Hugging Face Hub, which can hold such a folder as it is (`hub`).
+
+`files` names size and SHA-256 of the files of tensors, so that a reader gets those of one save, or an error
+(`verified`). Folders of older versions name none; their files are taken as they are. The card is no such file: nobody
+reads it but people, and they may edit it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 
 from revit_fast.grids import check_grids
-from revit_fast.io.atomic import replaced_folder
+from revit_fast.io.atomic import is_empty, replaced_folder
+from revit_fast.io.verified import files_in, read_file, read_together
 from revit_fast.models.loading import MadeFor
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import SETTINGS, input_settings
@@ -31,7 +35,8 @@ from revit_fast.models.weights import load_fitting, read_checkpoint
 
 FORMAT = "revit-fast bundle 1"
 
-CONFIG, MODEL, ASSIGNER, CARD = "config.json", "model.safetensors", "assigner.safetensors", "README.md"
+OWN = CONFIG, MODEL, ASSIGNER, CARD = "config.json", "model.safetensors", "assigner.safetensors", "README.md"
+"""The files of a saved model, in the order in which new ones take their places."""
 
 TAGS = ("revit", "vision-transformer", "adaptive-token-length")
 """Tags of the model card, which the Hub reads."""
@@ -51,6 +56,18 @@ class Assigner(Protocol):
     def check_policy(self, policy: Any, macs: Sequence[float]) -> None: ...
 
 
+class Saved(NamedTuple):
+    """What a folder holds, all of one save.
+
+    Attributes:
+        config: the content of `config.json`, see `read_config`.
+        contents: the bytes of the files of tensors, by name.
+    """
+
+    config: dict[str, Any]
+    contents: dict[str, bytes]
+
+
 def write_folder(
     folder: str | os.PathLike,
     model: nn.Module,
@@ -61,9 +78,10 @@ def write_folder(
     policy: Any = None,
     card: str | None = None,
 ) -> None:
-    """Writes a folder, all or nothing: if the process is killed meanwhile, the folder stays as it was.
+    """Writes a folder, all or nothing: if the process is killed, `read_saved` finds the old content or the new.
 
-    The caller must have checked assigner and policy. The arguments are those of `save_bundle`.
+    The folder stays the same one, with its mode and other files; for links and mount points see `replaced_folder`. The
+    caller must have checked assigner and policy. The arguments are those of `save_bundle`.
     """
     folder = Path(folder)
     check_replaceable(folder)
@@ -82,14 +100,14 @@ def write_folder(
     }
     from safetensors.torch import save
 
-    with replaced_folder(folder) as new:
+    with replaced_folder(folder, OWN) as new:
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))  # only the owner could read a file of save_file
         if assigner is not None:
             assigner.save(new / ASSIGNER)
+        config["files"] = files_in(new)
         (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (new / CARD).write_text(_card_text(model, assigner, config), encoding="utf-8")
-        _keep_other_files(folder, new)
 
 
 def check_assigner(assigner: Any, grids: tuple[int, ...]) -> None:
@@ -119,7 +137,7 @@ def complete_settings(model: nn.Module, given: Mapping[str, Any] | None) -> dict
 
 def check_replaceable(folder: Path) -> None:
     """Raises an error if the folder holds anything other than a saved model."""
-    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and is_empty(folder)):
         raise ValueError(f"folder: {folder} exists and is no bundle; give a new or empty folder, or a bundle")
 
 
@@ -151,14 +169,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, kind in (("revit", dict), ("classes", list)):
         if not isinstance(config[name], kind):
             raise ValueError(f"bundle: {path}: {name} is no {kind.__name__}; save the bundle again")
-    return {"card": None, **config}
+    return {"card": None, "files": {}, **config}
+
+
+def read_saved(folder: Path) -> Saved:
+    """Reads a folder; what does not fit is read again, in case that it is being saved.
+
+    Raises:
+        FileNotFoundError: where a file is missing.
+        ValueError: where `config.json` cannot be read, or names another size or hash of a file.
+    """
+
+    def read() -> Saved:
+        config = read_config(folder)
+        names = [MODEL, ASSIGNER] if config["assigner"] else [MODEL]
+        return Saved(config, {name: read_file(folder / CONFIG, name, config["files"], "bundle") for name in names})
+
+    return read_together(folder / CONFIG, read)
 
 
 def read_model(
     folder: Path,
     kind: type[M],
     arguments: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    saved: Saved | None = None,
     match_norms: str = "length",
 ) -> M:
     """The model of a folder, in evaluation mode; its `pretrained_cfg` holds the settings and `label_names`.
@@ -167,17 +201,15 @@ def read_model(
         folder: folder that holds the model.
         kind: `ReViT` or a subclass.
         arguments: constructor arguments that replace the saved ones.
-        config: result of `read_config`, if the file has been read already.
+        saved: result of `read_saved`, if the folder has been read already; the model's bytes are taken out.
         match_norms: how norms go to other grids, see `ReViT.load_weights`.
 
     Raises:
         FileNotFoundError: where a file is missing.
         ValueError: where a file cannot be read, or files or arguments do not fit each other; the message names it.
     """
-    config, arguments = config or read_config(folder), arguments or {}
-    for name in [MODEL, config["assigner"] and ASSIGNER]:
-        if name and not (folder / name).is_file():
-            raise FileNotFoundError(f"bundle: {folder} lacks {name}; copy the whole folder, or save the bundle again")
+    config, contents = saved or read_saved(folder)
+    arguments = arguments or {}
     unsaid = kind.unsaid_arguments({**config["revit"], **arguments})
     if unsaid:
         raise ValueError(
@@ -195,9 +227,9 @@ def read_model(
             "save the bundle again"
         )
     try:
-        weights = model.follow(read_checkpoint(folder / MODEL), _made_for(config["revit"]), match_norms)
-        load_fitting(model, weights, folder / MODEL)
-    except ValueError as error:
+        weights = read_checkpoint(folder / MODEL, contents.pop(MODEL))
+        load_fitting(model, model.follow(weights, _made_for(config["revit"]), match_norms), folder / MODEL)
+    except (TypeError, ValueError) as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
         raise ValueError(f"bundle: {error}; {fix}") from error
     settings = config["settings"]
@@ -225,13 +257,6 @@ def _as_json(policy: Any) -> Any:
         return json.loads(json.dumps(spec))
     except TypeError:
         raise ValueError(f"policy: {spec!r} cannot be kept in a file; give plain numbers, lists and strings") from None
-
-
-def _keep_other_files(old: Path, new: Path) -> None:
-    for entry in sorted(old.iterdir()) if old.is_dir() else ():
-        if entry.name not in (CONFIG, MODEL, ASSIGNER, CARD):
-            copy = shutil.copytree if entry.is_dir() else shutil.copy2
-            copy(entry, new / entry.name)
 
 
 def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str, Any]) -> str:

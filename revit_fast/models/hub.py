@@ -46,7 +46,7 @@ class Pretrained:
         """Writes `config.json`, `model.safetensors`, `README.md` and the assigner's file, all or nothing.
 
         Args:
-            save_directory: a new or empty folder, or a saved model to replace; other files in it are kept.
+            save_directory: a new or empty folder, or a saved model to replace, see `save_bundle`.
             push_to_hub: whether to upload the folder too.
             repo_id: "user/name" of the repository; by default the folder's name.
             **options: tla (the assigner), classes, settings, policy (with an assigner) and card, see `save_bundle`;
@@ -63,7 +63,7 @@ class Pretrained:
             unknown = ", ".join(name for name in options if name not in PARTS)
             raise TypeError(f"options: expected {', '.join(PARTS)}, got {unknown}; an upload needs push_to_hub=True")
         self._write(save_directory, parts)
-        return self.push_to_hub(repo_id or Path(save_directory).name, **options) if push_to_hub else None
+        return self.push_to_hub(repo_id or Path(save_directory).resolve().name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the files that `save_pretrained` writes to the Hub, in one commit.

@@ -10,6 +10,8 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from revit_fast.io.tensors import metadata_of, tensors_and_metadata
+
 EXTRA_STATE = "_extra_state"
 """torch's name for the entry of a state dict that `get_extra_state` makes; weights of others lack it."""
 
@@ -17,18 +19,22 @@ CLASSES = "classes"
 """Where the metadata of a file of weights, or a saved model's `config.json`, name the classes."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, content: bytes | None = None) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` file or in a `.pth` file, which is read with `weights_only=True`.
 
     A training checkpoint may hold it under `state_dict_ema`, `model_ema`, `state_dict` or `model`.
+
+    Args:
+        path: the file.
+        content: what the `.safetensors` file holds, if it has been read already.
 
     Raises:
         FileNotFoundError: where there is no such file.
         ValueError: where the file cannot be read or holds something else.
     """
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise FileNotFoundError(f"weights: there is no file {path}")
-    content = _read(path)
+    content = _read(path, content)
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -45,10 +51,8 @@ def named_classes(path: Path) -> tuple[str, ...] | None:
     """
     names = None
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            names = json.loads((file.metadata() or {}).get(CLASSES, "null"))
+        with path.open("rb") as file:
+            names = json.loads(metadata_of(file).get(CLASSES, "null"))
     config = path.parent / "config.json"
     if names is None and path.name == "model.safetensors" and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -83,12 +87,10 @@ def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
     module.load_state_dict(state_dict)
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, content: bytes | None) -> object:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return tensors_and_metadata(path.read_bytes() if content is None else content)[0]
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ImportError('weights: reading .safetensors needs safetensors: pip install "revit-fast[timm]"') from None

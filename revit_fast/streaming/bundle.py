@@ -17,8 +17,8 @@ from revit_fast.models.folder import (
     CONFIG,
     complete_settings,
     default_policy,
-    read_config,
     read_model,
+    read_saved,
     write_folder,
 )
 from revit_fast.models.hub import find_bundle
@@ -56,10 +56,11 @@ def save_bundle(
     policy: PolicySpec | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes a bundle, completely or not at all: if the process is killed, the old bundle stays.
+    """Writes a bundle, completely or not at all: if the process is killed, the old bundle or the new one is there.
 
     Args:
-        folder: a new or empty folder, or a bundle to replace; other files in it are kept.
+        folder: a new or empty folder, or a bundle to replace. An existing folder stays the same one, with its mode and
+            its other files: processes may stand in it, it may be a mount point or a link, its parent may be read-only.
         model: the ReViT.
         tla: the model's assigner, calibrated if the policy needs it; None if the model has no assigner yet.
         classes: a name for each class, in the order of the logits; default: the `label_names` of the model's
@@ -87,12 +88,14 @@ def read_bundle(name_or_folder: str | os.PathLike) -> Bundle:
     Raises:
         FileNotFoundError: if the bundle does not exist or one of its files is missing.
         OSError, ImportError: see `hub.download`.
-        ValueError: if a file cannot be read, or the files do not fit together; the message names the file.
+        ValueError: if a file cannot be read, is another one than `config.json` names, or the files do not fit together;
+            the message names the file.
     """
     folder = find_bundle(name_or_folder)
-    config = read_config(folder)
-    model = read_model(folder, ReViT, config=config)
-    tla = TokenLengthAssigner.load(folder / ASSIGNER) if config["assigner"] else None
+    saved = read_saved(folder)
+    config = saved.config
+    model = read_model(folder, ReViT, saved=saved)
+    tla = TokenLengthAssigner.load(folder / ASSIGNER, saved.contents[ASSIGNER]) if config["assigner"] else None
     if tla is not None and tla.grids != model.grids:
         raise ValueError(
             f"bundle: {folder / ASSIGNER} assigns grids {tla.grids}, the model has {model.grids}; give the assigner "

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from revit_fast.io.atomic import replaced
+from revit_fast.io.tensors import tensors_and_metadata
 from revit_fast.models.weights import CLASSES
 
 FORMAT = "revit-fast training state 3"
@@ -44,14 +45,11 @@ def load_state(path: Path) -> dict[str, Any]:
         ValueError: if the file holds something else.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    data = path.read_bytes()  # in one read: `safe_open` opens the path twice, and a run may replace it in between
     try:
-        tensors = load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        tensors, metadata = tensors_and_metadata(path.read_bytes())
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no state of a training run of this version")
         return _put_together(json.loads(metadata["state"]), tensors)
@@ -93,10 +91,10 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], classes: Sequence
 
     `ReViT.load_checkpoint` reads the weights, `models.weights.named_classes` the names.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
     # One entry alone: safetensors writes several in any order, and equal runs would give other bytes.
     metadata = {} if classes is None else {CLASSES: json.dumps(classes)}
     with replaced(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata))  # save_file's file is readable for its owner only
+        save_file(tensors, temporary, metadata=metadata)

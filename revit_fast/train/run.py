@@ -12,7 +12,7 @@ from typing import TextIO
 
 import torch
 
-from revit_fast.io.atomic import remove_leftovers
+from revit_fast.io.atomic import make_folder, remove_leftovers
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.models.weights import named_classes, read_checkpoint
@@ -136,7 +136,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         FileExistsError: if another process has locked it.
         OSError: if the folder cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / LOCK).open("w") as file:
         if _lock(file, folder):
             remove_leftovers(folder)

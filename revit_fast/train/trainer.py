@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.inference.optimize import optimize
+from revit_fast.io.atomic import make_folder
 from revit_fast.io.images import on_one_line
 from revit_fast.io.memory import keep_freed_pages
 from revit_fast.models.vit import ReViT
@@ -165,7 +166,7 @@ class Trainer:
         keep_freed_pages()
         folder = self.folder if self.world.is_first else None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self.config.save(folder / CONFIG)
         self.log = RunLog(folder, self.step, self.epoch * self.updates_per_epoch, self._terminal)
         accuracy = None

@@ -2,9 +2,11 @@
 
 | file | holds |
 | --- | --- |
-| `config.json` | Hugging Face's configuration; in our folders also `grids`, the configured lengths |
+| `config.json` | Hugging Face's configuration; in our folders also `grids`, the configured lengths, and `files` |
 | `model.safetensors` | the weights under Hugging Face's or our names; our norms have a leading length axis |
 | `preprocessor_config.json` | mean, std, sizes and filter of Hugging Face's image processor; may be absent |
+
+`files` names size and SHA-256 of the other files, so that a reader gets those of one save, or an error (`verified`).
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from revit_fast.grids import DEFAULT_GRIDS, scaled_grids
-from revit_fast.io.atomic import replaced_folder
+from revit_fast.io.atomic import is_empty, replaced_folder
+from revit_fast.io.verified import files_in, read_file, read_together
 from revit_fast.models.weights import read_checkpoint
 from revit_fast.video.model import SETTINGS, TimeSformer
 from revit_fast.video.transformers_import import config_from_transformers, config_to_transformers
 
-CONFIG, MODEL, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+OWN = CONFIG, MODEL, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 
 FILTERS = {2: "bilinear", 3: "bicubic"}
 """Names of the filters by Pillow's numbers, which image processors use."""
@@ -56,18 +59,30 @@ def read_folder(folder: str | os.PathLike) -> Checkpoint:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file cannot be read or describes an unsupported feature; the message names the file or folder.
+        ValueError: if a file cannot be read, is another one than `config.json` names, or describes an unsupported
+            feature; the message names the file or folder.
     """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG)
+
+    def read() -> tuple[dict[str, Any], dict[str, bytes]]:
+        config = _parsed(read_file(folder / CONFIG, CONFIG, {}, "checkpoint"), folder / CONFIG)
+        # transformers keeps entries that it does not know when it saves another model; they name the files of ours.
+        files = {} if "transformers_version" in config else config.get("files", {})
+        contents = {MODEL: read_file(folder / CONFIG, MODEL, files, "checkpoint")}
+        if PROCESSOR in files or (folder / PROCESSOR).is_file():
+            contents[PROCESSOR] = read_file(folder / CONFIG, PROCESSOR, files, "checkpoint")
+        return config, contents
+
+    config, contents = read_together(folder / CONFIG, read)
     try:
         base_grid = config_from_transformers(config)["base_grid"]
         grids = config.get("grids") or scaled_grids(DEFAULT_GRIDS, base_grid)
-        model = TimeSformer.from_state_dict(read_checkpoint(folder / MODEL), config, grids)
+        model = TimeSformer.from_state_dict(read_checkpoint(folder / MODEL, contents.pop(MODEL)), config, grids)
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {folder}: {error}") from error
-    if (folder / PROCESSOR).is_file():
-        model.pretrained_cfg = _settings(_read_json(folder / PROCESSOR), folder / PROCESSOR)
+    if PROCESSOR in contents:
+        processor = _parsed(contents[PROCESSOR], folder / PROCESSOR)
+        model.pretrained_cfg = _settings(processor, folder / PROCESSOR)
     names = config.get("id2label") or {}
     known = len(names) == model.num_classes and all(str(i) in names for i in range(len(names)))
     return Checkpoint(model, tuple(str(names[str(i)]) for i in range(len(names))) if known else None)
@@ -77,7 +92,8 @@ def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence
     """Writes a folder that `read_folder` and `revit-fast predict` can read, all or nothing.
 
     Args:
-        folder: a new or empty folder, or one that holds a TimeSformer, which is replaced as a whole.
+        folder: a new or empty folder, or one that holds a TimeSformer. An existing folder stays the same one, with its
+            mode and its other files.
         model: the model; its `pretrained_cfg` says how frames are prepared.
         classes: a name for every class, in the order of the logits.
 
@@ -85,7 +101,7 @@ def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence
         ValueError: if the folder holds something else, or the number of names is not the number of classes.
     """
     folder = Path(folder)
-    if folder.exists() and not is_checkpoint(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not is_checkpoint(folder) and not (folder.is_dir() and is_empty(folder)):
         raise ValueError(f"folder: {folder} exists and holds no TimeSformer; give a new or empty folder")
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"classes: the model has {model.num_classes} classes, got {len(classes)} names")
@@ -105,22 +121,24 @@ def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence
     from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with replaced_folder(folder) as new:
+    with replaced_folder(folder, OWN) as new:
         (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))
-        for name, content in ((CONFIG, config), (PROCESSOR, processor)):
-            (new / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / PROCESSOR).write_text(_as_text(processor), encoding="utf-8")
+        (new / CONFIG).write_text(_as_text(config | {"files": files_in(new)}), encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
+def _as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(content)
+    except ValueError as error:
         raise ValueError(f"checkpoint: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"checkpoint: {path} holds no JSON object")
-    return content
+    return value
 
 
 def _settings(processor: Mapping[str, Any], path: Path) -> dict[str, Any]:
