@@ -197,7 +197,7 @@ class TestLimits:
         service = serve(image_pixels=8_000_000)
         status, answer = ask_once(service, file.getvalue())
         assert (status, answer["error"]) == (422, "the image has 3000x3000 pixels, at most 8000000 are allowed")
-        assert service.metrics.seconds["decode"] == 0
+        assert service.classifier.metrics.seconds["decode"] == 0
 
     def test_time(self, serve, model):
         service = serve(pipe_of(model, max_wait_s=2.0), seconds=0.2)
@@ -274,7 +274,7 @@ class TestHealth:
 
         (status, _), (late, answer) = asyncio.run(drained())
         assert status == 200
-        assert (late, answer) == (503, {"error": "submit: the session is closed"})
+        assert (late, answer) == (503, {"error": "the service stops"})
 
 
 @pytest.fixture
