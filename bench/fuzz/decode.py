@@ -13,12 +13,15 @@ import multiprocessing
 import os
 import time
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.fuzz.inputs import damaged_files, real_files
+
+Work = Callable[[Connection], None]
 
 BATCH = 12
 """Damaged files in a batch; after every third stands a good one."""
@@ -33,8 +36,8 @@ MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameEr
 """Types of programming errors. Decoders raise them for damaged files, this package must not."""
 
 
-def small_pipe():
-    """A pipeline of a small random model with several lengths."""
+def small_pipe(**options):
+    """A pipeline of a small random model with several lengths; `options` are those of `AdaptivePipeline`."""
     import torch
 
     import revit_fast as rf
@@ -44,11 +47,12 @@ def small_pipe():
     sizes = {"num_classes": 10, "embed_dim": 24, "depth": 1, "num_heads": 3, "hidden_dim": 40}
     model = rf.optimize(rf.ReViT(grids=(6, 4, 2), patch_size=4, **sizes).eval())
     prep = rf.AdaptivePreprocessor.for_model(model, policy=("entropy", [5.0, 2.0]))
-    return rf.AdaptivePipeline(model, prep, token_budget=100, n_decoders=2)
+    return rf.AdaptivePipeline(model, prep, token_budget=100, n_decoders=2, **options)
 
 
 def outcome_of(pipe, data: bytes) -> tuple[str, str | None]:
     """What decoding gives: its name for the counts, and a finding or None."""
+    import revit_fast
     from revit_fast.io.images import ImageError
 
     try:
@@ -58,7 +62,7 @@ def outcome_of(pipe, data: bytes) -> tuple[str, str | None]:
         if cause is None:
             return "error: ImageError", None
         last = traceback.extract_tb(cause.__traceback__)[-1]
-        mistake = isinstance(cause, MISTAKES) and "revit_fast" in last.filename
+        mistake = isinstance(cause, MISTAKES) and Path(revit_fast.__file__).parent in Path(last.filename).parents
         where = f"{type(cause).__name__} at {Path(last.filename).name}:{last.lineno}: {cause}"
         return f"error: {type(cause).__name__}", where if mistake else None
     except BaseException as error:
@@ -70,9 +74,7 @@ def work(connection: Connection) -> None:
     """The child: answers each list of files with an outcome for each, and the findings by place."""
     from PIL import Image
 
-    import revit_fast.cli.pipelines as pipelines
-
-    pipelines.ignore_pillow_warnings()
+    warnings.filterwarnings("ignore", module="PIL")
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     pipe, files = small_pipe(), real_files()
     good = [files[name] for name in GOOD]
@@ -106,10 +108,14 @@ def work(connection: Connection) -> None:
 
 
 class Child:
-    """A child process with `work`, started anew when it has ended."""
+    """A child process, started anew when it has ended.
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+    Args:
+        work: what it does; see the function `work`.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work, self._context = work, multiprocessing.get_context("spawn")
         self._process = None
 
     def answer(self, batch: list[bytes]) -> tuple[list[str], list[tuple[int, str]]] | str:
@@ -135,7 +141,7 @@ class Child:
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=work, args=(theirs,), daemon=True)
+        self._process = self._context.Process(target=self._work, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
         self._connection.recv()
@@ -154,13 +160,29 @@ class Child:
             self._process = None
 
 
-def fuzz(seed: int, out: Path, *, seconds: float = float("inf"), n_inputs: float = float("inf")) -> dict:
+def fuzz(
+    seed: int,
+    out: Path,
+    *,
+    seconds: float = float("inf"),
+    n_inputs: float = float("inf"),
+    files: Iterator[tuple[str, bytes]] | None = None,
+    work: Work = work,
+) -> dict:
     """Runs until the time or the number of inputs is reached; keeps the inputs of findings in `out`.
+
+    Args:
+        seed: of the damage.
+        out: folder for the inputs of findings.
+        seconds: time to run.
+        n_inputs: number of files.
+        files: names and contents; by default `damaged_files(seed)`.
+        work: what the child does.
 
     Returns:
         {"inputs", "outcomes": {name: count}, "findings": [{"finding", "file"}]}
     """
-    child, files = Child(), damaged_files(seed)
+    child, files = Child(work), files or damaged_files(seed)
     outcomes: Counter[str] = Counter()
     findings: list[dict] = []
     n, end = 0, time.monotonic() + seconds

@@ -27,7 +27,7 @@ HEAD_S = 10.0
 """Longest time, in seconds, from a connection's start, or its last answer, to the end of the next request's head."""
 
 HEAD_BYTES = 16 << 10
-"""Largest size of a request's head, in bytes."""
+"""Largest size, in bytes, of a request's head that is not complete."""
 
 LINGER_S = 1.0
 """Seconds in which what a refused client still sends is thrown away: closing at once could destroy the answer."""
@@ -63,6 +63,9 @@ class Front:
             await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 await answering.result()(scope, receive, send)
+        except Exception:
+            self.service.refused(self.service.mistake())  # counted; uvicorn closes the connection
+            raise
         finally:
             for task in (answering, gone):
                 task.cancel()
@@ -122,14 +125,17 @@ class Connection(H11Protocol):
         self._refuse(Refusal(status, "protocol", f"malformed HTTP request: {error or msg}"))
 
     def shutdown(self) -> None:
-        if self._refused:
-            self.transport.abort()
+        if self._is_answering():
+            super().shutdown()  # closes after the answer
         else:
-            super().shutdown()
+            self.transport.close()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _watch(self) -> None:
         """Starts the time of the next head; stops it while a request is answered."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_answering():
             if self._late is not None:
                 self._late.cancel()
                 self._late = None
@@ -147,9 +153,11 @@ class Connection(H11Protocol):
         self._refused = True
         self.loop.call_later(LINGER_S, self.transport.abort)
         self.flow.resume_reading()
-        if self.cycle is not None and not self.cycle.response_complete:  # its body is malformed
-            self.cycle.disconnected = True
+        is_head = False
+        if self._is_answering():  # the body of this request is malformed
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
             self.cycle.message_event.set()
+            is_head = self.scope["method"] == "HEAD"
         response = self._service.refused(refusal)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._service.count(response)
@@ -157,7 +165,7 @@ class Connection(H11Protocol):
             phrase = STATUS_PHRASES[response.status_code]
             for event in (
                 h11.Response(status_code=response.status_code, headers=headers, reason=phrase),
-                h11.Data(data=response.body),
+                h11.Data(data=b"" if is_head else response.body),
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event))

@@ -89,25 +89,33 @@ class Service:
         begin = time.perf_counter()
         self._n_open += 1
         try:
-            response = await asyncio.wait_for(self._answer(request), self.limits.seconds)
-        except asyncio.CancelledError:
-            self.metrics.errors.labels("disconnect").inc()
-            raise
-        except asyncio.TimeoutError:
-            response = self.refused(Refusal(504, "timeout", f"took longer than {self.limits.seconds:g} s"))
-        except ClientDisconnect:
+            response = await self._answer_or_refusal(request)
+        except (ClientDisconnect, asyncio.CancelledError) as gone:
             response = self.refused(Refusal(400, "disconnect", "the client is gone"))
-        except Refusal as refusal:
-            response = self.refused(refusal)
-        except Exception:  # a mistake of the service: it must not end it, and must be seen
-            LOG.exception("%s %s: unexpected error", request.method, request.scope["path"])
-            response = self.refused(Refusal(500, "internal", "an error of the service; its log has the reason"))
+            if isinstance(gone, asyncio.CancelledError):
+                raise
+            return response  # nobody gets it, so it is not counted as an answer
+        except Exception:  # a mistake of ours: it must not end the service, and must be seen
+            response = self.refused(self.mistake())
         finally:
             self._n_open -= 1
         if request.scope["path"] not in WATCHED or response.status_code == 500:
             self.count(response)
             self.metrics.latency.observe(time.perf_counter() - begin)
         return response
+
+    def mistake(self) -> Refusal:
+        """Logs the exception that is handled now, which nobody expected; returns what a client may know of it."""
+        LOG.exception("unexpected error")
+        return Refusal(500, "internal", "an error of the service; its log has the reason")
+
+    async def _answer_or_refusal(self, request: Request) -> Response:
+        try:
+            return await asyncio.wait_for(self._answer(request), self.limits.seconds)
+        except asyncio.TimeoutError:
+            return self.refused(Refusal(504, "timeout", f"took longer than {self.limits.seconds:g} s"))
+        except Refusal as refusal:
+            return self.refused(refusal)
 
     def refused(self, refusal: Refusal) -> Json:
         """The answer that a refusal gives; counts it by its kind."""
