@@ -19,7 +19,7 @@ from bench.fuzz import http as fuzz_http  # noqa: E402 (needs h11)
 from bench.fuzz.decode import small_pipe  # noqa: E402
 from bench.fuzz.http import good_request, serving  # noqa: E402
 from bench.fuzz.inputs import real_files  # noqa: E402
-from revit_fast.deploy.classifier import Limits, without_paths  # noqa: E402
+from revit_fast.deploy.classifier import Limits, reason_of, without_paths  # noqa: E402
 from revit_fast.deploy.server import Server, listening_socket  # noqa: E402
 from revit_fast.deploy.service import Service  # noqa: E402
 
@@ -327,6 +327,12 @@ class TestUnexpectedErrors:
             assert "No such file" in answer["error"]
             assert "/home" not in answer["error"]
         assert len([record for record in caplog.records if record.exc_info]) == 1, "logged once"
+
+    def test_of_another_process_say_one_line(self):
+        error = RuntimeError("ray::classify()\n  File '/usr/x.py', line 3\nKeyError: 'a'")
+        error.cause = KeyError("a")
+        assert reason_of(error) == "'a'"
+        assert reason_of(MemoryError()) == "MemoryError"
 
     @pytest.mark.parametrize(
         ("text", "shown"),

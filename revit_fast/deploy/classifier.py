@@ -88,6 +88,13 @@ def without_paths(text: object) -> str:
     return _PATH.sub("…", str(text))
 
 
+def reason_of(error: BaseException) -> str:
+    """What a client may know of an error: one line without paths."""
+    cause = getattr(error, "cause", None)  # Ray wraps an error of another process, with its traceback as the text
+    text = str(cause if isinstance(cause, BaseException) else error)
+    return without_paths(text.partition("\n")[0]) or type(error).__name__
+
+
 class BatchMetrics(StageTimes):
     """Prometheus metrics of a classifier. They see every batch, because they are the pipeline's `StageTimes`.
 

@@ -23,7 +23,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from revit_fast.deploy.classifier import DEFAULT_LIMITS, Classifier, Classifies, Limits, Refusal, without_paths
+from revit_fast.deploy.classifier import (
+    DEFAULT_LIMITS,
+    Classifier,
+    Classifies,
+    Limits,
+    Refusal,
+    reason_of,
+    without_paths,
+)
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 LOG = logging.getLogger(__name__)
@@ -68,8 +76,7 @@ class Service:
         self.classifier: Classifies = Classifier(classifies, limits) if own else classifies
         self.limits = limits
         self.metrics = RequestMetrics()
-        self._stopping, self._n_open, self._n_reading = False, 0, 0
-        self._logged: str | None = None
+        self._stopping, self._failed, self._n_open, self._n_reading = False, False, 0, 0
 
     def close(self) -> None:
         """Closes the classifier: finishes all submitted images without waiting for full batches; refuses later ones."""
@@ -121,9 +128,7 @@ class Service:
         """The answer that a refusal gives; counts it by its kind."""
         self.metrics.errors.labels(refusal.kind).inc()
         headers = {503: {"Retry-After": "1"}, 405: {"Allow": "POST"}}.get(refusal.status)
-        return Json(
-            {"error": without_paths(refusal) if refusal.status >= 500 else str(refusal)}, refusal.status, headers
-        )
+        return Json({"error": str(refusal)}, refusal.status, headers)
 
     def count(self, response: Response) -> None:
         """Counts an answer by its status."""
@@ -220,14 +225,16 @@ class Service:
 
     async def _classified(self, image: bytes, top_k: int) -> dict[str, Any]:
         try:
-            return await self.classifier.classify(image, top_k)
+            answer = await self.classifier.classify(image, top_k)
         except Refusal:
             raise
         except Exception as error:  # the error that ended the pipeline or its process, of any type
-            if self._logged != (said := str(error)):  # later images fail by the same error
-                self._logged = said
+            if not self._failed:  # all images fail until it has started again
                 LOG.error("the pipeline has failed", exc_info=error)
-            raise Refusal(503, "pipeline", said) from error
+            self._failed = True
+            raise Refusal(503, "pipeline", reason_of(error)) from error
+        self._failed = False
+        return answer
 
 
 def _whole(text: str) -> int | None:
