@@ -109,14 +109,17 @@ def run(
     from ray import serve
 
     listening = listening_socket(host, port)
+    port = listening.getsockname()[1]
     try:
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server runs, as Ctrl-C
         serve.start(
-            proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"}
-        )  # Ray's own proxy bounds neither heads nor connections
+            proxy_location="Disabled",  # it would bound neither heads nor connections
+            http_options={"host": host, "port": port},  # only for Ray's messages, then
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
         handle = serve.run(make_app(make_pipe, limits, threads=threads), name="revit-fast", route_prefix="/")
-        server = Server(Service(RemoteClassifier(handle), limits), lambda: on_ready(listening.getsockname()[1]))
+        server = Server(Service(RemoteClassifier(handle), limits), lambda: on_ready(port))
         asyncio.run(server.serve([listening]))
     except KeyboardInterrupt:
         pass
