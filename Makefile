@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page bench bench-train bench-model bench-pipeline bench-video gate docs lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video gate docs lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -30,7 +30,7 @@ test-interpreter:
 ## Runs on a Ray cluster and the HTTP service, in an environment that has Ray; `make test` skips them without it.
 test-cluster: build
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[ray,serve]"
-	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py
+	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py tests/test_server.py
 
 ## Models of transformers beside ours, and clips, in an environment that has transformers and PyAV: `make test` skips them
 ## without.
@@ -60,6 +60,10 @@ test-page: build
 	$(VENV)-page/bin/python -m pip install -q "setuptools>=77" $(TORCH) pytest pytest-timeout selenium
 	REVIT_FAST_NO_EXTENSION=1 $(VENV)-page/bin/python -m pip install -q --no-build-isolation -e ".[page]"
 	$(VENV)-page/bin/python -m pytest tests/test_page.py
+
+## Damaged files through decode and pack, random requests to the HTTP service, in an environment that has it.
+fuzz: build
+	$(BIN)/python -m bench.fuzz $(ARGS)
 
 ## Speed of every op and of the model beside its peers; tables in bench/results/.
 bench: build

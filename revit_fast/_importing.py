@@ -38,7 +38,7 @@ MOVED = {
     "preprocess": ("adaptive.preprocess", "adaptive.crops", "models.settings"),
     "programs": ("deploy.programs",),
     "ray_engine": ("deploy.ray_dataset",),
-    "serve": ("deploy.http",),
+    "serve": ("deploy.http", "deploy.service", "deploy.classifier"),
     "snapshot": ("layers.derived",),
     "stem": ("layers.conv_stem",),
     "timm_import": ("models.from_timm",),

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
     )
 
-    def say() -> None:
-        print(f"listening on http://{args.host}:{args.port}", file=sys.stderr, flush=True)
+    def say(port: int) -> None:
+        print(f"listening on http://{args.host}:{port}", file=sys.stderr, flush=True)
 
     serve.run(make_pipe, limits, host=args.host, port=args.port, threads=args.threads, on_ready=say)
     return 0

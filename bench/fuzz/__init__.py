@@ -1,0 +1,1 @@
+"""Random and damaged inputs through decoding and the HTTP service: `python -m bench.fuzz`."""

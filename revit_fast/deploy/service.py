@@ -1,0 +1,246 @@
+"""The HTTP service: reads requests within limits, answers in JSON, counts every answer.
+
+    POST /           an encoded image -> {"predictions": [{"label", "score"}], "grid", "tokens", "ms"}
+    POST /           application/json {"images": [base64, ...]} -> {"results": [as above, or {"error"}, ...]}
+    GET  /healthz    200, or 503 once the pipeline has failed
+    GET  /metrics    Prometheus text
+
+`?top_k=3` sets the number of classes to return. An error is `{"error": reason}` with a status: 400 (JSON, top_k), 404,
+405, 413 (body too large), 415 (multipart or compressed body), 422 (not an image, or too many pixels), 500 (an error of
+the service), 503 (too many images wait, the pipeline has failed, or the service stops), 504 (took too long).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from revit_fast.deploy.classifier import (
+    DEFAULT_LIMITS,
+    Classifier,
+    Classifies,
+    Limits,
+    Refusal,
+    reason_of,
+    without_paths,
+)
+from revit_fast.streaming.pipeline import AdaptivePipeline
+
+LOG = logging.getLogger(__name__)
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+WATCHED = ("/healthz", "/metrics")
+"""Paths for those who watch the service; their answers are not counted, unless they are errors of the service."""
+
+
+class Json(JSONResponse):
+    """A JSON answer in ASCII: names that are no UTF-8 are escaped, as `json.loads` reads them back."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+class RequestMetrics:
+    """Prometheus metrics of requests."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("revit_fast_requests", "Requests by status.", ["status"], registry=registry)
+        self.errors = Counter(
+            "revit_fast_errors", "Requests and images not classified, by kind.", ["kind"], registry=registry
+        )
+        self.latency = Histogram(
+            "revit_fast_request_seconds", "From a request's arrival to its answer.", registry=registry
+        )
+
+
+class Service:
+    """Answers requests with a classifier, in this process or in another; one of this process must be closed.
+
+    Args:
+        classifies: the pipeline to classify with in this process, or a classifier.
+        limits: limits of requests.
+    """
+
+    def __init__(self, classifies: AdaptivePipeline | Classifies, limits: Limits = DEFAULT_LIMITS) -> None:
+        own = isinstance(classifies, AdaptivePipeline)
+        self.classifier: Classifies = Classifier(classifies, limits) if own else classifies
+        self.limits = limits
+        self.metrics = RequestMetrics()
+        self._stopping, self._failed, self._n_open, self._n_reading = False, False, 0, 0
+
+    def close(self) -> None:
+        """Closes the classifier: finishes all submitted images without waiting for full batches; refuses later ones."""
+        self.classifier.close()
+
+    async def drain(self) -> None:
+        """Refuses new requests, answers all others, also those whose bodies still come, and closes the service."""
+        self._stopping = True
+        while self._n_reading:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self.close)
+        while self._n_open:
+            await asyncio.sleep(0.01)
+
+    async def __call__(self, request: Request) -> Response:
+        """Answers a request; `limits.seconds` includes the time to read its body."""
+        begin = time.perf_counter()
+        self._n_open += 1
+        try:
+            response = await self._answer_or_refusal(request)
+        except (ClientDisconnect, asyncio.CancelledError) as gone:
+            response = self.refused(Refusal(400, "disconnect", "the client is gone"))
+            if isinstance(gone, asyncio.CancelledError):
+                raise
+            return response  # nobody gets it, so it is not counted as an answer
+        except Exception:  # a mistake of ours: it must not end the service, and must be seen
+            response = self.refused(self.mistake())
+        finally:
+            self._n_open -= 1
+        if request.scope["path"] not in WATCHED or response.status_code == 500:
+            self.count(response)
+            self.metrics.latency.observe(time.perf_counter() - begin)
+        return response
+
+    def mistake(self) -> Refusal:
+        """Logs the exception that is handled now, which nobody expected; returns what a client may know of it."""
+        LOG.exception("unexpected error")
+        return Refusal(500, "internal", "an error of the service; its log has the reason")
+
+    async def _answer_or_refusal(self, request: Request) -> Response:
+        try:
+            return await asyncio.wait_for(self._answer(request), self.limits.seconds)
+        except asyncio.TimeoutError:
+            return self.refused(Refusal(504, "timeout", f"took longer than {self.limits.seconds:g} s"))
+        except Refusal as refusal:
+            return self.refused(refusal)
+
+    def refused(self, refusal: Refusal) -> Json:
+        """The answer that a refusal gives; counts it by its kind."""
+        self.metrics.errors.labels(refusal.kind).inc()
+        headers = {503: {"Retry-After": "1"}, 405: {"Allow": "POST"}}.get(refusal.status)
+        return Json({"error": str(refusal)}, refusal.status, headers)
+
+    def count(self, response: Response) -> None:
+        """Counts an answer by its status."""
+        self.metrics.requests.labels(response.status_code).inc()
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.scope["path"]
+        if path in WATCHED:
+            return await self._watched(path)
+        if path != "/":
+            raise Refusal(404, "request", f"there is no {path[:80]}; POST an image to /")
+        if request.method != "POST":
+            raise Refusal(405, "request", f"{request.method[:80]}: POST an image")
+        if self._stopping:
+            raise Refusal(503, "shutdown", "the service stops")
+        top_k = self._top_k(request)
+        media_type = self._media_type(request)
+        body = await self._body(request)
+        if media_type != "application/json":
+            return Json(await self._classified(body, top_k))
+        answers = await asyncio.gather(
+            *(self._classified(image, top_k) for image in self._images(body)), return_exceptions=True
+        )
+        return Json({"results": [self._entry(answer) for answer in answers]})
+
+    async def _watched(self, path: str) -> Response:
+        if path == "/metrics":
+            text = generate_latest(self.metrics.registry) + await self.classifier.metrics_text()
+            return Response(text, media_type=PROMETHEUS_TEXT)
+        reason = "the service stops" if self._stopping else await self.classifier.failure()
+        if reason is not None:
+            return Json({"error": without_paths(reason)}, 503)
+        return Json({"status": "ok"})
+
+    def _entry(self, answer: dict | BaseException) -> dict[str, Any]:
+        if isinstance(answer, Refusal):
+            self.metrics.errors.labels(answer.kind).inc()
+            return {"error": str(answer)}
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _top_k(self, request: Request) -> int:
+        text = request.query_params.get("top_k", str(self.limits.top_k))
+        top_k = _whole(text)
+        if not top_k:
+            raise Refusal(400, "request", f"top_k: expected a positive integer, got {text[:80]!r}")
+        return top_k
+
+    def _media_type(self, request: Request) -> str:
+        """The media type of the body, in lower case; refuses what would be taken for the bytes of an image."""
+        coding = request.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise Refusal(415, "request", f"Content-Encoding {coding[:80]!r}: send the body as it is, without coding")
+        media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if media_type.startswith("multipart/"):
+            raise Refusal(
+                415, "request", f"Content-Type {media_type[:80]!r}: send the bytes of the image alone as the body"
+            )
+        return media_type
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self.limits.body_bytes
+        too_large = Refusal(413, "body", f"the body is larger than {limit} bytes")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and (_whole(declared) is None or _whole(declared) > limit):
+            raise too_large
+        body = bytearray()
+        self._n_reading += 1
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+        finally:
+            self._n_reading -= 1
+        return bytes(body)
+
+    def _images(self, body: bytes) -> list[bytes]:
+        try:
+            encoded = json.loads(body)["images"]
+            if not isinstance(encoded, list) or len(encoded) == 0:
+                raise ValueError("no list of images")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise _bad_json(error) from error
+        if len(encoded) > self.limits.images:
+            raise Refusal(
+                413, "body", f"{len(encoded)} images in one request, at most {self.limits.images} are allowed"
+            )
+        try:
+            return [base64.b64decode(text, validate=True) for text in encoded]
+        except (TypeError, ValueError) as error:
+            raise _bad_json(error) from error
+
+    async def _classified(self, image: bytes, top_k: int) -> dict[str, Any]:
+        try:
+            answer = await self.classifier.classify(image, top_k)
+        except Refusal:
+            raise
+        except Exception as error:  # the error that ended the pipeline or its process, of any type
+            if not self._failed:  # all images fail until it has started again
+                LOG.error("the pipeline has failed", exc_info=error)
+            self._failed = True
+            raise Refusal(503, "pipeline", reason_of(error)) from error
+        self._failed = False
+        return answer
+
+
+def _whole(text: str) -> int | None:
+    """The value of decimal digits; None for other text, and for more digits than any limit needs."""
+    return int(text) if text.isdecimal() and len(text) <= 20 else None
+
+
+def _bad_json(error: Exception) -> Refusal:
+    return Refusal(400, "request", f'expected {{"images": [base64, ...]}}: {error}')
