@@ -31,6 +31,7 @@ from small_models import make_model
 from starlette.requests import Request
 
 from revit_fast.deploy.http import Limits, Service
+from revit_fast.io.formats import SERVED
 
 BUDGET = 100
 MODEL = "deit_tiny_patch16_224"
@@ -132,7 +133,7 @@ class TestAnswers:
         status, answer = ask_once(serve(), body, content_type="application/json; charset=utf-8")
         assert status == 200
         first, bad, last = answer["results"]
-        assert bad == {"error": "not a JPEG, PNG or WebP image"}
+        assert bad == {"error": f"not an image; expected one of {', '.join(SERVED)}"}
         assert [without_ms(first), without_ms(last)] == expected(pipe_of(model), [images[0], images[2]])
 
     def test_requests_at_a_time_share_batches_within_the_budget(self, serve, model):
@@ -170,7 +171,7 @@ class TestLimits:
             ({"body": b"", "content_length": "2001"}, 413, "body", "larger than 2000 bytes"),
             ({"chunks": [b"x" * 1000] * 3}, 413, "body", "larger than 2000 bytes"),
             ({"body": b""}, 422, "image", "empty file"),
-            ({"body": b"no image"}, 422, "image", "not a JPEG, PNG or WebP"),
+            ({"body": b"no image"}, 422, "image", "not an image; expected one of JPEG, PNG"),
             ({"body": png(0)[:100]}, 422, "image", ""),
             ({"body": png(0), "query": b"top_k=0"}, 400, "request", "top_k: expected a positive integer, got '0'"),
             ({"body": png(0), "path": "/predict"}, 404, "request", "there is no /predict"),
@@ -338,7 +339,10 @@ class TestCommand:
             answers = list(clients.map(lambda image: fetch(f"{url}/", image), images))
         assert [status for status, _ in answers] == [200] * len(images)
         assert [without_ms(json.loads(text)) for _, text in answers] == wanted
-        assert fetch(f"{url}/", b"no image") == (422, '{"error":"not a JPEG, PNG or WebP image"}')
+        assert fetch(f"{url}/", b"no image") == (
+            422,
+            f'{{"error":"not an image; expected one of {", ".join(SERVED)}"}}',
+        )
         bomb = io.BytesIO()
         Image.new("1", (1200, 1200)).save(bomb, "PNG")
         assert fetch(f"{url}/", bomb.getvalue())[0] == 422
