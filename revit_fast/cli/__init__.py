@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "predict",
         help="classify image files or clips",
-        description="Classify images, in any format that Pillow reads; or clips, where --model is a TimeSformer's folder.",
+        description="Classify images of formats that Pillow reads, or clips where --model is a TimeSformer's folder.",
     )
     add_images(p)
     p.add_argument(

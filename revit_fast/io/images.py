@@ -255,6 +255,8 @@ def read_all(file: BinaryIO) -> bytes:
         ImageError: for a file in text mode, one that stands at its end, and with the reason why it cannot be read.
     """
     with as_image_error(), loading_lock(file):
+        if hasattr(file, "readable") and not file.readable():
+            raise ImageError('the file is not open for reading; open it with open(path, "rb")')
         can_seek = hasattr(file, "seekable") and file.seekable()
         position = file.tell() if can_seek else None
         try:
