@@ -18,6 +18,7 @@ from PIL import EpsImagePlugin, Image, ImageCms, features
 from small_models import make_model
 
 import revit_fast as rf
+from revit_fast.cli import build_parser
 from revit_fast.explain import explain
 from revit_fast.io import formats
 from revit_fast.io.held import held
@@ -209,6 +210,15 @@ class TestWhatMayBeRead:
         assert results[0].reason == "of the format PNG, which may not be read here; expected one of GIF"
         assert results[1].error is None
 
+    def test_an_option_of_the_commands(self, capsys):
+        parse = build_parser().parse_args
+        for command in (["predict", "a.png"], ["serve"]):
+            assert parse(command).formats is None
+            assert parse([*command, "--formats", "jpeg,PNG"]).formats == ("JPEG", "PNG")
+        with pytest.raises(SystemExit):
+            parse(["predict", "a.png", "--formats", "jpg"])
+        assert "--formats: expected some of AVIF, " in capsys.readouterr().err
+
     def test_damaged_and_unknown_kinds_are_named(self):
         page = tiff(np.zeros((4, 4, 1), np.float64), 1, sample_format=3)
         with pytest.raises(ImageError, match="of the format TIFF, but damaged, or of a kind that Pillow"):
@@ -285,9 +295,11 @@ class TestSixteenBits:
     @pytest.mark.parametrize("order", "<>")
     @pytest.mark.parametrize("planar", [1, 2], ids=["pixels", "planes"])
     def test_tiff(self, order, planar):
-        deep = DEEP[..., :3]
-        for source in (tiff(deep, 2, order, planar), Image.open(io.BytesIO(tiff(deep, 2, order, planar)))):
-            np.testing.assert_array_equal(read_rgb(held(source).kept), rule(deep))
+        data, turned = (tiff(DEEP[..., :3], 2, order, planar, t274=orientation) for orientation in (1, 6))
+        for source in (data, Image.open(io.BytesIO(data))):
+            np.testing.assert_array_equal(read_rgb(held(source).kept), rule(DEEP[..., :3]))
+        for source in (turned, Image.open(io.BytesIO(turned))):
+            np.testing.assert_array_equal(read_rgb(held(source).kept), np.rot90(rule(DEEP[..., :3]), -1))
 
     @pytest.mark.parametrize("order", "<>")
     def test_tiff_with_more_channels(self, order):
@@ -384,6 +396,13 @@ class TestModes:
 PNG = encoded(BLOCKS, "PNG")
 
 
+class NamedBytes(io.BytesIO):
+    """An open file that knows its path, as those of fsspec do."""
+
+    def __fspath__(self):
+        return "no such path"
+
+
 class Stream(io.RawIOBase):
     """A socket or a pipe: it gives a few bytes at a time, and cannot seek."""
 
@@ -419,6 +438,7 @@ class TestOpenFiles:
                 stack.enter_context(open(path, "rb", buffering=0)),
                 io.BytesIO(PNG),
                 offset,
+                NamedBytes(PNG),
                 spooled,
                 stack.enter_context(archive.open("in.png")),
                 gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(PNG))),
@@ -430,8 +450,8 @@ class TestOpenFiles:
         for file in opened:
             np.testing.assert_array_equal(read_rgb(file), BLOCKS)
         for produce in (iter, list):
-            results = list(pipe.with_policy(("fixed", 4))(produce(opened[:7])))
-            assert [r.error for r in results] == [None] * 7
+            results = list(pipe.with_policy(("fixed", 4))(produce(opened[:8])))
+            assert [r.error for r in results] == [None] * 8
             assert all(r.source is file for r, file in zip(results, opened, strict=False))
 
     def test_a_file_stays_where_it_stood(self):

@@ -200,6 +200,27 @@ class TestLimits:
         assert (status, answer["error"]) == (422, "the image has 3000x3000 pixels, at most 8000000 are allowed")
         assert service.metrics.seconds["decode"] == 0
 
+    @pytest.mark.parametrize("kind", ["EPS", "TIFF", "ICO", "PPM", "TGA"])
+    def test_formats_that_no_browser_shows_are_refused_before_they_are_decoded(self, serve, kind):
+        service, file = serve(), io.BytesIO()
+        Image.new("RGB", (32, 32), "red").save(file, kind)
+        status, answer = ask_once(service, file.getvalue())
+        assert status == 422
+        assert answer["error"].endswith(f"; expected one of {', '.join(SERVED)}")
+        assert kind == "TGA" or answer["error"].startswith(f"of the format {kind}, which may not be read here")
+        assert service.metrics.seconds["decode"] == 0
+
+    def test_formats_that_browsers_show_and_those_asked_for(self, serve):
+        files = {}
+        for kind in ("GIF", "BMP", "WEBP", "JPEG", "TIFF"):
+            files[kind] = io.BytesIO()
+            Image.new("RGB", (32, 32), "red").save(files[kind], kind)
+        service, other = serve(), serve(formats=("tiff",))
+        assert [ask_once(service, file.getvalue())[0] for file in files.values()] == [200, 200, 200, 200, 422]
+        assert [ask_once(other, file.getvalue())[0] for file in files.values()] == [422, 422, 422, 422, 200]
+        with pytest.raises(ValueError, match="formats: expected some of"):
+            Limits(formats=("JPG",))
+
     def test_time(self, serve, model):
         service = serve(pipe_of(model, max_wait_s=2.0), seconds=0.2)
         begin = time.monotonic()

@@ -209,10 +209,10 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None, formats: Seque
             if source.error is not None:
                 raise ImageError(source.error)
             source = source.path
-        if isinstance(source, (str, os.PathLike)):
-            return _read_file(source, draft_px, formats)
         if is_file(source):
             source = read_all(source)
+        if isinstance(source, (str, os.PathLike)):
+            return _read_file(source, draft_px, formats)
         if isinstance(source, (bytes, bytearray, memoryview)):
             return _decode(_opened(source), draft_px, formats)
         if is_pil_image(source):
@@ -244,8 +244,9 @@ def encoded_size(data: bytes, formats: Sequence[str] | None = None) -> tuple[int
 
 
 def is_file(source: object) -> bool:
-    """Whether a source is an open file, or behaves like one."""
-    return callable(getattr(source, "read", None)) and not isinstance(source, (type, os.PathLike))
+    """Whether a source is an open file, or behaves like one. Some know their path as well; some paths can read."""
+    is_path = isinstance(source, os.PathLike) and not hasattr(source, "seek")
+    return callable(getattr(source, "read", None)) and not is_path
 
 
 def read_all(file: BinaryIO) -> bytes:

@@ -107,7 +107,7 @@ def _opaque(mask: np.ndarray) -> np.ndarray:
 
 def _raw_mode(image: Image.Image) -> str:
     """The layout of the samples in an image that is not loaded yet, in Pillow's words; "" if it is loaded."""
-    arguments = image.tile[0].args if getattr(image, "tile", None) else ""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 

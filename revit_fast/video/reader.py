@@ -82,11 +82,11 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
             if source.error is not None:
                 raise ClipError(source.error)
             source = source.path
+        if is_file(source):
+            source = read_all(source)
         if isinstance(source, (str, os.PathLike)):
             check_file(source, CLIPS)
             return _read(os.fspath(source), n_frames)
-        if is_file(source):
-            source = read_all(source)
         if isinstance(source, (bytes, bytearray, memoryview)):
             if len(source) == 0:
                 raise ClipError("empty file")
