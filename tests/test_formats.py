@@ -224,6 +224,10 @@ class TestWhatMayBeRead:
         with pytest.raises(ImageError, match="of the format TIFF, but damaged, or of a kind that Pillow"):
             read_rgb(page)
 
+    def test_a_tiff_whose_strips_end_early(self):
+        with pytest.raises(ImageError, match="has pixels for 48x32 of 48x64: truncated, or damaged"):
+            read_rgb(tiff(BLOCKS, 2, t257=64, t278=32))
+
     def test_files_in_folders(self, tmp_path):
         for name in ("a.gif", "b.TIFF", "c.avif", "d.bmp", "e.heic", "f.eps", "g.txt"):
             (tmp_path / name).write_bytes(b"x")

@@ -65,6 +65,8 @@ def open_image(file: io.BufferedIOBase, formats: tuple[str, ...] | None = None) 
         except UnidentifiedImageError:
             continue
         _check_size(largest_part(image))
+        if image.format == "TIFF":
+            _check_whole(image)
         return image
     raise ValueError(_why_not(start, formats))
 
@@ -82,6 +84,14 @@ def _check_size(size: tuple[int, int]) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > 2 * limit:
         raise ValueError(f"has a part of {size[0]}x{size[1]} pixels, over {2 * limit}: a decompression bomb")
+
+
+def _check_whole(image: Image.Image) -> None:
+    """Raises a ValueError for a TIFF whose strips or tiles end before it does: Pillow leaves the rest black."""
+    right, bottom = (max(tile[1][side] for tile in image.tile) for side in (2, 3))
+    if sorted((right, bottom)) != sorted(image.size):  # its sides are exchanged where it will be turned
+        width, height = image.size
+        raise ValueError(f"has pixels for {right}x{bottom} of {width}x{height}: truncated, or damaged")
 
 
 def _all_formats() -> list[str]:
