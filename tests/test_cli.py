@@ -196,7 +196,7 @@ class TestErrors:
         }
         assert reasons["0a-empty.jpg"] == "empty file"
         assert "truncated" in reasons["0b-truncated.jpg"]
-        assert "not a JPEG" in reasons["3a-text.png"]
+        assert "not an image that Pillow" in reasons["3a-text.png"]
         assert "folder" in reasons["3b-folder.jpg"]
         assert "no such file" in reasons["9-broken.webp"]
         assert "no file matches" in reasons["*.gif"]

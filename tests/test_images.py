@@ -169,8 +169,11 @@ class TestReadRgb:
         ("content", "reason"),
         [
             (b"", "empty file"),
-            (b"not an image", "not a JPEG, PNG or WebP image"),
-            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG or WebP image"),
+            (b"not an image", "not an image that Pillow"),
+            (
+                b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+                "format EPS, which a program outside of Pillow draws",
+            ),
             (png(65000, 65000, bytes(99)), "decompression bomb"),
             (png(20, 20, bytes(99)), "truncated"),
         ],
@@ -299,7 +302,7 @@ class TestSources:
         ("source", "reason"),
         [
             (b"", "empty file"),
-            (b"\xff\xd8\xff", "not a JPEG"),
+            (b"\xff\xd8\xff", "of the format JPEG, but damaged"),
             (Source("x", "nothing there"), "nothing there"),
             (RGB.astype(np.float32), "uint8"),
             (RGB[None], r"\[1, 13, 21, 3\]"),

@@ -31,6 +31,7 @@ from small_models import make_model
 from starlette.requests import Request
 
 from revit_fast.deploy.http import Limits, Service
+from revit_fast.io.formats import SERVED
 
 BUDGET = 100
 MODEL = "deit_tiny_patch16_224"
@@ -132,7 +133,7 @@ class TestAnswers:
         status, answer = ask_once(serve(), body, content_type="application/json; charset=utf-8")
         assert status == 200
         first, bad, last = answer["results"]
-        assert bad == {"error": "not a JPEG, PNG or WebP image"}
+        assert bad == {"error": f"not an image; expected one of {', '.join(SERVED)}"}
         assert [without_ms(first), without_ms(last)] == expected(pipe_of(model), [images[0], images[2]])
 
     def test_requests_at_a_time_share_batches_within_the_budget(self, serve, model):
@@ -170,7 +171,7 @@ class TestLimits:
             ({"body": b"", "content_length": "2001"}, 413, "body", "larger than 2000 bytes"),
             ({"chunks": [b"x" * 1000] * 3}, 413, "body", "larger than 2000 bytes"),
             ({"body": b""}, 422, "image", "empty file"),
-            ({"body": b"no image"}, 422, "image", "not a JPEG, PNG or WebP"),
+            ({"body": b"no image"}, 422, "image", "not an image; expected one of JPEG, PNG"),
             ({"body": png(0)[:100]}, 422, "image", ""),
             ({"body": png(0), "query": b"top_k=0"}, 400, "request", "top_k: expected a positive integer, got '0'"),
             ({"body": png(0), "path": "/predict"}, 404, "request", "there is no /predict"),
@@ -198,6 +199,27 @@ class TestLimits:
         status, answer = ask_once(service, file.getvalue())
         assert (status, answer["error"]) == (422, "the image has 3000x3000 pixels, at most 8000000 are allowed")
         assert service.classifier.metrics.seconds["decode"] == 0
+
+    @pytest.mark.parametrize("kind", ["EPS", "TIFF", "ICO", "PPM", "TGA"])
+    def test_formats_that_no_browser_shows_are_refused_before_they_are_decoded(self, serve, kind):
+        service, file = serve(), io.BytesIO()
+        Image.new("RGB", (32, 32), "red").save(file, kind)
+        status, answer = ask_once(service, file.getvalue())
+        assert status == 422
+        assert answer["error"].endswith(f"; expected one of {', '.join(SERVED)}")
+        assert kind == "TGA" or answer["error"].startswith(f"of the format {kind}, which may not be read here")
+        assert service.metrics.seconds["decode"] == 0
+
+    def test_formats_that_browsers_show_and_those_asked_for(self, serve):
+        files = {}
+        for kind in ("GIF", "BMP", "WEBP", "JPEG", "TIFF"):
+            files[kind] = io.BytesIO()
+            Image.new("RGB", (32, 32), "red").save(files[kind], kind)
+        service, other = serve(), serve(formats=("tiff",))
+        assert [ask_once(service, file.getvalue())[0] for file in files.values()] == [200, 200, 200, 200, 422]
+        assert [ask_once(other, file.getvalue())[0] for file in files.values()] == [422, 422, 422, 422, 200]
+        with pytest.raises(ValueError, match="formats: expected some of"):
+            Limits(formats=("JPG",))
 
     def test_time(self, serve, model):
         service = serve(pipe_of(model, max_wait_s=2.0), seconds=0.2)
@@ -338,7 +360,10 @@ class TestCommand:
             answers = list(clients.map(lambda image: fetch(f"{url}/", image), images))
         assert [status for status, _ in answers] == [200] * len(images)
         assert [without_ms(json.loads(text)) for _, text in answers] == wanted
-        assert fetch(f"{url}/", b"no image") == (422, '{"error":"not a JPEG, PNG or WebP image"}')
+        assert fetch(f"{url}/", b"no image") == (
+            422,
+            f'{{"error":"not an image; expected one of {", ".join(SERVED)}"}}',
+        )
         bomb = io.BytesIO()
         Image.new("1", (1200, 1200)).save(bomb, "PNG")
         assert fetch(f"{url}/", bomb.getvalue())[0] == 422

@@ -56,13 +56,44 @@ def moving(n_frames, height=48, width=64, seed=0):
     return np.stack([(smooth + 150 * i / max(n_frames - 1, 1)).astype(np.uint8) for i in range(n_frames)])
 
 
-def encode(path, frames, codec="mpeg4", rotation=0):
+def quarters(n_frames=3):
+    """Frames `[F, 48, 64, 3]` whose four quarters differ."""
+    frames = moving(n_frames) // 4
+    frames[:, :24, :32] += 190
+    frames[:, :24, 32:] += 90
+    return frames
+
+
+SHOWN = {
+    (1, 0, 0, 1): lambda f: f,
+    (-1, 0, 0, 1): lambda f: f[:, :, ::-1],
+    (1, 0, 0, -1): lambda f: f[:, ::-1],
+    (-1, 0, 0, -1): lambda f: f[:, ::-1, ::-1],
+    (0, 1, 1, 0): lambda f: f.swapaxes(1, 2),
+    (0, 1, -1, 0): lambda f: np.rot90(f, -1, (1, 2)),
+    (0, -1, 1, 0): lambda f: np.rot90(f, 1, (1, 2)),
+    (0, -1, -1, 0): lambda f: f[:, ::-1, ::-1].swapaxes(1, 2),
+}
+"""A QuickTime matrix (a, b, c, d) moves a pixel at (x, y) to (ax + cy, bx + dy), and the frames back into view."""
+
+
+def with_display_matrix(path, a, b, c, d):
+    """Writes a matrix into the track header of an MP4, by hand: PyAV knows rotations alone, or none."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (round(65536 * number) for number in (a, b, c, d))
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def encode(path, frames, codec="mpeg4", pixel_aspect=None):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.bit_rate = 2_000_000
-        if rotation:
-            stream.set_display_rotation(rotation)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -110,13 +141,44 @@ class TestReader:
         monkeypatch.chdir(tmp_path)
         assert len(read_clip("12:30.mp4", 2)) == 2
 
-    def test_frames_are_turned_upright(self, tmp_path):
-        if not hasattr(av.video.stream.VideoStream, "set_display_rotation"):
-            pytest.skip("this PyAV cannot write a rotation")
-        frames = moving(3)
-        frames[:, :24, :32] = 255
-        got = read_clip(encode(tmp_path / "a.mp4", frames, rotation=90), 3)
-        assert np.abs(np.rot90(frames, axes=(1, 2)).astype(int) - got).mean() < 4
+    @pytest.mark.parametrize("as_file", [False, True])
+    @pytest.mark.parametrize("shown", SHOWN)
+    def test_frames_are_turned_and_mirrored(self, tmp_path, shown, as_file):
+        frames = quarters()
+        path = with_display_matrix(encode(tmp_path / "a.mp4", frames), *shown)
+        got = read_clip(io.BytesIO(path.read_bytes()) if as_file else path, 3)
+        assert np.abs(SHOWN[shown](frames).astype(int) - got).mean() < 4
+
+    @pytest.mark.parametrize(("aspect", "width"), [((4, 3), 85), ((8, 9), 57), ((2, 1), 128), ((1, 2), 32)])
+    @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+    def test_pixels_that_are_not_square(self, tmp_path, name, aspect, width):
+        frames = quarters()
+        got = read_clip(encode(tmp_path / name, frames, pixel_aspect=Fraction(*aspect)), 3)
+        assert got.shape == (3, 48, width, 3)
+        columns = ((np.arange(width) + 0.5) * 64 / width).astype(int)
+        inside = np.abs(columns - 31.5) > 3  # the filter blurs edges
+        assert np.abs(frames[:, :, columns].astype(int) - got)[:, :, inside].mean() < 4
+
+    def test_the_width_of_the_stored_frames_is_scaled(self, tmp_path):
+        path = encode(tmp_path / "a.mp4", quarters(), pixel_aspect=Fraction(2))
+        assert read_clip(with_display_matrix(path, 0, 1, -1, 0), 3).shape == (3, 128, 48, 3)
+
+    def test_what_no_player_shows(self, tmp_path):
+        path = with_display_matrix(encode(tmp_path / "a.mp4", quarters()), 0.866, 0.5, -0.5, 0.866)
+        with pytest.raises(ClipError, match="is shown turned by 30 degrees, expected quarter turns"):
+            read_clip(path, 3)
+        path = encode(tmp_path / "b.mp4", quarters(), pixel_aspect=Fraction(9))
+        with pytest.raises(ClipError, match=r"its pixels are 9:1, expected 1:8 to 8:1"):
+            read_clip(path, 3)
+
+    def test_open_files(self, tmp_path, clip):
+        with open(clip, "rb") as file, open(clip, errors="replace") as text:
+            assert np.array_equal(read_clip(file, 3), read_clip(clip, 3))
+            assert file.tell() == 0
+            with pytest.raises(ClipError, match="in text mode"):
+                read_clip(text, 3)
+        with pytest.raises(ClipError, match="nothing is left to read"):
+            read_clip(io.BytesIO(), 3)
 
     def test_arrays_are_sampled(self):
         frames = moving(9)
@@ -154,7 +216,7 @@ class TestReader:
             (audio, "has no video stream"),
             (moving(2).astype(np.float32), "expected uint8 frames, got float32"),
             (moving(2)[0], r"expected frames \[F, H, W, 3\], got \[48, 64, 3\]"),
-            (7, "expected a path, bytes or uint8 frames"),
+            (7, "expected a path, bytes, an open file or uint8 frames"),
             (b"", "empty file"),
         ]:
             with pytest.raises(ClipError, match=reason):

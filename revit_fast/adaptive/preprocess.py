@@ -15,8 +15,9 @@ from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.crops import aspect_grid, eval_box
 from revit_fast.adaptive.policies import Evidence, Policy, PolicySpec, grey_entropy, make_policy
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
+from revit_fast.io.formats import check_formats
 from revit_fast.io.held import own_pixels
-from revit_fast.io.images import ImageError, ImageSource, name_of, read_rgb
+from revit_fast.io.images import ImageError, ImageSource, check_sources, name_of, read_rgb
 from revit_fast.models.folder import check_assigner
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import DEIT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, input_settings
@@ -84,6 +85,8 @@ class AdaptivePreprocessor:
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
         draft: decode JPEGs at a fraction of their size if the largest grid allows it: faster for large photographs, but
             approximate (see `images.read_rgb`).
+        formats: Pillow's names of the image formats that may be read, such as ("JPEG", "PNG"); by default all but those
+            that start other programs (EPS, WMF).
 
     Raises:
         TypeError, ValueError: if an argument is not as above, or the assigner's grids are not the model's.
@@ -91,6 +94,8 @@ class AdaptivePreprocessor:
 
     MODEL = "ReViT"
     """Name of the model that takes the packs, for error messages."""
+
+    formats: tuple[str, ...] | None = None  # older pickles hold none
 
     CLIPS = False
     """Whether the packs hold clips. A model that takes clips has the attribute `num_frames`, and no other has it."""
@@ -110,6 +115,7 @@ class AdaptivePreprocessor:
         dtype: torch.dtype = torch.float32,
         macs: Sequence[float] | None = None,
         draft: bool = False,
+        formats: Sequence[str] | None = None,
     ) -> None:
         given = grids if grids is not None else getattr(tla, "grids", DEFAULT_GRIDS)
         self.grids = check_grids(given)
@@ -121,6 +127,7 @@ class AdaptivePreprocessor:
             raise ValueError(f'aspect: expected "crop" or "keep", got {aspect!r}')
         self.aspect = aspect
         self.tla, self.patch_size, self.crop_pct, self.macs, self.draft = tla, patch_size, crop_pct, macs, draft
+        self.formats = check_formats(formats)
         self.options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype}
         self.policy = self._policy(policy)
 
@@ -201,7 +208,7 @@ class AdaptivePreprocessor:
 
     def decode(self, source: ImageSource) -> np.ndarray:
         """The pixels of a source; raises `images.ImageError` if it cannot be read."""
-        return read_rgb(source, draft_px=self.draft_px)
+        return read_rgb(source, draft_px=self.draft_px, formats=self.formats)
 
     def assign(self, images: Sequence[np.ndarray], index: Sequence[int] | None = None) -> Assignment:
         """The grids of decoded images; for a cascade the grids that it starts with.
@@ -308,8 +315,7 @@ class AdaptivePreprocessor:
         return Prepared(self.pack(decoded, grids), grids)
 
     def _decoded(self, images: Sequence[ImageSource]) -> list[np.ndarray]:
-        if isinstance(images, (str, bytes, np.ndarray, Tensor)):
-            raise TypeError(f"images: expected a list of images, got one {type(images).__name__}; wrap it: [image]")
+        check_sources(images, "images")
         decoded, listed = [], isinstance(images, (list, tuple))
         for i, source in enumerate(images):
             try:

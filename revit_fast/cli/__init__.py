@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "predict",
         help="classify image files or clips",
-        description="Classify JPEG, PNG and WebP files; or clips, where --model is a folder of a TimeSformer.",
+        description="Classify images of formats that Pillow reads, or clips where --model is a TimeSformer's folder.",
     )
     add_images(p)
     p.add_argument(
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_threads(p)
     p.add_argument("--port", type=port, default=7860, help="port of the page (default %(default)s)")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
-    p.set_defaults(command="demo", policy=None, budget=None, grid=None, draft=False, batch_tokens=4096)
+    p.set_defaults(command="demo", policy=None, budget=None, grid=None, draft=False, formats=None, batch_tokens=4096)
 
     p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
     add_choice(p)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from revit_fast.io.atomic import target_of
+from revit_fast.io.formats import check_formats
 
 RESULT_FORMATS = ("table", "json", "csv")
 
@@ -129,6 +130,13 @@ def _policy(text: str) -> str | tuple[str, object]:
         ) from None
 
 
+def _formats(text: str) -> tuple[str, ...]:
+    try:
+        return check_formats(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("formats: ")) from None
+
+
 def _probability(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1.0:
@@ -173,6 +181,13 @@ def add_choice(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--draft", action="store_true", help="decode large JPEGs at a fraction of their size: faster, approximate"
+    )
+    p.add_argument(
+        "--formats",
+        type=_formats,
+        metavar="NAMES",
+        help="image formats that may be read, such as JPEG,PNG (default: those that Pillow reads without other "
+        "programs; serve: those that browsers show)",
     )
     add_threads(p)
 

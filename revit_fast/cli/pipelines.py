@@ -79,7 +79,7 @@ def build_preprocessor(args: argparse.Namespace, model: ReViT, bundle: Bundle | 
     check_fixed(args, policy, model.grids)
     try:
         assigner = TokenLengthAssigner.load(args.assigner) if args.assigner else bundle and bundle.tla
-        options = {"policy": policy, "draft": args.draft}
+        options = {"policy": policy, "draft": args.draft, "formats": args.formats}
         return AdaptivePreprocessor.for_model(model, assigner, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError.of(error, **choice_options(args)) from error
@@ -89,6 +89,7 @@ def choice_options(args: argparse.Namespace) -> dict[str, str]:
     """The options that the arguments of a preprocessor come from."""
     return {
         "assigner": "--assigner",
+        "formats": "--formats",
         "tla": "--assigner",
         "policy": "--policy" if args.budget is None else "--budget",
     }

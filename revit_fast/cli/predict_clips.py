@@ -57,7 +57,8 @@ def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
     policy = policy_of(args, longest=model.grids[0])
     check_fixed(args, policy, model.grids)
     labels = read_labels(args.labels, model.num_classes) if args.labels else classes
-    options = {"policy": policy, "draft": args.draft, "n_frames": args.frames or model.num_frames}
+    options = {"policy": policy, "draft": args.draft, "formats": args.formats}
+    options["n_frames"] = args.frames or model.num_frames
     try:
         pipe = pipeline(model, args.assigner, labels=labels, token_budget=args.batch_tokens, **options)
     except (FileNotFoundError, TypeError, ValueError) as error:

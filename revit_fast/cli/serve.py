@@ -9,6 +9,7 @@ from importlib import import_module
 
 from revit_fast.cli.arguments import check_free
 from revit_fast.cli.pipelines import build_pipeline, warn_of_random_weights
+from revit_fast.io.formats import SERVED
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     make_pipe()  # wrong arguments are reported here, not in the log of another process
     limits = serve.Limits(
         body_bytes=args.max_body_mb << 20,
+        formats=args.formats or SERVED,
         image_pixels=args.max_megapixels * 1_000_000,
         seconds=args.max_seconds,
         waiting=args.max_waiting,

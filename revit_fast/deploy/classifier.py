@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
 from revit_fast.inference.inference_copy import dtype_name
+from revit_fast.io.formats import SERVED, check_formats
 from revit_fast.io.images import ImageError, encoded_size
 from revit_fast.io.trace import StageTimes
 from revit_fast.streaming.pipeline import AdaptivePipeline
@@ -36,6 +37,8 @@ class Limits:
 
     Attributes:
         body_bytes: largest size of a request's body, in bytes.
+        formats: Pillow's names of the image formats that may be read. By default those that browsers show: nobody's
+            decoders read more files of strangers.
         image_pixels: largest width times height of an image, read from its header before decoding.
         images: largest number of images in one JSON request.
         seconds: longest time from a request's head to its answer; also bounds the time of the head itself, see
@@ -46,6 +49,7 @@ class Limits:
     """
 
     body_bytes: int = 32 << 20
+    formats: tuple[str, ...] = SERVED
     image_pixels: int = 50_000_000
     images: int = 64
     seconds: float = 30.0
@@ -53,8 +57,9 @@ class Limits:
     top_k: int = 5
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", check_formats(self.formats))
         for name, value in vars(self).items():
-            if not isinstance(value, (int, float)) or not value > 0:
+            if name != "formats" and (not isinstance(value, (int, float)) or not value > 0):
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
     @property
@@ -164,7 +169,7 @@ class Classifier:
     async def classify(self, image: bytes, top_k: int) -> dict[str, Any]:
         """See `Classifies`; the image is submitted before anything is awaited."""
         try:
-            width, height = encoded_size(image)
+            width, height = encoded_size(image, self.limits.formats)
         except ImageError as error:
             raise Refusal(422, "image", str(error)) from error
         if width * height > self.limits.image_pixels:

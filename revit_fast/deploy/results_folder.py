@@ -257,6 +257,8 @@ def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source])
     labels = None if pipe.labels is None else _digest("\n".join(pipe.labels).encode())
     own = {"crop_pct": prep.crop_pct, "aspect": prep.aspect, "draft": prep.draft, "macs": prep.macs}
     settings = own | prep.options
+    if prep.formats is not None:
+        settings["formats"] = list(prep.formats)
     inputs = _digest(*(f"{s.path}\0{s.error or ''}\n".encode("utf-8", "surrogateescape") for s in sources))
     return {
         "format": FORMAT,

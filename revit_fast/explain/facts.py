@@ -13,7 +13,8 @@ from torch import Tensor
 from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.policies import Policy, confidence, suffices
 from revit_fast.explain.picture import draw_grid
-from revit_fast.io.images import ImageError, ImageSource, check_sources, name_of, on_one_line
+from revit_fast.io.held import held
+from revit_fast.io.images import ImageError, ImageSource, check_sources, is_file, name_of, on_one_line
 from revit_fast.io.trace import StageTimes
 from revit_fast.models.macs import forward_macs
 from revit_fast.streaming.pipeline import AdaptivePipeline
@@ -286,9 +287,10 @@ def _explanation(
     pipe: AdaptivePipeline, lengths: list[Length], index: int, source: ImageSource, top_k: int
 ) -> Explanation:
     name, times = on_one_line(name_of(source)), StageTimes()
+    kept = held(source).kept if is_file(source) else source  # a stream can be read once
     try:
-        _run(pipe, index, source, StageTimes())
-        run = _run(pipe, index, source, times)
+        _run(pipe, index, kept, StageTimes())
+        run = _run(pipe, index, kept, times)
     except ImageError as error:
         return Explanation(index, name, error=on_one_line(str(error)))
     if run.probabilities is not None:

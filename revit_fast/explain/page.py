@@ -280,7 +280,7 @@ def _page(
         gr.Markdown(f"# {TITLE}\n{about}")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                files = gr.File(label="Images: JPEG, PNG or WebP", file_count="multiple", elem_id="files", height=190)
+                files = gr.File(label="Images", file_count="multiple", elem_id="files", height=190)
                 sample = gr.Button(f"Show {len(samples)} sample images", visible=bool(samples), elem_id="samples")
             with gr.Column(scale=3, min_width=320):
                 slider = gr.Slider(

@@ -18,11 +18,14 @@ from revit_fast.io.images import (
     ImageSource,
     Source,
     as_image_error,
+    is_file,
     is_pil_image,
     loading_lock,
     name_of,
     orientation_of,
+    read_all,
 )
+from revit_fast.io.samples import encoded_bytes, in_eight_bits
 
 if TYPE_CHECKING:  # as in `images`
     from PIL import Image
@@ -48,10 +51,11 @@ class Held(NamedTuple):
 def held(source: ImageSource, *, copy: bool = True) -> Held:
     """Takes a source over from its producer, which may change it from now on.
 
-    Arrays, tensors on the CPU, bytearrays, memoryviews and PIL images are copied; paths and bytes are not, and files
-    are read later. A PIL image that is not loaded yet is loaded first. For the JPEGs and PNGs among them the file's
-    bytes are copied instead, so that the pixels are decoded by whoever decodes `kept`. An image that cannot be loaded
-    is kept as a `Source` with the reason.
+    Arrays, tensors on the CPU, bytearrays, memoryviews and PIL images are copied, and open files are read to their end.
+    Paths and bytes are not copied, and the files of paths are read later. A PIL image that is not loaded yet is loaded
+    first. For the JPEGs and PNGs among them the file's bytes are copied instead, so that the pixels are decoded by
+    whoever decodes `kept`. An image that cannot be loaded, and a file that cannot be read, is kept as a `Source` with
+    the reason.
 
     Args:
         source: the source.
@@ -73,31 +77,34 @@ def _kept(source: ImageSource) -> ImageSource:
         return bytes(source)
     if isinstance(source, Tensor):
         return source.detach().clone() if source.device.type == "cpu" else source
-    return _kept_image(source) if is_pil_image(source) else source
+    take = _kept_image if is_pil_image(source) else read_all if is_file(source) else None
+    if take is None:
+        return source
+    try:
+        return take(source)
+    except ImageError as error:
+        return Source(name_of(source), str(error))
 
 
-def _kept_image(image: Image.Image) -> Image.Image | Source:
+def _kept_image(image: Image.Image) -> Image.Image:
     with loading_lock(image):
         again = _opened_again(image)
         if again is not None:
             return again
-        try:
-            with as_image_error():
-                image.load()
-                return _copied(image)
-        except ImageError as error:
-            return Source(name_of(image), str(error))
+        with as_image_error():
+            return _copied(image)
 
 
 def _copied(image: Image.Image) -> Image.Image:
-    """A copy of a loaded image, with its orientation: TIFFs and changed metadata have it outside of `info`."""
+    """A copy of an image in eight bits, with its orientation: TIFFs and changed metadata have it outside of `info`."""
     from PIL import Image
 
-    copy, orientation = image.copy(), orientation_of(image)
+    loaded = in_eight_bits(image)  # this needs tags that a copy loses
+    copy, orientation = loaded.copy(), orientation_of(image)
     if orientation_of(copy) != orientation:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = orientation
-        copy = image.copy()  # without the metadata that the comparison has read
+        copy = loaded.copy()  # without the metadata that the comparison has read
         copy.info["exif"] = exif.tobytes()
     return copy
 
@@ -113,14 +120,7 @@ def _opened_again(image: Image.Image) -> Image.Image | None:
     if image.format not in REOPENED or not getattr(image, "tile", None) or getattr(image, "is_animated", False):
         return None
     try:
-        file = image.fp
-        position = file.tell()
-        file.seek(0)
-        try:
-            encoded = file.read()
-        finally:
-            file.seek(position)
-        again = Image.open(io.BytesIO(encoded), formats=(image.format,))
+        again = Image.open(io.BytesIO(encoded_bytes(image)), formats=(image.format,))
     except Exception:  # a closed or damaged file: loading the image gives the reason
         return None
 

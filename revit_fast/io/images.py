@@ -1,5 +1,7 @@
 """Images: finds files, and decodes every kind of image source to an upright uint8 RGB array.
 
+Which formats are read, see `formats`; what becomes of samples that have not eight bits, see `samples`.
+
 Encoded images need Pillow: `pip install "revit-fast[cli]"`. With simplejpeg, which comes with it, most JPEGs decode
 faster, to the same pixels (see `jpeg`).
 """
@@ -12,29 +14,31 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from revit_fast.io import jpeg
+from revit_fast.io.formats import check_formats, largest_part, open_image
+from revit_fast.io.samples import in_eight_bits
 
 if TYPE_CHECKING:  # arrays need no Pillow, so it is imported only when it is needed
     from PIL import Image
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
 """Suffixes of file names that count as images inside a folder, in upper or lower case."""
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats whose decoders may run, whatever a file's name. Pillow's others never run: some start programs (EPS)."""
 
 ORIENTATION_TAG = 0x0112
 
 _LOADING = tuple(threading.Lock() for _ in range(64))
-"""Locks for PIL images, which share them: Pillow loads pixels and metadata when they are first used, and two threads
-that load one image spoil it."""
+"""Locks for PIL images and open files, which share them. Pillow loads pixels and metadata when they are first used, and
+two threads that load one image spoil it; two that read one file get a part each."""
 
 
 class Kind(NamedTuple):
@@ -69,8 +73,11 @@ class Source(NamedTuple):
     error: str | None = None
 
 
-ImageSource = "str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor | Source"
-"""A source of an image: a path, the bytes of a file, a PIL image, or uint8 pixels `[H, W, 3]` or `[H, W]`."""
+ImageSource = "str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | Tensor | Source"
+"""A source of an image: a path, the bytes of a file, an open file, a PIL image, or uint8 pixels.
+
+An open file is any object with a method `read` that gives bytes: it is read from where it stands to its end, and is set
+back to where it stood if it can seek."""
 
 
 def find_images(paths: Iterable[str], kind: Kind = IMAGES) -> Iterator[Source]:
@@ -145,17 +152,22 @@ def name_of(source: ImageSource) -> str:
             return f"<{len(source)} bytes>"
         except ValueError:  # its owner has released it
             return "<memoryview>"
+    if is_file(source) and isinstance(getattr(source, "name", None), str):
+        return source.name
     if isinstance(source, (np.ndarray, Tensor)):
         return f"<array {'x'.join(map(str, source.shape))}>"
     return f"<{type(source).__name__}>"
 
 
-def check_sources(sources: object) -> None:
-    """Raises a TypeError for a single image. Some could be iterated by mistake: a path by letters, an array by rows."""
+def check_sources(sources: object, name: str = "sources") -> None:
+    """Raises a TypeError for a single image, given as the argument `name`.
+
+    Some could be iterated by mistake: a path by letters, an array by rows, a file by lines.
+    """
     single = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Tensor, Source)
-    if isinstance(sources, single) or is_pil_image(sources):
+    if isinstance(sources, single) or is_pil_image(sources) or is_file(sources):
         got = type(sources).__name__
-        raise TypeError(f"sources: expected an iterable of images, got one {got}; wrap it: [image]")
+        raise TypeError(f"{name}: expected an iterable of images, got one {got}; wrap it: [image]")
 
 
 def on_one_line(text: str) -> str:
@@ -163,27 +175,33 @@ def on_one_line(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
+def read_rgb(source: ImageSource, *, draft_px: int | None = None, formats: Sequence[str] | None = None) -> np.ndarray:
     """Reads the upright RGB pixels of an image.
 
-    Encoded images are JPEG, PNG or WebP; their contents decide the format, not their name. The EXIF orientation is
-    applied. Transparent pixels are composited on white. Sixteen-bit grey is scaled to eight bits by the rule of the PNG
-    specification, `round(v * 255 / 65535)`. Grey, palette and CMYK become RGB. An animation gives its first frame. An
-    array is returned unchanged.
+    An encoded image may have any format that Pillow reads; its contents decide the format, not its name. The EXIF
+    orientation is applied. Transparent pixels are composited on white. Sixteen-bit samples, of grey or of colour, are
+    scaled to eight bits by the rule of the PNG specification, `round(v * 255 / 65535)`. Grey, palette, CMYK, YCbCr,
+    HSV and LAB become RGB; colour profiles are not applied. An animation gives its first frame, a TIFF its first page.
+    A PIL image gives the frame at which it is. An array is returned unchanged.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or a uint8 array or CPU tensor `[H, W, 3]`, `[H, W, 1]` or
-            `[H, W]`.
+        source: a path, the bytes of a file, an open file, a PIL image, or a uint8 array or CPU tensor `[H, W, 3]`,
+            `[H, W, 1]` or `[H, W]`.
         draft_px: allows decoding a JPEG at a half, a quarter or an eighth of its size (a scaled DCT), as long as its
             shorter side keeps at least this many pixels. The result is approximate: the pixels of a box filter.
+        formats: Pillow's names of the formats whose decoders may run on encoded images; by default all but those that
+            start other programs, see `formats.PROGRAMS`.
 
     Returns:
         uint8 array `[H, W, 3]` (an array as the source may be grey).
 
     Raises:
-        ImageError: with the reason: missing, empty, not an image, truncated, larger than
-            `2 * PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), or an array of another type or shape.
+        ImageError: with the reason: missing, empty, not an image, of a format that may not be read, truncated, larger
+            than `2 * PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), 32-bit integers or floating-point numbers,
+            which do not say what value white has, a file in text mode, or an array of another type or shape.
+        TypeError, ValueError: for names of formats that Pillow does not know.
     """
+    formats = check_formats(formats)
     if isinstance(source, np.ndarray):
         return _checked_array(source)
     with as_image_error():
@@ -191,30 +209,70 @@ def read_rgb(source: ImageSource, *, draft_px: int | None = None) -> np.ndarray:
             if source.error is not None:
                 raise ImageError(source.error)
             source = source.path
+        if is_file(source):
+            source = read_all(source)
         if isinstance(source, (str, os.PathLike)):
-            return _read_file(source, draft_px)
+            return _read_file(source, draft_px, formats)
         if isinstance(source, (bytes, bytearray, memoryview)):
-            return _decode(_opened(source), draft_px)
+            return _decode(_opened(source), draft_px, formats)
         if is_pil_image(source):
             if 0 in source.size:
                 raise ImageError("expected at least one pixel, got {}x{}".format(*source.size))
             with loading_lock(source):
-                source.load()
-                turn = _upright_transposition(source)
-            return _rgb(source, turn)
+                image, turn = in_eight_bits(source), _upright_transposition(source)
+            return _rgb(image, turn)
         if isinstance(source, Tensor) and source.device.type == "cpu":
             return _checked_array(source.numpy())
-    raise ImageError(f"expected a path, bytes, a PIL image or a uint8 array, got {type(source).__name__}")
+    raise ImageError(f"expected a path, bytes, an open file, a PIL image or a uint8 array, got {type(source).__name__}")
 
 
-def encoded_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels from the header of an encoded image; nothing is decoded.
+def encoded_size(data: bytes, formats: Sequence[str] | None = None) -> tuple[int, int]:
+    """(width, height) in pixels from the header of an encoded image, or of a TIFF's tile if that is larger.
+
+    Nothing is decoded, except of an ICO, whose pictures are files of their own; Pillow bounds their pixels.
+
+    Args:
+        data: the bytes of a file.
+        formats: see `read_rgb`.
 
     Raises:
         ImageError: if the header cannot be read; reasons as for `read_rgb`.
     """
-    with as_image_error(), _open(_opened(data)) as image:
-        return image.size
+    formats = check_formats(formats)
+    with as_image_error(), open_image(_opened(data), formats) as image:
+        return largest_part(image)
+
+
+def is_file(source: object) -> bool:
+    """Whether a source is an open file, or behaves like one. Some know their path as well; some paths can read."""
+    is_path = isinstance(source, os.PathLike) and not hasattr(source, "seek")
+    return callable(getattr(source, "read", None)) and not is_path
+
+
+def read_all(file: BinaryIO) -> bytes:
+    """The bytes of an open file from where it stands. A file that can seek is set back there, so it can be read again.
+
+    Raises:
+        ImageError: for a file in text mode, one that stands at its end, and with the reason why it cannot be read.
+    """
+    with as_image_error(), loading_lock(file):
+        if hasattr(file, "readable") and not file.readable():
+            raise ImageError('the file is not open for reading; open it with open(path, "rb")')
+        can_seek = hasattr(file, "seekable") and file.seekable()
+        position = file.tell() if can_seek else None
+        try:
+            data = file.read()
+        except UnicodeDecodeError:
+            data = ""
+        if can_seek:
+            file.seek(position)
+    if isinstance(data, str):
+        raise ImageError('the file is open in text mode; open it in binary mode: open(path, "rb")')
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise ImageError(f"the file's read() gave {type(data).__name__}, expected bytes")
+    if len(data) == 0:
+        raise ImageError("nothing is left to read where the file stands; if it was written or read before: seek(0)")
+    return bytes(data)
 
 
 @contextmanager
@@ -227,8 +285,6 @@ def as_image_error() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise ImageError('decoding needs Pillow: pip install "revit-fast[cli]"') from error
     except OSError as error:
-        if type(error).__name__ == "UnidentifiedImageError":
-            raise ImageError("not a JPEG, PNG or WebP image") from None
         raise ImageError(os_reason(error)) from error
     except Exception as error:  # damaged files make decoders raise many types: struct.error, SyntaxError, ...
         raise ImageError(str(error) or type(error).__name__) from error
@@ -240,9 +296,9 @@ def is_pil_image(source: object) -> bool:
     return pillow is not None and isinstance(source, pillow.Image)
 
 
-def loading_lock(image: Image.Image) -> threading.Lock:
-    """The lock to take while an image's pixels or metadata may be loaded."""
-    return _LOADING[id(image) // 64 % len(_LOADING)]  # objects lie 16 bytes or more apart
+def loading_lock(source: Image.Image | BinaryIO) -> threading.Lock:
+    """The lock to take while an image's pixels or metadata may be loaded, or a file may be read."""
+    return _LOADING[id(source) // 64 % len(_LOADING)]  # objects lie 16 bytes or more apart
 
 
 def _opened(data: bytes) -> io.BytesIO:
@@ -262,20 +318,14 @@ def check_file(path: str | os.PathLike, kind: Kind = IMAGES) -> None:
         raise ImageError("empty file")
 
 
-def _read_file(path: str | os.PathLike, draft_px: int | None) -> np.ndarray:
+def _read_file(path: str | os.PathLike, draft_px: int | None, formats: tuple[str, ...] | None) -> np.ndarray:
     check_file(path)
     with open(path, "rb") as file:
-        return _decode(file, draft_px)
+        return _decode(file, draft_px, formats)
 
 
-def _open(file: io.BufferedIOBase) -> Image.Image:
-    from PIL import Image
-
-    return Image.open(file, formats=FORMATS)
-
-
-def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
-    with _open(file) as image:
+def _decode(file: io.BufferedIOBase, draft_px: int | None, formats: tuple[str, ...] | None) -> np.ndarray:
+    with open_image(file, formats) as image:
         if image.format in jpeg.FORMATS:
             full_size = image.size
             if draft_px is not None:
@@ -284,8 +334,8 @@ def _decode(file: io.BufferedIOBase, draft_px: int | None) -> np.ndarray:
                 pixels = jpeg.same_pixels(image, file)
                 if pixels is not None:
                     return pixels
-        image.load()
-        return _rgb(image, _upright_transposition(image))
+        loaded = in_eight_bits(image)
+        return _rgb(loaded, _upright_transposition(image))
 
 
 def _draft_size(size: tuple[int, int], draft_px: int) -> tuple[int, int]:
@@ -308,16 +358,9 @@ def os_reason(error: OSError) -> str:
 
 
 def _rgb(image: Image.Image, turn: Image.Transpose | None) -> np.ndarray:
-    """RGB pixels of a loaded image, turned upright."""
+    """RGB pixels of a loaded image of eight bits a sample, turned upright."""
     from PIL import Image
 
-    if image.mode.startswith("I"):
-        # convert("RGB") would clip sixteen-bit values at 255.
-        grey = np.asarray(image if turn is None else image.transpose(turn))
-        key = image.info.get("transparency")
-        grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
-        scaled = (np.clip(grey, 0, 65535).astype(np.uint32) * 255 + 32767) // 65535
-        return np.repeat(scaled.astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)

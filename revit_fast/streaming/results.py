@@ -9,7 +9,7 @@ from os import PathLike
 import numpy as np
 from torch import Tensor
 
-from revit_fast.io.images import ImageSource, Source, name_of
+from revit_fast.io.images import ImageSource, Source, is_file, name_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Result:
         """The error without the name of the source."""
         if self.error is None:
             return None
-        if isinstance(self.source, (str, PathLike, Source)):
+        if isinstance(self.source, (str, PathLike, Source)) or is_file(self.source):
             return self.error.removeprefix(f"{name_of(self.source)}: ")
         return self.error.partition(">: ")[2]  # of "<120 bytes>: reason"; the source's size may have changed
 

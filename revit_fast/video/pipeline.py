@@ -65,6 +65,8 @@ class ClipPreprocessor(AdaptivePreprocessor):
             raise ValueError(f"n_frames: expected an int of at least 1, got {n_frames!r}")
         if self.draft:
             raise ValueError("draft: JPEGs are decoded at a fraction of their size, clips are not; leave it out")
+        if self.formats is not None:
+            raise ValueError("formats: they are image formats, clips have none of them; leave it out")
         if self.aspect != "crop":
             raise ValueError(f"aspect: clips are cropped to squares, got {self.aspect!r}; leave it out")
         self.n_frames = n_frames

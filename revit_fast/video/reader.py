@@ -6,12 +6,13 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from revit_fast.io.images import ImageError, Kind, Source, check_file, os_reason
+from revit_fast.io.images import ImageError, Kind, Source, check_file, is_file, os_reason, read_all
 from revit_fast.video.packets import Packets, read_packets
 
 if TYPE_CHECKING:  # arrays need no PyAV, and it is imported where it is first needed
@@ -23,8 +24,14 @@ CLIPS = Kind("a clip", "clips", (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"
 CONTAINERS = "avi,matroska,mov,mp4,m4a,3gp,3g2,mj2,webm"
 """Formats that may be read, whatever the file is called. FFmpeg's playlists are excluded: they open other files."""
 
-ClipSource = "str | os.PathLike | bytes | np.ndarray | Source"
-"""A clip given as a path, as the bytes of a file, or as uint8 frames `[F, H, W, 3]`."""
+ClipSource = "str | os.PathLike | bytes | BinaryIO | np.ndarray | Source"
+"""A clip given as a path, as the bytes of a file, as an open file, or as uint8 frames `[F, H, W, 3]`."""
+
+WIDEST_PIXEL = 8
+"""Pixels are at most this many times as wide as high, or as high as wide; real ones stay below 4."""
+
+SKEW = 0.0175
+"""Sine of the angle, one degree, by which a display matrix may miss a quarter turn, as in ffplay."""
 
 
 class ClipError(ImageError):
@@ -46,14 +53,18 @@ def spread(n_total: int, n_frames: int) -> list[int]:
 
 
 def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
-    """RGB frames spread evenly over a clip, turned upright (by PyAV 14 or later).
+    """RGB frames spread evenly over a clip, as players show them.
+
+    They are turned and mirrored as the display matrix of the clip says (with PyAV 14 or later). Where pixels are not
+    square, frames are first scaled to the width that square pixels need, `round(width * sample aspect ratio)`, by
+    FFmpeg's bicubic filter; their height stays.
 
     The number of frames is counted, not taken from the header. A file is read once for its packets and decoded once; if
     there are more or fewer frames than packets, it is decoded a second time.
 
     Args:
-        source: a path or the bytes of an AVI, Matroska, WebM, MP4 or QuickTime file, whose first video stream is taken;
-            or uint8 frames `[F, H, W, 3]`.
+        source: a path or the bytes of an AVI, Matroska, WebM, MP4 or QuickTime file, or an open one, whose first video
+            stream is taken; or uint8 frames `[F, H, W, 3]`.
         n_frames: frames to take, see `spread`.
 
     Returns:
@@ -61,7 +72,8 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
 
     Raises:
         ClipError: with the reason: missing, empty, no video, damaged, too few frames, frames of several sizes, an
-            end well before the duration in the header, or an array of another type or shape.
+            end well before the duration in the header, a display matrix that is no quarter turn, pixels more than 8
+            times as wide as high, or an array of another type or shape.
     """
     if isinstance(source, np.ndarray):
         return _checked_array(source)[spread(len(source), n_frames)]
@@ -70,6 +82,8 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
             if source.error is not None:
                 raise ClipError(source.error)
             source = source.path
+        if is_file(source):
+            source = read_all(source)
         if isinstance(source, (str, os.PathLike)):
             check_file(source, CLIPS)
             return _read(os.fspath(source), n_frames)
@@ -77,7 +91,7 @@ def read_clip(source: ClipSource, n_frames: int) -> np.ndarray:
             if len(source) == 0:
                 raise ClipError("empty file")
             return _read(source, n_frames)
-    raise ClipError(f"expected a path, bytes or uint8 frames [F, H, W, 3], got {type(source).__name__}")
+    raise ClipError(f"expected a path, bytes, an open file or uint8 frames [F, H, W, 3], got {type(source).__name__}")
 
 
 def _read(file: str | bytes, n_frames: int) -> np.ndarray:
@@ -109,10 +123,11 @@ def _frames_at(
     n_expected = packets.n_pictures if packets is not None else None
     wanted, frames, n_found, last_s = set(indices), [], 0, None
     with _opened(file) as container:
+        aspect = _pixel_aspect(container)
         for i, frame in enumerate(container.decode(video=0)):
             n_found, last_s = i + 1, frame.time
             if i in wanted:
-                frames.append(_upright_rgb(frame))
+                frames.append(_shown(frame, aspect))
             if indices and i == indices[-1] and n_found != n_expected:
                 return frames, n_expected or n_found
     if packets is not None and last_s is not None:
@@ -134,10 +149,38 @@ def _stacked(frames: list[np.ndarray]) -> np.ndarray:
     return np.stack(frames)
 
 
-def _upright_rgb(frame: VideoFrame) -> np.ndarray:
+def _pixel_aspect(container: InputContainer) -> Fraction:
+    """Width of the video's pixels by their height; 1 if the file does not say."""
+    aspect = container.streams.video[0].sample_aspect_ratio or Fraction(1)
+    if not Fraction(1, WIDEST_PIXEL) <= aspect <= WIDEST_PIXEL:
+        shape = f"{aspect.numerator}:{aspect.denominator}"
+        raise ClipError(f"its pixels are {shape}, expected 1:{WIDEST_PIXEL} to {WIDEST_PIXEL}:1; its header is damaged")
+    return aspect
+
+
+def _shown(frame: VideoFrame, aspect: Fraction) -> np.ndarray:
+    """The RGB pixels of a frame as players show them."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if aspect != 1:
+        width = max(1, round(frame.width * aspect))
+        frame = frame.reformat(width, frame.height, "rgb24", interpolation="BICUBIC")
     pixels = frame.to_ndarray(format="rgb24")
-    turns = getattr(frame, "rotation", 0) // 90 % 4  # PyAV 14 and later; counter-clockwise, as in numpy
-    return np.rot90(pixels, turns) if turns else pixels
+    return pixels if matrix is None else _displayed(pixels, np.frombuffer(matrix, np.int32).reshape(3, 3))
+
+
+def _displayed(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """A frame turned and mirrored by FFmpeg's display matrix: the row (x, y, 1) times it is where a pixel is shown.
+
+    Only the signs of its linear part count: FFmpeg has put its scale into the shape of pixels.
+    """
+    (xx, xy), (yx, yy) = matrix[:2, :2].astype(np.int64).tolist()
+    straight, across = abs(xx) + abs(yy), abs(xy) + abs(yx)
+    if min(straight, across) > SKEW * max(straight, across):
+        degrees = np.degrees(np.arctan2(xy, xx))
+        raise ClipError(f"is shown turned by {degrees:.0f} degrees, expected quarter turns; encode its frames upright")
+    if across > straight:
+        pixels, xx, yy = pixels.swapaxes(0, 1), yx, xy
+    return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
 
 
 @contextmanager
