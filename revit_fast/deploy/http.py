@@ -40,6 +40,7 @@ from starlette.responses import JSONResponse, Response
 
 from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.io.images import ImageError, encoded_size
+from revit_fast.io.names import MOST_DIGITS, dumps, shortened, whole_number
 from revit_fast.io.trace import StageTimes
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.streaming.results import Result
@@ -74,6 +75,13 @@ class Limits:
         for name, value in vars(self).items():
             if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+class Answer(JSONResponse):
+    """A JSON answer, whose texts may be names that are no UTF-8 (see `io.names`)."""
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 class Refusal(Exception):
@@ -157,7 +165,7 @@ class Service:
         begin = time.perf_counter()
         self._n_open += 1
         try:
-            response = JSONResponse(await asyncio.wait_for(self._answer(request), self.limits.seconds))
+            response = Answer(await asyncio.wait_for(self._answer(request), self.limits.seconds))
         except asyncio.TimeoutError:
             response = self._refused(Refusal(504, "timeout", f"took longer than {self.limits.seconds:g} s"))
         except ClientDisconnect:
@@ -174,13 +182,13 @@ class Service:
         if request.url.path == "/metrics":
             return Response(generate_latest(self.metrics.registry), media_type=PROMETHEUS_TEXT)
         if self.session.closed is not None:
-            return JSONResponse({"error": self.session.closed}, 503)
-        return JSONResponse({"status": "ok"})
+            return Answer({"error": self.session.closed}, 503)
+        return Answer({"status": "ok"})
 
     def _refused(self, refusal: Refusal) -> Response:
         self.metrics.errors.labels(refusal.kind).inc()
         headers = {"Retry-After": "1"} if refusal.status == 503 else None
-        return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+        return Answer({"error": str(refusal)}, refusal.status, headers)
 
     async def _answer(self, request: Request) -> dict[str, Any]:
         if request.url.path != "/":
@@ -189,7 +197,7 @@ class Service:
             raise Refusal(405, "request", f"{request.method}: POST an image")
         top_k = self._top_k(request)
         body = await self._body(request)
-        if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             return await self._classified(body, top_k)
         answers = await asyncio.gather(
             *(self._classified(image, top_k) for image in self._images(body)), return_exceptions=True
@@ -206,15 +214,16 @@ class Service:
 
     def _top_k(self, request: Request) -> int:
         text = request.query_params.get("top_k", str(self.limits.top_k))
-        if not text.isdecimal() or int(text) < 1:
-            raise Refusal(400, "request", f"top_k: expected a positive integer, got {text!r}")
-        return int(text)
+        top_k = whole_number(text)
+        if top_k is None or not 1 <= top_k < 10**MOST_DIGITS:
+            raise Refusal(400, "request", f"top_k: expected a positive integer, got {shortened(text)}")
+        return top_k
 
     async def _body(self, request: Request) -> bytes:
         limit = self.limits.body_bytes
         too_large = Refusal(413, "body", f"the body is larger than {limit} bytes")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limit:
+        declared = whole_number(request.headers.get("content-length", ""))
+        if declared is not None and declared > limit:
             raise too_large
         body = bytearray()
         async for chunk in request.stream():

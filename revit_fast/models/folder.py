@@ -22,7 +22,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
-from revit_fast.io.atomic import replaced_folder
+from revit_fast.io.atomic import read_json, replaced_folder
+from revit_fast.io.names import dumps, on_one_line, to_text
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import SETTINGS, input_settings
 from revit_fast.models.weights import load_fitting, read_checkpoint
@@ -85,7 +86,7 @@ def write_folder(
         (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))  # only the owner could read a file of save_file
         if assigner is not None:
             assigner.save(new / ASSIGNER)
-        (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / CONFIG).write_text(dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (new / CARD).write_text(_card_text(model, assigner, config), encoding="utf-8")
         _keep_other_files(folder, new)
 
@@ -129,7 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"bundle: {path} cannot be read as JSON: {error}; save the bundle again") from error
     version = config.get("format") if isinstance(config, dict) else None
@@ -230,7 +231,7 @@ def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str,
     ]
     n_parameters = sum(p.numel() for p in model.parameters())
     crop = f"crop {settings['crop_pct']:g}, {settings['interpolation']}, mean {settings['mean']}, std {settings['std']}"
-    named = classes if len(classes) <= 20 else (*classes[:20], "...")
+    named = [*map(on_one_line, classes[:20]), *["..."] * (len(classes) > 20)]
     task = "image-classification" if model.num_classes else "image-feature-extraction"
     return "\n".join(
         [
@@ -257,6 +258,6 @@ def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str,
             f"- Preprocessing: {crop}",
             f"- Classes ({len(classes)}): {', '.join(named)}",
             "",
-            *([config["card"].strip(), ""] if config["card"] else []),
+            *([to_text(config["card"].strip()), ""] if config["card"] else []),
         ]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -12,7 +11,8 @@ from typing import TextIO
 
 import torch
 
-from revit_fast.io.atomic import remove_leftovers
+from revit_fast.io.atomic import read_json, remove_leftovers
+from revit_fast.io.names import say
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.models.weights import read_checkpoint
@@ -80,8 +80,8 @@ def read_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no training run: there is no {CONFIG} in it")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
+        return TrainConfig.from_dict(read_json(path))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
@@ -180,11 +180,10 @@ def train(
         if terminal is not None and world.is_first:
             start = f"from update {trainer.step} of {trainer.n_updates}" if trainer.step else "from the start"
             head = ", with a new head" if new_head else ""
-            print(
+            say(
+                terminal,
                 f"training {config.model}{head} on {len(images)} images of {len(images.classes)} classes at grids "
                 f"{', '.join(map(str, config.grids))}, {config.mode}, {world.size} process(es), {start}",
-                file=terminal,
-                flush=True,
             )
         accuracy = trainer.fit()
         if world.is_first:

@@ -9,14 +9,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from revit_fast.grids import DEFAULT_GRIDS, scaled_grids
-from revit_fast.io.atomic import replaced_folder
+from revit_fast.io.atomic import read_json, replaced_folder
+from revit_fast.io.names import dumps
 from revit_fast.models.weights import read_checkpoint
 from revit_fast.video.model import SETTINGS, TimeSformer
 from revit_fast.video.transformers_import import config_from_transformers, config_to_transformers
@@ -42,7 +42,7 @@ class Checkpoint(NamedTuple):
 def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether the folder's configuration is that of a TimeSformer."""
     try:
-        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+        config = read_json(Path(folder, CONFIG))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == "timesformer"
@@ -108,14 +108,14 @@ def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence
     with replaced_folder(folder) as new:
         (new / MODEL).write_bytes(save(tensors, {"format": "pt"}))
         for name, content in ((CONFIG, config), (PROCESSOR, processor)):
-            (new / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (new / name).write_text(dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint: {path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
