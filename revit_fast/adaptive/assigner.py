@@ -19,6 +19,8 @@ from revit_fast.adaptive.network import STEM_PATCH, FusedCNN, SeparableCNN
 from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.io.atomic import replaced
+from revit_fast.io.names import loads
+from revit_fast.io.tensors import misfit, parsed
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
@@ -315,17 +317,18 @@ class TokenLengthAssigner(nn.Module):
             FileNotFoundError: if the file does not exist.
             ValueError: if `save` did not write the file, or it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"assigner: there is no file {path}")
+        problem = misfit(Path(path))
+        if problem is not None:
+            raise ValueError(f"assigner: {path} cannot be read: it {problem}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"assigner: {path} was not written by TokenLengthAssigner.save")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings = json.loads(metadata["assigner"])
+            tensors, metadata = parsed(Path(path).read_bytes())
+            if metadata.get("format") != FORMAT:
+                raise ValueError("it was not written by TokenLengthAssigner.save")
+            settings = loads(metadata["assigner"])
             calibration = settings.pop("calibration", None)
             assigner = cls(**settings)
             kept = tensors.pop("calibration.suffices", None)
@@ -333,7 +336,7 @@ class TokenLengthAssigner(nn.Module):
             if calibration:
                 entropies = tuple(calibration["entropies"])
                 assigner.calibration = Calibration(float(calibration["temperature"]), kept.numpy(), entropies)
-        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"assigner: {path} cannot be read: {str(error).splitlines()[0]}") from error
         return assigner.eval()
 

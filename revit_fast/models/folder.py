@@ -189,7 +189,7 @@ def read_model(
             "save the bundle again"
         )
     try:
-        load_fitting(model, read_checkpoint(folder / MODEL), folder / MODEL)
+        load_fitting(model, read_checkpoint(folder / MODEL, model.state_dict()), folder / MODEL)
     except ValueError as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
         raise ValueError(f"bundle: {error}; {fix}") from error

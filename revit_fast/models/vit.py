@@ -31,7 +31,7 @@ from revit_fast.models.keywords import keywords_of, spec_of
 from revit_fast.models.spec import Block as BlockSpec
 from revit_fast.models.spec import Divide, LayerScale, Norm, ViTSpec
 from revit_fast.models.timm_api import NORM_PARAMETER, TimmInterface
-from revit_fast.models.weights import load_fitting, read_checkpoint
+from revit_fast.models.weights import load_fitting, read_checkpoint, state_dict_of
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, PackedBatch, device_cu_seqlens
 
@@ -255,18 +255,19 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
             FileNotFoundError: where there is no such file.
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
-        self.load_weights(read_checkpoint(Path(path)), path)
+        self.load_weights(read_checkpoint(Path(path), self.state_dict()), path)
 
     def load_weights(self, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-        """Loads the state dict of a plain ViT or of a ReViT.
+        """Loads the state dict of a plain ViT or of a ReViT, also out of a training checkpoint (`weights.CONTAINERS`).
 
         Args:
-            state_dict: state dict of either.
+            state_dict: state dict of either, or what a checkpoint holds.
             source: name of the state dict in errors.
 
         Raises:
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
+        state_dict = state_dict_of(state_dict, source, self.state_dict())
         load_fitting(self, self.convert_state_dict(state_dict), source)
 
     @property

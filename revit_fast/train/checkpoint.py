@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from revit_fast.io.atomic import replaced
+from revit_fast.io.tensors import misfit, parsed
 
 FORMAT = "revit-fast training state 2"
 TENSOR = "\0tensor"
@@ -43,14 +44,15 @@ def load_state(path: Path) -> dict[str, Any]:
         ValueError: if the file holds something else.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    problem = misfit(path)
+    if problem is not None:
+        raise ValueError(f"{path} cannot be read as a state of a training run: it {problem}")
     data = path.read_bytes()  # in one read: `safe_open` opens the path twice, and a run may replace it in between
     try:
-        tensors = load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        tensors, metadata = parsed(data)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no state of a training run of this version")
         return _put_together(json.loads(metadata["state"]), tensors)

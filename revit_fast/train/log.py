@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from revit_fast.io.atomic import replaced
-from revit_fast.io.names import say, whole_number
+from revit_fast.io.names import on_one_line, say, whole_number
 
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 
@@ -33,7 +33,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # an optional package
             return
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        try:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except UnicodeEncodeError:
+            self.say(f"{on_one_line(str(folder))}: TensorBoard's files are left out, as it takes only names in UTF-8")
 
     def add(self, name: str, row: Mapping[str, float]) -> None:
         """Appends a row, whose first column is the update."""

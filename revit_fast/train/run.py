@@ -96,7 +96,7 @@ def build_model(config: TrainConfig, n_classes: int) -> tuple[ReViT, bool]:
     model = create_model(config.model, config.grids, num_classes=n_classes, **config.model_kwargs)
     if config.weights is None:
         return model, False
-    state_dict = read_checkpoint(Path(config.weights))
+    state_dict = read_checkpoint(Path(config.weights), model.state_dict())
     own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
     new_head = any(
         name not in state_dict or state_dict[name].shape[:1] != value.shape[:1] for name, value in own.items()

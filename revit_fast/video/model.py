@@ -22,7 +22,7 @@ from revit_fast.layers.mlp import Mlp, make_activation
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
-from revit_fast.models.weights import load_fitting
+from revit_fast.models.weights import load_fitting, state_dict_of
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout
 from revit_fast.video.clips import ClipLayout, PackedClips
@@ -240,7 +240,7 @@ class TimeSformer(nn.Module):
         Raises:
             ValueError: if a feature is not supported, or the weights do not fit the configuration.
         """
-        state_dict = names_from_transformers(state_dict)
+        state_dict = names_from_transformers(state_dict_of(state_dict, "state_dict"))
         head = state_dict.get("head.weight")
         model = cls(grids=grids, num_classes=0 if head is None else head.shape[0], **config_from_transformers(config))
         model.load_weights(state_dict, "state_dict")
@@ -256,7 +256,7 @@ class TimeSformer(nn.Module):
         Raises:
             ValueError: if names or shapes do not fit; the message lists them.
         """
-        converted = names_from_transformers(state_dict)
+        converted = names_from_transformers(state_dict_of(state_dict, source))
         for name, value in converted.items():
             if NORM_PARAMETER.search(name) and value.dim() == 1:
                 converted[name] = value.expand(len(self.grids), -1)
