@@ -16,6 +16,9 @@ from torch import Tensor
 MOST_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, by its format."""
 
+PICKLE = b"\x80"
+"""First byte of what `torch.save` wrote before it wrote zip archives."""
+
 FOREIGN = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself; run git lfs pull"),
     (b"\x89HDF", "is an HDF5 file, as Keras writes it"),
@@ -44,8 +47,10 @@ def read_tensors(path: Path) -> Any:
             if not str(path).isascii():  # load_file takes only paths in UTF-8
                 return parsed(path.read_bytes())[0]
             return load_file(path)
-        with torch.serialization.safe_globals([Namespace]):  # the options of a training, which hold nothing that runs
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # A Namespace holds the options of a training, and nothing that runs. The file is open, because torch.load goes
+        # by the suffix of a name.
+        with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except ImportError:
         raise ImportError('reading safetensors needs safetensors: pip install "revit-fast[timm]"') from None
     except UnpicklingError as error:  # PyTorch's text would tell the user to unpickle whatever is in the file
@@ -56,7 +61,7 @@ def read_tensors(path: Path) -> Any:
             "torch.save(model.state_dict(), path)"
         ) from error
     except Exception as error:  # the readers raise any exception of their parsers
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(f"is damaged: {reason}") from error
 
 
@@ -89,7 +94,9 @@ def misfit(path: Path) -> str | None:
     if text.startswith((b"{", b"[")):
         index = b"weight_map" in head or path.name.endswith(".index.json")
         return "is JSON text" + (", the index of weights in several files; join them into one" if index else "")
-    return next((what for begin, what in FOREIGN if head.startswith(begin)), None)
+    if head.startswith(PICKLE):
+        return None
+    return next((what for begin, what in FOREIGN if head.startswith(begin)), f"begins with {head[:16]!r}, as none does")
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -35,15 +35,22 @@ NAMED = 5
 """Names of each kind that an error lists."""
 
 FAMILIES = (
-    (r"^(visual\.|vision_model\.|text_model\.|token_embedding\.)", "a CLIP of two towers; give its image tower alone"),
-    (r"relative_position_bias_table|^layers\.\d+\.(blocks|downsample)", "a Swin, whose attention runs in windows"),
+    (
+        r"^(visual\.|vision_model\.|text_model\.|token_embedding\.)",
+        "those of a CLIP with two towers; give one",
+    ),
+    (
+        r"relative_position_bias_table",
+        "those of a model with relative positions, which ReViT lacks",
+    ),
+    (r"^layers\.\d+\.(blocks|downsample)", "those of a Swin, whose attention runs in windows"),
     (r"^(optimizer|average)\.", "the state of a training run; give its model.safetensors"),
-    (r"roi_head|rpn|bbox|class_embed|query_embed", "a model for detection; give its backbone alone"),
-    (r"^decoder_|^mask_token$", "a pre-training with a decoder (MAE); give its encoder alone"),
+    (r"roi_head|rpn|bbox|class_embed|query_embed", "those of a model for detection; give its backbone alone"),
+    (r"^decoder_|^mask_token$", "those of a pre-training with a decoder (MAE); give its encoder alone"),
     (r"lora_[AB]\b", "a LoRA adapter without the model; merge it into the model first"),
-    (r"encoder\.layer\.\d+\.|^embeddings\.", "a model of transformers; use ReViT.from_transformers"),
-    (r"^patch_embed\.conv1\.", "an LV-ViT; use models.lvvit.from_lvvit_state_dict"),
-    (r"^(layer[1-4]\.\d|features\.\d|stages\.\d)", "a convolutional network"),
+    (r"encoder\.layer\.\d+\.|^embeddings\.", "those of a model of transformers; use ReViT.from_transformers"),
+    (r"^patch_embed\.conv1\.", "those of an LV-ViT; use models.lvvit.from_lvvit_state_dict"),
+    (r"^(layer[1-4]\.\d|features\.\d|stages\.\d)", "those of a convolutional network"),
 )
 """Patterns in unexpected names, and what such weights are."""
 
@@ -160,15 +167,15 @@ def _listed(names: Sequence[str]) -> str:
 def _hint(own: Mapping[str, Tensor], given: Mapping[str, Tensor], misshapen: Sequence[str]) -> str:
     """What weights that do not fit look like, and what to do; empty if nothing is known."""
     unexpected = given.keys() - own.keys()
+    for pattern, family in FAMILIES:
+        if any(re.search(pattern, name) for name in unexpected):
+            return f"these look like {family}"
     before = Counter(
         name[: -len(rest)] for name in unexpected for rest in _ends(name) if rest in own and rest not in given
     )
     for prefix, count in before.most_common(1):
         if 2 * count > len(own):
             return f"{count} names are the model's after {prefix!r}; save these weights alone, without it"
-    for pattern, family in FAMILIES:
-        if any(re.search(pattern, name) for name in unexpected):
-            return f"these look like the weights of {family}"
     depths = [len({name.split(".")[1] for name in names if name.startswith("blocks.")}) for names in (own, given)]
     if depths[0] != depths[1] and depths[1]:
         return f"they have {depths[1]} blocks, the model has {depths[0]}"
