@@ -16,6 +16,7 @@ from train_helpers import noise_images, tiny_config, write_folders
 import revit_fast as rf
 from revit_fast.cli import arguments, main, report
 from revit_fast.deploy import export, ray_dataset, results_folder
+from revit_fast.explain import Explanation, write
 from revit_fast.io.atomic import read_json, write_json
 from revit_fast.io.folders import matches
 from revit_fast.io.images import Source, find_images
@@ -155,6 +156,11 @@ class TestFiles:
         texts = export._as_text(export.model_settings(make_model(num_classes=2, depth=1), ["a", FOREIGN]))
         texts["classes"].encode()
         assert loads(texts["classes"]) == ["a", FOREIGN]
+
+    def test_sheets(self, tmp_path):
+        pytest.importorskip("PIL")
+        write(tmp_path / "sheet.html", [Explanation(0, FOREIGN, error=FOREIGN)])
+        assert "caf" in (tmp_path / "sheet.html").read_text(encoding="utf-8")
 
 
 class TestCommands:
