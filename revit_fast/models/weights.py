@@ -122,10 +122,10 @@ def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
             the first of each, and says what the weights look like.
     """
     own = module.state_dict()
-    misshapen = sorted(n for n in own.keys() & state_dict.keys() if own[n].shape != state_dict[n].shape)
+    misshapen = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
     problems = {
-        "missing": sorted(own.keys() - state_dict.keys()),
-        "unexpected": sorted(map(on_one_line, state_dict.keys() - own.keys())),
+        "missing": [name for name in own if name not in state_dict],
+        "unexpected": [on_one_line(name) for name in state_dict if name not in own],
         "of another shape": [
             f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}" for name in misshapen
         ],
