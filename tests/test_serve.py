@@ -32,6 +32,7 @@ from starlette.requests import Request
 
 from revit_fast.deploy.http import Limits, Service
 from revit_fast.io.formats import SERVED
+from revit_fast.io.names import from_text
 
 BUDGET = 100
 MODEL = "deit_tiny_patch16_224"
@@ -136,6 +137,16 @@ class TestAnswers:
         assert bad == {"error": f"not an image; expected one of {', '.join(SERVED)}"}
         assert [without_ms(first), without_ms(last)] == expected(pipe_of(model), [images[0], images[2]])
 
+    def test_class_names_that_are_no_utf8(self, serve, model):
+        prep = rf.AdaptivePreprocessor.for_model(model, policy=("fixed", 6))
+        names = [os.fsdecode(b"caf\xe9%d" % i) for i in range(40)]
+        service = serve(rf.AdaptivePipeline(model, prep, labels=names, max_wait_s=0.05))
+        status, answer = ask_once(service, png(0), query=b"top_k=40")
+        assert status == 200
+        labels = [entry["label"] for entry in answer["predictions"]]
+        assert all(label.startswith(r"caf\xe9") for label in labels)
+        assert sorted(map(from_text, labels)) == sorted(names)
+
     def test_requests_at_a_time_share_batches_within_the_budget(self, serve, model):
         service = serve(pipe_of(model, max_wait_s=0.3))
         images = [png(i) if i % 3 else _flat() for i in range(40)]
@@ -174,10 +185,16 @@ class TestLimits:
             ({"body": b"no image"}, 422, "image", "not an image; expected one of JPEG, PNG"),
             ({"body": png(0)[:100]}, 422, "image", ""),
             ({"body": png(0), "query": b"top_k=0"}, 400, "request", "top_k: expected a positive integer, got '0'"),
+            ({"body": png(0), "query": b"top_k=" + b"9" * 5000}, 400, "request", "top_k: expected a positive integer"),
+            ({"body": png(0), "query": b"top_k=%C2%B2"}, 400, "request", "top_k: expected a positive integer"),
+            ({"body": b"", "content_length": "9" * 5000}, 413, "body", "larger than 2000 bytes"),
             ({"body": png(0), "path": "/predict"}, 404, "request", "there is no /predict"),
+            ({"body": png(0), "path": "/\udcff"}, 404, "request", r"there is no /\xff"),
             ({"method": "GET"}, 405, "request", "POST an image"),
             ({"body": b"{", "content_type": "application/json"}, 400, "request", "base64"),
             ({"body": b'{"images": []}', "content_type": "application/json"}, 400, "request", "no list"),
+            ({"body": b'{"images": []}', "content_type": "Application/JSON ; q"}, 400, "request", "no list"),
+            ({"body": b"9" * 1990, "content_type": "application/json"}, 400, "request", "base64"),
             ({"body": b'{"images": ["?"]}', "content_type": "application/json"}, 400, "request", "base64"),
             ({"body": b'{"images": ["", "", ""]}', "content_type": "application/json"}, 413, "body", "at most 2"),
         ],

@@ -5,6 +5,7 @@ The paper (arXiv 2307.02092) uses a light classifier. This one, a depthwise-sepa
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from revit_fast.adaptive.network import STEM_PATCH, FusedCNN, SeparableCNN
 from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, grey_entropy, make_policy, suffices
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.io.atomic import replaced
-from revit_fast.io.tensors import tensors_and_metadata
+from revit_fast.io.names import loads
+from revit_fast.io.tensors import misfit, tensors_and_metadata
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
@@ -324,11 +326,15 @@ class TokenLengthAssigner(nn.Module):
 
         if content is None and not Path(path).is_file():
             raise FileNotFoundError(f"assigner: there is no file {path}")
+        content = Path(path).read_bytes() if content is None else content
+        problem = misfit(io.BytesIO(content), Path(path).name)
+        if problem is not None:
+            raise ValueError(f"assigner: {path} cannot be read: it {problem}")
         try:
-            tensors, metadata = tensors_and_metadata(Path(path).read_bytes() if content is None else content)
+            tensors, metadata = tensors_and_metadata(content)
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"assigner: {path} was not written by TokenLengthAssigner.save")
-            settings = json.loads(metadata["assigner"])
+                raise ValueError("it was not written by TokenLengthAssigner.save")
+            settings = loads(metadata["assigner"])
             calibration = settings.pop("calibration", None)
             assigner = cls(**settings)
             kept = tensors.pop("calibration.suffices", None)
@@ -336,7 +342,7 @@ class TokenLengthAssigner(nn.Module):
             if calibration:
                 entropies = tuple(calibration["entropies"])
                 assigner.calibration = Calibration(float(calibration["temperature"]), kept.numpy(), entropies)
-        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"assigner: {path} cannot be read: {str(error).splitlines()[0]}") from error
         return assigner.eval()
 

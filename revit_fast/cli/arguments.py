@@ -6,6 +6,7 @@ The module imports neither torch nor NumPy, so that `--help` and usage errors ap
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from revit_fast.io.atomic import target_of
 from revit_fast.io.formats import check_formats
+from revit_fast.io.names import MOST_DIGITS, on_one_line, shortened, whole_number
 
 RESULT_FORMATS = ("table", "json", "csv")
 
@@ -57,12 +59,9 @@ class UsageError(Exception):
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    value = whole_number(text)
+    if value is None or not 1 <= value < 10**MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {shortened(text)}")
     return value
 
 
@@ -90,7 +89,7 @@ def budget(text: str) -> dict[str, float]:
     except ValueError:
         value = 0.0
     if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected tokens such as 90, or 2.5gmacs, got {shortened(text)}")
     return {unit: value}
 
 
@@ -101,7 +100,8 @@ def drop(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0.0 <= value < 100.0:
-        raise argparse.ArgumentTypeError(f"expected percentage points from 0 to 100, such as 0.5, got {text!r}")
+        got = shortened(text)
+        raise argparse.ArgumentTypeError(f"expected percentage points from 0 to 100, such as 0.5, got {got}")
     return value / 100
 
 
@@ -126,7 +126,7 @@ def _policy(text: str) -> str | tuple[str, object]:
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
             "expected argmax, threshold:THETA or cascade:P (from 0 to 1), fixed:GRID, cycle, random, random:SEED, "
-            f"entropy or entropy:BITS,BITS, got {text!r}"
+            f"entropy or entropy:BITS,BITS, got {shortened(text)}"
         ) from None
 
 
@@ -316,6 +316,9 @@ def run_command(
     Returns:
         The exit code: that of `run`, 2 for a usage error or a missing package, 130 if interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
@@ -323,7 +326,7 @@ def run_command(
     try:
         return run(args)
     except UsageError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {on_one_line(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRA_MODULES.get((error.name or "").split(".")[0])

@@ -13,6 +13,7 @@ import numpy as np
 from revit_fast.cli.arguments import UsageError, check_free
 from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
 from revit_fast.explain import page
+from revit_fast.io.names import on_one_line
 from revit_fast.models.hub import SHIPPED, shipped_names
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.datasets import open_images
@@ -55,7 +56,7 @@ def described(name: str, pipe: AdaptivePipeline) -> str:
     text = f"Model `{name}`, {grids} patches of {pipe.model.patch_size} px"
     if pipe.classes is None:
         return f"{text}, {pipe.model.num_classes} classes."
-    names = ", ".join(pipe.classes[:12]) + (", …" if len(pipe.classes) > 12 else "")
+    names = ", ".join(map(on_one_line, pipe.classes[:12])) + (", …" if len(pipe.classes) > 12 else "")
     return f"{text}. It knows: {names}."
 
 

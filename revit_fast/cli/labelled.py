@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, positive
+from revit_fast.io.names import on_one_line
 
 if TYPE_CHECKING:
     from revit_fast.streaming.bundle import Bundle
@@ -112,8 +113,6 @@ def counter(what: str) -> Callable[[int, int], None]:
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:
     """Prints the images that could not be read and why; returns the exit code."""
-    from revit_fast.io.images import on_one_line
-
     for i, reason in unreadable.items():
         print(f"error: {on_one_line(images.name(i))}: {on_one_line(reason)}", file=sys.stderr)
     return 1 if unreadable else 0

@@ -19,6 +19,7 @@ from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.inference.inference_copy import InferenceCopy, dtype_name
 from revit_fast.inference.optimize import OptimizedReViT, optimize
 from revit_fast.io.images import IMAGES, Kind
+from revit_fast.io.names import read_names
 from revit_fast.models.create import create_model
 from revit_fast.models.hub import is_bundle
 from revit_fast.models.vit import ReViT
@@ -144,11 +145,10 @@ def load_model(args: argparse.Namespace) -> ReViT:
 
 
 def read_labels(path: str, n_classes: int) -> list[str]:
-    """One class name per line, in the order of the model's classes."""
+    """One class name per line, in the order of the model's classes; see `names.read_names`."""
     try:
-        with open(path, encoding="utf-8") as file:
-            labels = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        labels = read_names(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"--labels: cannot read {path}: {error}") from error
     if len(labels) != n_classes:
         raise UsageError(f"--labels: the model has {n_classes} classes, but {path} has {len(labels)} lines")

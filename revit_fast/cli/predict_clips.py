@@ -49,7 +49,7 @@ def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
         raise UsageError(f"--model: {error}") from error
     try:
         if args.weights:
-            model.load_weights(read_checkpoint(Path(args.weights)), args.weights)
+            model.load_weights(read_checkpoint(Path(args.weights), model.state_dict()), args.weights)
     except (OSError, ValueError) as error:
         raise UsageError.of(error, "--weights", weights="--weights") from error
     if model.num_classes < 1:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +13,8 @@ from typing import Any, TextIO
 from revit_fast.cli.arguments import UsageError, check_file
 from revit_fast.cli.pipelines import ignore_pillow_warnings
 from revit_fast.io.atomic import replaced
-from revit_fast.io.images import IMAGES, Kind, find_images, name_of, on_one_line
+from revit_fast.io.images import IMAGES, Kind, find_images, name_of
+from revit_fast.io.names import csv_line, dumps, on_one_line, write
 from revit_fast.io.trace import StageTimes, Trace
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.streaming.results import Result
@@ -93,7 +91,7 @@ class JsonFormat:
             if self.top_k:
                 record["top"] = [{"class": entry["label"], "probability": entry["score"]} for entry in p.top]
         comma, self.comma = self.comma, ","
-        return f"{comma}{json.dumps(record, allow_nan=False)}\n"
+        return f"{comma}{dumps(record, allow_nan=False)}\n"
 
     def footer(self) -> str:
         return "]\n"
@@ -108,23 +106,17 @@ class CsvFormat:
     def header(self) -> str:
         lengths = [f"p_{grid}" for grid in self.grids]
         classes = [f"{kind}_{rank}" for rank in range(1, self.top_k + 1) for kind in ("class", "prob")]
-        return self._line(["path", "grid", "tokens", "ms", *lengths, *classes, "error"])
+        return csv_line(["path", "grid", "tokens", "ms", *lengths, *classes, "error"])
 
     def row(self, p: Prediction) -> str:
         if p.error is not None:
-            return self._line([p.path, *[""] * (3 + len(self.grids) + 2 * self.top_k), p.error])
+            return csv_line([p.path, *[""] * (3 + len(self.grids) + 2 * self.top_k), p.error])
         lengths = [round(probability, 6) for probability in p.lengths or ()]
         top = [value for entry in p.top for value in (entry["label"], entry["score"])]
-        return self._line([p.path, p.grid, p.n_tokens, round(p.ms, 3), *lengths, *top, ""])
+        return csv_line([p.path, p.grid, p.n_tokens, round(p.ms, 3), *lengths, *top, ""])
 
     def footer(self) -> str:
         return ""
-
-    @staticmethod
-    def _line(values: list) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(values)
-        return text.getvalue()
 
 
 FORMATS = {"table": TableFormat, "json": JsonFormat, "csv": CsvFormat}
@@ -143,13 +135,6 @@ def open_output(path: str | None) -> Iterator[TextIO]:
         except OSError as error:
             raise UsageError(f"--output: cannot write {path}: {error.strerror}") from error
         yield file
-
-
-def write(stream: TextIO, text: str) -> None:
-    """Writes and flushes; characters that the stream's encoding lacks are escaped."""
-    encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
 
 
 class Progress:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from revit_fast.cli.arguments import UsageError, add_threads
+from revit_fast.io.atomic import read_json
 from revit_fast.train.config import TrainConfig
 
 
@@ -71,8 +71,8 @@ def configuration(args: argparse.Namespace, folder: Path) -> TrainConfig:
     base = {}
     if args.config is not None:
         try:
-            base = json.loads(Path(args.config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            base = read_json(args.config)
+        except (OSError, ValueError) as error:
             raise UsageError(f"--config: cannot read {args.config}: {error}") from error
         if not isinstance(base, dict):
             raise UsageError(f"--config: {args.config} holds no object of names and values, but {base!r:.40}")

@@ -16,7 +16,6 @@ Every file contains its settings, see `model_settings` and `assigner_settings`.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec, make_policy
 from revit_fast.deploy.programs import AssignerProgram, DenseProgram, FixedProgram, make_packed
 from revit_fast.io.atomic import is_hidden, replaced, replaced_folder
+from revit_fast.io.names import dumps
 from revit_fast.kernels.constants import N_CLASSES
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.models.macs import forward_macs
@@ -168,7 +168,7 @@ def save_program(program: ExportedProgram, path: str | os.PathLike, settings: Ma
     with replaced(_with_suffix(path, ".pt2")) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
         # The warning is about the embedding's weight in channels-last memory, which is saved and loaded in that order.
         warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(program, file, extra_files={SETTINGS: json.dumps(settings)})
+        torch.export.save(program, file, extra_files={SETTINGS: dumps(settings)})
 
 
 def compile_package(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
@@ -313,4 +313,4 @@ def _with_suffix(path: str | os.PathLike, suffix: str) -> Path:
 
 
 def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()}
+    return {name: dumps(value, ensure_ascii=False) for name, value in settings.items()}

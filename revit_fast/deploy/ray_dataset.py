@@ -25,6 +25,7 @@ import torch
 
 from revit_fast.deploy.results_folder import Layout, PartReport, claim
 from revit_fast.io.images import Source
+from revit_fast.io.names import from_text, mapped, on_one_line, to_text
 from revit_fast.streaming.decoding import default_decoders
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
@@ -137,19 +138,19 @@ class PartWorker:
         """
         import pyarrow
 
-        (part,) = parts.to_pylist()
+        (part,) = mapped(parts.to_pylist(), from_text)
         failure = trace = ""
         try:
             self._compute(**part)
         except Exception as error:
-            failure, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+            failure, trace = f"{type(error).__name__}: {to_text(str(error))}", to_text(traceback.format_exc())
         return pyarrow.table({"part": [part["part"]], "failure": [failure], "trace": [trace]})
 
     def _compute(self, part: int, paths: list[str], read: list[str], errors: list[str]) -> None:
         tries = self.layout.begin(part)
         if tries >= MAX_TRIES:
             raise EngineError(
-                f"it ended its worker {tries} times (killed, or out of memory); it begins with {paths[0]}"
+                f"it ended its worker {tries} times (killed, or out of memory); it begins with {on_one_line(paths[0])}"
             )
         begin = time.perf_counter()
         sources = [Source(path, error or None) for path, error in zip(read, errors, strict=True)]
@@ -269,12 +270,13 @@ def _as_source(source: str | PathLike | Source) -> Source:
 
 def _row(part: int, sources: list[Source], part_images: int) -> dict[str, Any]:
     some = sources[part * part_images : (part + 1) * part_images]
-    return {
+    row = {
         "part": part,
         "paths": [source.path for source in some],
         "read": [os.path.abspath(source.path) for source in some],  # a worker has its own working directory
         "errors": [source.error or "" for source in some],
     }
+    return mapped(row, to_text)  # Ray's tables hold UTF-8
 
 
 def _connect(address: str | None) -> None:

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from revit_fast.inference.inference_copy import dtype_name
-from revit_fast.io.atomic import make_folder, replaced
+from revit_fast.io.atomic import make_folder, read_json, replaced, write_json
 from revit_fast.io.images import Source
+from revit_fast.io.names import dumps, from_text, loads, mapped, to_text
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.streaming.results import Result
 from revit_fast.version import __version__
@@ -133,12 +134,13 @@ class Layout:
         """Writes a part, completely or not at all, and then marks it as complete."""
         with replaced(self.part_path(report.part)) as temporary:
             if self.part_format == "jsonl":
-                lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+                lines = (dumps(record, allow_nan=False) + "\n" for record in records)
                 temporary.write_text("".join(lines), encoding="utf-8")
             else:
                 import pyarrow.parquet
 
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, self._schema()), temporary)
+                table = pyarrow.Table.from_pylist(mapped(list(records), to_text), self._schema())
+                pyarrow.parquet.write_table(table, temporary)
         with replaced(self.report_path(report.part)) as temporary:
             temporary.write_text(json.dumps(asdict(report)), encoding="utf-8")
         self._tries_path(report.part).unlink(missing_ok=True)
@@ -195,8 +197,7 @@ def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> 
                 f"output: {directory} is not empty and holds no results of ours; give another directory"
             )
         make_folder(directory / "_done")
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_json(path, manifest)
         return
     kept = read_manifest(directory)
     # Older manifests contain the option `exact`. It changed no result and no longer exists.
@@ -220,7 +221,7 @@ def read_manifest(directory: str | PathLike) -> dict[str, Any]:
     """
     path = Path(directory, "_manifest.json")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except (OSError, ValueError) as error:
         raise ManifestError(f"output: cannot read {path}: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -243,18 +244,18 @@ def read_records(directory: str | PathLike) -> Iterator[dict[str, Any]]:
     for path in paths:
         if path.suffix == ".jsonl":
             with open(path, encoding="utf-8") as file:
-                yield from map(json.loads, file)
+                yield from map(loads, file)
         else:
             import pyarrow.parquet
 
-            yield from pyarrow.parquet.read_table(path).to_pylist()
+            yield from mapped(pyarrow.parquet.read_table(path).to_pylist(), from_text)
 
 
 def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> dict[str, Any]:
     """Everything that the results depend on. This excludes the token budget and the workers."""
     prep = pipe.prep
     tla = prep.tla
-    labels = None if pipe.labels is None else _digest("\n".join(pipe.labels).encode())
+    labels = None if pipe.labels is None else _digest("\n".join(map(to_text, pipe.labels)).encode())
     own = {"crop_pct": prep.crop_pct, "aspect": prep.aspect, "draft": prep.draft, "macs": prep.macs}
     settings = own | prep.options
     if prep.formats is not None:

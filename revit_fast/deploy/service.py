@@ -32,6 +32,7 @@ from revit_fast.deploy.classifier import (
     reason_of,
     without_paths,
 )
+from revit_fast.io.names import MOST_DIGITS, dumps, on_one_line, shortened, whole_number
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 LOG = logging.getLogger(__name__)
@@ -43,10 +44,10 @@ WATCHED = ("/healthz", "/metrics")
 
 
 class Json(JSONResponse):
-    """A JSON answer in ASCII: names that are no UTF-8 are escaped, as `json.loads` reads them back."""
+    """A JSON answer in ASCII, whose texts may be names that are no UTF-8 (see `io.names`)."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+        return dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 class RequestMetrics:
@@ -139,7 +140,7 @@ class Service:
         if path in WATCHED:
             return await self._watched(path)
         if path != "/":
-            raise Refusal(404, "request", f"there is no {path[:80]}; POST an image to /")
+            raise Refusal(404, "request", f"there is no {on_one_line(path[:80])}; POST an image to /")
         if request.method != "POST":
             raise Refusal(405, "request", f"{request.method[:80]}: POST an image")
         if self._stopping:
@@ -173,9 +174,9 @@ class Service:
 
     def _top_k(self, request: Request) -> int:
         text = request.query_params.get("top_k", str(self.limits.top_k))
-        top_k = _whole(text)
-        if not top_k:
-            raise Refusal(400, "request", f"top_k: expected a positive integer, got {text[:80]!r}")
+        top_k = whole_number(text)
+        if top_k is None or not 1 <= top_k < 10**MOST_DIGITS:
+            raise Refusal(400, "request", f"top_k: expected a positive integer, got {shortened(text)}")
         return top_k
 
     def _media_type(self, request: Request) -> str:
@@ -193,8 +194,8 @@ class Service:
     async def _body(self, request: Request) -> bytes:
         limit = self.limits.body_bytes
         too_large = Refusal(413, "body", f"the body is larger than {limit} bytes")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and (_whole(declared) is None or _whole(declared) > limit):
+        declared = whole_number(request.headers.get("content-length", ""))
+        if declared is not None and declared > limit:
             raise too_large
         body = bytearray()
         self._n_reading += 1
@@ -235,11 +236,6 @@ class Service:
             raise Refusal(503, "pipeline", reason_of(error)) from error
         self._failed = False
         return answer
-
-
-def _whole(text: str) -> int | None:
-    """The value of decimal digits; None for other text, and for more digits than any limit needs."""
-    return int(text) if text.isdecimal() and len(text) <= 20 else None
 
 
 def _bad_json(error: Exception) -> Refusal:

@@ -14,7 +14,8 @@ from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.policies import Policy, confidence, suffices
 from revit_fast.explain.picture import draw_grid
 from revit_fast.io.held import held
-from revit_fast.io.images import ImageError, ImageSource, check_sources, is_file, name_of, on_one_line
+from revit_fast.io.images import ImageError, ImageSource, check_sources, is_file, name_of
+from revit_fast.io.names import on_one_line
 from revit_fast.io.trace import StageTimes
 from revit_fast.models.macs import forward_macs
 from revit_fast.streaming.pipeline import AdaptivePipeline

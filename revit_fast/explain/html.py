@@ -114,7 +114,7 @@ def write_html(path: str | PathLike, explanations: Sequence[Explanation]) -> Non
         articles=entries(explanations),
     )
     with replaced(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def entries(explanations: Sequence[Explanation]) -> str:

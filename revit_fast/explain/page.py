@@ -25,7 +25,8 @@ from revit_fast.adaptive.policies import Evidence
 from revit_fast.explain.facts import Explanation, Length, explain, total, with_evidence
 from revit_fast.explain.html import DARK, LEGEND, LIGHT, STYLE, entries, meter
 from revit_fast.io.held import own_pixels
-from revit_fast.io.images import ImageError, ImageSource, on_one_line
+from revit_fast.io.images import ImageError, ImageSource
+from revit_fast.io.names import on_one_line
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 HOST = "127.0.0.1"

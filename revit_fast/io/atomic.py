@@ -8,7 +8,6 @@ that a plain `open` gives it: umask, and the group of a folder with setgid, hold
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -18,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from revit_fast.io.names import dumps, loads
 
 try:
     import fcntl
@@ -64,12 +65,17 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON, completely or not at all; refuses NaN."""
     with replaced(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Reads the value that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads the value that `write_json`, or anybody else, wrote.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no JSON, see `names.loads`.
+    """
+    return loads(Path(path).read_bytes())
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from revit_fast.io import jpeg
+from revit_fast.io.folders import matches
 from revit_fast.io.formats import check_formats, largest_part, open_image
 from revit_fast.io.samples import in_eight_bits
 
@@ -95,12 +96,11 @@ def find_images(paths: Iterable[str], kind: Kind = IMAGES) -> Iterator[Source]:
     """
     for path in map(os.fspath, paths):
         if not os.path.lexists(path) and glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))
             # A pattern with `**` matches folders as well as the files in them.
-            matches = [m for m in matches if "**" not in path or kind.has_name(m) or not os.path.isdir(m)]
-            if not matches:
+            found = [m for m in matches(path) if "**" not in path or kind.has_name(m) or not os.path.isdir(m)]
+            if not found:
                 yield Source(path, "no file matches this pattern")
-            for match in matches:
+            for match in found:
                 yield from _find_in_path(match, kind)
         else:
             yield from _find_in_path(path, kind)
@@ -168,11 +168,6 @@ def check_sources(sources: object, name: str = "sources") -> None:
     if isinstance(sources, single) or is_pil_image(sources) or is_file(sources):
         got = type(sources).__name__
         raise TypeError(f"{name}: expected an iterable of images, got one {got}; wrap it: [image]")
-
-
-def on_one_line(text: str) -> str:
-    """Escapes control characters and undecodable bytes: a file name must not break a line or control the terminal."""
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def read_rgb(source: ImageSource, *, draft_px: int | None = None, formats: Sequence[str] | None = None) -> np.ndarray:

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from revit_fast.grids import check_grids
-from revit_fast.io.atomic import is_empty, replaced_folder
+from revit_fast.io.atomic import is_empty, read_json, replaced_folder
+from revit_fast.io.names import dumps, on_one_line, to_text
 from revit_fast.io.verified import files_in, read_file, read_together
 from revit_fast.models.loading import MadeFor
 from revit_fast.models.macs import forward_macs
@@ -106,7 +107,7 @@ def write_folder(
         if assigner is not None:
             assigner.save(new / ASSIGNER)
         config["files"] = files_in(new)
-        (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / CONFIG).write_text(dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (new / CARD).write_text(_card_text(model, assigner, config), encoding="utf-8")
 
 
@@ -149,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"bundle: {path} cannot be read as JSON: {error}; save the bundle again") from error
     version = config.get("format") if isinstance(config, dict) else None
@@ -227,7 +228,7 @@ def read_model(
             "save the bundle again"
         )
     try:
-        weights = read_checkpoint(folder / MODEL, contents.pop(MODEL))
+        weights = read_checkpoint(folder / MODEL, model.state_dict(), contents.pop(MODEL))
         load_fitting(model, model.follow(weights, _made_for(config["revit"]), match_norms), folder / MODEL)
     except (TypeError, ValueError) as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
@@ -269,7 +270,7 @@ def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str,
     ]
     n_parameters = sum(p.numel() for p in model.parameters())
     crop = f"crop {settings['crop_pct']:g}, {settings['interpolation']}, mean {settings['mean']}, std {settings['std']}"
-    named = classes if len(classes) <= 20 else (*classes[:20], "...")
+    named = [*map(on_one_line, classes[:20]), *["..."] * (len(classes) > 20)]
     task = "image-classification" if model.num_classes else "image-feature-extraction"
     return "\n".join(
         [
@@ -296,6 +297,6 @@ def _card_text(model: nn.Module, assigner: Assigner | None, config: Mapping[str,
             f"- Preprocessing: {crop}",
             f"- Classes ({len(classes)}): {', '.join(named)}",
             "",
-            *([config["card"].strip(), ""] if config["card"] else []),
+            *([to_text(config["card"].strip()), ""] if config["card"] else []),
         ]
     )

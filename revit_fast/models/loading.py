@@ -15,7 +15,7 @@ from torch import Tensor
 from revit_fast.grids import check_grids, rows_of_lengths
 from revit_fast.layers.norm import TALNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
-from revit_fast.models.weights import EXTRA_STATE, load_fitting, read_checkpoint
+from revit_fast.models.weights import EXTRA_STATE, load_fitting, read_checkpoint, state_dict_of
 
 
 class MadeFor(NamedTuple):
@@ -121,7 +121,7 @@ class LoadsWeights:
             FileNotFoundError: where there is no such file.
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
-        self.load_weights(read_checkpoint(Path(path)), path, grids=grids, match_norms=match_norms)
+        self.load_weights(read_checkpoint(Path(path), self.state_dict()), path, grids=grids, match_norms=match_norms)
 
     def load_weights(
         self,
@@ -131,10 +131,10 @@ class LoadsWeights:
         grids: Sequence[int] | None = None,
         match_norms: str = "length",
     ) -> None:
-        """Loads the state dict of a plain ViT or of a model of this kind.
+        """Loads the state dict of a plain ViT or of a model of this kind, also out of a training checkpoint.
 
         Args:
-            state_dict: state dict of either.
+            state_dict: state dict of either, or what a checkpoint holds (`weights.CONTAINERS`).
             source: name of the state dict in errors.
             grids: grids that it was trained with, where it does not say them; by default those of this model.
             match_norms: "length": norms follow their length, and a length that is new here takes those of the nearest;
@@ -144,6 +144,7 @@ class LoadsWeights:
             ValueError: where names or shapes do not fit; the message lists missing, unexpected and misshapen ones.
         """
         made_for = None if grids is None else MadeFor(None, check_grids(grids))
+        state_dict = state_dict_of(state_dict, source, self.state_dict())
         load_fitting(self, self.convert_state_dict(state_dict, made_for=made_for, match_norms=match_norms), source)
 
     def follow(

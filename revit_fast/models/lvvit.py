@@ -18,6 +18,7 @@ from torch import Tensor
 
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.models.vit import ReViT
+from revit_fast.models.weights import state_dict_of
 
 SHARED: dict[str, Any] = {"qkv_bias": False, "eps": 1e-5}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -73,7 +74,8 @@ def from_lvvit_state_dict(
     the shapes.
 
     Args:
-        state_dict: state dict of the official `LV_ViT` with its stem `PatchEmbed4_2` or `PatchEmbed4_2_128`.
+        state_dict: state dict of the official `LV_ViT` with its stem `PatchEmbed4_2` or `PatchEmbed4_2_128`, or a
+            checkpoint that holds it.
         grids: configured token grids, strictly decreasing.
         num_heads: attention heads; by default those of the official model of this width.
         residual_scale: its `skip_lam`; by default that of the same official model.
@@ -83,6 +85,7 @@ def from_lvvit_state_dict(
         ValueError: if weights are missing or are of another architecture, or if the number of heads is not given by
             them.
     """
+    state_dict = state_dict_of(state_dict, "state_dict")
     expected = ["pos_embed", "patch_embed.conv1.weight", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
     expected += ["blocks.0.attn.proj.weight", *["aux_head.weight"] * aux_head]
     missing = [name for name in expected if name not in state_dict]

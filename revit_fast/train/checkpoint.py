@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from revit_fast.io.atomic import replaced
-from revit_fast.io.tensors import tensors_and_metadata
+from revit_fast.io.names import dumps
+from revit_fast.io.tensors import misfit, tensors_and_metadata
 from revit_fast.models.weights import CLASSES
 
 FORMAT = "revit-fast training state 3"
@@ -48,8 +50,12 @@ def load_state(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    content = path.read_bytes()
+    problem = misfit(io.BytesIO(content), path.name)
+    if problem is not None:
+        raise ValueError(f"{path} cannot be read as a state of a training run: it {problem}")
     try:
-        tensors, metadata = tensors_and_metadata(path.read_bytes())
+        tensors, metadata = tensors_and_metadata(content)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no state of a training run of this version")
         return _put_together(json.loads(metadata["state"]), tensors)
@@ -95,6 +101,6 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], classes: Sequence
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
     # One entry alone: safetensors writes several in any order, and equal runs would give other bytes.
-    metadata = {} if classes is None else {CLASSES: json.dumps(classes)}
+    metadata = {} if classes is None else {CLASSES: dumps(classes)}
     with replaced(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

@@ -6,18 +6,21 @@ The module imports neither torch nor NumPy, because the command line takes its o
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revit_fast.grids import DEFAULT_GRIDS, MATCH_NORMS, check_grids
-from revit_fast.io.atomic import replaced
+from revit_fast.io.atomic import write_json
+from revit_fast.io.names import shortened
 from revit_fast.models.settings import input_settings
 
 if TYPE_CHECKING:
     from revit_fast.models.vit import ReViT
+
+MOST = 2**63 - 1
+"""Largest number of a run: what counts and seeds fit into."""
 
 MODES = ("packed", "length-parallel")
 AMP = ("none", "bfloat16")
@@ -229,7 +232,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(legal)}, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "grad_accum_steps", "log_steps"):
             _check_number(name, getattr(self, name), 1, whole=True)
-        for name in ("warmup_epochs", "workers", "checkpoint_steps"):
+        for name in ("warmup_epochs", "workers", "checkpoint_steps", "seed"):
             _check_number(name, getattr(self, name), 0, whole=True)
         if self.micro_batch is not None:
             _check_number("micro_batch", self.micro_batch, 1, whole=True)
@@ -275,8 +278,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Writes the choices as JSON, all or nothing."""
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """The choices as JSON values."""
@@ -303,9 +305,10 @@ class TrainConfig:
 
 
 def _check_number(name: str, value: Any, least: float, whole: bool = False) -> None:
-    right = isinstance(value, int) if whole else isinstance(value, (int, float)) and math.isfinite(value)
-    if isinstance(value, bool) or not right or value < least:
-        raise ValueError(f"{name}: expected {'a whole number' if whole else 'a number'} >= {least}, got {value!r}")
+    right = isinstance(value, int if whole else (int, float)) and least <= value <= MOST
+    if isinstance(value, bool) or not right:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}: expected {kind} >= {least}, got {shortened(value)}")
 
 
 def check_distillation(distill_weight: float, temperature: float) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from revit_fast.io.images import on_one_line
+from revit_fast.io.names import on_one_line
 
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("val", "validation", "valid", "test")

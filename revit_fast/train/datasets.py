@@ -14,6 +14,7 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
 
     - Folders of classes: `path/SPLIT/CLASS/*.jpg` or, if `path` has no splits, `path/CLASS/*.jpg`. The class is the
       name of the folder that holds the image. Classes are in timm's order (by name, with numbers compared by value).
+      Links to folders are followed; one that leads to a folder above it is left out, with a warning.
     - idx files, the format of MNIST and Fashion-MNIST, compressed or not.
     - A folder that Hugging Face's `datasets` wrote with `save_to_disk` (needs `pip install datasets`).
     - WebDataset shards: a folder with `*.tar`, or a pattern such as `shards/train-{000..127}.tar` or `shards/*.tar`.
@@ -33,6 +34,7 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
+        OSError: if a folder cannot be read.
         ValueError: if the format is not recognised, the split is missing, files are damaged or contradict each
             other, or labels or classes do not match. The message names the file, sample or class.
         ImportError: if `datasets` is needed and not installed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ import torch
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec
+from revit_fast.io import names
 from revit_fast.io.atomic import replaced
 from revit_fast.models.vit import ReViT
 from revit_fast.streaming.bundle import read_bundle, save_bundle
@@ -81,10 +83,7 @@ def fit(
         )
     config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE)
 
-    def say(text: str) -> None:
-        if terminal is not None:
-            print(text, file=terminal, flush=True)
-
+    say = partial(names.say, terminal)
     if assigner:
         TokenLengthAssigner(config.grids, **assigner)  # raises its errors before the training, not after it
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)

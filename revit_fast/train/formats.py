@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from revit_fast.io.folders import walk
 from revit_fast.io.images import SUFFIXES, ImageError, read_rgb
 from revit_fast.train.data import (
     EVAL_SPLITS,
@@ -68,8 +69,7 @@ def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | Non
     splits = [name for name in (*TRAIN_SPLITS, *EVAL_SPLITS, names[0]) if _is_split(os.path.join(path, name))]
     root = os.path.join(path, pick_split(splits, names, path)) if splits else path
     files: dict[str, list[str]] = {}
-    for folder, subfolders, entries in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for folder, subfolders, entries in walk(root):
         found = sorted(name for name in entries if name.lower().endswith(SUFFIXES) and not name.startswith("."))
         if folder == root:
             if not subfolders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from revit_fast.inference.inference_copy import InferenceCopy
 from revit_fast.inference.optimize import optimize
 from revit_fast.io.atomic import replaced
 from revit_fast.io.images import ImageError
+from revit_fast.io.names import csv_line, decoded, from_text, shortened
 from revit_fast.models.vit import ReViT
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.data import ImageSet, k_folds
@@ -254,11 +256,10 @@ class LengthLabels:
         head = {"format": FORMAT, "grids": self.grids, "rule": self.rule, "unsolved": self.unsolved}
         with replaced(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(f"# {json.dumps(head)}\n")
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["name", "label", "grid", *(f"right_{grid}" for grid in self.grids)])
+            file.write(csv_line(["name", "label", "grid", *(f"right_{grid}" for grid in self.grids)]))
             for name, label, right in zip(self.names, self.labels.tolist(), self.correct.T, strict=True):
                 chosen = [label, self.grids[label]] if label >= 0 else ["", ""]
-                rows.writerow([name, *chosen, *map(int, right)])
+                file.write(csv_line([name, *chosen, *map(int, right)]))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LengthLabels:
@@ -270,17 +271,23 @@ class LengthLabels:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"labels: there is no file {path}")
-        with open(path, encoding="utf-8", newline="") as file:
-            grids, rule, unsolved = _read_head(file.readline(), path)
-            rows = csv.reader(file)
+        try:
+            file = io.StringIO(decoded(Path(path).read_bytes()), newline="")
+        except ValueError as error:
+            raise ValueError(f"labels: {path}: {error}") from error
+        grids, rule, unsolved = _read_head(file.readline(), path)
+        rows = csv.reader(file)
+        names, labels, correct = [], [], []
+        try:
             if next(rows, None) != ["name", "label", "grid", *(f"right_{grid}" for grid in grids)]:
                 raise ValueError(f"labels: {path}, line 2: expected name,label,grid and right_GRID for {grids}")
-            names, labels, correct = [], [], []
             for row in rows:
                 label, right = _read_row(row, grids, f"{path}, line {rows.line_num + 1}")
-                names.append(row[0])
+                names.append(from_text(row[0]))
                 labels.append(label)
                 correct.append(right)
+        except csv.Error as error:
+            raise ValueError(f"labels: {path}, line {rows.line_num + 1}: no CSV: {error}") from error
         correct = np.array(correct, dtype=bool).reshape(-1, len(grids)).T
         return cls(grids, tuple(names), np.array(labels, dtype=np.int64), correct, rule, unsolved)
 
@@ -300,13 +307,13 @@ def _read_row(row: list[str], grids: tuple[int, ...], where: str) -> tuple[int, 
     try:
         label = int(row[1]) if row[1] else -1
         right = [{"0": False, "1": True}[value] for value in row[3:]]
-        if len(right) == len(grids) and row[2] == (str(grids[label]) if 0 <= label < len(grids) else ""):
+        if -1 <= label < len(grids) == len(right) and row[2] == (str(grids[label]) if label >= 0 else ""):
             return label, right
     except (ValueError, KeyError, IndexError):
         pass
     raise ValueError(
         f"labels: {where}: expected a name, an index into {list(grids)} with its grid (or neither), and 0 or 1 for "
-        f"every grid, got {','.join(row)!r}"
+        f"every grid, got {shortened(','.join(row))}"
     )
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from revit_fast import ops
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.grids import check_grids
-from revit_fast.io.images import ImageError, on_one_line
+from revit_fast.io.images import ImageError
+from revit_fast.io.names import on_one_line
 from revit_fast.packing import PackedBatch
 from revit_fast.train.augment import Augmenter, Draws, batch_seeds
 from revit_fast.train.config import Augment

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from revit_fast.io.atomic import replaced
+from revit_fast.io.names import on_one_line, say, whole_number
 
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 
@@ -32,7 +33,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # an optional package
             return
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        try:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except UnicodeEncodeError:
+            self.say(f"{on_one_line(str(folder))}: TensorBoard's files are left out, as it takes only names in UTF-8")
 
     def add(self, name: str, row: Mapping[str, float]) -> None:
         """Appends a row, whose first column is the update."""
@@ -51,8 +55,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        if self._terminal is not None:
-            print(text, file=self._terminal, flush=True)
+        say(self._terminal, text)
 
     def close(self) -> None:
         """Writes buffered rows and closes TensorBoard's file."""
@@ -78,12 +81,17 @@ def _drop_rows_after(path: Path, step: int) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     # A killed run may have left half a line at the end.
-    kept = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) <= step]
+    kept = [row for row in rows if len(row) == len(header) and _at_most(step, row[0])]
     if not kept:
         path.unlink()
         return
     with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *kept])
+
+
+def _at_most(step: int, text: str) -> bool:
+    number = whole_number(text)
+    return number is not None and number <= step
 
 
 def percentages(values: Sequence[float]) -> str:

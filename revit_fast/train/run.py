@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -12,7 +11,8 @@ from typing import TextIO
 
 import torch
 
-from revit_fast.io.atomic import make_folder, remove_leftovers
+from revit_fast.io.atomic import make_folder, read_json, remove_leftovers
+from revit_fast.io.names import say
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.models.weights import named_classes, read_checkpoint
@@ -82,8 +82,8 @@ def read_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no training run: there is no {CONFIG} in it")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
+        return TrainConfig.from_dict(read_json(path))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
@@ -108,7 +108,7 @@ def build_model(config: TrainConfig, n_classes: int, classes: Sequence[str] | No
     if config.weights is None:
         return model, ""
     path = Path(config.weights)
-    state_dict = read_checkpoint(path)
+    state_dict = read_checkpoint(path, model.state_dict())
     own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
     head = {name: state_dict[name] for name in own if name in state_dict}
     named, text = named_classes(path), ""
@@ -200,11 +200,10 @@ def train(
             trainer.resume()
         if terminal is not None and world.is_first:
             start = f"from update {trainer.step} of {trainer.n_updates}" if trainer.step else "from the start"
-            print(
+            say(
+                terminal,
                 f"training {config.model}{head} on {len(images)} images of {len(images.classes)} classes at grids "
                 f"{', '.join(map(str, config.grids))}, {config.mode}, {world.size} process(es), {start}",
-                file=terminal,
-                flush=True,
             )
         accuracy = trainer.fit()
         if world.is_first:

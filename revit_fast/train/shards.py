@@ -12,9 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from revit_fast.io.images import SUFFIXES, ImageError, read_rgb
+from revit_fast.io.names import read_names, shortened, whole_number
 from revit_fast.train.data import EVAL_SPLITS, TRAIN_SPLITS, ImageSet, pick_split, renumbered
 
 CLASS_NAMES = "classes.txt"
+
+MOST_SHARDS, MOST_CLASSES = 10_000_000, 10_000_000
+"""Bounds of what a pattern's braces and the labels of a set without class names stand for, all of which are listed."""
 
 NAMED_SAMPLES = 5
 """Number of bad samples that an error lists."""
@@ -107,7 +111,7 @@ def find_by_pattern(pattern: str) -> list[str]:
 
 def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern stands for by the shell's rules for `{a,b}`, `{8..12}` and `{08..12}`."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    match = re.search(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
     first, last, listed = match.groups()
@@ -115,7 +119,10 @@ def expand_braces(pattern: str) -> list[str]:
         options = listed.split(",")
     else:
         width = len(first) if first.startswith("0") else 0
-        options = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+        begin, end = whole_number(first), whole_number(last)
+        if end - begin >= MOST_SHARDS:
+            raise ValueError(f"path: {shortened(match.group())} names over {MOST_SHARDS:,} shards")
+        options = [f"{n:0{width}d}" for n in range(begin, end + 1)]
     before, after = pattern[: match.start()], pattern[match.end() :]
     return [name for option in options for name in expand_braces(before + option + after)]
 
@@ -143,8 +150,15 @@ def open_shards(shards: Sequence[str], classes: tuple[str, ...] | None) -> Image
     own = _class_names(shards[0])
     if own is not None:
         labels = renumbered(labels, own, classes, os.path.dirname(shards[0]))
-    by_number = [str(n) for n in range(max(int(labels.max()) + 1, 1))]
-    return ShardImages(shards, places, labels, classes or own or by_number)
+    if classes is None and own is None:
+        highest = int(labels.argmax())
+        if labels[highest] >= MOST_CLASSES:
+            raise ValueError(
+                f"path: {shards[places[highest].shard]}: key {places[highest].key!r} has label {labels[highest]}; "
+                f"without {CLASS_NAMES}, labels are below {MOST_CLASSES:,}"
+            )
+        own = [str(n) for n in range(max(int(labels.max()) + 1, 1))]
+    return ShardImages(shards, places, labels, classes or own)
 
 
 def _class_names(shard: str) -> tuple[str, ...] | None:
@@ -153,8 +167,10 @@ def _class_names(shard: str) -> tuple[str, ...] | None:
     above = [os.path.dirname(folder)] if os.path.basename(folder) in TRAIN_SPLITS + EVAL_SPLITS else []
     for path in (os.path.join(place, CLASS_NAMES) for place in (folder, *above)):
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                return tuple(line.strip() for line in file if line.strip())
+            try:
+                return tuple(name.strip() for name in read_names(path) if name.strip())
+            except ValueError as error:
+                raise ValueError(f"path: {path}: {error}") from error
     return None
 
 
@@ -210,6 +226,7 @@ def _key_and_kind(name: str) -> tuple[str, str | None]:
 
 def _number(text: bytes | None) -> int | None:
     try:
-        return None if text is None else int(text)
+        number = int(text or b"")
     except ValueError:
         return None
+    return number if abs(number) < 2**63 else None

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from revit_fast.inference.optimize import optimize
 from revit_fast.io.atomic import make_folder
-from revit_fast.io.images import on_one_line
 from revit_fast.io.memory import keep_freed_pages
+from revit_fast.io.names import on_one_line
 from revit_fast.models.vit import ReViT
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
 from revit_fast.train.config import TrainConfig
@@ -253,7 +253,7 @@ class Trainer:
         return loss, logits
 
     def _not_finite(self, value: Tensor, batch: Batch, what: str = "loss") -> str:
-        names = [self.loader.images.name(int(i)) for i in batch.index[:3]]
+        names = [on_one_line(self.loader.images.name(int(i))) for i in batch.index[:3]]
         there = self.folder is not None and (self.folder / CHECKPOINT).exists()
         kept = f"the last checkpoint is in {self.folder}" if there else "there is no checkpoint yet"
         return (

@@ -11,14 +11,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from revit_fast.grids import DEFAULT_GRIDS, scaled_grids
-from revit_fast.io.atomic import is_empty, replaced_folder
+from revit_fast.io.atomic import is_empty, read_json, replaced_folder
+from revit_fast.io.names import dumps, loads
 from revit_fast.io.verified import files_in, read_file, read_together
 from revit_fast.models.weights import read_checkpoint
 from revit_fast.video.model import SETTINGS, TimeSformer
@@ -45,7 +45,7 @@ class Checkpoint(NamedTuple):
 def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether the folder's configuration is that of a TimeSformer."""
     try:
-        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+        config = read_json(Path(folder, CONFIG))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == "timesformer"
@@ -128,12 +128,12 @@ def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence
 
 
 def _as_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = loads(content)
     except ValueError as error:
         raise ValueError(f"checkpoint: {path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -23,6 +23,7 @@ from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.models.loading import LoadsWeights
+from revit_fast.models.weights import state_dict_of
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout
 from revit_fast.video.clips import ClipLayout, PackedClips
@@ -243,7 +244,7 @@ class TimeSformer(LoadsWeights, nn.Module):
         Raises:
             ValueError: if a feature is not supported, or the weights do not fit the configuration.
         """
-        state_dict = names_from_transformers(state_dict)
+        state_dict = names_from_transformers(state_dict_of(state_dict, "state_dict"))
         head = state_dict.get("head.weight")
         model = cls(grids=grids, num_classes=0 if head is None else head.shape[0], **config_from_transformers(config))
         model.load_weights(state_dict, "state_dict", grids=config.get("grids"))
