@@ -6,10 +6,9 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 
 from revit_fast.io.images import ImageSource
-from revit_fast.io.threads import SOURCE_S
 from revit_fast.streaming.decoding import End
 from revit_fast.streaming.results import Result
 from revit_fast.streaming.session import Session
@@ -33,24 +32,30 @@ async def streamed(
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(submitted.put_nowait, item)
 
-    async with AsyncExitStack() as leaving:
-        session = start()
-        leaving.push_async_callback(asyncio.to_thread, session.close, cancel=True)
+    session, submitting = start(), None
+    try:
         if isinstance(sources, AsyncIterable):
             room = asyncio.Semaphore(max_ahead)
             submitting = asyncio.create_task(_submit_all(session, sources, room, submitted))
-            leaving.push_async_callback(asyncio.wait, [submitting])
-            leaving.callback(submitting.cancel)
         else:
             room = threading.Semaphore(max_ahead)
-            feeder = session.submit_all(sources, room, tell, lambda error: tell(End(error)))
-            leaving.push_async_callback(asyncio.to_thread, feeder.join, SOURCE_S)
-            leaving.callback(feeder.stop)
+            session.submit_all(sources, room, tell, lambda error: tell(End(error)))
         while isinstance(future := await submitted.get(), Future):
             yield await asyncio.wrap_future(future)
             room.release()
         if future.error is not None:
             raise future.error
+    finally:
+        session.close(cancel=True, wait=False)
+        with suppress(RuntimeError):  # the generator was dropped after its loop: nothing can be awaited
+            try:
+                if submitting is not None:
+                    # At the end of its loop it is cancelled already; again would cut off the end of an async generator.
+                    if not getattr(submitting, "cancelling", int)():  # Python 3.11 and later
+                        submitting.cancel()
+                    await asyncio.wait([submitting])
+            finally:
+                await asyncio.to_thread(session.close)
 
 
 async def _submit_all(
@@ -61,10 +66,8 @@ async def _submit_all(
 ) -> None:
     end = End()
     try:
-        async with AsyncExitStack() as closing:
-            iterator = aiter(sources)
-            if isinstance(iterator, AsyncGenerator):
-                await closing.enter_async_context(aclosing(iterator))
+        iterator = aiter(sources)
+        async with aclosing(iterator) if isinstance(iterator, AsyncGenerator) else nullcontext():
             async for source in iterator:
                 await room.acquire()
                 submitted.put_nowait(session.submit(source))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 from revit_fast.io.held import Held, held
 from revit_fast.io.images import ImageSource
-from revit_fast.io.threads import EXIT_S, Carrier, Process
+from revit_fast.io.threads import EXIT_S, SOURCE_S, Carrier, Process
 from revit_fast.io.trace import StageTimes
 from revit_fast.streaming.results import Result
 
@@ -33,7 +32,8 @@ class Session:
     def __init__(
         self, pipe: Callable[..., Iterator[Result]], times: StageTimes | None = None, *, copy: bool = True
     ) -> None:
-        self._inbox = inbox = _Inbox(copy)
+        self._inbox, self._feeders = _Inbox(copy), []
+        inbox = self._inbox
         self._thread = Carrier(
             "revit-fast-session",
             pipe(inbox.submitted(), times=times),
@@ -59,8 +59,8 @@ class Session:
         room: threading.Semaphore,
         submitted: Callable[[Future[Result]], object],
         ended: Callable[[BaseException | None], object],
-    ) -> Carrier:
-        """Submits the images of an iterable, which a thread of its own iterates, until the session is dropped.
+    ) -> None:
+        """Submits the images of an iterable, which a thread of its own iterates, until the session is closed.
 
         Args:
             sources: images.
@@ -69,22 +69,26 @@ class Session:
             ended: called in that thread at the end, with the exception of the iterable, or None.
         """
         submit = self._inbox.submit
-        feeder = Carrier("revit-fast-submit", sources, lambda s: submitted(submit(s)), ended, room=room)
-        weakref.finalize(self, feeder.stop)
-        return feeder
+        self._feeders.append(Carrier("revit-fast-submit", sources, lambda s: submitted(submit(s)), ended, room=room))
 
-    def close(self, *, cancel: bool = False) -> None:
+    def close(self, *, cancel: bool = False, wait: bool = True) -> None:
         """Finishes all submitted images and ends the thread; does nothing in a process that was forked.
 
         Args:
             cancel: cancel the images that wait, instead of finishing them.
+            wait: wait until that is done.
         """
         if not self._inbox.process.is_here():
             return
         self._inbox.close("the session is closed")
+        for feeder in self._feeders:
+            feeder.stop()
         if cancel:
             self._thread.stop()
-        self._thread.join()
+        if wait:
+            for feeder in self._feeders:
+                feeder.join(SOURCE_S)
+            self._thread.join()
 
     def __enter__(self) -> Session:
         return self
@@ -93,9 +97,8 @@ class Session:
         self.close(cancel=kind is not None)
 
     def __del__(self) -> None:
-        inbox = getattr(self, "_inbox", None)  # there is none if the constructor has failed
-        if inbox is not None and inbox.closed is None and inbox.process.is_here():
-            inbox.close("the session was dropped")
+        if hasattr(self, "_thread") and self.closed is None:  # it has none if the constructor failed
+            self.close(wait=False)
             warnings.warn("a Session was never closed; use `with pipe.session() as session`", ResourceWarning, 2, self)
 
     @property
