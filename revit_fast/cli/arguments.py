@@ -6,11 +6,14 @@ The module imports neither torch nor NumPy, so that `--help` and usage errors ap
 from __future__ import annotations
 
 import argparse
+import atexit
 import io
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from revit_fast.io.atomic import target_of
@@ -37,6 +40,10 @@ EXTRA_MODULES = {
 
 MAX_THREADS = 1024
 """Largest value of --threads. OpenMP cannot start about ten thousand threads, and ends the process."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells count."""
 
 
 class UsageError(Exception):
@@ -335,7 +342,13 @@ def run_command(
         print(f'{parser.prog}: {error.name} is not installed: pip install "revit-fast[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        if argv is None and threading.current_thread() is threading.main_thread():
+            # Only the interpreter's own end is left. It would answer another Ctrl-C with a traceback, and its very last
+            # steps, which wait for nothing, with another exit code.
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader has closed the pipe (`| head`); the interpreter flushes stdout at its end and must not fail there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

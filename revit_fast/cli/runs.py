@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from revit_fast.cli.arguments import UsageError, add_threads
+from revit_fast.cli.arguments import INTERRUPTED, UsageError, add_threads
 from revit_fast.io.atomic import read_json
 from revit_fast.train.config import TrainConfig
 
@@ -47,7 +47,7 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     except Interrupted as stop:
         resume = f"revit-fast {args.command} --output {args.output} --resume"
         print(f"revit-fast: {stop}: {resume}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (NotFiniteError, UnreadableError, OSError) as error:
         print(f"revit-fast: error: {error}", file=sys.stderr)
         return 1

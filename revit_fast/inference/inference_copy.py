@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from revit_fast.io.memory import keep_freed_pages
+from revit_fast.io.threads import check_compute_threads
 from revit_fast.layers import derived
 
 
@@ -97,6 +98,7 @@ class InferenceCopy(nn.Module):
 
     def _take(self, model: nn.Module) -> None:
         """Makes `self` a copy of `model`; called instead of the constructor."""
+        check_compute_threads("model")
         keep_freed_pages()
         nn.Module.__init__(self)
         with torch.inference_mode(False):  # the parameters of a copy made in inference mode can be watched too

@@ -287,8 +287,8 @@ def as_image_error() -> Iterator[None]:
 
 def is_pil_image(source: object) -> bool:
     """Whether a source is a PIL image; imports no Pillow."""
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(source, pillow.Image)
+    image_class = getattr(sys.modules.get("PIL.Image"), "Image", None)  # another thread may be importing it just now
+    return image_class is not None and isinstance(source, image_class)
 
 
 def loading_lock(source: Image.Image | BinaryIO) -> threading.Lock:

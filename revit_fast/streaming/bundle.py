@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.io.threads import check_compute_threads
 from revit_fast.models.folder import (
     ASSIGNER,
     CONFIG,
@@ -88,9 +89,11 @@ def read_bundle(name_or_folder: str | os.PathLike) -> Bundle:
     Raises:
         FileNotFoundError: if the bundle does not exist or one of its files is missing.
         OSError, ImportError: see `hub.download`.
+        RuntimeError: in a process that was forked from one that had computed on several threads.
         ValueError: if a file cannot be read, is another one than `config.json` names, or the files do not fit together;
             the message names the file.
     """
+    check_compute_threads("bundle")
     folder = find_bundle(name_or_folder)
     saved = read_saved(folder)
     config = saved.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import queue
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 
 from revit_fast.io.held import Held, held, own_pixels
 from revit_fast.io.images import ImageError, ImageSource
+from revit_fast.io.threads import SOURCE_S, Carrier, Process, check_compute_threads
 from revit_fast.io.trace import StageTimes
 
 MAX_DECODERS = 8
@@ -82,13 +85,17 @@ class Decoders:
     Args:
         sources: a separate thread iterates them. `chunk` itself iterates a list or tuple, which never blocks: a thread
             would compete with the consumer's Python for the interpreter and with its kernels for a core. A `Held` is
-            taken as it is.
+            taken as it is. A generator is closed at the end, by the thread that iterated it.
         decode: function from a source to pixels; raises `ImageError`.
         n_workers: number of decoding threads.
         times: records the time of each decoding.
         first_index: index of the first source.
         copy: whether to copy what the producer of the sources could change, see `io.held`, before the next source is
             asked for. Nothing out of a list or tuple is copied: no producer runs between its items.
+
+    Raises:
+        RuntimeError: if this process was forked from one that computed on several threads; and from `chunk`, in a
+            process that was forked since.
     """
 
     def __init__(
@@ -101,28 +108,26 @@ class Decoders:
         *,
         copy: bool = True,
     ) -> None:
-        self._decode, self._times, self._first_index = decode, times, first_index
+        check_compute_threads("sources")
+        self._process = Process("this stream of results", "call the pipeline again here, with sources of this process")
+        self._decode, self._times = decode, times
         self._fed: queue.SimpleQueue[Fed | End] = queue.SimpleQueue()
         self._head: Fed | End | None = None
         self._ahead = threading.Semaphore(2 * n_workers + CHUNK)
         self._more = 0  # further images that may be decoded ahead, after as many small ones
-        self._stopped, self._copy = False, copies(sources, copy)
+        self._copy = copies(sources, copy)
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="revit-fast-decode")
         self._listed = enumerate(sources, first_index) if isinstance(sources, (list, tuple)) else None
+        self._feeder = None
         if self._listed is None:
-            threading.Thread(target=self._feed, args=(sources,), name="revit-fast-feed", daemon=True).start()
-
-    def _feed(self, sources: Iterable[ImageSource]) -> None:
-        end = End()
-        try:
-            for index, source in enumerate(sources, self._first_index):
-                self._ahead.acquire()
-                if self._stopped:
-                    return
-                self._put(index, source)
-        except BaseException as error:  # the consumer of the results raises it again
-            end = End(error)
-        self._fed.put(end)
+            places = itertools.count(first_index)
+            self._feeder = Carrier(
+                "revit-fast-feed",
+                sources,
+                lambda source: self._put(next(places), source),
+                lambda error: self._fed.put(End(error)),  # the consumer of the results raises it again
+                room=self._ahead,
+            )
 
     def _feed_listed(self) -> None:
         """Submits sources of a list, as many as may be decoded ahead."""
@@ -140,8 +145,11 @@ class Decoders:
         # of which only some frames are taken.
         there = isinstance(source.kept if isinstance(source, Held) else source, (np.ndarray, torch.Tensor))
         taken = source if isinstance(source, Held) else held(source, copy=copy and not there)
-        decoded = Done(self._run(index, taken, copy)) if there else self._pool.submit(self._run, index, taken)
-        self._fed.put(Fed(index, taken.source, decoded))
+        decoded = None
+        if not there:
+            with suppress(RuntimeError):  # the main thread has ended, and the pool with it; this thread goes on
+                decoded = self._pool.submit(self._run, index, taken)
+        self._fed.put(Fed(index, taken.source, decoded or Done(self._run(index, taken, copy))))
 
     def _run(self, index: int, taken: Held, copy: bool = False) -> Decoded:
         image, reason, begin = None, None, time.perf_counter()
@@ -161,6 +169,7 @@ class Decoders:
             At most `CHUNK` sources (`MORE_SMALL` more if they are small), none if the deadline came first; and the end,
             if it was reached.
         """
+        self._process.check("sources")
         chunk: list[Fed] = []
         item = self._next(max(0.0, deadline - time.perf_counter()))
         while item is not None:
@@ -203,7 +212,13 @@ class Decoders:
             self._ahead.release(1 + change)
 
     def close(self) -> None:
-        """Stops feeding and decoding; decodings that have started still finish."""
-        self._stopped = True
-        self._ahead.release()
+        """Stops feeding and decoding. Decodings that have started still finish.
+
+        Waits until a generator of sources is closed, but not long if it is busy: it is then closed by its thread later.
+        """
+        if not self._process.is_here():
+            return
+        if self._feeder is not None:
+            self._feeder.stop()
+            self._feeder.join(SOURCE_S)
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 import time
@@ -22,10 +21,12 @@ from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.inference.optimize import optimize as optimized_copy
 from revit_fast.io.images import ImageSource, check_sources, name_of
 from revit_fast.io.memory import keep_freed_pages, release_freed_pages
+from revit_fast.io.threads import check_compute_threads
 from revit_fast.io.trace import StageTimes
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
+from revit_fast.streaming.asynchronous import streamed
 from revit_fast.streaming.batching import TokenBudgetBatcher
 from revit_fast.streaming.decoding import Decoders, Fed, copies, default_decoders
 from revit_fast.streaming.results import InOrder, Ready, Result
@@ -78,6 +79,7 @@ class AdaptivePipeline:
             raise ValueError(f"n_decoders: expected at least 1, got {n_decoders}")
         if labels is not None and len(labels) != model.num_classes:
             raise ValueError(f"labels: the model has {model.num_classes} classes, got {len(labels)} names")
+        check_compute_threads("pipeline")
         keep_freed_pages()
         self.model, self.prep, self.labels = model, prep, labels
         self.n_decoders, self.token_budget = n_decoders or default_decoders(), token_budget
@@ -109,13 +111,18 @@ class AdaptivePipeline:
 
         Args:
             sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them,
-                unless they are a list or tuple.
+                unless they are a list or tuple. A generator is closed when the results end or are left.
             times: collects the time of each stage; a `Trace` also keeps the spans.
             first_index: place of the first source in its stream, for `Result.index` and for policies that depend on the
                 place. A part of a stream then gives the same results as in the whole stream.
             copy: a generator may fill the array, buffer or PIL image that it has yielded again: what it could change is
                 copied before `next()` is called on it. False spares the copy, if sources stay unchanged until their
                 results. What is in a list or tuple is never copied and must stay unchanged. Files are read later.
+
+        Raises:
+            TypeError: for a single image.
+            RuntimeError: while the results are consumed, in a process that was forked since they began, or from one
+                that had computed on several threads.
         """
         check_sources(sources)
         return self._run(sources, times or StageTimes(), first_index, copy)
@@ -159,38 +166,21 @@ class AdaptivePipeline:
         """
         return Session(self, times, copy=copy)
 
-    async def stream(
+    def stream(
         self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource], *, copy: bool = True
     ) -> AsyncIterator[Result]:
         """Yields the results of a stream in order, without blocking the event loop; waits for its consumer.
 
+        Leaving early (`break`, an exception, cancellation, `aclose`) ends it at once: images that wait are not
+        computed.
+
         Args:
-            sources: see `__call__`.
+            sources: see `__call__`; or an async iterable, which this event loop iterates. At most `MAX_BEHIND` sources
+                are taken ahead of the consumer.
             copy: see `__call__`.
         """
         check_sources(sources)
-        waiting: asyncio.Queue[asyncio.Future | None] = asyncio.Queue(maxsize=MAX_BEHIND)
-
-        async def submit_all(session: Session) -> None:
-            try:
-                if isinstance(sources, AsyncIterable):
-                    async for source in sources:
-                        await waiting.put(asyncio.wrap_future(session.submit(source)))
-                else:
-                    for source in sources:
-                        await waiting.put(asyncio.wrap_future(session.submit(source)))
-            finally:
-                await waiting.put(None)
-
-        session = self.session(copy=copies(sources, copy))
-        submitting = asyncio.create_task(submit_all(session))
-        try:
-            while (future := await waiting.get()) is not None:
-                yield await future
-            await submitting
-        finally:
-            submitting.cancel()
-            await asyncio.to_thread(session.close)
+        return streamed(partial(self.session, copy=copies(sources, copy)), sources, MAX_BEHIND)
 
     def _run(self, sources: Iterable[ImageSource], times: StageTimes, first_index: int, copy: bool) -> Iterator[Result]:
         batcher: TokenBudgetBatcher[Ready] = self._make_batcher()

@@ -6,6 +6,7 @@ the same batches, bit for bit, if it is resumed, prepared by workers or divided 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.grids import check_grids
 from revit_fast.io.images import ImageError
 from revit_fast.io.names import on_one_line
+from revit_fast.io.threads import Process, check_compute_threads
 from revit_fast.packing import PackedBatch
 from revit_fast.train.augment import Augmenter, Draws, batch_seeds
 from revit_fast.train.config import Augment
@@ -110,6 +112,7 @@ class TrainLoader:
     Raises:
         TypeError, ValueError: if an argument is not as described above, or the set is too small for one batch on every
             rank.
+        RuntimeError: in a process that was forked from one that had computed on several threads.
         ImportError: if `augment` needs timm and it is not installed.
     """
 
@@ -133,6 +136,7 @@ class TrainLoader:
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_compute_threads("images")
         self.grids = check_grids(grids)
         for name, value, least in (
             ("patch_size", patch_size, 1),
@@ -183,6 +187,7 @@ class TrainLoader:
         Raises:
             ValueError: if an argument is not as described above.
             UnreadableError: while the iterator is consumed, see the class.
+            RuntimeError: while it is consumed, in a process that was forked since it began.
         """
         _check_int("epoch", epoch, 0)
         _check_int("first_batch", first_batch, 0)
@@ -249,6 +254,7 @@ class EvalLoader:
 
     Raises:
         TypeError, ValueError: if an argument is not as described above.
+        RuntimeError: as in `TrainLoader`.
     """
 
     def __init__(
@@ -266,6 +272,7 @@ class EvalLoader:
         max_unreadable: float = 0.01,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_compute_threads("images")
         for name, value, least in (
             ("patch_size", patch_size, 1),
             ("batch_size", batch_size, 1),
@@ -321,7 +328,8 @@ def _read(images: ImageSet, places: np.ndarray) -> tuple[list[np.ndarray], np.nd
 
 
 def _counted(batches: Iterable[Batch], known: dict[str, str], limit: float) -> Iterator[Batch]:
-    """Gives the batches; raises an error once more than `limit` different images are unreadable."""
+    """Gives the batches; raises an error once more than `limit` different images are unreadable, and after a fork."""
+    process = Process("this iterator of batches", "begin an epoch here")
     for batch in batches:
         known.update(batch.unreadable)
         if len(known) > limit:
@@ -332,6 +340,7 @@ def _counted(batches: Iterable[Batch], known: dict[str, str], limit: float) -> I
                 f"{listed}{more}; repair or remove them, or raise max_unreadable"
             )
         yield batch
+        process.check("images")
 
 
 class _Made:
@@ -364,8 +373,14 @@ def _prepared(make: Callable[[int], Batch], numbers: range, workers: int) -> Ite
             num_workers=min(workers, len(numbers)),
             collate_fn=_as_it_is,
             generator=torch.Generator(),
+            worker_init_fn=_leave_ctrl_c,
         )
     )
+
+
+def _leave_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too; the process that uses them decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_int(name: str, value: int, least: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,13 +17,30 @@ class Interrupted(RuntimeError):
     """The run was asked to stop; it wrote a checkpoint first."""
 
 
+SAME_S = 1.0
+"""Seconds in which a second SIGINT counts as the first: some launchers send a Ctrl-C to a process that the terminal has
+sent it to already."""
+
+
 @contextmanager
 def signals_call(stop: Callable[[int], None]) -> Iterator[None]:
-    """Context in which SIGINT and SIGTERM only call `stop` with their number; no effect outside the main thread."""
-    before = {}
+    """Context in which SIGINT and SIGTERM only call `stop` with their number; no effect outside the main thread.
+
+    A second SIGINT, over `SAME_S` seconds after the first, raises a KeyboardInterrupt at once.
+    """
+    before, first_s = {}, math.inf
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal first_s
+        if number == signal.SIGINT:
+            if time.monotonic() - first_s > SAME_S:
+                raise KeyboardInterrupt
+            first_s = min(first_s, time.monotonic())
+        stop(number)
+
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, frame: stop(number))
+            before[number] = signal.signal(number, handle)
     except ValueError:  # not in the main thread
         pass
     try:

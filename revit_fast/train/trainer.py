@@ -8,7 +8,7 @@ import itertools
 import math
 import signal
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -160,6 +160,7 @@ class Trainer:
         Raises:
             NotFiniteError: if the loss is NaN or infinite.
             Interrupted: after SIGINT or SIGTERM (with one process); the checkpoint is written first.
+            KeyboardInterrupt: after a second SIGINT, at once; the last checkpoint is kept.
             UnreadableError: if too many images are unreadable.
             OSError: if a file cannot be written.
         """
@@ -187,17 +188,17 @@ class Trainer:
         """Trains the rest of the current epoch, evaluates, and writes a checkpoint."""
         epoch, done = self.epoch, self.step - self.epoch * self.updates_per_epoch
         accumulate = self.config.grad_accum_steps
-        batches = self.loader.epoch(epoch, done * accumulate)
-        for _ in range(done, self.updates_per_epoch):
-            self._update(list(itertools.islice(batches, accumulate)))
-            if self.step % self.config.log_steps == 0:
-                self._report(epoch)
-            if self._stop is not None:
-                self.save_checkpoint()
-                name = signal.Signals(self._stop).name
-                raise Interrupted(f"stopped by {name} after update {self.step} of {self.n_updates}; resume to go on")
-            if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
-                self.save_checkpoint()
+        with closing(self.loader.epoch(epoch, done * accumulate)) as batches:
+            for _ in range(done, self.updates_per_epoch):
+                self._update(list(itertools.islice(batches, accumulate)))
+                if self.step % self.config.log_steps == 0:
+                    self._report(epoch)
+                if self._stop is not None:
+                    self.save_checkpoint()
+                    stopped = f"stopped by {signal.Signals(self._stop).name} after update {self.step}"
+                    raise Interrupted(f"{stopped} of {self.n_updates}; resume to go on")
+                if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
+                    self.save_checkpoint()
         if self.unreadable:
             name, reason = next(iter(self.unreadable.items()))
             n = len(self.unreadable)
