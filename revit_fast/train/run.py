@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TextIO
 import torch
 
 from revit_fast.io.atomic import remove_leftovers
+from revit_fast.io.locked import alone_in
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.models.weights import read_checkpoint
@@ -22,11 +22,6 @@ from revit_fast.train.data import ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
 """Splits for the evaluation during a training run and after it. If one is missing, the other is used."""
@@ -112,32 +107,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Locks a folder against other runs, and removes files that a killed run had not finished writing.
 
     Raises:
-        FileExistsError: if another process has locked it.
-        OSError: if the folder cannot be made or written to.
+        FileExistsError, OSError: see `alone_in`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        if _lock(file, folder):
+    with alone_in(folder, LOCK, "training in") as locked:
+        if locked:
             remove_leftovers(folder)
         yield
-
-
-def _lock(file: TextIO, folder: Path) -> bool:
-    """Locks a file; returns False if the system has no locks.
-
-    The system releases the lock however the process ends, and no child process inherits it.
-    """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            return False
-        raise FileExistsError(
-            f"another process is training in {folder}; wait until it has ended, or give another folder"
-        ) from None
-    return True
 
 
 def train(
