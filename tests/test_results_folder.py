@@ -51,7 +51,7 @@ NAMES = [f"photos/{i}.png" for i in range(N)]
 
 @pytest.fixture
 def run(pipe, places, monkeypatch):
-    """`predict_dataset` with workers in this process that stand in another folder; returns the parts that it computed."""
+    """`predict_dataset` with workers in this process that stand in another folder; returns the parts it computed."""
     ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: [{"Resources": {"CPU": 2.0}, "Alive": True}])
     monkeypatch.setitem(sys.modules, "ray", ray)
     computed = []
@@ -93,7 +93,9 @@ def test_a_run_is_not_continued_with_other_images_of_the_same_names(run, places,
     run()
     (places / "out" / "part-000001.jsonl").unlink()
     monkeypatch.chdir(places / "there")
-    with pytest.raises(ManifestError, match=rf"inputs: other names, folders.* in 3 of 3 parts, .*{places}/there/photos/0"):
+    with pytest.raises(
+        ManifestError, match=rf"inputs: other names, folders.* in 3 of 3 parts, .*{places}/there/photos/0"
+    ):
         run()
     monkeypatch.chdir(places / "here")
     with pytest.warns(UserWarning, match=r"part-000001\.jsonl is missing: part 1 is computed again"):
@@ -165,7 +167,9 @@ def test_damaged_parts_and_marks_are_named_and_computed_again(run, places, name,
     before = (places / "out" / PART_FILE).read_text()
     damage(places / "out" / name)
     if name == PART_FILE:
-        with pytest.raises(ManifestError, match=r"lacks 1 of 3 parts, first part-000001\.jsonl .*; run again to compute"):
+        with pytest.raises(
+            ManifestError, match=r"lacks 1 of 3 parts, first part-000001\.jsonl .*; run again to compute"
+        ):
             list(read_records(places / "out"))
     said = []
     assert run(on_damage=said.append) == [1]
@@ -226,12 +230,13 @@ def test_one_run_at_a_time_writes_to_a_folder(run, places, pipe):
     """Of another process, or of this one."""
     held = (
         "import sys\nfrom revit_fast.io.locked import alone_in\n"
-        "with alone_in(sys.argv[1], '_lock', 'writing results to'):\n    print('held', flush=True)\n    sys.stdin.read()"
+        "with alone_in(sys.argv[1], '_lock', 'writing results to'):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()"
     )
     command = [sys.executable, "-c", held, str(places / "out")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(FileExistsError, match="another process is writing results to .*; wait until it has ended"):
+    with pytest.raises(FileExistsError, match=r"another process is writing results to .*; wait until it has ended"):
         run()
     other.communicate(b"")
     with alone_in(places / "out", "_lock", "writing results to"):
@@ -276,5 +281,7 @@ def test_an_older_manifest_that_knows_names_alone_is_not_continued(pipe, places)
     manifest = json.loads(path.read_text())
     del manifest["inputs"]["parts"]
     path.write_text(json.dumps(manifest | {"inputs": {**manifest["inputs"], "sha256": "0"}}))
-    with pytest.raises(ManifestError, match=r"inputs: names without sizes and times of the files, 7 images there, 7 now"):
+    with pytest.raises(
+        ManifestError, match=r"inputs: names without sizes and times of the files, 7 images there, 7 now"
+    ):
         claim(layout, pipe, [Source(name) for name in NAMES])

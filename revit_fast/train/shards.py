@@ -154,7 +154,10 @@ def _class_names(shard: str) -> tuple[str, ...] | None:
     for path in (os.path.join(place, CLASS_NAMES) for place in (folder, *above)):
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                return tuple(line.strip() for line in file if line.strip())
+                names = tuple(line.strip() for line in file if line.strip())
+            if not names:
+                raise ValueError(f"path: {path} is empty; write a class name per line, or remove it to number classes")
+            return names
     return None
 
 
