@@ -127,14 +127,7 @@ def train_assigner(
     labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
     if model is not None:
         check_assigner(tla, model.grids)
-    if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
-        raise ValueError(
-            "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
-            f"{epochs}, {batch_size} and {held_out_share}"
-        )
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
+    check_choices(epochs, batch_size, lr, weight_decay, held_out_share)
     keep_freed_pages()
     places, thumbnails = make_thumbnails(tla, images, model, np.flatnonzero(labels >= 0))
     if len(places) < LEAST_IMAGES:
@@ -187,6 +180,20 @@ def train_assigner(
     tla.calibrate_rows(thumbnails[held_out].flatten(0, 1), targets[held_out])
     shares = torch.bincount(targets[held_out], minlength=n_lengths) / len(held_out)
     return History(tuple(history), best, tuple(shares.tolist()), places[held_out.numpy()])
+
+
+def check_choices(
+    epochs: int, batch_size: int, lr: float, weight_decay: float = 0.0, held_out_share: float = 0.5
+) -> None:
+    """Raises a ValueError for values that `train_assigner` does not take."""
+    if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
+        raise ValueError(
+            "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
+            f"{epochs}, {batch_size} and {held_out_share}"
+        )
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
 
 
 def make_thumbnails(
