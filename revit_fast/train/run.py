@@ -93,7 +93,10 @@ def read_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no training run: there is no {CONFIG} in it")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds {values!r:.40}")
+        return TrainConfig.from_dict(values)
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as the configuration of a run: {error}; remove it, and give the run's options again"
