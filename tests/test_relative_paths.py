@@ -9,11 +9,12 @@ import pytest
 from train_helpers import noise_images, tiny_config, write_folders
 
 from revit_fast.cli import main
+from revit_fast.train import run as run_module
 from revit_fast.train.checkpoint import load_state
 from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
 from revit_fast.train.labels import LengthLabels
-from revit_fast.train.run import _shared, read_config, train
+from revit_fast.train.run import read_config, train
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Trainer
 
 
@@ -164,13 +165,13 @@ def told(values):
 
 def test_processes_that_stand_in_other_folders_see_that_their_images_differ(places, monkeypatch):
     config = tiny_config(data="photos")
-    here = _shared(config.resolved(), open_images("photos"))
+    here = run_module._shared(config.resolved(), open_images("photos"))
     monkeypatch.chdir(places / "there")
-    there = _shared(config.resolved(), open_images("photos"))
+    there = run_module._shared(config.resolved(), open_images("photos"))
     for message in told([here, there]):
         assert message.startswith("choices and images: process 1 of 2 has another one than process 0; start all")
     assert told([there, there]) == [None, None]
-    assert told([there, _shared(config.with_changes(lr=0.5), open_images("photos"))])[0] is not None
+    assert told([there, run_module._shared(config.with_changes(lr=0.5), open_images("photos"))])[0] is not None
 
 
 def test_machines_may_have_the_images_at_other_places(places):
@@ -178,7 +179,9 @@ def test_machines_may_have_the_images_at_other_places(places):
     (places / "mounted").symlink_to(places / "here" / "photos")
     config = tiny_config(data=str(places / "mounted"))
     other = tiny_config(data=str(places / "here" / "photos"))
-    assert told([_shared(config, open_images(config.data)), _shared(other, open_images(other.data))]) == [None, None]
+    assert told(
+        [run_module._shared(config, open_images(config.data)), run_module._shared(other, open_images(other.data))]
+    ) == [None, None]
 
 
 def test_a_single_process_compares_nothing(places, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,6 @@ from revit_fast.deploy import ray_dataset
 from revit_fast.deploy.ray_dataset import PartWorker, predict_dataset
 from revit_fast.deploy.results_folder import Layout, ManifestError, claim, read_records
 from revit_fast.io.images import Source
-from revit_fast.io.locked import alone_in
 
 N, PART = 7, 3
 
@@ -228,6 +228,7 @@ def test_a_damaged_count_of_attempts(tmp_path):
 
 def test_one_run_at_a_time_writes_to_a_folder(run, places, pipe):
     """Of another process, or of this one."""
+    locked = import_module("revit_fast.io.locked")
     held = (
         "import sys\nfrom revit_fast.io.locked import alone_in\n"
         "with alone_in(sys.argv[1], '_lock', 'writing results to'):\n"
@@ -239,7 +240,7 @@ def test_one_run_at_a_time_writes_to_a_folder(run, places, pipe):
     with pytest.raises(FileExistsError, match=r"another process is writing results to .*; wait until it has ended"):
         run()
     other.communicate(b"")
-    with alone_in(places / "out", "_lock", "writing results to"):
+    with locked.alone_in(places / "out", "_lock", "writing results to"):
         failed = []
 
         def second():
