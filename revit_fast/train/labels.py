@@ -240,9 +240,10 @@ class LengthLabels:
         names = [images.name(i) for i in range(len(images))]
         missing = [name for name in names if name not in place]
         if missing:
+            known = self.names[0] if self.names else "none"
             raise ValueError(
                 f"labels: {len(missing)} of {len(names)} images have no label, the first {missing[0]!r}; make the "
-                "labels of the same images (and split), or of all"
+                f"labels of the same images (and split), or of all; the first label is of {known!r}"
             )
         return self.labels[[place[name] for name in names]]
 

@@ -204,9 +204,11 @@ def train(
         trainer = Trainer(model, images, config, held_out=held_out, folder=folder, world=world, terminal=terminal)
         if resume and (folder / CHECKPOINT).exists():
             trainer.resume()
+        deployed = trainer.plain()
         if device == "cpu":  # where evaluation runs an optimised copy
-            rehearse_predictions(trainer.plain(), settings)
-        check(trainer.plain(), images, held_out)
+            rehearse_predictions(deployed, settings)
+        check(deployed, images, held_out)
+        del deployed  # it takes as much memory as the model
         if terminal is not None and world.is_first:
             start = f"from update {trainer.step} of {trainer.n_updates}" if trainer.step else "from the start"
             head = ", with a new head" if new_head else ""
