@@ -23,7 +23,7 @@ from revit_fast.io.images import Source
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "revit-fast[ray]"')
 pytest.importorskip("ray.data", reason='needs Ray Data: pip install "revit-fast[ray]"')
 
-from revit_fast import ray_engine  # noqa: E402
+from revit_fast.deploy import ray_dataset  # noqa: E402
 from revit_fast.deploy.ray_dataset import EngineError, predict_dataset, reserved_cpus, threads_per_worker  # noqa: E402
 
 MODEL = "deit_tiny_patch16_224"
@@ -263,15 +263,15 @@ class TestFailures:
         layout = layout_of(tmp_path)
         (tmp_path / "_done").mkdir()
         before = torch.get_num_threads()
-        worker = ray_engine.PartWorker([ray.put(pipe_of(model, "cycle"))], layout, 1)
+        worker = ray_dataset.PartWorker([ray.put(pipe_of(model, "cycle"))], layout, 1)
         torch.set_num_threads(before)
-        for _ in range(ray_engine.MAX_TRIES):  # each begins the part and is killed
+        for _ in range(ray_dataset.MAX_TRIES):  # each begins the part and is killed
             layout.begin(3)
         import pyarrow
 
         part = {"part": [3], "paths": [paths[:1]], "read": [paths[:1]], "errors": [[""]]}
         (row,) = worker(pyarrow.table(part)).to_pylist()
-        assert f"it ended its worker {ray_engine.MAX_TRIES} times" in row["failure"]
+        assert f"it ended its worker {ray_dataset.MAX_TRIES} times" in row["failure"]
         assert "begins with " + paths[0] in row["failure"]
         layout.clear_leftovers()  # the next run tries again
         (row,) = worker(pyarrow.table(part)).to_pylist()
@@ -280,9 +280,9 @@ class TestFailures:
         assert [p.name for p in (tmp_path / "_done").iterdir()] == ["000003.json"]
 
     def test_a_folder_that_workers_do_not_share_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(ray_engine, "VISIBLE_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(ray_dataset, "VISIBLE_TIMEOUT_S", 0.2)
         with pytest.raises(EngineError, match="a directory that every node mounts"):
-            ray_engine._shown(layout_of(tmp_path), 0)
+            ray_dataset._shown(layout_of(tmp_path), 0)
 
 
 def settle(done):

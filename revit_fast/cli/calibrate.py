@@ -8,6 +8,7 @@ from revit_fast.cli.arguments import UsageError, add_goal
 from revit_fast.cli.labelled import (
     add_data,
     add_output,
+    check_place,
     counter,
     folder_to_write,
     open_both,
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.cli.pipelines import optimized
     from revit_fast.streaming.bundle import save_bundle
     from revit_fast.train.assigner import calibrate_on
+    from revit_fast.train.checks import check_goal
     from revit_fast.train.evaluate import threshold_for
     from revit_fast.train.labels import predict_lengths
 
@@ -46,8 +48,11 @@ def run(args: argparse.Namespace) -> int:
     model, tla = bundle.model, bundle.tla
     if tla is None:
         raise UsageError(f"{args.bundle} has no assigner yet; make one with `revit-fast train-assigner`")
+    check_place(images, "--output", folder)
+    with usage_errors(budget="--budget"):
+        check_goal(model, args.budget)
     predictions = predict_lengths(optimized(args, model, "BUNDLE"), images, progress=counter("predicted"))
-    with usage_errors(policy="--budget"):
+    with usage_errors(policy="--budget", drop="--max-drop"):
         places = calibrate_on(tla, images, model, predictions)
         correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))
         threshold = threshold_for(model, tla.calibration, right, args.budget, args.max_drop)

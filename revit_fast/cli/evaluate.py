@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from revit_fast.cli.arguments import UsageError, check_file, positive
-from revit_fast.cli.labelled import add_data, counter, open_both, say_unreadable, usage_errors
+from revit_fast.cli.labelled import add_data, check_place, counter, open_both, say_unreadable, usage_errors
 
 
 def _numbers(text: str) -> list[float]:
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.timing import measure
 
     bundle, images = open_both(args)
+    if args.plot:
+        check_place(images, "--plot", args.plot)
     fast = optimized(args, bundle.model, "BUNDLE")
     predictions = predict_lengths(fast, images, progress=counter("predicted"))
     policies = default_policies()

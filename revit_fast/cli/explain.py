@@ -13,6 +13,7 @@ from revit_fast.cli.arguments import UsageError, check_file
 from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
 from revit_fast.explain import WRITERS, write
 from revit_fast.explain.facts import explain
+from revit_fast.explain.png import MAX_IMAGES
 from revit_fast.io.images import Source, find_images
 
 
@@ -45,5 +46,9 @@ def check_output(path: str, sources: Sequence[Source]) -> None:
     if Path(path).suffix.lower() not in WRITERS:
         raise UsageError(f"--output: expected a name that ends in {' or '.join(WRITERS)}, got {path!r}")
     check_file("--output", path)
+    if Path(path).suffix.lower() == ".png" and len(sources) > MAX_IMAGES:
+        raise UsageError(
+            f"--output: a PNG holds at most {MAX_IMAGES} images, got {len(sources)}; write .html, or parts"
+        )
     if os.path.exists(path) and any(os.path.realpath(path) == os.path.realpath(source.path) for source in sources):
         raise UsageError(f"--output: {path} is one of the images; give another name or folder")

@@ -120,7 +120,7 @@ def _torch_export(args: argparse.Namespace, bundle: Bundle) -> None:
 
 
 def _aoti(args: argparse.Namespace, bundle: Bundle) -> None:
-    from revit_fast.deploy.export import compile_package, export_packed, export_single
+    from revit_fast.deploy.export import check_compiler, compile_package, export_packed, export_single
     from revit_fast.inference.optimize import optimize
     from revit_fast.ops import _library
 
@@ -128,6 +128,8 @@ def _aoti(args: argparse.Namespace, bundle: Bundle) -> None:
         raise UsageError(
             f"--format: a package of all grids calls the C++ extension; {_library.HOW_TO_BUILD}, or --grid"
         )
+
+    check_compiler()
 
     def write(path: str) -> None:
         # A package runs on this kind of processor only, so weights may be packed for its instruction set.

@@ -9,10 +9,7 @@ from typing import Any
 
 from revit_fast.cli.arguments import add_goal
 from revit_fast.cli.runs import KeyValues, add_run, configuration, exit_code
-from revit_fast.io.atomic import make_folder, read_json, write_json
-
-GOAL = "fit.json"
-"""File in a run's folder with the arguments of `fit` that are not those of the training; `--resume` reads it."""
+from revit_fast.io.atomic import read_json
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,15 +28,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def goal(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The arguments of `train.fit.fit`: the given ones, else those of the resumed run. They are saved in the folder."""
+    """The arguments of `train.fit.fit`: the given ones, else those of the resumed run, which `fit` has saved."""
+    from revit_fast.train.fit import GOAL
+
     given = {n: getattr(args, n) for n in ("assigner", "budget", "max_drop") if getattr(args, n) is not None}
     path, kept = folder / GOAL, {}
     if args.resume and path.is_file():
-        kept = read_json(path)
+        try:
+            kept = dict(read_json(path))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; remove it, and give the goal again") from error
         if {"budget", "max_drop"} & given.keys():  # a given one replaces the kept one
             kept = {name: value for name, value in kept.items() if name == "assigner"}
-    make_folder(folder)
-    write_json(path, kept | given)
     return kept | given
 
 

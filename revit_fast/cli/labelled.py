@@ -88,14 +88,23 @@ def folder_to_write(args: argparse.Namespace) -> str:
     """The folder to write the bundle to; a bundle that is shipped or on the Hub is never changed."""
     from revit_fast.models.folder import check_replaceable
     from revit_fast.models.hub import SCHEME, SHIPPED, find_bundle
+    from revit_fast.train.checks import check_writable
 
-    with usage_errors(folder="--output"):
-        if args.output is not None:
-            check_replaceable(Path(args.output))
-            return args.output
-        if args.bundle.startswith(SCHEME) or SHIPPED in find_bundle(args.bundle).parents:
+    with usage_errors(folder="--output", output="--output"):
+        if args.output is None and (args.bundle.startswith(SCHEME) or SHIPPED in find_bundle(args.bundle).parents):
             raise UsageError(f"--output: give a folder; {args.bundle} is not changed")
-    return args.bundle
+        folder = Path(args.bundle if args.output is None else args.output)
+        check_replaceable(folder)
+        check_writable(folder)
+    return str(folder)
+
+
+def check_place(images: ImageSet, option: str, path: str) -> None:
+    """Raises a usage error if the next command would take a file or folder written there for one of the images."""
+    from revit_fast.train.checks import check_outside
+
+    with usage_errors():
+        check_outside(images, path, option)
 
 
 def counter(what: str) -> Callable[[int, int], None]:

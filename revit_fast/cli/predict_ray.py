@@ -10,7 +10,7 @@ from importlib import import_module
 from revit_fast.cli.arguments import UsageError
 from revit_fast.cli.pipelines import build_pipeline
 from revit_fast.deploy.ray_dataset import EngineError, Summary, predict_dataset
-from revit_fast.deploy.results_folder import ManifestError
+from revit_fast.deploy.results_folder import check_directory
 from revit_fast.io.images import find_images
 
 EVERY_S = 5.0
@@ -25,6 +25,10 @@ def run_on_cluster(args: argparse.Namespace) -> int:
         raise UsageError(f"--format {args.format}: --engine ray writes parts, see --part-format parquet or jsonl")
     if args.trace:
         raise UsageError("--trace: --engine ray runs in other processes, which keep no trace")
+    try:
+        check_directory(args.output)
+    except ValueError as error:
+        raise UsageError.of(error, output="--output") from error
     import_module("ray.data")  # before the model is loaded; if it is missing, main says what to install
     reported = time.perf_counter()
 
@@ -46,9 +50,10 @@ def run_on_cluster(args: argparse.Namespace) -> int:
             part_format=args.part_format,
             top_k=args.top_k,
             on_part=show,
+            on_damage=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
         )
-    except (EngineError, ManifestError) as error:
-        raise UsageError(str(error)) from error
+    except (EngineError, FileExistsError, ValueError) as error:
+        raise UsageError.of(error, output="--output", workers="--workers", address="--address") from error
     print(_line(summary), file=sys.stderr)
     return 1 if summary.errors else 0
 

@@ -54,7 +54,7 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     except ModuleNotFoundError:
         raise  # main says what to install
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError.of(error, **OPTION_OF) from error
     return 0
 
 
@@ -140,6 +140,14 @@ OPTIONS = {
     "Mapping[str, Any]": {"action": KeyValues, "nargs": "+", "metavar": "NAME=VALUE"},
 }
 """Arguments of `add_argument` for a field of each type."""
+
+
+OPTION_OF = {
+    **{f.name: f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig) if f.name != "data"},
+    **{"path": "DATA", "share": "--held-out-share", "output": "--output", "device": "--device", "name": "--model"},
+    **{"budget": "--budget", "max_drop": "--max-drop", "assigner": "--assigner"},
+}
+"""The option that each argument in an error of a run comes from."""
 
 
 def as_list(value: object) -> list:

@@ -10,6 +10,7 @@ from revit_fast.cli.labelled import (
     add_data,
     add_output,
     add_rules,
+    check_place,
     counter,
     folder_to_write,
     open_both,
@@ -61,23 +62,37 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.adaptive.assigner import TokenLengthAssigner
     from revit_fast.cli.pipelines import optimized
     from revit_fast.streaming.bundle import save_bundle
-    from revit_fast.train.assigner import train_assigner
+    from revit_fast.train.assigner import check_choices, train_assigner
+    from revit_fast.train.checks import check_lengths
     from revit_fast.train.labels import LengthLabels, predict_lengths
 
     folder = folder_to_write(args)
     bundle, images = open_both(args)
+    check_place(images, "--output", folder)
+    choices = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+    kept = None
+    with usage_errors(**{name: f"--{name.replace('_', '-')}" for name in (*choices, "thumbnail_px", "widths")}):
+        check_lengths(bundle.model, images)
+        check_choices(**choices)
+        torch.manual_seed(args.seed)
+        tla = TokenLengthAssigner.for_model(bundle.model)
+        if args.thumbnail_px or args.widths:
+            sizes = {"thumbnail_px": args.thumbnail_px or tla.thumbnail_px, "widths": args.widths or tla.widths}
+            tla = TokenLengthAssigner(bundle.model.grids, **sizes)
+        if args.labels is not None:
+            kept = LengthLabels.load(args.labels)
+            if kept.grids != bundle.model.grids:
+                raise UsageError(
+                    f"--labels: {args.labels} is of grids {kept.grids}, the model has {bundle.model.grids}"
+                )
+            kept.of_images(images)  # raises an error for images without a label
     code, sufficiency = 0, None
-    if args.labels is None or args.objective == "suffices":
+    if kept is None or args.objective == "suffices":
         fast = optimized(args, bundle.model, "BUNDLE")
         predictions = predict_lengths(fast, images, progress=counter("predicted"))
         code = say_unreadable(images, predictions.unreadable)
         sufficiency = predictions.sufficiency(images.labels) if args.objective == "suffices" else None
-        kept = LengthLabels.of(predictions, images, args.rule, args.unsolved)
-    if args.labels is not None:
-        with usage_errors():
-            kept = LengthLabels.load(args.labels)
-        if kept.grids != bundle.model.grids:
-            raise UsageError(f"--labels: {args.labels} is of grids {kept.grids}, the model has {bundle.model.grids}")
+        kept = kept or LengthLabels.of(predictions, images, args.rule, args.unsolved)
     print(kept.summary())
 
     def show(epoch) -> None:
@@ -89,22 +104,14 @@ def run(args: argparse.Namespace) -> int:
         )
 
     with usage_errors():
-        labels = kept.of_images(images)
-        torch.manual_seed(args.seed)
-        tla = TokenLengthAssigner.for_model(bundle.model)
-        if args.thumbnail_px or args.widths:
-            sizes = {"thumbnail_px": args.thumbnail_px or tla.thumbnail_px, "widths": args.widths or tla.widths}
-            tla = TokenLengthAssigner(bundle.model.grids, **sizes)
         history = train_assigner(
             tla,
             images,
-            labels,
+            kept.of_images(images),
             model=bundle.model,
             sufficiency=sufficiency,
             objective=args.objective,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
+            **choices,
             balanced=args.balanced,
             flip=not args.no_flip,
             seed=args.seed,

@@ -171,6 +171,19 @@ def save_program(program: ExportedProgram, path: str | os.PathLike, settings: Ma
         torch.export.save(program, file, extra_files={SETTINGS: dumps(settings)})
 
 
+def check_compiler() -> None:
+    """Raises a RuntimeError if there is no C++ compiler for `compile_package`."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "AOTInductor needs a C++ compiler: install g++ or clang++, or name yours by the variable CXX"
+        ) from error
+
+
 def compile_package(program: ExportedProgram, path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
     """Compiles a program with AOTInductor for this machine's processor and writes the package.
 
@@ -181,15 +194,8 @@ def compile_package(program: ExportedProgram, path: str | os.PathLike, settings:
         RuntimeError: if there is no C++ compiler.
     """
     import torch._inductor.config
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
 
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise RuntimeError(
-            "AOTInductor needs a C++ compiler: install g++ or clang++, or name yours by the variable CXX"
-        ) from error
+    check_compiler()
     options: dict[str, Any] = {"aot_inductor.metadata": _as_text(settings)}
     if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
         # It would check for at least two images, only because the example has two; one image works as well.
@@ -254,14 +260,14 @@ def write_adaptive_onnx(bundle: Bundle, folder: str | os.PathLike) -> None:
     if any(file.suffix != ".onnx" and not is_hidden(file) for file in old):
         raise ValueError(f"folder: {folder} holds other files; give a new folder: ONNX files of other names would go")
     settings = model_settings(model, bundle.classes or None)
+    if tla is not None:  # first what may be refused, then the grids, which take long
+        choice = assigner_settings(tla, bundle.policy, [forward_macs(model, n) for n in model.lengths])
+        assigner = export_assigner(tla)
     with replaced_folder(folder, sorted(file.name for file in old if file.suffix == ".onnx")) as new:
+        if tla is not None:
+            write_onnx(assigner, new / "assigner.onnx", choice, inputs="thumbnails", outputs="probabilities")
         for grid in model.grids:
             write_single_onnx(model, grid, new / f"grid-{grid}.onnx", settings)
-        if tla is not None:
-            macs = [forward_macs(model, n) for n in model.lengths]
-            settings = assigner_settings(tla, bundle.policy, macs)
-            program = export_assigner(tla)
-            write_onnx(program, new / "assigner.onnx", settings, inputs="thumbnails", outputs="probabilities")
 
 
 def _traced(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple | None) -> ExportedProgram:

@@ -17,14 +17,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
 
-from revit_fast.deploy.results_folder import Layout, PartReport, claim
+from revit_fast.deploy.results_folder import LOCK, Layout, PartReport, check_directory, claim
 from revit_fast.io.images import Source
+from revit_fast.io.locked import alone_in
 from revit_fast.io.names import from_text, mapped, on_one_line, to_text
 from revit_fast.streaming.decoding import default_decoders
 from revit_fast.streaming.pipeline import AdaptivePipeline
@@ -182,15 +184,20 @@ def predict_dataset(
     logits: bool = False,
     start_timeout_s: float = START_TIMEOUT_S,
     on_part: Callable[[Summary], None] | None = None,
+    on_damage: Callable[[str], None] = warnings.warn,
 ) -> Summary:
     """Classifies files on a Ray cluster and writes the results to a directory, see `revit_fast.deploy.results_folder`.
 
     Results equal those of `pipe(sources)`: the same records in the same order. Policies that depend on an image's place
-    see its place among all sources. A second call with the same arguments computes the missing parts.
+    see its place among all sources. A second call with the same arguments computes the missing parts, and those whose
+    files are empty or cut short.
+
+    Relative paths are resolved once, here: workers read absolute ones.
 
     Args:
         pipe: the pipeline; each worker gets a copy.
-        sources: paths, which every worker must be able to read.
+        sources: paths, which every worker must be able to read. Each is looked at once (`os.stat`), so that a later
+            call notices files that have changed.
         output: directory for the results, on a file system that every node and this process can access.
         workers: number of processes that hold the pipeline; by default one on each node.
         threads: threads of each worker; by default its share of its node.
@@ -202,6 +209,8 @@ def predict_dataset(
         logits: whether to keep all logits, too.
         start_timeout_s: longest time for the workers to start, in seconds.
         on_part: called with the summary so far when a part is complete.
+        on_damage: called with a line for every part that an earlier run completed and that is damaged now; it is
+            computed again. By default it becomes a warning.
 
     Returns:
         The numbers of the run.
@@ -209,14 +218,16 @@ def predict_dataset(
     Raises:
         EngineError: if the cluster cannot be reached or does not have enough CPUs; if a worker fails, or a part kills
             its worker `MAX_TRIES` times; if the results of a worker are not visible in `output` here.
-        ManifestError: if `output` contains results of another pipeline, other sources or other settings.
+        FileExistsError: if another run writes to `output`.
+        ManifestError: if `output` contains results of another pipeline, other sources or other settings, or if files
+            have changed since.
         TypeError, ValueError: if an argument is not as above.
     """
     import ray
 
     sources = [_as_source(source) for source in sources]
     layout = Layout(
-        directory=os.path.abspath(output),
+        directory=os.fspath(output),
         part_images=part_images,
         part_format=part_format,
         top_k=min(top_k, pipe.model.num_classes),
@@ -227,37 +238,38 @@ def predict_dataset(
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    check_directory(layout.directory)
     begin = time.perf_counter()
-    owns_ray = not ray.is_initialized()
-    if owns_ray:
-        _connect(address)
-    try:
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            _connect(address)
+            stack.callback(ray.shutdown)
         cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         workers = workers or max(1, sum(n >= 1 for n in cpus))
         threads = threads_per_worker(cpus, workers, threads)
-        claim(layout, pipe, sources)
+        stack.enter_context(alone_in(layout.directory, LOCK, "writing results to"))
+        read = claim(layout, pipe, sources)
         summary = Summary(-(-len(sources) // part_images), workers, threads)
         missing = []
         for part in range(summary.n_parts):
-            report = layout.report_of(part)
+            report, damage = layout.inspect(part, layout.images_of(part, len(sources)))
+            if damage:
+                on_damage(f"output: {damage}: part {part} is computed again")
             if report is None:
                 missing.append(part)
             else:
                 summary.add(report, is_new=False)
         if missing:
             layout.clear_leftovers()
-            rows = [_row(part, sources, part_images) for part in missing]
+            rows = [_row(part, sources, read, part_images) for part in missing]
             for part in _computed(rows, pipe, layout, workers, threads, start_timeout_s):
-                summary.add(_shown(layout, part), is_new=True)
+                summary.add(_shown(layout, part, layout.images_of(part, len(sources))), is_new=True)
                 summary.seconds = time.perf_counter() - begin
                 if on_part is not None:
                     on_part(summary)
             layout.clear_leftovers()
         summary.seconds = time.perf_counter() - begin
         return summary
-    finally:
-        if owns_ray:
-            ray.shutdown()
 
 
 def _as_source(source: str | PathLike | Source) -> Source:
@@ -268,13 +280,13 @@ def _as_source(source: str | PathLike | Source) -> Source:
     return Source(os.fspath(source))
 
 
-def _row(part: int, sources: list[Source], part_images: int) -> dict[str, Any]:
-    some = sources[part * part_images : (part + 1) * part_images]
+def _row(part: int, sources: list[Source], read: list[str], part_images: int) -> dict[str, Any]:
+    places = slice(part * part_images, (part + 1) * part_images)
     row = {
         "part": part,
-        "paths": [source.path for source in some],
-        "read": [os.path.abspath(source.path) for source in some],  # a worker has its own working directory
-        "errors": [source.error or "" for source in some],
+        "paths": [source.path for source in sources[places]],
+        "read": read[places],
+        "errors": [source.error or "" for source in sources[places]],
     }
     return mapped(row, to_text)  # Ray's tables hold UTF-8
 
@@ -330,14 +342,15 @@ def _computed(rows, pipe: AdaptivePipeline, layout: Layout, workers: int, thread
         raise EngineError(f"the cluster failed: {error}; what is complete is kept: run again to go on") from error
 
 
-def _shown(layout: Layout, part: int) -> PartReport:
-    """Waits for the report of a part that a worker has completed."""
+def _shown(layout: Layout, part: int, n_records: int | None = None) -> PartReport:
+    """Waits for the report of a part that a worker has completed with this number of records."""
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
-    while (report := layout.report_of(part)) is None:
+    while (found := layout.inspect(part, n_records))[0] is None:
         if time.monotonic() > deadline:
+            state = f"is not whole here ({found[1]})" if found[1] else "is not there"
             raise EngineError(
-                f"output: a worker wrote {layout.part_path(part)}, which is not there; give a directory that every "
-                "node mounts at the same path"
+                f"output: a worker wrote {layout.part_path(part)}, which {state}; give a directory that every node "
+                "mounts at the same path"
             )
         time.sleep(0.1)
-    return report
+    return found[0]

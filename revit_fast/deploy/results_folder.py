@@ -1,8 +1,11 @@
 """The results of a long run: a directory of parts. A later run can compute the missing parts.
 
     _manifest.json      what the results depend on: model, assigner, policy, preprocessing, inputs, format
+    _lock               locked by the run that writes here
     part-000000.parquet records of inputs 0 to part_images - 1, in their order; or .jsonl
-    _done/000000.json   written after the part; marks it as complete
+    _done/000000.json   written after the part; marks it as complete, and says how many records and bytes it has
+
+A part whose records or bytes are not those of its mark is incomplete: a crash or a full disk has cut a file short.
 
 Readers of Parquet folders (pyarrow, Spark, DuckDB globs) ignore names that start with an underscore.
 """
@@ -11,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from revit_fast.deploy.inputs import absolute_paths, describe_inputs, difference_of_inputs, same_inputs
+from revit_fast.deploy.part_files import damage_of
 from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.io.atomic import make_folder, read_json, replaced, write_json
 from revit_fast.io.images import Source
@@ -31,6 +37,8 @@ from revit_fast.version import __version__
 
 FORMAT = "revit-fast results 1"
 PART_FORMATS = ("parquet", "jsonl")
+
+MANIFEST, DONE, LOCK = "_manifest.json", "_done", "_lock"
 
 
 class ManifestError(ValueError):
@@ -49,6 +57,7 @@ class PartReport:
         seconds: time that its worker needed, in seconds.
         pid: process id of the worker.
         node: host name of the worker.
+        bytes: size of its file; None if the mark is of a version that did not keep it.
     """
 
     part: int
@@ -58,6 +67,7 @@ class PartReport:
     seconds: float
     pid: int
     node: str
+    bytes: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Layout:
     """The settings that all parts of a directory share.
 
     Args:
-        directory: absolute path.
+        directory: path of the directory; the layout keeps it as an absolute path.
         part_images: number of images in a part; the last may have fewer.
         part_format: one of `PART_FORMATS`.
         top_k: number of classes to keep for each image.
@@ -83,10 +93,8 @@ class Layout:
     has_labels: bool
 
     def __post_init__(self) -> None:
-        if "://" in self.directory:
-            raise ValueError(
-                f"output: expected a path on a file system that every node mounts, got the address {self.directory}"
-            )
+        check_path(self.directory)
+        object.__setattr__(self, "directory", os.path.abspath(self.directory))  # workers have other working directories
         if self.part_format not in PART_FORMATS:
             raise ValueError(f"part_format: expected one of {', '.join(PART_FORMATS)}, got {self.part_format!r}")
         for name in ("part_images", "top_k"):
@@ -99,7 +107,7 @@ class Layout:
 
     def report_path(self, part: int) -> Path:
         """The path of the file that marks a part as complete."""
-        return Path(self.directory, "_done", f"{part:06d}.json")
+        return Path(self.directory, DONE, f"{part:06d}.json")
 
     def record_of(self, result: Result, path: str) -> dict[str, Any]:
         """The record of a result; missing values are None.
@@ -125,7 +133,8 @@ class Layout:
     def begin(self, part: int) -> int:
         """Counts an attempt at a part; returns the number of earlier unfinished attempts."""
         path = self._tries_path(part)
-        tries = int(path.read_text()) if path.exists() else 0
+        text = path.read_text() if path.exists() else ""
+        tries = int(text) if text.isdigit() else 0
         with replaced(path) as temporary:
             temporary.write_text(str(tries + 1))
         return tries
@@ -141,12 +150,13 @@ class Layout:
 
                 table = pyarrow.Table.from_pylist(mapped(list(records), to_text), self._schema())
                 pyarrow.parquet.write_table(table, temporary)
+        mark = asdict(report) | {"bytes": self.part_path(report.part).stat().st_size}
         with replaced(self.report_path(report.part)) as temporary:
-            temporary.write_text(json.dumps(asdict(report)), encoding="utf-8")
+            temporary.write_text(json.dumps(mark), encoding="utf-8")
         self._tries_path(report.part).unlink(missing_ok=True)
 
     def _tries_path(self, part: int) -> Path:
-        return Path(self.directory, "_done", f"{part:06d}.tries")
+        return Path(self.directory, DONE, f"{part:06d}.tries")
 
     def _schema(self) -> Any:
         import pyarrow as pa
@@ -167,50 +177,134 @@ class Layout:
         fields["error"] = pa.string()
         return pa.schema(list(fields.items()))
 
-    def report_of(self, part: int) -> PartReport | None:
-        """The report of a part; None if the part is not complete."""
-        if not self.part_path(part).exists() or not self.report_path(part).exists():
-            return None
-        return PartReport(**json.loads(self.report_path(part).read_text(encoding="utf-8")))
+    def images_of(self, part: int, images: int) -> int:
+        """Number of records of a part in a run of `images` inputs."""
+        return min(self.part_images, images - part * self.part_images)
+
+    def report_of(self, part: int, n_records: int | None = None) -> PartReport | None:
+        """The report of a part; None if the part is not complete. See `inspect`."""
+        return self.inspect(part, n_records)[0]
+
+    def inspect(self, part: int, n_records: int | None = None) -> tuple[PartReport | None, str]:
+        """The report of a part, and what is wrong with its files.
+
+        Args:
+            part: number of the part.
+            n_records: number of records that it should have; None: any number.
+
+        Returns:
+            The report, or None if the part is not complete; and the damage of its file or its mark, which the text
+            names. The text is empty for a complete part, and for one that was never completed.
+        """
+        mark, path = self.report_path(part), self.part_path(part)
+        if not mark.exists():
+            return None, ""
+        try:
+            report = PartReport(**json.loads(mark.read_text(encoding="utf-8")))
+            if report.part != part or not isinstance(report.images, int):
+                raise ValueError(f"it is of part {report.part!r}")
+        except (OSError, TypeError, ValueError) as error:
+            what = "is empty" if mark.exists() and mark.stat().st_size == 0 else f"cannot be read: {error}"
+            return None, f"{os.path.join(DONE, mark.name)} {what}"
+        expected = report.images if n_records is None else n_records
+        damage = damage_of(path, expected, report.bytes)
+        if not damage and report.images != expected:
+            damage = f"{os.path.join(DONE, mark.name)} is of {report.images} records, not of {expected}"
+        return (None, damage) if damage else (report, "")
 
     def clear_leftovers(self) -> None:
         """Removes unfinished files of killed workers; no process may be writing to the directory."""
-        for pattern in ("part-*.tmp", "_done/*.tmp", "_done/*.tries"):
+        for pattern in ("part-*.tmp", f"{DONE}/*.tmp", f"{DONE}/*.tries"):
             for path in Path(self.directory).glob(pattern):
                 path.unlink(missing_ok=True)
 
 
-def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> None:
+def check_path(directory: str | PathLike) -> None:
+    """Raises an error for an address of a service, such as s3://bucket: results need a file system."""
+    if "://" in fspath(directory):
+        raise ValueError(
+            f"output: expected a path on a file system that every node mounts, got the address {fspath(directory)}"
+        )
+
+
+def check_directory(directory: str | PathLike) -> dict[str, Any] | None:
+    """Checks, before anything is computed, whether a directory can take results.
+
+    Returns:
+        The manifest of the results in it; None if there is none yet, or a crash has left an unreadable one alone.
+
+    Raises:
+        ManifestError: if it is a file, or holds other files, or parts whose manifest cannot be read.
+        ValueError: for the address of a service.
+    """
+    check_path(directory)
+    if not os.path.isdir(directory):
+        if os.path.exists(directory):
+            raise ManifestError(f"output: {fspath(directory)} is a file; give a directory")
+        return None
+    found = os.listdir(directory)
+    if MANIFEST in found:
+        try:
+            return read_manifest(directory)
+        except ManifestError:
+            if any(any(Path(directory).glob(pattern)) for pattern in ("part-*", f"{DONE}/*.json")):
+                raise
+    if any(name not in (MANIFEST, DONE, LOCK) and not name.endswith(".tmp") for name in found):
+        raise ManifestError(
+            f"output: {fspath(directory)} is not empty and holds no results of ours; give another directory"
+        )
+    return None
+
+
+def claim(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> list[str]:
     """Prepares the directory for results of this pipeline on these sources, or checks that it already is.
+
+    Returns:
+        The absolute path of each source, for the workers. The manifest identifies the inputs by these.
 
     Raises:
         ManifestError: if the directory contains results of another run (the message names the differences), or files
             without a manifest.
     """
+    kept = check_directory(layout.directory)
+    read = absolute_paths(sources)
+    inputs = describe_inputs(sources, read, layout.part_images)
     # The round trip through JSON turns tuples into lists, as in the manifest that is read below.
-    manifest = json.loads(json.dumps(_manifest(layout, pipe, sources), default=_plain))
+    manifest = json.loads(json.dumps(_manifest(layout, pipe, inputs), default=_plain))
     directory = Path(layout.directory)
-    path = directory / "_manifest.json"
-    if not path.exists():
-        if directory.is_dir() and any(not p.name.endswith(".tmp") for p in directory.iterdir()):
-            raise ManifestError(
-                f"output: {directory} is not empty and holds no results of ours; give another directory"
-            )
-        make_folder(directory / "_done")
-        write_json(path, manifest)
-        return
-    kept = read_manifest(directory)
+    make_folder(directory / DONE)
+    if kept is None:
+        write_json(directory / MANIFEST, manifest)
+        return read
     # Older manifests contain the option `exact`. It changed no result and no longer exists.
     kept.get("preprocessing", {}).pop("exact", None)
     # Older manifests do not name the dtype. The model's digest shows it, except for int8, which no command had.
     kept.setdefault("dtype", "float32" if manifest["dtype"] == "int8" else manifest["dtype"])
-    differing = [name for name in sorted(kept.keys() | manifest.keys()) if kept.get(name) != manifest.get(name)]
-    if differing:
-        changes = "; ".join(f"{n}: {_short(kept.get(n))} there, {_short(manifest.get(n))} now" for n in differing)
+    changes = [
+        f"{name}: {_short(kept.get(name))} there, {_short(manifest.get(name))} now"
+        for name in sorted(kept.keys() | manifest.keys())
+        if name != "inputs" and kept.get(name) != manifest.get(name)
+    ]
+    if not same_inputs(kept["inputs"], inputs):
+        changes.append(f"inputs: {difference_of_inputs(kept['inputs'], inputs, read, layout.part_images)}")
+    if changes:
         raise ManifestError(
-            f"output: {directory} holds results of another run ({changes}); give another directory, or what that run "
-            "had"
+            f"output: {directory} holds results of another run ({'; '.join(changes)}); give another directory, or what "
+            "that run had"
         )
+    return read
+
+
+def _has_results(directory: str | PathLike) -> bool:
+    return any(any(Path(directory).glob(pattern)) for pattern in ("part-*", f"{DONE}/*.json"))
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the manifest can be read."""
+    try:
+        return bool(read_manifest(directory))
+    except ManifestError:
+        return False
 
 
 def read_manifest(directory: str | PathLike) -> dict[str, Any]:
@@ -219,13 +313,16 @@ def read_manifest(directory: str | PathLike) -> dict[str, Any]:
     Raises:
         ManifestError: if the directory has no manifest, or it cannot be read.
     """
-    path = Path(directory, "_manifest.json")
+    path = Path(directory, MANIFEST)
     try:
         manifest = read_json(path)
     except (OSError, ValueError) as error:
-        raise ManifestError(f"output: cannot read {path}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ManifestError(f"output: {path} is no manifest of {FORMAT!r}")
+        raise ManifestError(
+            f"output: cannot read {path}: {error}; without it, parts cannot be told from those of another run: give "
+            "another directory"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "images" not in manifest.get("inputs", ()):
+        raise ManifestError(f"output: {path} is no manifest of {FORMAT!r}; give another directory")
     return manifest
 
 
@@ -233,14 +330,18 @@ def read_records(directory: str | PathLike) -> Iterator[dict[str, Any]]:
     """Yields the records of a finished directory, in the order of the inputs.
 
     Raises:
-        ManifestError: if the directory contains no results, or parts are missing.
+        ManifestError: if the directory contains no results, or parts are missing or cut short; nothing is yielded then.
     """
     manifest = read_manifest(directory)
-    n_parts = -(-manifest["inputs"]["images"] // manifest["part_images"])
-    paths = [Path(directory, f"part-{part:06d}.{manifest['part_format']}") for part in range(n_parts)]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise ManifestError(f"output: {fspath(directory)} lacks {len(missing)} of {n_parts} parts, first {missing[0]}")
+    images, part_images = manifest["inputs"]["images"], manifest["part_images"]
+    paths = [Path(directory, f"part-{part:06d}.{manifest['part_format']}") for part in range(-(-images // part_images))]
+    damages = [damage_of(path, min(part_images, images - i * part_images)) for i, path in enumerate(paths)]
+    lacking = [damage for damage in damages if damage]
+    if lacking:
+        raise ManifestError(
+            f"output: {fspath(directory)} lacks {len(lacking)} of {len(paths)} parts, first {lacking[0]}; run again to "
+            "compute them"
+        )
     for path in paths:
         if path.suffix == ".jsonl":
             with open(path, encoding="utf-8") as file:
@@ -251,7 +352,7 @@ def read_records(directory: str | PathLike) -> Iterator[dict[str, Any]]:
             yield from mapped(pyarrow.parquet.read_table(path).to_pylist(), from_text)
 
 
-def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source]) -> dict[str, Any]:
+def _manifest(layout: Layout, pipe: AdaptivePipeline, inputs: dict[str, Any]) -> dict[str, Any]:
     """Everything that the results depend on. This excludes the token budget and the workers."""
     prep = pipe.prep
     tla = prep.tla
@@ -260,7 +361,6 @@ def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source])
     settings = own | prep.options
     if prep.formats is not None:
         settings["formats"] = list(prep.formats)
-    inputs = _digest(*(f"{s.path}\0{s.error or ''}\n".encode("utf-8", "surrogateescape") for s in sources))
     return {
         "format": FORMAT,
         "revit_fast": __version__,
@@ -270,7 +370,7 @@ def _manifest(layout: Layout, pipe: AdaptivePipeline, sources: Sequence[Source])
         "policy": prep.policy.spec,
         "preprocessing": settings,
         "labels": labels,
-        "inputs": {"images": len(sources), "sha256": inputs},
+        "inputs": inputs,
         "part_images": layout.part_images,
         "part_format": layout.part_format,
         "top_k": layout.top_k,

@@ -17,11 +17,15 @@ from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.network import STEM_PATCH
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.io.memory import keep_freed_pages
+from revit_fast.models.folder import check_assigner
 from revit_fast.models.vit import ReViT
 from revit_fast.train.data import ImageSet
 from revit_fast.train.labels import Predictions, decoded_chunks, length_labels
 
 OBJECTIVES = ("label", "suffices")
+
+LEAST_IMAGES = 4
+"""Least number of images that an assigner is trained on."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,13 @@ def train_assigner(
         ValueError: if labels or options are not as described above, or the loss becomes NaN or infinite.
     """
     labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
-    if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
-        raise ValueError(
-            "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
-            f"{epochs}, {batch_size} and {held_out_share}"
-        )
+    if model is not None:
+        check_assigner(tla, model.grids)
+    check_choices(epochs, batch_size, lr, weight_decay, held_out_share)
     keep_freed_pages()
     places, thumbnails = make_thumbnails(tla, images, model, np.flatnonzero(labels >= 0))
-    if len(places) < 4:
-        raise ValueError(f"images: expected at least 4 readable ones with a label, got {len(places)}")
+    if len(places) < LEAST_IMAGES:
+        raise ValueError(f"images: expected at least {LEAST_IMAGES} readable ones with a label, got {len(places)}")
     targets = torch.from_numpy(labels[places])
     enough = None if sufficiency is None else torch.from_numpy(sufficiency[:, places].T.copy())
     generator = torch.Generator().manual_seed(seed)
@@ -180,6 +182,20 @@ def train_assigner(
     return History(tuple(history), best, tuple(shares.tolist()), places[held_out.numpy()])
 
 
+def check_choices(
+    epochs: int, batch_size: int, lr: float, weight_decay: float = 0.0, held_out_share: float = 0.5
+) -> None:
+    """Raises a ValueError for values that `train_assigner` does not take."""
+    if epochs < 1 or batch_size < 2 or not 0.0 < held_out_share < 1.0:
+        raise ValueError(
+            "epochs, batch_size, held_out_share: expected at least 1, at least 2 and a share in (0, 1), got "
+            f"{epochs}, {batch_size} and {held_out_share}"
+        )
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number, 0 or more, got {value}")
+
+
 def make_thumbnails(
     tla: TokenLengthAssigner, images: ImageSet, model: ReViT | None, places: np.ndarray
 ) -> tuple[np.ndarray, Tensor]:
@@ -216,6 +232,7 @@ def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predi
     Raises:
         ValueError: if no image is readable.
     """
+    check_assigner(tla, model.grids)
     places, rows = make_thumbnails(tla, images, model, np.flatnonzero(predictions.readable))
     if len(places) == 0:
         raise ValueError(f"images: expected held-out images to calibrate on, but none of {len(images)} can be read")

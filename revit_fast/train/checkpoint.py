@@ -60,7 +60,9 @@ def load_state(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is no state of a training run of this version")
         return _put_together(json.loads(metadata["state"]), tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a state of a training run: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as a state of a training run: {error}; remove it to start the run anew"
+        ) from error
 
 
 def _taken_apart(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -25,6 +25,9 @@ MOST = 2**63 - 1
 MODES = ("packed", "length-parallel")
 AMP = ("none", "bfloat16")
 
+PATHS = ("data", "weights")
+"""Choices that are paths."""
+
 BASE_LR, BASE_BATCH = 5e-4, 512
 """DeiT's learning rate, and the batch size that it belongs to (arXiv 2012.12877)."""
 
@@ -276,6 +279,10 @@ class TrainConfig:
         given = {name: getattr(self, name) for name in ("mean", "std", "crop_pct", "interpolation")}
         return input_settings(model) | {name: value for name, value in given.items() if value is not None}
 
+    def resolved(self) -> TrainConfig:
+        """A copy with absolute paths, so that a run can be resumed from any folder."""
+        return replace(self, **absolute_paths({name: getattr(self, name) for name in PATHS}))
+
     def save(self, path: Path) -> None:
         """Writes the choices as JSON, all or nothing."""
         write_json(path, self.as_dict())
@@ -302,6 +309,11 @@ class TrainConfig:
     def with_changes(self, **changes: Any) -> TrainConfig:
         """A copy with other values of some fields."""
         return replace(self, **changes)
+
+
+def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration, with paths from the root."""
+    return {**values, **{name: str(Path(values[name]).absolute()) for name in PATHS if values.get(name)}}
 
 
 def _check_number(name: str, value: Any, least: float, whole: bool = False) -> None:

@@ -42,6 +42,8 @@ class ImageSet:
     Attributes:
         labels: class of every image, int64 `[N]`.
         classes: names of the classes.
+        folder: folder in which every folder counts as a class of the set and every image as one of its images; None
+            if there is none.
 
     Raises:
         ValueError: for an empty set, a repeated class name, or a label out of range; the message names its sample.
@@ -49,6 +51,7 @@ class ImageSet:
 
     labels: np.ndarray
     classes: tuple[str, ...]
+    folder: str | None = None
 
     def __init__(self, labels: Sequence[int] | np.ndarray, classes: Sequence[str]) -> None:
         self.classes = check_classes(classes)
@@ -63,7 +66,7 @@ class ImageSet:
             more = f" (and {wrong.size - 1} more)" if wrong.size > 1 else ""
             raise ValueError(
                 f"labels: {on_one_line(self.name(int(wrong[0])))} has label {self.labels[wrong[0]]}{more}, but legal "
-                f"are 0 to {len(self.classes) - 1}; correct the label or give all `classes`"
+                f"are 0 to {len(self.classes) - 1}; correct the label, or name all classes"
             )
 
     def __len__(self) -> int:
@@ -104,7 +107,7 @@ class _Subset(ImageSet):
         if indices.min() < 0 or indices.max() >= len(images):
             wrong = indices[(indices < 0) | (indices >= len(images))][0]
             raise ValueError(f"indices: expected places 0 to {len(images) - 1}, got {wrong}")
-        self._images, self._indices = images, indices.astype(np.int64)
+        self._images, self._indices, self.folder = images, indices.astype(np.int64), images.folder
         super().__init__(images.labels[self._indices], images.classes)
 
     def image(self, i: int) -> np.ndarray:
@@ -196,14 +199,17 @@ def renumbered(labels: np.ndarray, own: Sequence[str], classes: tuple[str, ...] 
     return np.where(legal, table[np.where(legal, labels, 0)], labels)  # ImageSet refuses illegal ones by name
 
 
-def check_same_classes(own: Sequence[str], classes: tuple[str, ...], path: str) -> None:
-    """Raises an error if a set's class names are not those of `classes`; their order may differ."""
+def check_same_classes(own: Sequence[str], classes: tuple[str, ...], path: str, fix: str = "") -> None:
+    """Raises an error, which may end with a fix, if a set's class names are not those of `classes`, in any order."""
     unknown = [name for name in own if name not in classes]
     missing = [name for name in classes if name not in own]
     if unknown or missing:
         parts = [f"{_listed(unknown)} not in `classes`"] if unknown else []
         parts += [f"{_listed(missing)} of `classes` not in the set"] if missing else []
-        raise ValueError(f"classes: {path} has other classes: {'; '.join(parts)}; training and test sets share theirs")
+        fixes = f"; {fix}" if missing and fix else ""
+        raise ValueError(
+            f"classes: {path} has other classes: {'; '.join(parts)}; training and test sets share theirs{fixes}"
+        )
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from revit_fast.train import formats, shards
 from revit_fast.train.data import ImageSet, check_classes, split_names
@@ -22,7 +23,8 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
       are used. Class names are the lines of `classes.txt` beside them.
 
     Args:
-        path: folder, or pattern of shards.
+        path: folder, or pattern of shards. A relative one is resolved here, so that names are those of the same images
+            in every folder and process.
         split: "train", or one of the evaluation splits "val", "validation", "valid" and "test"; if it is missing, the
             other evaluation splits are tried. A path without splits is opened for any split.
         classes: class names in the order of their labels, for example those of the training set for its test set. A set
@@ -39,7 +41,7 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
             other, or labels or classes do not match. The message names the file, sample or class.
         ImportError: if `datasets` is needed and not installed.
     """
-    path, names = os.fspath(path), split_names(split)
+    path, names = str(Path(path).absolute()), split_names(split)
     classes = None if classes is None else check_classes(classes)
     if os.path.isdir(path):
         entries = os.listdir(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -88,6 +89,24 @@ class World:
             values = values.to(self.device, copy=True)
             dist.all_reduce(values)
         return values
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raises the same error in every process unless the value, told by its `repr`, is the same in all of them.
+
+        Args:
+            what: name of the value, for the message.
+            value: anything with a `repr` that says all.
+        """
+        digests = torch.zeros(self.size, dtype=torch.int64)
+        own = hashlib.blake2b(repr(value).encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        digests[self.rank] = int.from_bytes(own, "little", signed=True)
+        digests = self.sum(digests).tolist()
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            raise ValueError(
+                f"{what}: process {', '.join(map(str, others))} of {self.size} has another one than process 0; start "
+                "all processes with the same options and the same images, and give absolute paths"
+            )
 
     def wait(self) -> None:
         """Waits until all processes are here."""

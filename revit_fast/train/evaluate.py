@@ -17,7 +17,7 @@ from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 from revit_fast.train.data import ImageSet
-from revit_fast.train.labels import Predictions, decoded_chunks, length_labels, predict_lengths
+from revit_fast.train.labels import UNSOLVED, Predictions, decoded_chunks, length_labels, predict_lengths
 from revit_fast.train.report import Report, Row
 from revit_fast.train.statistics import mcnemar, paired_interval
 
@@ -73,6 +73,16 @@ def evaluate(
     """
     if n_random < 5:
         raise ValueError(f"n_random: expected at least 5 seeds, got {n_random}")
+    prep = AdaptivePreprocessor.for_model(model, tla, policy=("fixed", model.grids[0]), **dict(settings or {}))
+    specs = [] if tla is None else [*(default_policies() if policies is None else policies), match]
+    *made, matched = [
+        make_policy(spec, model.grids, calibration=tla.calibration, macs=prep.macs) for spec in specs
+    ] or [None]
+    for bound in cascade:
+        if not 0.0 <= bound <= 1.0:
+            raise ValueError(f"cascade: expected bounds in [0, 1], got {bound!r}")
+    if unsolved not in UNSOLVED:
+        raise ValueError(f"unsolved: expected one of {', '.join(UNSOLVED)}, got {unsolved!r}")
     if predictions is None:
         predictions = predict_lengths(model, images, settings=settings, progress=progress)
     if predictions.grids != model.grids or predictions.logits.shape[1] != len(images):
@@ -83,20 +93,15 @@ def evaluate(
     keep = predictions.readable
     if not keep.any():
         raise ValueError(f"images: none of {len(images)} can be read; the first: {predictions.unreadable[0]}")
-    prep = AdaptivePreprocessor.for_model(model, tla, policy=("fixed", model.grids[0]), **dict(settings or {}))
     evidence = gather_evidence(prep, images)
     tally = _Tally(model, predictions.correct(images.labels)[:, keep], 0 if tla is None else tla.macs)
     rows = [tally.row(f"fixed {g}x{g}", "fixed", tally.all_at(i), ("fixed", g)) for i, g in enumerate(model.grids)]
     shares = np.full(len(model.grids), 1 / len(model.grids))
-    if tla is not None:
-        calibration = tla.calibration
-        for spec in default_policies() if policies is None else policies:
-            policy = make_policy(spec, model.grids, calibration=calibration, macs=prep.macs)
-            chosen = policy.choose(evidence)
-            asks = policy.needs == "probabilities"
-            rows.append(tally.row(name_of_policy(spec, asks), "assigner", chosen, spec, asks))
-        given = make_policy(match, model.grids, calibration=calibration, macs=prep.macs).choose(evidence)
-        shares = np.bincount(given, minlength=len(model.grids)) / len(given)
+    for policy in made:
+        chosen, asks = policy.choose(evidence), policy.needs == "probabilities"
+        rows.append(tally.row(name_of_policy(policy.spec, asks), "assigner", chosen, policy.spec, asks))
+    if matched is not None:
+        shares = np.bincount(matched.choose(evidence), minlength=len(model.grids)) / len(evidence.index)
     rows.append(tally.random_row(shares, n_random, model.grids))
     by_entropy, bits = matched_entropy(evidence.entropy, shares)
     rows.append(tally.row("entropy", "entropy", by_entropy, ("entropy", bits)))
@@ -249,8 +254,6 @@ class _Tally:
 
     def cascade_row(self, bound: float, sureness: np.ndarray) -> Row:
         """The row of a cascade from the shortest length up; its cost includes all lengths that it ran."""
-        if not 0.0 <= bound <= 1.0:
-            raise ValueError(f"cascade: expected bounds in [0, 1], got {bound!r}")
         stops = sureness >= bound
         stops[0] = True
         chosen = len(stops) - 1 - stops[::-1].argmax(axis=0)

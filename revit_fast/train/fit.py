@@ -15,21 +15,33 @@ import torch
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec
 from revit_fast.io import names
-from revit_fast.io.atomic import replaced
+from revit_fast.io.atomic import replaced, write_json
 from revit_fast.models.vit import ReViT
 from revit_fast.streaming.bundle import read_bundle, save_bundle
 from revit_fast.streaming.pipeline import pipeline
 from revit_fast.train.assigner import calibrate_on, train_assigner
+from revit_fast.train.checks import (
+    check_goal,
+    check_lengths,
+    check_outputs,
+    check_readable,
+    rehearse_predictions,
+    try_assigner,
+)
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError
 from revit_fast.train.evaluate import default_policies, evaluate, threshold_for
 from revit_fast.train.labels import LengthLabels, predict_lengths
 from revit_fast.train.log import percentages
 from revit_fast.train.report import Report
-from revit_fast.train.run import BUNDLE, evaluation_images, open_data, train
+from revit_fast.train.run import BUNDLE, evaluation_images, train
 from revit_fast.train.timing import measure
 
 TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
+
+GOAL = "fit.json"
+"""File in the folder with the arguments of `fit` that are not those of the training."""
+
 HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
 ASSIGNER_IMAGES, LEAST_EPOCHS, MOST_EPOCHS = 500_000, 8, 30
 """Total number of thumbnails that an assigner is trained on, and the bounds of its number of epochs."""
@@ -54,9 +66,11 @@ def fit(
     """Trains a model and its assigner, finds the threshold, evaluates, and writes a bundle.
 
     The images that `config.held_out_share` keeps from training calibrate the assigner; `fit_assigner` says which images
-    train it. An interrupted run is resumed. The files in `folder` are `train/` (see `trainer.Trainer`), `labels.csv`,
-    `bundle/` (see `bundle.save_bundle`), and, if the data have a test split, `report.md`, `report.json` and, with
-    matplotlib, `report.png`.
+    train it. An interrupted run is resumed. The files in `folder` are `train/` (see `trainer.Trainer`), `fit.json` (the
+    arguments that are not those of the training), `labels.csv`, `bundle/` (see `bundle.save_bundle`), and, if the data
+    have a test split, `report.md`, `report.json` and, with matplotlib, `report.png`.
+
+    What a later stage would refuse is refused before the training: arguments, test images, places for files.
 
     Args:
         config: configuration of the model's training; a `held_out_share` of 0 becomes `HELD_OUT_SHARE`.
@@ -72,7 +86,8 @@ def fit(
         The evaluation; None if there is no test split.
 
     Raises:
-        ValueError: under torchrun with several processes, because the steps after the training need a single process.
+        ValueError: under torchrun with several processes, because the steps after the training need a single process;
+            for arguments, images or places that a later stage would refuse.
         others: see `run.train`, `train_assigner` and `save_bundle`.
     """
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -81,27 +96,61 @@ def fit(
             f"fit: runs as one process, got {n_processes}; start `revit-fast train` with torchrun, then "
             "`train-assigner`, `calibrate` and `evaluate` without"
         )
-    config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE)
+    config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE).resolved()
 
     say = partial(names.say, terminal)
+    sets: list[ImageSet | None] = []
+
+    def check(model: ReViT, images: ImageSet, held_out: ImageSet) -> None:
+        check_lengths(model, images, held_out)
+        check_goal(model, budget, max_drop)
+        if device != "cpu":
+            rehearse_predictions(model.cpu())
+        sets[:] = images, held_out, _test_images(config.data, images, held_out)
+        write_json(folder / GOAL, _goal(assigner, budget, max_drop))
+
     if assigner:
-        TokenLengthAssigner(config.grids, **assigner)  # raises its errors before the training, not after it
-    train(config, folder / TRAIN, device=device, resume=True, terminal=terminal)
-    images, held_out = open_data(config)
+        try_assigner(config.grids, assigner)
+    check_outputs(folder, (GOAL, LABELS, *(f"{REPORT}.{suffix}" for suffix in ("json", "md", "png"))), BUNDLE)
+    train(config, folder / TRAIN, device=device, resume=True, terminal=terminal, check=check)
+    images, held_out, test = sets
     trained = read_bundle(folder / TRAIN / BUNDLE)
     model = trained.model
     tla, right, labels = fit_assigner(model, images, held_out, seed=config.seed, options=assigner, say=say)
     labels.save(folder / LABELS)
-    policy = ("threshold", threshold_for(model, tla.calibration, right, budget, max_drop))
+    try:
+        policy = ("threshold", threshold_for(model, tla.calibration, right, budget, max_drop))
+    except ValueError as error:  # only the trained assigner shows it; what has been trained is not lost
+        policy = ("fixed", model.grids[0])
+        say(f"warning: {error}; the bundle gives every image the longest grid")
     own = {"classes": trained.classes, "settings": trained.settings}
     save_bundle(folder / BUNDLE, model, tla, policy=policy, **own)
-    report = _evaluated(config, model, tla, policy, (images, held_out), timed_images, say)
-    if report is not None:
+    report = None if test is None else _evaluated(model, tla, policy, test, timed_images, say)
+    if report is None:
+        say("no test split: nothing is evaluated")
+    else:
         _write(report, folder)
         card = f"Trained by revit-fast on {len(images)} images. On the test split:\n\n{report.table()}"
         save_bundle(folder / BUNDLE, model, tla, policy=policy, card=card, **own)
     say(f"done: revit-fast predict IMAGES --model {folder / BUNDLE}")
     return report
+
+
+def _goal(assigner: Mapping[str, Any] | None, budget: dict[str, float] | None, max_drop: float) -> dict[str, Any]:
+    """The arguments that differ from the defaults."""
+    given = {"assigner": dict(assigner or {}), "budget": budget}
+    given["max_drop"] = None if budget is not None or max_drop == MAX_DROP else max_drop
+    return {name: value for name, value in given.items() if value not in (None, {})}
+
+
+def _test_images(path: str, *training: ImageSet) -> ImageSet | None:
+    """The test split, checked as far as possible; None if there is none."""
+    try:
+        test = evaluation_images(path, *training)
+    except NoSplitError:
+        return None
+    check_readable(test, "test images")
+    return test
 
 
 def fit_assigner(
@@ -171,19 +220,13 @@ def fit_assigner(
 
 
 def _evaluated(
-    config: TrainConfig,
     model: ReViT,
     tla: TokenLengthAssigner,
     policy: PolicySpec,
-    training: tuple[ImageSet, ImageSet],
+    test: ImageSet,
     timed_images: int,
     say: Callable[[str], None],
-) -> Report | None:
-    try:
-        test = evaluation_images(config.data, *training)
-    except NoSplitError:
-        say("no test split: nothing is evaluated")
-        return None
+) -> Report:
     say(f"evaluating on {len(test)} images")
     predictions = predict_lengths(model, test)
     report = evaluate(model, tla, test, policies=[*default_policies(), policy], match=policy, predictions=predictions)
@@ -198,5 +241,5 @@ def _write(report: Report, folder: Path) -> None:
     report.save(folder / f"{REPORT}.json")
     with replaced(folder / f"{REPORT}.md") as temporary:
         temporary.write_text(report.table(), encoding="utf-8")
-    with suppress(ModuleNotFoundError):  # matplotlib is optional
+    with suppress(ImportError):  # matplotlib is optional
         report.plot(folder / f"{REPORT}.png")

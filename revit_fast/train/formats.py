@@ -46,10 +46,13 @@ class FileImages(ImageSet):
         paths: paths of the files.
         labels: see `ImageSet`.
         classes: see `ImageSet`.
+        folder: see `ImageSet`.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
-        self.paths = list(paths)
+    def __init__(
+        self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str], folder: str | None = None
+    ) -> None:
+        self.paths, self.folder = list(paths), folder
         super().__init__(labels, classes)
 
     def image(self, i: int) -> np.ndarray:
@@ -82,13 +85,18 @@ def open_folders(path: str, names: Sequence[str], classes: tuple[str, ...] | Non
         elif found:
             files.setdefault(os.path.basename(folder), []).extend(os.path.join(folder, name) for name in found)
         elif not subfolders:
-            raise ValueError(f"path: class folder {folder} holds no image ({', '.join(SUFFIXES)}); remove it")
+            if classes is None:
+                raise ValueError(
+                    f"path: class folder {folder} holds no image ({', '.join(SUFFIXES)}); put images of the class into "
+                    "it, or remove it, also from other splits"
+                )
+            files.setdefault(os.path.basename(folder), [])  # a class of the training set without images in this one
     own = sorted(files, key=lambda name: (_natural_key(name), name))
     if classes is not None:
-        check_same_classes(own, classes, root)
+        check_same_classes(own, classes, root, "for a class without images here, make an empty folder")
     classes = classes or tuple(own)
     labels = np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes])
-    return FileImages([file for name in classes for file in files[name]], labels, classes)
+    return FileImages([file for name in classes for file in files[name]], labels, classes, root)
 
 
 def _is_split(folder: str) -> bool:

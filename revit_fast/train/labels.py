@@ -242,18 +242,20 @@ class LengthLabels:
         names = [images.name(i) for i in range(len(images))]
         missing = [name for name in names if name not in place]
         if missing:
+            known = self.names[0] if self.names else "none"
             raise ValueError(
                 f"labels: {len(missing)} of {len(names)} images have no label, the first {missing[0]!r}; make the "
-                "labels of the same images (and split), or of all"
+                f"labels of the same images (and split), or of all; the first label is of {known!r}"
             )
         return self.labels[[place[name] for name in names]]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a CSV file, all or nothing: a line `# {JSON}` with grids and rule, then one line per image.
+        """Writes a CSV file, all or nothing: a line `# {JSON}` with grids, rule and count, then one line per image.
 
         Columns are name, label (empty for images left out), grid, and `right_GRID` (0 or 1) for every grid.
         """
         head = {"format": FORMAT, "grids": self.grids, "rule": self.rule, "unsolved": self.unsolved}
+        head["images"] = len(self.names)
         with replaced(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(f"# {json.dumps(head)}\n")
             file.write(csv_line(["name", "label", "grid", *(f"right_{grid}" for grid in self.grids)]))
@@ -267,7 +269,7 @@ class LengthLabels:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else; the message names the line.
+            ValueError: if the file holds something else, or fewer images than it says; the message names the line.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"labels: there is no file {path}")
@@ -275,7 +277,7 @@ class LengthLabels:
             file = io.StringIO(decoded(Path(path).read_bytes()), newline="")
         except ValueError as error:
             raise ValueError(f"labels: {path}: {error}") from error
-        grids, rule, unsolved = _read_head(file.readline(), path)
+        grids, rule, unsolved, n_images = _read_head(file.readline(), path)
         rows = csv.reader(file)
         names, labels, correct = [], [], []
         try:
@@ -288,17 +290,22 @@ class LengthLabels:
                 correct.append(right)
         except csv.Error as error:
             raise ValueError(f"labels: {path}, line {rows.line_num + 1}: no CSV: {error}") from error
+        if n_images not in (None, len(names)):
+            raise ValueError(f"labels: {path} is cut short: it holds {len(names)} of {n_images} images; make it again")
         correct = np.array(correct, dtype=bool).reshape(-1, len(grids)).T
         return cls(grids, tuple(names), np.array(labels, dtype=np.int64), correct, rule, unsolved)
 
 
-def _read_head(line: str, path: str | os.PathLike) -> tuple[tuple[int, ...], str, str]:
+def _read_head(line: str, path: str | os.PathLike) -> tuple[tuple[int, ...], str, str, int | None]:
+    """Grids, rule, unsolved and the number of images, which older files do not say."""
+    if not line:
+        raise ValueError(f"labels: {path} is empty; make it again with `revit-fast label`")
     try:
         head = json.loads(line.removeprefix("# "))
         for key, legal in (("format", (FORMAT,)), ("rule", RULES), ("unsolved", UNSOLVED)):
             if head.get(key) not in legal:
                 raise ValueError(f"{key}: expected {' or '.join(legal)}, got {head.get(key)!r}")
-        return check_grids(head["grids"]), head["rule"], head["unsolved"]
+        return check_grids(head["grids"]), head["rule"], head["unsolved"], head.get("images")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"labels: {path}, line 1: not a file that `revit-fast label` wrote: {error}") from error
 

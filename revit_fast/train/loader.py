@@ -337,7 +337,7 @@ def _counted(batches: Iterable[Batch], known: dict[str, str], limit: float) -> I
             more = f"; and {len(known) - NAMED_UNREADABLE} more" if len(known) > NAMED_UNREADABLE else ""
             raise UnreadableError(
                 f"images: {len(known)} cannot be read, more than max_unreadable allows ({limit:g} of this set): "
-                f"{listed}{more}; repair or remove them, or raise max_unreadable"
+                f"{listed}{more}; repair them, raise max_unreadable, or start another run without them"
             )
         yield batch
         process.check("images")

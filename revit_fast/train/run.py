@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 
-from revit_fast.io.atomic import make_folder, read_json, remove_leftovers
-from revit_fast.io.names import say
+from revit_fast.io.atomic import read_json, remove_leftovers
+from revit_fast.io.images import ImageError
+from revit_fast.io.locked import alone_in
+from revit_fast.io.names import say, shortened
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.models.weights import named_classes, read_checkpoint
 from revit_fast.streaming.bundle import save_bundle
-from revit_fast.train.config import TrainConfig
+from revit_fast.train.checks import (
+    check_classes,
+    check_outputs,
+    check_outside,
+    check_readable,
+    check_space,
+    rehearse_predictions,
+)
+from revit_fast.train.config import PATHS, TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
-from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from revit_fast.train.log import EPOCHS, STEPS
+from revit_fast.train.trainer import BEST, CHECKPOINT, CONFIG, FINAL, Accuracy, Trainer
 
 VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
 """Splits for the evaluation during a training run and after it. If one is missing, the other is used."""
 
 BUNDLE, LOCK = "bundle", "train.lock"
+
+FILES = (CHECKPOINT, FINAL, BEST, CONFIG, STEPS, EPOCHS)
+"""Files that a run writes to its folder."""
+
+PIXELS_COMPARED = 8
+"""Images of a set by which processes see that all of them have the same set."""
 
 HEAD_PARAMETER = re.compile(r"(aux_)?head(_dist)?\.(weight|bias)$")
 
@@ -82,9 +95,14 @@ def read_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no training run: there is no {CONFIG} in it")
     try:
-        return TrainConfig.from_dict(read_json(path))
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds {shortened(values)}")
+        return TrainConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as the configuration of a run: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as the configuration of a run: {error}; remove it, and give the run's options again"
+        ) from error
 
 
 def build_model(config: TrainConfig, n_classes: int, classes: Sequence[str] | None = None) -> tuple[ReViT, str]:
@@ -133,32 +151,28 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Locks a folder against other runs, and removes files that a killed run had not finished writing.
 
     Raises:
-        FileExistsError: if another process has locked it.
-        OSError: if the folder cannot be made or written to.
+        FileExistsError, OSError: see `alone_in`.
     """
-    make_folder(folder)
-    with (folder / LOCK).open("w") as file:
-        if _lock(file, folder):
+    with alone_in(folder, LOCK, "training in") as locked:
+        if locked:
             remove_leftovers(folder)
         yield
 
 
-def _lock(file: TextIO, folder: Path) -> bool:
-    """Locks a file; returns False if the system has no locks.
+def _shared(config: TrainConfig, *sets: ImageSet) -> list:
+    """What all processes of a run must have: choices, labels, and the pixels of a few images of every set.
 
-    The system releases the lock however the process ends, and no child process inherits it.
+    Paths may differ among machines, but not what is there.
     """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            return False
-        raise FileExistsError(
-            f"another process is training in {folder}; wait until it has ended, or give another folder"
-        ) from None
-    return True
+    shared: list = [config.with_changes(**dict.fromkeys(PATHS, ""))]
+    for images in sets:
+        shared += [images.classes, hashlib.sha256(images.labels.tobytes()).hexdigest()]
+        for i in np.linspace(0, len(images) - 1, PIXELS_COMPARED).astype(int).tolist():
+            try:
+                shared.append(hashlib.sha256(np.ascontiguousarray(images.image(i))).hexdigest())
+            except ImageError as error:
+                shared.append(str(error))
+    return shared
 
 
 def train(
@@ -168,6 +182,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     terminal: TextIO | None = None,
+    check: Callable[[ReViT, ImageSet, ImageSet], None] = lambda model, images, held_out: None,
 ) -> Accuracy:
     """Trains as configured; writes the files of `Trainer`, and at the end a bundle without an assigner in `bundle/`.
 
@@ -177,27 +192,44 @@ def train(
         device: "cpu" or "cuda".
         resume: continue from the checkpoint in the folder; without a checkpoint the run starts anew.
         terminal: where progress is printed; None: nowhere.
+        check: called before the first update with a copy of the model as it will be deployed, the images to train on
+            and those held out. It raises what later stages would refuse.
 
     Returns:
         Accuracy on the held-out images at the end.
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is not set, or another process trains in it.
-        others: see `Trainer.fit`, `open_data` and `build_model`.
+        others: see `Trainer.fit`, `open_data`, `build_model` and `checks`: all before the first update, except for what
+            only a training can show.
     """
+    config = config.resolved()
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")
     world = World(config.mode, len(config.grids), device)
     with closing(world), ExitStack() as stack:
         images, held_out = open_data(config)
+        check_classes(images)
+        check_outside(images, folder)
+        for some, what in ((images, "training images"), (held_out, "held-out images")):
+            check_readable(some, what)
+        if world.size > 1:
+            world.check_same("choices and images", _shared(config, images, held_out))
         torch.manual_seed(config.seed)
         model, head = build_model(config, len(images.classes), images.classes)
         settings = config.input_settings(model)
         if world.is_first:
+            check_outputs(folder, FILES, BUNDLE)
+            check_space(folder, model, resumed=(folder / CHECKPOINT).exists())
             stack.enter_context(_alone_in(folder))
         trainer = Trainer(model, images, config, held_out=held_out, folder=folder, world=world, terminal=terminal)
         if resume and (folder / CHECKPOINT).exists():
             trainer.resume()
+        deployed = trainer.plain()
+        if device == "cpu":  # where evaluation runs an optimised copy
+            rehearse_predictions(deployed, settings)
+        check(deployed, images, held_out)
+        del deployed  # it takes as much memory as the model
         if terminal is not None and world.is_first:
             start = f"from update {trainer.step} of {trainer.n_updates}" if trainer.step else "from the start"
             say(

@@ -168,9 +168,12 @@ def _class_names(shard: str) -> tuple[str, ...] | None:
     for path in (os.path.join(place, CLASS_NAMES) for place in (folder, *above)):
         if os.path.isfile(path):
             try:
-                return tuple(name.strip() for name in read_names(path) if name.strip())
+                names = tuple(name.strip() for name in read_names(path) if name.strip())
             except ValueError as error:
                 raise ValueError(f"path: {path}: {error}") from error
+            if not names:
+                raise ValueError(f"path: {path} is empty; write a class name per line, or remove it to number classes")
+            return names
     return None
 
 

@@ -21,7 +21,8 @@ from revit_fast.io.memory import keep_freed_pages
 from revit_fast.io.names import on_one_line
 from revit_fast.models.vit import ReViT
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
-from revit_fast.train.config import TrainConfig
+from revit_fast.train.checks import updates_per_epoch
+from revit_fast.train.config import TrainConfig, absolute_paths
 from revit_fast.train.data import ImageSet
 from revit_fast.train.distributed import World
 from revit_fast.train.loader import Batch, EvalLoader, TrainLoader
@@ -97,6 +98,7 @@ class Trainer:
         self.world = world or World(config.mode, len(model.grids))
         self.model = model.to(self.world.device)
         model.set_grad_checkpointing(config.grad_checkpointing)
+        self.updates_per_epoch = updates_per_epoch(config, len(images), self.world.n_groups)
         settings = config.input_settings(model)
         self._eval_settings = {
             "grids": model.grids,
@@ -120,12 +122,6 @@ class Trainer:
             views=self.world.views,
             max_unreadable=config.max_unreadable,
         )
-        self.updates_per_epoch = len(self.loader) // config.grad_accum_steps
-        if self.updates_per_epoch == 0:
-            raise ValueError(
-                f"batch_size: {len(images)} images give {len(self.loader)} batches of {config.batch_size} in each of "
-                f"{self.world.n_groups} processes, and an update takes {config.grad_accum_steps}; use smaller batches"
-            )
         self.n_updates = self.updates_per_epoch * config.epochs
         images_per_update = config.batch_size * config.grad_accum_steps * self.world.n_groups
         self.optimizer = create_optimizer(
@@ -259,7 +255,7 @@ class Trainer:
         kept = f"the last checkpoint is in {self.folder}" if there else "there is no checkpoint yet"
         return (
             f"{what} is {value.item()} at update {self.step + 1}, in a batch that begins with {', '.join(names)}; "
-            f"{kept}. Lower lr (now {self._lr():.2g}), set clip_grad, or look at these images"
+            f"{kept}. Lower lr (now {self._lr():.2g}) or set clip_grad in another run, or look at these images"
         )
 
     def _lr(self) -> float:
@@ -378,12 +374,12 @@ class Trainer:
             ValueError: if the checkpoint belongs to a run with other choices, images or number of processes.
         """
         state = load_state(self.folder / CHECKPOINT)
-        then, now = state["config"], self.config.as_dict()
+        then, now = absolute_paths(state["config"]), absolute_paths(self.config.as_dict())
         changed = sorted(name for name in now if now[name] != then.get(name) and name not in MAY_CHANGE)
         if state["world_size"] != self.world.size:
             raise ValueError(
                 f"resume: the run had {state['world_size']} processes, now there are {self.world.size}; "
-                "its batches would be other ones"
+                f"its batches would be other ones; start {state['world_size']}"
             )
         if changed:
             was = ", ".join(f"{name} = {then.get(name)!r}" for name in changed)
