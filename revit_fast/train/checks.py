@@ -12,7 +12,8 @@ import numpy as np
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import Calibration
-from revit_fast.io.images import ImageError, on_one_line
+from revit_fast.io.images import ImageError
+from revit_fast.io.names import on_one_line
 from revit_fast.models.folder import check_replaceable
 from revit_fast.models.vit import ReViT
 from revit_fast.train.assigner import LEAST_IMAGES
