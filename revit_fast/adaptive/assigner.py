@@ -22,6 +22,7 @@ from revit_fast.io.atomic import replaced
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
+from revit_fast.ops._modes import as_saved, own_modes
 from revit_fast.ops.resize import resized_rows
 
 MAX_SHARE = 0.0015
@@ -141,7 +142,7 @@ class TokenLengthAssigner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, n_lengths]` of normalised thumbnails `[B, 3, S, S]`, longest length first; differentiable."""
-        return self.network(x)
+        return self.network(x.to(next(self.parameters()).dtype))
 
     def thumbnails(self, images: Sequence[np.ndarray | Tensor], boxes=None, dtype=torch.float32) -> Tensor:
         """Patch rows `[B * (S/4)², 48]` of the thumbnails of uint8 images: normalised, or raw if dtype is uint8.
@@ -203,11 +204,12 @@ class TokenLengthAssigner(nn.Module):
         side = self.thumbnail_px // STEM_PATCH
         parameter = next(self.parameters())
         batches = rows.split(BATCH * side**2)
-        with torch.inference_mode(False), torch.no_grad():
+        with own_modes():
             if isinstance(self.network, SeparableCNN) and parameter.device.type == "cpu":
                 fused = self._fused.get(self.network)
                 return torch.cat([fused.logits(batch, side) for batch in batches])
-            return torch.cat([self(self.images_of(batch).to(parameter)) for batch in batches]).float().cpu()
+            on_device = [self.images_of(batch).to(parameter.device) for batch in batches]
+            return torch.cat([self(images) for images in on_device]).float().cpu()
 
     def assign(
         self, images: Sequence[np.ndarray | Tensor], policy: PolicySpec = "argmax", *, boxes=None, first_index: int = 0
@@ -270,7 +272,7 @@ class TokenLengthAssigner(nn.Module):
     def _calibrate(self, logits: Tensor, entropies: np.ndarray, labels: Sequence[int] | Tensor | None) -> Calibration:
         temperature = self.calibration.temperature if self.calibration else 1.0
         if labels is not None:
-            labels = torch.as_tensor(labels, dtype=torch.int64)
+            labels = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
             if labels.shape != (len(logits),) or not ((labels >= 0) & (labels < len(self.grids))).all():
                 raise ValueError(f"labels: expected {len(logits)} indices in [0, {len(self.grids)}), got {labels!r}")
             temperature = fit_temperature(logits.double(), labels)
@@ -307,7 +309,7 @@ class TokenLengthAssigner(nn.Module):
             temporary.write_bytes(content)
 
     @classmethod
-    @torch.inference_mode(False)  # changes of a tensor made in inference mode could not be noticed
+    @as_saved()
     def load(cls, path: str | Path) -> TokenLengthAssigner:
         """Reads an assigner that `save` wrote; it is in evaluation mode.
 
@@ -329,10 +331,14 @@ class TokenLengthAssigner(nn.Module):
             calibration = settings.pop("calibration", None)
             assigner = cls(**settings)
             kept = tensors.pop("calibration.suffices", None)
-            assigner.network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items()})
+            state = {n.removeprefix("network."): t for n, t in tensors.items()}
+            assigner.network.load_state_dict(state, assign=True)  # in the file's dtypes
             if calibration:
                 entropies = tuple(calibration["entropies"])
-                assigner.calibration = Calibration(float(calibration["temperature"]), kept.numpy(), entropies)
+                try:
+                    assigner.calibration = Calibration(float(calibration["temperature"]), kept.numpy(), entropies)
+                except ValueError as error:
+                    raise ValueError(f"assigner: {path}: {error}") from error
         except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(f"assigner: {path} cannot be read: {str(error).splitlines()[0]}") from error
         return assigner.eval()

@@ -26,6 +26,7 @@ from revit_fast.io.atomic import replaced_folder
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import SETTINGS, input_settings
 from revit_fast.models.weights import load_fitting, read_checkpoint
+from revit_fast.ops._modes import as_saved
 
 FORMAT = "revit-fast bundle 1"
 
@@ -179,7 +180,8 @@ def read_model(
         )
     changed = f" with {', '.join(arguments)} as given" if arguments else ""
     try:
-        model = kind.from_config({**config["revit"], **arguments}).to(getattr(torch, config["dtype"]))
+        with as_saved():
+            model = kind.from_config({**config["revit"], **arguments}).to(getattr(torch, config["dtype"]))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"bundle: {folder / CONFIG}{changed} describes no model of this version: {error}") from error
     if len(config["classes"]) != config["revit"].get("num_classes", model.num_classes):
@@ -188,7 +190,8 @@ def read_model(
             "save the bundle again"
         )
     try:
-        load_fitting(model, read_checkpoint(folder / MODEL), folder / MODEL)
+        with as_saved():
+            load_fitting(model, read_checkpoint(folder / MODEL), folder / MODEL)
     except ValueError as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
         raise ValueError(f"bundle: {error}; {fix}") from error

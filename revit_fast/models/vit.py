@@ -26,7 +26,7 @@ from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling, resample, wide_patches
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.hub import Pretrained
-from revit_fast.models.inputs import Inputs, TakesImages, rows_apart
+from revit_fast.models.inputs import Inputs, TakesImages, is_uniform, rows_apart
 from revit_fast.models.keywords import keywords_of, spec_of
 from revit_fast.models.spec import Block as BlockSpec
 from revit_fast.models.spec import Divide, LayerScale, Norm, ViTSpec
@@ -319,7 +319,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
     def _as_given(self, logits: Tensor, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits of every token of an image tensor as `[B, N, num_classes]`; others unchanged."""
-        if self.global_pool or not isinstance(x, Tensor):
+        if self.global_pool or not is_uniform(x):
             return logits
         n_patches = (x.shape[2] // self.patch_size) * (x.shape[3] // self.patch_size)
         return logits.view(x.shape[0], self.num_prefix_tokens + n_patches, logits.shape[1])
@@ -329,6 +329,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
 
         Blocks, norms and the embedding must be leaves of the trace.
         """
+        self._check_leaves(x)
         inputs = self._uniform_inputs(x)
         tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
         for block in self.blocks:
@@ -399,7 +400,7 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
         """All tokens after the final norm: `[B, N, C]` for an image tensor, else a `PackedBatch` of tokens."""
         batch = self.pack(x)
         tokens = self._normed_tokens(batch)
-        if isinstance(x, Tensor):
+        if is_uniform(x):
             return tokens.view(x.shape[0], -1, self.embed_dim)
         return batch.with_tokens(tokens, self.num_prefix_tokens)
 

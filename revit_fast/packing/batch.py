@@ -10,12 +10,14 @@ from torch import Tensor
 
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.packing.plan import Layout, PackPlan, cached_tensors, device_cu_seqlens
+from revit_fast.packing.tensors import check_plain
 
 
 def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
     """Patch grid (rows, columns) of an image `[..., H, W]` whose sides are multiples of `patch_size`."""
     if not isinstance(image, Tensor):
         raise TypeError(f"{name}: expected a tensor [3, H, W], got {type(image).__name__}")
+    check_plain(name, image)
     if image.dim() != 3:
         raise ValueError(f"{name}: expected shape [3, H, W], got {tuple(image.shape)}")
     height, width = image.shape[-2:]
@@ -164,6 +166,7 @@ class PackedBatch:
         """
         if not isinstance(data, Tensor) or data.dim() < 1:
             raise TypeError(f"data: expected a tensor [T, ...], got {type(data).__name__}")
+        check_plain("data", data)
         seqlens = tuple(map(int, seqlens))
         n_padding = data.shape[0] - sum(seqlens)
         if n_padding < 0:

@@ -21,6 +21,7 @@ from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
+from revit_fast.train.modes import in_training_modes
 from revit_fast.train.trainer import CHECKPOINT, CONFIG, Accuracy, Trainer
 
 try:
@@ -140,6 +141,7 @@ def _lock(file: TextIO, folder: Path) -> bool:
     return True
 
 
+@in_training_modes
 def train(
     config: TrainConfig,
     folder: Path,
