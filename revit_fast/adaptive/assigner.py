@@ -22,7 +22,7 @@ from revit_fast.io.atomic import replaced
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
-from revit_fast.ops._modes import as_saved, own_modes
+from revit_fast.ops._modes import NotScriptable, as_saved, own_modes
 from revit_fast.ops.resize import resized_rows
 
 MAX_SHARE = 0.0015
@@ -45,7 +45,7 @@ BATCH = 64
 FORMAT = "revit-fast token-length assigner 1"
 
 
-class TokenLengthAssigner(nn.Module):
+class TokenLengthAssigner(NotScriptable, nn.Module):
     """Predicts, from a thumbnail, the smallest sufficient token length of an image (TLA, arXiv 2307.02092).
 
     Args:
@@ -59,6 +59,8 @@ class TokenLengthAssigner(nn.Module):
     Raises:
         ValueError: if the grids do not decrease, or the stem cannot cut the thumbnail into patches.
     """
+
+    instead_of_script = "use torch.jit.trace(tla, thumbnails), or revit_fast.deploy.export.export_assigner(tla)"
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class TokenLengthAssigner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, n_lengths]` of normalised thumbnails `[B, 3, S, S]`, longest length first; differentiable."""
-        return self.network(x.to(next(self.parameters()).dtype))
+        return self.network(x)
 
     def thumbnails(self, images: Sequence[np.ndarray | Tensor], boxes=None, dtype=torch.float32) -> Tensor:
         """Patch rows `[B * (S/4)², 48]` of the thumbnails of uint8 images: normalised, or raw if dtype is uint8.
@@ -208,8 +210,7 @@ class TokenLengthAssigner(nn.Module):
             if isinstance(self.network, SeparableCNN) and parameter.device.type == "cpu":
                 fused = self._fused.get(self.network)
                 return torch.cat([fused.logits(batch, side) for batch in batches])
-            on_device = [self.images_of(batch).to(parameter.device) for batch in batches]
-            return torch.cat([self(images) for images in on_device]).float().cpu()
+            return torch.cat([self(self.images_of(batch).to(parameter)) for batch in batches]).float().cpu()
 
     def assign(
         self, images: Sequence[np.ndarray | Tensor], policy: PolicySpec = "argmax", *, boxes=None, first_index: int = 0

@@ -49,7 +49,7 @@ class SeparableCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, n_out]` of images `[B, 3, S, S]`."""
-        x = self.blocks(F.gelu(self.norm(self.stem(x))))
+        x = self.blocks(F.gelu(self.norm(self.stem(x.to(self.stem.weight.dtype)))))
         return self.head(x.mean(dim=(2, 3)))
 
     def macs(self, image_px: int) -> int:

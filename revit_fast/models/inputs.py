@@ -21,7 +21,7 @@ from revit_fast.packing import (
     nearest_length,
     patch_rows,
 )
-from revit_fast.packing.tensors import check_pixels, check_plain
+from revit_fast.packing.tensors import as_list, check_pixels, check_plain
 
 NEW_GRID = (
     "x: a compiled model met a grid that it had not seen before it was compiled; call the model itself once with an "
@@ -136,9 +136,9 @@ class TakesImages(NotScriptable):
             grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
             rows, grids = patchify(x, self.patch_size), [grid] * x.shape[0]
         elif isinstance(x, (Sequence, Tensor)):
-            x = x.unbind() if isinstance(x, Tensor) else x
-            rows, grids = patch_rows(x, self.patch_size)
-            self._check_channels(x[0].shape[0], "images[0]")
+            images = as_list(x)
+            rows, grids = patch_rows(images, self.patch_size)
+            self._check_channels(images[0].shape[0], "images[0]")
             check_pixels("images[0]", rows.dtype)
         else:
             raise TypeError(

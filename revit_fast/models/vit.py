@@ -47,10 +47,10 @@ STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
-    Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
-    every side must be a multiple of the patch size. Each image uses the norm parameters of the configured length
-    nearest to its number of patches; ties go to the longer. An image may have any grid; position embeddings are
-    resampled to it as in timm.
+    Takes `Tensor [B, 3, H, W]`, a list or nested tensor of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch`
+    of patch rows; every side must be a multiple of the patch size. Each image uses the norm parameters of the
+    configured length nearest to its number of patches; ties go to the longer. An image may have any grid; position
+    embeddings are resampled to it as in timm.
 
     Args:
         spec: the architecture.

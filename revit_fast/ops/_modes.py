@@ -46,7 +46,7 @@ def refuse_examples(what: str) -> None:
     tracing = torch.jit.is_tracing()
     if (tracing or torch.compiler.is_exporting()) and _writes_onnx():
         raise NotImplementedError(
-            f"{what}: torch.onnx.export has no ONNX for the package's ops; use revit_fast.deploy.export: "
+            f"{what}: torch.onnx.export has no ONNX for the package's ops; for a ReViT use revit_fast.deploy.export: "
             "write_single_onnx(model, grid, path, model_settings(model)), or write_adaptive_onnx(bundle, folder)"
         )
     if tracing:
@@ -61,14 +61,21 @@ def _writes_onnx() -> bool:
 _writes_onnx._dynamo_marked_constant = True
 
 EXPORT = (
-    "use revit_fast.deploy.export: export_packed(model) for packs of any mix of grids, export_single(model, grid) for "
-    "images of one grid"
+    "for a ReViT use revit_fast.deploy.export: export_packed(model) for packs of any mix of grids, "
+    "export_single(model, grid) for images of one grid; other models run from Python"
 )
 """What to use in place of TorchScript."""
 
 
 class NotScriptable:
-    """A module that `torch.jit.script` refuses, because its forward pass packs on the host."""
+    """A module that `torch.jit.script` cannot compile.
+
+    Attributes:
+        instead_of_script: what to use.
+    """
+
+    instead_of_script = EXPORT
 
     def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
-        raise NotImplementedError(f"{type(self).__name__}: torch.jit.script cannot compile it; {EXPORT}")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name}: torch.jit.script cannot compile it; {self.instead_of_script}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.masked import MaskedTensor
@@ -28,6 +30,11 @@ def check_plain(name: str, value: Tensor) -> None:
     else:
         return  # a subclass of strided memory, such as torchvision's Image
     raise TypeError(f"{name}: expected a plain tensor, got {found}; give {fix}")
+
+
+def as_list(items: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The tensors of a list or of a nested tensor; those of another tensor along its first axis."""
+    return list(items.unbind() if isinstance(items, Tensor) else items)
 
 
 def check_pixels(name: str, dtype: torch.dtype, raw: bool = False) -> None:

@@ -158,7 +158,7 @@ def train_assigner(
         shuffled = training[torch.randperm(len(training), generator=generator, dtype=torch.int64, device="cpu")]
         total = 0.0
         for batch in shuffled[: per_epoch * batch_size].split(batch_size)[:per_epoch]:
-            x = tla.images_of(tla.normalised(thumbnails[batch].flatten(0, 1)))
+            x = _inputs(tla, thumbnails[batch])
             if flip:
                 mirrored = torch.rand(len(batch), generator=generator, dtype=torch.float32, device="cpu") < 0.5
                 x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
@@ -254,10 +254,14 @@ class _SufficesLoss:
         return (loss * self.weights[labels]).mean()
 
 
+def _inputs(tla: TokenLengthAssigner, thumbnails: Tensor) -> Tensor:
+    """The network's input for raw thumbnails `[B, (S/4)², 48]`, in the dtype of its parameters."""
+    return tla.images_of(tla.normalised(thumbnails.flatten(0, 1))).to(next(tla.parameters()).dtype)
+
+
 def _judge(tla, epoch, loss, thumbnails, targets, enough, held_out, loss_of) -> Epoch:
     with torch.no_grad():
-        rows = [thumbnails[some].flatten(0, 1) for some in held_out.split(1024)]
-        logits = torch.cat([tla(tla.images_of(tla.normalised(r))) for r in rows])
+        logits = torch.cat([tla(_inputs(tla, thumbnails[some])) for some in held_out.split(1024)])
         held_out_loss = loss_of(logits, targets[held_out], None if enough is None else enough[held_out]).item()
     given = logits.argmax(dim=1)
     shares = torch.bincount(given, minlength=len(tla.grids)) / len(given)

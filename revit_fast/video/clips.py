@@ -25,7 +25,7 @@ from torch import Tensor
 
 from revit_fast.ops.resize import resize_patchify
 from revit_fast.packing import Layout, PackedBatch, PackPlan, cached_tensors, cumulative
-from revit_fast.packing.tensors import check_plain
+from revit_fast.packing.tensors import as_list, check_plain
 
 Grid = tuple[int, int]
 
@@ -180,7 +180,7 @@ class PackedClips:
             patch_size: P, in pixels.
             lengths: see `PackedBatch.from_rows`.
         """
-        clips = list(clips)
+        clips = as_list(clips)
         for i, clip in enumerate(clips):
             if isinstance(clip, Tensor):
                 check_plain(f"clips[{i}]", clip)

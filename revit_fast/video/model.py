@@ -296,8 +296,7 @@ class TimeSformer(NotScriptable, nn.Module):
             )
         if is_uniform(x):
             check_plain("x", x)
-        clips = x.unbind() if isinstance(x, Tensor) else list(x)
-        return PackedClips.from_list(clips, self.patch_size, lengths=self.lengths)
+        return PackedClips.from_list(x, self.patch_size, lengths=self.lengths)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor:
         """Logits `[B, num_classes]` in the given order; without a head the class tokens after the norm, `[B, C]`.
