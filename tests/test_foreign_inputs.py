@@ -72,8 +72,8 @@ class TestOps:
             ops.mean_pool(randn(7, 8), CU_SEQLENS.to_sparse())
         with pytest.raises(TypeError, match=r"^weight: expected a plain tensor"):
             ops.pack_weight(randn(4, 8).to_sparse())
+        pixels = torch.zeros(4, 4, 3, dtype=torch.uint8)
         with pytest.raises(TypeError, match=r"^images\[1\]: expected a plain tensor"):
-            pixels = torch.zeros(4, 4, 3, dtype=torch.uint8)
             ops.resize_patchify([pixels, pixels.to_sparse()], 4, 2)
 
     def test_a_nested_tensor_is_what_its_message_says(self):
@@ -133,7 +133,7 @@ class TestModels:
         assert pack.seqlens == (4, 16)
         with pytest.raises(TypeError, match=r"^items\[0\]: expected a plain tensor"):
             PackedBatch.from_list([parts[0].to_sparse()])
-        with pytest.raises(TypeError, match="^data: expected a plain tensor, got a nested tensor"):
+        with pytest.raises(TypeError, match=r"^data: expected a plain tensor, got a nested tensor"):
             PackedBatch.from_rows(nested_tensor(parts, layout=layout), [4, 16])
 
 
@@ -147,13 +147,15 @@ def clip_model():
 def test_clips(kind):
     model, clips = kind(clip_model()), [randn(2, 3, 4, 4), randn(1, 3, 4, 4, seed=1)]
     assert torch.equal(model(nested_tensor(clips)), model(clips))
-    with pytest.raises(TypeError, match="^x: expected a plain tensor"):
+    with pytest.raises(TypeError, match=r"^x: expected a plain tensor"):
         model(clips[0][None].to_sparse())
-    with pytest.raises(TypeError, match="^x: expected pixels in float32, .* got torch.int64; convert them"):
+    with pytest.raises(TypeError, match=r"^x: expected pixels in float32, .* got torch.int64; convert them"):
         model(clips[0][None].long())
-    with pytest.raises(NotImplementedError, match="torch.jit.trace would keep the lengths of its example; for a ReViT"):
+    with pytest.raises(
+        NotImplementedError, match=r"torch.jit.trace would keep the lengths of its example; for a ReViT"
+    ):
         torch.jit.trace(model, clips[0][None])
-    with pytest.raises(NotImplementedError, match="TimeSformer: torch.jit.script cannot compile it; for a ReViT"):
+    with pytest.raises(NotImplementedError, match=r"TimeSformer: torch.jit.script cannot compile it; for a ReViT"):
         torch.jit.script(model)
 
 

@@ -215,7 +215,7 @@ def test_training(plainly_trained, mode):
     with MODES[mode]():
         if mode in SIXTEEN_BITS:
             for run in (lambda: losses_of_training(folder), trained_assigner):
-                with pytest.raises(ValueError, match="^torch.set_default_dtype: .* for training, got torch.*float16;"):
+                with pytest.raises(ValueError, match=r"^torch.set_default_dtype: .* for training, got torch.*float16;"):
                     run()
             return
         found, model = losses_of_training(folder)
