@@ -203,8 +203,8 @@ def optimize(
     are rounded to symmetric 8-bit integers, with a scale for every output. Each row that is multiplied by them is
     rounded too, with a scale for every part of at most 512 values (`ops.packed_linear`). Sums of products are exact
     within a part. Embedding, attention, norms, residuals, activations and head stay in float32, as do the parameters
-    and everything that does not run fused. docs/notes/cpu-engine.md lists costs and gains; check the accuracy of your
-    own model.
+    and everything that does not run fused. In every dtype a pixel that is NaN or infinite makes the logits of its image
+    NaN, and no others. docs/notes/cpu-engine.md lists costs and gains; check the accuracy of your own model.
 
     `calibrate` makes int8 more accurate, most of all for models in which some channels are much larger than the others.
     Weights are prepared for the inputs that they meet on these batches (`inference.smoothing`), which takes seconds to

@@ -50,7 +50,8 @@ class ReViT(TakesImages, TimmInterface, Pretrained, nn.Module):
     Takes `Tensor [B, 3, H, W]`, a list or nested tensor of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch`
     of patch rows; every side must be a multiple of the patch size. Each image uses the norm parameters of the
     configured length nearest to its number of patches; ties go to the longer. An image may have any grid; position
-    embeddings are resampled to it as in timm.
+    embeddings are resampled to it as in timm. A pixel that is NaN or infinite makes the logits of its image NaN, and
+    changes no other image.
 
     Args:
         spec: the architecture.
