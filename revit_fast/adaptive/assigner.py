@@ -333,7 +333,8 @@ class TokenLengthAssigner(NotScriptable, nn.Module):
             assigner = cls(**settings)
             kept = tensors.pop("calibration.suffices", None)
             state = {n.removeprefix("network."): t for n, t in tensors.items()}
-            assigner.network.load_state_dict(state, assign=True)  # in the file's dtypes
+            dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+            assigner.network.to(dtype=dtype).load_state_dict(state)
             if calibration:
                 entropies = tuple(calibration["entropies"])
                 try:
