@@ -221,7 +221,9 @@ def vit_forward(
         `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`.
     """
     x = assemble_tokens(F.linear(round_factors(rows), *embed), prefix, pos_table, pos_offset, cu_seqlens)
-    cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype)
+    cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(
+        cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device
+    )
 
     def normed(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
         weight, bias, eps = norm
@@ -245,7 +247,8 @@ def vit_forward(
     x = normed(x, norm)
     if n_pooled == 0:
         return x
-    return x[(cu_seqlens[:-1, None] + torch.arange(n_pooled)).flatten().long()]
+    pooled = torch.arange(n_pooled, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return x[(cu_seqlens[:-1, None] + pooled).flatten().long()]
 
 
 RESIZE_WEIGHT_BITS = 22
@@ -267,14 +270,14 @@ def resize_taps(n_in: int, begin: float, end: float, n_out: int, *, bicubic: boo
         int64 `[n_out]`, the first input of each output, and int64 `[n_out, max_taps]`, the weights of this input and of
         the following ones, zero after the last tap.
     """
-    begin, end = (torch.tensor(edge, dtype=torch.float32) for edge in (begin, end))
+    begin, end = (torch.tensor(edge, dtype=torch.float32, device="cpu") for edge in (begin, end))
     scale = float(end - begin) / n_out
     filter_scale = max(scale, 1.0)
     support = (2.0 if bicubic else 1.0) * filter_scale
-    center = float(begin) + (torch.arange(n_out, dtype=torch.float64) + 0.5) * scale
+    center = float(begin) + (torch.arange(n_out, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (center - support + 0.5).long().clamp(min=0)
     n_taps = (center + support + 0.5).long().clamp(max=n_in) - first
-    tap = torch.arange(int(n_taps.max()))
+    tap = torch.arange(int(n_taps.max()), dtype=torch.int64, device="cpu")
     x = ((tap + first[:, None] - center[:, None] + 0.5) * (1.0 / filter_scale)).abs()
     if bicubic:
         near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
@@ -283,7 +286,7 @@ def resize_taps(n_in: int, begin: float, end: float, n_out: int, *, bicubic: boo
     else:
         weight = (1 - x).clamp(min=0)
     weight = weight.where(tap < n_taps[:, None], 0.0)
-    total = torch.zeros(n_out, dtype=torch.float64)
+    total = torch.zeros(n_out, dtype=torch.float64, device="cpu")
     for column in weight.unbind(dim=1):  # in this order: a sum in another order differs in its last bit
         total = total + column
     weight = weight / total[:, None] * (1 << RESIZE_WEIGHT_BITS)
@@ -293,7 +296,8 @@ def resize_taps(n_in: int, begin: float, end: float, n_out: int, *, bicubic: boo
 def resample(x: Tensor, dim: int, first: Tensor, weight: Tensor) -> Tensor:
     """Weighted sums of `x` (integers in [0, 255]) along `dim`, rounded and clipped to [0, 255]."""
     x = x.transpose(0, dim)
-    total = torch.full((first.shape[0], *x.shape[1:]), 1 << (RESIZE_WEIGHT_BITS - 1), dtype=torch.int64)
+    half = 1 << (RESIZE_WEIGHT_BITS - 1)
+    total = torch.full((first.shape[0], *x.shape[1:]), half, dtype=torch.int64, device="cpu")
     for t in range(weight.shape[1]):
         row = (first + t).clamp(max=x.shape[0] - 1)
         total += x[row].long() * weight[:, t].view(-1, *[1] * (x.dim() - 1))
@@ -332,7 +336,7 @@ def resize_patchify(
         for dim, first, weight in passes:
             image = resample(image, dim, first, weight)
         image = image.expand(height, width, 3)
-        values = image.to(torch.uint8) if table is None else table[torch.arange(3), image]
+        values = image.to(torch.uint8) if table is None else table[range(3), image]
         patches = values.reshape(height // patch_size, patch_size, width // patch_size, patch_size, 3)
         rows.append(patches.transpose(1, 2).reshape(-1, patch_size * patch_size * 3))
     return torch.cat(rows)

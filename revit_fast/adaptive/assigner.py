@@ -25,6 +25,7 @@ from revit_fast.io.tensors import misfit, tensors_and_metadata
 from revit_fast.layers.derived import Derived
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
+from revit_fast.ops._modes import NotScriptable, as_saved, own_modes
 from revit_fast.ops.resize import resized_rows
 
 MAX_SHARE = 0.0015
@@ -47,7 +48,7 @@ BATCH = 64
 FORMAT = "revit-fast token-length assigner 1"
 
 
-class TokenLengthAssigner(nn.Module):
+class TokenLengthAssigner(NotScriptable, nn.Module):
     """Predicts, from a thumbnail, the smallest sufficient token length of an image (TLA, arXiv 2307.02092).
 
     Args:
@@ -61,6 +62,8 @@ class TokenLengthAssigner(nn.Module):
     Raises:
         ValueError: if the grids do not decrease, or the stem cannot cut the thumbnail into patches.
     """
+
+    instead_of_script = "use torch.jit.trace(tla, thumbnails), or revit_fast.deploy.export.export_assigner(tla)"
 
     def __init__(
         self,
@@ -206,7 +209,7 @@ class TokenLengthAssigner(nn.Module):
         side = self.thumbnail_px // STEM_PATCH
         parameter = next(self.parameters())
         batches = rows.split(BATCH * side**2)
-        with torch.inference_mode(False), torch.no_grad():
+        with own_modes():
             if isinstance(self.network, SeparableCNN) and parameter.device.type == "cpu":
                 fused = self._fused.get(self.network)
                 return torch.cat([fused.logits(batch, side) for batch in batches])
@@ -273,7 +276,7 @@ class TokenLengthAssigner(nn.Module):
     def _calibrate(self, logits: Tensor, entropies: np.ndarray, labels: Sequence[int] | Tensor | None) -> Calibration:
         temperature = self.calibration.temperature if self.calibration else 1.0
         if labels is not None:
-            labels = torch.as_tensor(labels, dtype=torch.int64)
+            labels = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
             if labels.shape != (len(logits),) or not ((labels >= 0) & (labels < len(self.grids))).all():
                 raise ValueError(f"labels: expected {len(logits)} indices in [0, {len(self.grids)}), got {labels!r}")
             temperature = fit_temperature(logits.double(), labels)
@@ -310,7 +313,7 @@ class TokenLengthAssigner(nn.Module):
             temporary.write_bytes(content)
 
     @classmethod
-    @torch.inference_mode(False)  # changes of a tensor made in inference mode could not be noticed
+    @as_saved()
     def load(cls, path: str | Path, content: bytes | None = None) -> TokenLengthAssigner:
         """Reads an assigner that `save` wrote; it is in evaluation mode.
 
@@ -338,7 +341,9 @@ class TokenLengthAssigner(nn.Module):
             calibration = settings.pop("calibration", None)
             assigner = cls(**settings)
             kept = tensors.pop("calibration.suffices", None)
-            assigner.network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items()})
+            state = {n.removeprefix("network."): t for n, t in tensors.items()}
+            dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+            assigner.network.to(dtype=dtype).load_state_dict(state)
             if calibration:
                 entropies = tuple(calibration["entropies"])
                 assigner.calibration = Calibration(float(calibration["temperature"]), kept.numpy(), entropies)

@@ -49,7 +49,7 @@ class SeparableCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, n_out]` of images `[B, 3, S, S]`."""
-        x = self.blocks(F.gelu(self.norm(self.stem(x))))
+        x = self.blocks(F.gelu(self.norm(self.stem(x.to(self.stem.weight.dtype)))))
         return self.head(x.mean(dim=(2, 3)))
 
     def macs(self, image_px: int) -> int:
@@ -80,7 +80,7 @@ class FusedCNN:
         self.layers = [self.Layer(None, 1, self._folded(stem, cnn.norm))]
         for block in cnn.blocks:
             linear = self._folded(block.pointwise.weight.flatten(1), block.norm)
-            self.layers.append(self.Layer(block.depthwise.weight.detach(), block.depthwise.stride[0], linear))
+            self.layers.append(self.Layer(block.depthwise.weight.detach().float(), block.depthwise.stride[0], linear))
         self.head = pack_weight(cnn.head.weight, cnn.head.bias)
 
     @staticmethod
@@ -100,5 +100,5 @@ class FusedCNN:
                 side = x.shape[2]
                 rows = x.permute(0, 2, 3, 1).reshape(n_images * side**2, -1)
             rows = ops.packed_linear(rows, layer.linear, "gelu")
-        pooled = ops.mean_pool(rows, device_cu_seqlens(side**2, n_images), 0)
+        pooled = ops.mean_pool(rows, device_cu_seqlens(side**2, n_images, rows.device), 0)
         return ops.packed_linear(pooled, self.head)

@@ -43,11 +43,21 @@ class Calibration:
             follows from it.
         entropies: `[n_lengths - 1]`, decreasing bounds: an image whose entropy reaches the first gets the longest grid,
             and so on.
+
+    Raises:
+        ValueError: for NaN, or a temperature that is not positive and finite.
     """
 
     temperature: float
     suffices: np.ndarray = field(repr=False)
     entropies: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"calibration: expected a positive, finite temperature, got {self.temperature}")
+        for name in ("suffices", "entropies"):
+            if np.isnan(getattr(self, name)).any():
+                raise ValueError(f"calibration: {name} holds NaN; check the assigner's weights, and calibrate it again")
 
     def shares(self, threshold: float) -> np.ndarray:
         """Share `[n_lengths]` of the held-out images that get each length at a threshold."""
@@ -164,7 +174,7 @@ def make_policy(
     calibration: Calibration | None = None,
     macs: Sequence[float] | None = None,
 ) -> Policy:
-    """Makes a policy from its specification.
+    """Makes a policy from its specification. An image whose probabilities or entropy are NaN gets the longest grid.
 
     Args:
         spec: one of
@@ -219,11 +229,15 @@ def make_policy(
 
 
 def _most_probable(evidence: Evidence) -> np.ndarray:
-    return evidence.probabilities.argmax(axis=1)
+    return _longest_without_numbers(evidence, evidence.probabilities.argmax(axis=1))
 
 
 def _by_threshold(evidence: Evidence, threshold: float) -> np.ndarray:
-    return smallest_sufficient(suffices(evidence.probabilities), threshold)
+    return _longest_without_numbers(evidence, smallest_sufficient(suffices(evidence.probabilities), threshold))
+
+
+def _longest_without_numbers(evidence: Evidence, chosen: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(evidence.probabilities).any(axis=1), 0, chosen)
 
 
 def _by_entropy(evidence: Evidence, bits: np.ndarray) -> np.ndarray:
@@ -280,7 +294,7 @@ def _entropy_bits(argument, n_lengths: int, calibration: Calibration | None) -> 
         equal_parts = tuple(8.0 * (n_lengths - i) / n_lengths for i in range(1, n_lengths))
         argument = calibration.entropies if calibration else equal_parts
     bits = np.asarray(argument, dtype=np.float64)
-    if bits.shape != (n_lengths - 1,) or not (np.diff(bits) <= 0).all():
+    if bits.shape != (n_lengths - 1,) or np.isnan(bits).any() or not (np.diff(bits) <= 0).all():
         raise ValueError(f"policy: expected {n_lengths - 1} decreasing entropies in bits, got {argument!r}")
     return bits
 

@@ -36,6 +36,7 @@ from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import input_settings
 from revit_fast.models.vit import ReViT
+from revit_fast.ops._modes import own_modes
 from revit_fast.streaming.bundle import Bundle
 
 OPSET = 20
@@ -80,11 +81,14 @@ def export_packed(
     # The example has two images, because a compiler treats a size of one as a constant.
     example = mix or (grids[0], grids[-1])
     rows = torch.zeros(
-        sum(h * w for h, w in example), model.patch_size**2 * model.in_chans, dtype=model.pos_embed.dtype
+        sum(h * w for h, w in example),
+        model.patch_size**2 * model.in_chans,
+        dtype=model.pos_embed.dtype,
+        device="cpu",
     )
     if mix is not None:
         return _traced(FixedProgram(program, mix), (rows,), None)
-    grid_hw = torch.tensor(example, dtype=torch.int32)
+    grid_hw = torch.tensor(example, dtype=torch.int32, device="cpu")
     return _traced(program, (rows, grid_hw), ({0: Dim("rows", min=1)}, {0: Dim("images", min=1)}))
 
 
@@ -104,7 +108,7 @@ def export_single(model: ReViT, grid: Grid) -> ExportedProgram:
     _check_model(model)
     ((height, width),) = _pairs([grid], "grid")
     sides = (height * model.patch_size, width * model.patch_size)
-    images = torch.zeros(2, model.in_chans, *sides, dtype=model.pos_embed.dtype)
+    images = torch.zeros(2, model.in_chans, *sides, dtype=model.pos_embed.dtype, device="cpu")
     return _traced(DenseProgram(model, (height, width)), (images,), ({0: Dim("images", min=1)},))
 
 
@@ -112,7 +116,8 @@ def export_assigner(tla: TokenLengthAssigner) -> ExportedProgram:
     """Exports an assigner: probabilities `[B, n_lengths]`, longest first, of normalised thumbnails `[B, 3, S, S]`."""
     if tla.training:
         raise ValueError("tla: the assigner is in training mode; call .eval()")
-    thumbnails = torch.zeros(2, 3, tla.thumbnail_px, tla.thumbnail_px)
+    dtype = next(tla.parameters()).dtype
+    thumbnails = torch.zeros(2, 3, tla.thumbnail_px, tla.thumbnail_px, dtype=dtype, device="cpu")
     return _traced(AssignerProgram(tla), (thumbnails,), ({0: Dim("images", min=1)},))
 
 
@@ -271,7 +276,7 @@ def write_adaptive_onnx(bundle: Bundle, folder: str | os.PathLike) -> None:
 
 
 def _traced(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple | None) -> ExportedProgram:
-    with torch.no_grad():
+    with own_modes():
         program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
     for node in program.graph.nodes:
         # The runtime of a package turns an empty list into None. Zeros are safe: without tiles nobody reads them.

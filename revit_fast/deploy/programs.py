@@ -102,7 +102,7 @@ class FixedProgram(nn.Module):
     def __init__(self, program: PackedProgram, mix: Iterable[tuple[int, int]]) -> None:
         super().__init__()
         self.program = program
-        self.register_buffer("grid_hw", torch.tensor(list(mix), dtype=torch.int32))
+        self.register_buffer("grid_hw", torch.tensor(list(mix), dtype=torch.int32, device="cpu"))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Logits of the pack; `rows` `[T, P*P*3]` are exactly those of its images."""

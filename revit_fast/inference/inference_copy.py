@@ -15,6 +15,7 @@ from torch import nn
 from revit_fast.io.memory import keep_freed_pages
 from revit_fast.io.threads import check_compute_threads
 from revit_fast.layers import derived
+from revit_fast.ops._modes import refuse_examples
 
 
 def dtype_name(model: nn.Module) -> str:
@@ -82,6 +83,7 @@ def in_turn(method: Callable) -> Callable:
 
     @wraps(method)
     def call(self: InferenceCopy, *args: Any, **options: Any) -> Any:
+        refuse_examples("model")
         if torch.compiler.is_compiling():
             return method(self, *args, **options)
         with self._turns.call():

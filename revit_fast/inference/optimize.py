@@ -7,7 +7,7 @@ from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from revit_fast.inference import cpu, cuda_graphs
 from revit_fast.inference.calibration import calibration_batches
@@ -17,6 +17,7 @@ from revit_fast.inference.modular import ModularReViT
 from revit_fast.layers.derived import Derived
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
+from revit_fast.ops._modes import own_modes
 from revit_fast.ops.linear import cpu_multiplies_bf16
 from revit_fast.packing import PackedBatch
 
@@ -107,6 +108,8 @@ class OptimizedReViT(InferenceCopy, ReViT):
     @in_turn
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as in `ReViT.forward`, without autograd."""
+        if isinstance(x, fx.Proxy):
+            return self._trace(x)
         return self._as_given(self._logits(x), x)
 
     forward_features = in_turn(ReViT.forward_features)
@@ -119,7 +122,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
         if not fuses and not replays:
             with torch.no_grad():
                 return self._run(self._inputs(x))
-        with torch.inference_mode(False), torch.no_grad():  # kept tensors are used outside inference mode too
+        with own_modes():
             images = self._on_known_device(self._patch_rows(x))
             if fuses:
                 return cpu.fused_logits(self, self._packed, images)
@@ -148,7 +151,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
     def _normed_tokens(self, batch: PackedBatch) -> Tensor:
         if not self._fuses():
             return super()._normed_tokens(batch)
-        with torch.inference_mode(False), torch.no_grad():
+        with own_modes():
             return cpu.fused_tokens(self, self._packed, self._on_known_device(self._patch_rows(batch)))
 
 
@@ -200,8 +203,8 @@ def optimize(
     are rounded to symmetric 8-bit integers, with a scale for every output. Each row that is multiplied by them is
     rounded too, with a scale for every part of at most 512 values (`ops.packed_linear`). Sums of products are exact
     within a part. Embedding, attention, norms, residuals, activations and head stay in float32, as do the parameters
-    and everything that does not run fused. docs/notes/cpu-engine.md lists costs and gains; check the accuracy of your
-    own model.
+    and everything that does not run fused. In every dtype a pixel that is NaN or infinite makes the logits of its image
+    NaN, and no others. docs/notes/cpu-engine.md lists costs and gains; check the accuracy of your own model.
 
     `calibrate` makes int8 more accurate, most of all for models in which some channels are much larger than the others.
     Weights are prepared for the inputs that they meet on these batches (`inference.smoothing`), which takes seconds to
@@ -221,10 +224,11 @@ def optimize(
     packed once. In bfloat16, and on a GPU, it runs the model's own code, without CUDA graphs.
 
     float64 models, other methods, code under `torch.compile` and a CPU without the C++ extension use the model's own
-    code. The copy notices changed parameters (`load_state_dict`, `.to`, in-place updates, new modules). It cannot
-    notice a write through `.data` that keeps the memory: call `copy.refresh()` after one. `load_state_dict` and `.to`
-    wait for the calls of other threads, so each result belongs to either the old or the new weights. Pickles and deep
-    copies contain only the parameters and derive the rest again.
+    code. The precision is that of `dtype`: `torch.autocast` changes nothing of what runs fused. The copy notices
+    changed parameters (`load_state_dict`, `.to`, in-place updates, new modules). It cannot notice a write through
+    `.data` that keeps the memory: call `copy.refresh()` after one. `load_state_dict` and `.to` wait for the calls of
+    other threads, so each result belongs to either the old or the new weights. Pickles and deep copies contain only the
+    parameters and derive the rest again.
 
     From the first copy on, the process keeps freed memory, see `revit_fast.io.memory.keep_freed_pages`.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers.comparison import HOOKS, scalars
 from revit_fast.ops import _library
+from revit_fast.ops._modes import own_modes
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -29,8 +30,8 @@ class Watch(Protocol):
 
 @contextmanager
 def kept_tensors() -> Iterator[None]:
-    """Makes tensors that outlive the call: they belong to no inference mode, gradient or transform of `torch.func`."""
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+    """Makes tensors that outlive the call: no mode of the caller, nor a transform of `torch.func`, changes them."""
+    with own_modes(), torch._C._DisableFuncTorch():
         yield
 
 

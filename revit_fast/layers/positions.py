@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revit_fast.layers.derived import Derived, kept_tensors
+from revit_fast.ops._modes import without_autocast
 
 MAX_EXTRA_GRIDS = 128
 """How many grids besides the configured ones are kept: photographs of all shapes need fewer under three budgets."""
@@ -124,7 +125,8 @@ class KnownGrids:
         n_rows = [h * w for (h, w), first in self.first_row.items() if first >= first_row]
         # Each grid has its own product: in a joint product, a grid's bits would depend on the other grids.
         parts = self.matrix[first_row:].to(stored).split(n_rows)
-        return torch.cat([part @ stored for part in parts]).to(pos_embed.dtype)
+        with without_autocast(stored.device):
+            return torch.cat([part @ stored for part in parts]).to(pos_embed.dtype)
 
 
 class PositionTables:

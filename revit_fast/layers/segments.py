@@ -25,7 +25,7 @@ def sequence_max(x: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
     """
     n_sequences = cu_seqlens.shape[0] - 1
     sequence = sequences_of_rows(x, cu_seqlens)
-    rows = torch.arange(x.shape[0], device=x.device)
+    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     sequence = torch.where(rows < cu_seqlens[sequence] + skip, n_sequences, sequence)  # last slot: skipped rows
     out = x.new_zeros(n_sequences + 1, x.shape[1])
     return out.scatter_reduce(0, sequence.unsqueeze(1).expand_as(x), x, "amax", include_self=False)[:-1]

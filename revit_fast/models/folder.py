@@ -33,6 +33,7 @@ from revit_fast.models.loading import MadeFor
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import SETTINGS, input_settings
 from revit_fast.models.weights import load_fitting, read_checkpoint
+from revit_fast.ops._modes import as_saved
 
 FORMAT = "revit-fast bundle 1"
 
@@ -219,7 +220,8 @@ def read_model(
         )
     changed = f" with {', '.join(arguments)} as given" if arguments else ""
     try:
-        model = kind.from_config({**config["revit"], **arguments}).to(getattr(torch, config["dtype"]))
+        with as_saved():
+            model = kind.from_config({**config["revit"], **arguments}).to(getattr(torch, config["dtype"]))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"bundle: {folder / CONFIG}{changed} describes no model of this version: {error}") from error
     if len(config["classes"]) != config["revit"].get("num_classes", model.num_classes):
@@ -228,8 +230,9 @@ def read_model(
             "save the bundle again"
         )
     try:
-        weights = read_checkpoint(folder / MODEL, model.state_dict(), contents.pop(MODEL))
-        load_fitting(model, model.follow(weights, _made_for(config["revit"]), match_norms), folder / MODEL)
+        with as_saved():
+            weights = read_checkpoint(folder / MODEL, model.state_dict(), contents.pop(MODEL))
+            load_fitting(model, model.follow(weights, _made_for(config["revit"]), match_norms), folder / MODEL)
     except (TypeError, ValueError) as error:
         fix = f"leave out {', '.join(arguments)}" if arguments else "copy the whole folder, or save the bundle again"
         raise ValueError(f"bundle: {error}; {fix}") from error

@@ -23,10 +23,12 @@ def require(condition: bool, feature: str) -> None:
 
 def model_from_timm(kind: type[M], vit: nn.Module, grids: Sequence[int]) -> M:
     """See `ReViT.from_timm`; `kind` is the class."""
-    model = kind(grids=grids, **config_from_timm(vit))
+    config = config_from_timm(vit)
     parameter = next(vit.parameters())
+    with torch.device(parameter.device):  # where the weights are, whatever the default device is
+        model = kind(grids=grids, **config)
     # The dtype is set before the weights are loaded: float32 would round those of a float64 model.
-    model = model.to(device=parameter.device, dtype=parameter.dtype)
+    model = model.to(dtype=parameter.dtype)
     model.load_state_dict(model.convert_state_dict(weights_from_timm(vit)))
     trained = {OF_NAFLEX.get(name, name): p.requires_grad for name, p in vit.named_parameters()}
     for name, parameter in model.named_parameters():

@@ -67,7 +67,8 @@ def model_from_transformers(kind: type[M], vit: nn.Module, grids: Sequence[int],
     """See `ReViT.from_transformers`; `kind` is the class."""
     config = config_from_transformers(vit)
     settings = {} if processor is None else settings_from_processor(processor)
-    model = kind(grids=grids, **config).to(device=vit.device, dtype=vit.dtype)
+    with torch.device(vit.device):  # where the weights are, whatever the default device is
+        model = kind(grids=grids, **config).to(dtype=vit.dtype)
     model.load_weights(state_dict_from_transformers(vit.state_dict(), config), type(vit).__name__)
     _keep_requires_grad(vit, model)
     model.pretrained_cfg = settings | {"label_names": class_names(vit) if model.num_classes else None}

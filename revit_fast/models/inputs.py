@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.patch_embed import FoldedEmbedding, patchify
 from revit_fast.layers.positions import Resampling, wide_patches
+from revit_fast.ops._modes import NotScriptable
 from revit_fast.packing import (
     Layout,
     PackedBatch,
@@ -20,6 +21,13 @@ from revit_fast.packing import (
     nearest_length,
     patch_rows,
 )
+from revit_fast.packing.tensors import as_list, check_pixels, check_plain
+
+NEW_GRID = (
+    "x: a compiled model met a grid that it had not seen before it was compiled; call the model itself once with an "
+    "image of this grid, then the compiled one, which is compiled anew"
+)
+"""What a compiled model says of a new grid: position embeddings are made outside compiled code."""
 
 
 class Inputs(NamedTuple):
@@ -79,7 +87,7 @@ def uniform_inputs(
     grid_h, grid_w = image_grid(x[0], patch_size, "x")
     n_patches = grid_h * grid_w
     batch = (x.shape[0], x.device)
-    counts = torch.full((x.shape[0],), n_patches, device=x.device)
+    counts = torch.full((x.shape[0],), n_patches, dtype=torch.int64, device=x.device)
     layout = Layout(device_cu_seqlens(n_patches + n_prefix[0], *batch), nearest_length(counts, lengths), None)
     patches = resampling.resampled(wide_patches(pos_embed, n_prefix[1]), (grid_h, grid_w))
     table = patches.to(pos_embed.dtype)
@@ -93,7 +101,12 @@ def rows_apart(rows: Tensor, layout: Layout) -> Layout:
     return Layout(device_cu_seqlens(1, rows.shape[0], rows.device), layout.length_index, None)
 
 
-class TakesImages:
+def is_uniform(x: Tensor | Sequence[Tensor] | PackedBatch) -> bool:
+    """Whether an input of a model is one tensor of images of one size; a nested tensor counts as a list."""
+    return isinstance(x, Tensor) and not x.is_nested
+
+
+class TakesImages(NotScriptable):
     """The methods of a `ReViT` that prepare its inputs."""
 
     @property
@@ -118,29 +131,37 @@ class TakesImages:
         if isinstance(x, PackedBatch):
             self._check_pack(x)
             return PatchRows(x.data[: x.plan.n_rows], x.plan.without_padding(), x.normalization)
-        if isinstance(x, Tensor):
-            if x.dim() != 4:
-                raise ValueError(
-                    f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
-                )
-            self._check_channels(x.shape[1], "x")
+        if is_uniform(x):
+            self._check_images(x)
             grid = image_grid(x[0] if len(x) else x.new_empty(x.shape[1:]), self.patch_size, "x")
             rows, grids = patchify(x, self.patch_size), [grid] * x.shape[0]
-        elif isinstance(x, Sequence):
-            rows, grids = patch_rows(x, self.patch_size)
-            self._check_channels(x[0].shape[0], "images[0]")
+        elif isinstance(x, (Sequence, Tensor)):
+            images = as_list(x)
+            rows, grids = patch_rows(images, self.patch_size)
+            self._check_channels(images[0].shape[0], "images[0]")
+            check_pixels("images[0]", rows.dtype)
         else:
             raise TypeError(
                 f"x: expected a tensor [B, 3, H, W], a list of tensors or a PackedBatch, got {type(x).__name__}"
             )
         return PatchRows(rows, PackPlan.of([h * w for h, w in grids], self.lengths, grids=grids))
 
+    def _check_images(self, x: Tensor) -> None:
+        check_plain("x", x)
+        if x.dim() != 4:
+            raise ValueError(
+                f"x: expected shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one image"
+            )
+        self._check_channels(x.shape[1], "x")
+        check_pixels("x", x.dtype)
+
     def _check_channels(self, n: int, name: str) -> None:
         if n != self.in_chans:
             raise ValueError(f"{name}: expected {self.in_chans} channels first, got {n}; convert the images")
 
     def _inputs(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Inputs:
-        if isinstance(x, Tensor) and x.dim() == 4 and torch.compiler.is_compiling():
+        if is_uniform(x) and torch.compiler.is_compiling():
+            self._check_images(x)
             return self._uniform_inputs(x)
         batch = self.pack(x)
         if batch.device != self.pos_embed.device:
@@ -149,7 +170,9 @@ class TakesImages:
             )
         compiling, positions = torch.compiler.is_compiling(), self._positions
         known = positions.known if compiling else positions.learn(batch.grids)
-        offset = known.offsets(batch.grid_hw)  # -1 for a new grid in compiled code: the op reports it
+        offset = known.offsets(batch.grid_hw)
+        if compiling:
+            torch._assert_async((offset >= 0).all(), NEW_GRID)
         layout = batch.layout(self.num_prefix_tokens)
         if batch.lengths != self.lengths:
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
@@ -173,16 +196,33 @@ class TakesImages:
             raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(batch.data.shape)}")
         if batch.data.dtype == torch.uint8 and batch.normalization is None:
             raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
+        check_pixels("x", batch.data.dtype, raw=True)
         if batch.grid_hw is None:
             raise ValueError(
                 "x: patch counts are not squares and the pack has no grids; give grids=[(rows, columns), ...]"
+            )
+
+    def _check_leaves(self, x: fx.Proxy) -> None:
+        """Raises a NotImplementedError unless the trace of torch.fx calls the layers that pack as they are."""
+        names = ("patch_embed", "norm_pre", "blocks.0", "norm", "fc_norm")
+        layers = {name: module for name, module in self.named_modules() if name in names}
+        inside = [
+            name
+            for name, module in layers.items()
+            if type(module) is not nn.Identity and not x.tracer.is_leaf_module(module, name)
+        ]
+        if inside:
+            raise NotImplementedError(
+                f"{type(self).__name__}: torch.fx would trace into {', '.join(inside)}, which must be leaves; use "
+                "timm.models.create_feature_extractor(model, names) after import revit_fast.timm_models, or "
+                "torch.export.export(model, (images,))"
             )
 
     def _finite_rows(self, batch: PackedBatch) -> Tensor:
         """The batch's rows. Compiled code cannot cut off padding, so it zeroes padding if gradients are needed."""
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             return batch.data  # the token ops zero the results of padding
-        rows = torch.arange(batch.data.shape[0], device=batch.device).unsqueeze(1)
+        rows = torch.arange(batch.data.shape[0], dtype=torch.int32, device=batch.device).unsqueeze(1)
         return torch.where(rows < batch.cu_seqlens[-1], batch.data, 0)
 
     def _uniform_inputs(self, x: Tensor) -> Inputs:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revit_fast.models.inputs import is_uniform
 from revit_fast.packing import PackedBatch
 
 NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
@@ -132,13 +133,11 @@ class TimmInterface:
             tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
             if i in take:
                 taken = self._add_and_norm(tokens, delta, inputs.layout) if norm else tokens + delta
-                intermediates.append(
-                    self._as_maps(taken, batch, isinstance(x, Tensor), output_fmt, return_prefix_tokens)
-                )
+                intermediates.append(self._as_maps(taken, batch, is_uniform(x), output_fmt, return_prefix_tokens))
         if intermediates_only:
             return intermediates
         tokens = self._add_and_norm(tokens, delta, inputs.layout)
-        if isinstance(x, Tensor):
+        if is_uniform(x):
             return tokens.view(x.shape[0], -1, self.embed_dim), intermediates
         return batch.with_tokens(tokens, self.num_prefix_tokens), intermediates
 

@@ -24,7 +24,7 @@ from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.layers.segments import sequence_max
 from revit_fast.models.hub import Pretrained
-from revit_fast.models.inputs import Inputs, TakesImages, rows_apart
+from revit_fast.models.inputs import Inputs, TakesImages, is_uniform, rows_apart
 from revit_fast.models.keywords import keywords_of, spec_of
 from revit_fast.models.loading import LoadsWeights
 from revit_fast.models.spec import Block as BlockSpec
@@ -45,10 +45,11 @@ STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
-    Takes `Tensor [B, 3, H, W]`, a list of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch` of patch rows;
-    every side must be a multiple of the patch size. Each image uses the norm parameters of the configured length
-    nearest to its number of patches; ties go to the longer. An image may have any grid; position embeddings are
-    resampled to it as in timm.
+    Takes `Tensor [B, 3, H, W]`, a list or nested tensor of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch`
+    of patch rows; every side must be a multiple of the patch size. Each image uses the norm parameters of the
+    configured length nearest to its number of patches; ties go to the longer. An image may have any grid; position
+    embeddings are resampled to it as in timm. A pixel that is NaN or infinite makes the logits of its image NaN, and
+    changes no other image.
 
     Args:
         spec: the architecture.
@@ -279,7 +280,7 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
 
     def _as_given(self, logits: Tensor, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits of every token of an image tensor as `[B, N, num_classes]`; others unchanged."""
-        if self.global_pool or not isinstance(x, Tensor):
+        if self.global_pool or not is_uniform(x):
             return logits
         n_patches = (x.shape[2] // self.patch_size) * (x.shape[3] // self.patch_size)
         return logits.view(x.shape[0], self.num_prefix_tokens + n_patches, logits.shape[1])
@@ -289,6 +290,7 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
 
         Blocks, norms and the embedding must be leaves of the trace.
         """
+        self._check_leaves(x)
         inputs = self._uniform_inputs(x)
         tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
         for block in self.blocks:
@@ -359,7 +361,7 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         """All tokens after the final norm: `[B, N, C]` for an image tensor, else a `PackedBatch` of tokens."""
         batch = self.pack(x)
         tokens = self._normed_tokens(batch)
-        if isinstance(x, Tensor):
+        if is_uniform(x):
             return tokens.view(x.shape[0], -1, self.embed_dim)
         return batch.with_tokens(tokens, self.num_prefix_tokens)
 

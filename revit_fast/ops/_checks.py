@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from revit_fast.packing.tensors import FLOAT_DTYPES, check_plain
 
 
 def describe(value: object) -> str:
@@ -19,6 +19,7 @@ def check_rows(name: str, value: Tensor, axes: str = "[T, C]") -> None:
     """Raises unless `value` is a floating tensor of as many dimensions as `axes` names."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {axes}, got {describe(value)}")
+    check_plain(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}; convert it with {name}.float()"
@@ -31,6 +32,7 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor, shape: 
     """Raises unless `value` is a tensor with the dtype and device of `other`, and `shape` if that is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    check_plain(name, value)
     if value.dtype != other.dtype:
         raise TypeError(
             f"{name}: expected {other.dtype} like {other_name}, got {value.dtype}; use {name}.to({other_name}.dtype)"
@@ -53,6 +55,7 @@ def check_index(name: str, value: Tensor, other_name: str, other: Tensor, axes: 
     """Raises unless `value` is an int32 vector on the device of `other`. Its contents are checked by the kernel."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an int32 tensor {axes}, got {describe(value)}")
+    check_plain(name, value)
     if value.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {value.dtype}; use {name}.to(torch.int32)")
     if value.dim() != 1:

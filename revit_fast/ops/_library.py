@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
+
+from revit_fast.ops._modes import refuse_examples, without_autocast
 
 # The schemas of csrc/library.cpp, for installations without the extension. A test checks that the two are equal.
 SCHEMAS = (
@@ -77,7 +80,13 @@ def register_fallback(name: str, function: Callable) -> None:
     """Registers `function`, which uses `revit_fast.reference`, as op `name`'s CPU kernel if there is no extension."""
     reference_ops[name] = function
     if not HAS_EXTENSION:
-        _fallback.impl(name, function, "CPU")
+
+        @wraps(function)
+        def in_own_precision(*args):
+            with without_autocast():
+                return function(*args)
+
+        _fallback.impl(name, in_own_precision, "CPU")
 
 
 def call(name: str, *args):
@@ -86,8 +95,10 @@ def call(name: str, *args):
     PyTorch would treat its result as a constant in forward mode: a tangent would silently be zero.
 
     Raises:
-        NotImplementedError: in forward mode, or under a transform of `torch.func`.
+        NotImplementedError: in forward mode, under a transform of `torch.func`, in `torch.jit.trace` and
+            `torch.onnx.export`.
     """
+    refuse_examples(f"revit_fast::{name}")
     if not torch.compiler.is_compiling():
         _refuse_transforms(name, [arg for arg in args if isinstance(arg, torch.Tensor)])
     return getattr(torch.ops.revit_fast, name).default(*args)

@@ -53,8 +53,9 @@ def varlen_attention(
             work.
 
     Returns:
-        out `[Tq, Hq, D]` of q's dtype, zero for queries that see no key. With `return_lse` also lse `[Hq, Tq]`, float32
-        (float64 for float64), `-inf` for queries that see no key; its gradient flows back too.
+        out `[Tq, Hq, D]` of q's dtype, zero for queries that see no key or whose scores are all -inf. With `return_lse`
+        also lse `[Hq, Tq]`, float32 (float64 for float64), `-inf` for the same queries; its gradient flows back too.
+        NaN stays within its sequence.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.

@@ -78,7 +78,7 @@ def pack_weight(
         weight: `[N, K]` of any float dtype, on the CPU.
         bias: `[N]`; None for zero.
         dtype: dtype of the packed weight: float32, bfloat16 or int8. int8 is symmetric with a scale for every row of
-            the weight. `packed_linear` says what becomes of x.
+            the weight; an output whose row is not finite is NaN. `packed_linear` says what becomes of x.
         scale: float32 `[N]`, the scales for int8; by default max |W| / 127. Other dtypes have none.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import Tensor
 from revit_fast import reference
 from revit_fast.ops import _library
 from revit_fast.packing import PackedBatch, cached_tensors
+from revit_fast.packing.tensors import check_plain
 
 Box = tuple[float, float, float, float]
 
@@ -144,6 +145,8 @@ def _image_tensors(images: list[np.ndarray | Tensor]) -> list[Tensor]:
 
 def _image_tensor(image: np.ndarray | Tensor, i: int) -> Tensor:
     """The image as a uint8 CPU tensor `[H, W, 3]` or `[H, W, 1]` on the same memory if its strides allow it."""
+    if isinstance(image, Tensor):
+        check_plain(f"images[{i}]", image)
     shape = getattr(image, "shape", None)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:

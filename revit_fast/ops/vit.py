@@ -37,8 +37,8 @@ class TokenNorm(NamedTuple):
     eps: float
 
 
-NO_BIAS = torch.empty(0, device="cpu")
-NO_NORM = TokenNorm(torch.empty(0, device="cpu"), NO_BIAS, 1e-6)
+NO_BIAS = torch.empty(0, dtype=torch.float32, device="cpu")
+NO_NORM = TokenNorm(NO_BIAS, NO_BIAS, 1e-6)
 
 
 class BlockWeights(NamedTuple):

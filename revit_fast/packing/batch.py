@@ -10,12 +10,14 @@ from torch import Tensor
 
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.packing.plan import Layout, PackPlan, cached_tensors, device_cu_seqlens
+from revit_fast.packing.tensors import as_list, check_plain
 
 
 def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
     """Patch grid (rows, columns) of an image `[..., H, W]` whose sides are multiples of `patch_size`."""
     if not isinstance(image, Tensor):
         raise TypeError(f"{name}: expected a tensor [3, H, W], got {type(image).__name__}")
+    check_plain(name, image)
     if image.dim() != 3:
         raise ValueError(f"{name}: expected shape [3, H, W], got {tuple(image.shape)}")
     height, width = image.shape[-2:]
@@ -29,7 +31,7 @@ def image_grid(image: Tensor, patch_size: int, name: str) -> tuple[int, int]:
 
 def patch_rows(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Patch rows `[sum(gh*gw), P*P*C]` of images `[C, gh*P, gw*P]`, one image after another, and their grids."""
-    images = list(images)
+    images = as_list(images)
     if not images:
         raise ValueError("images: expected at least one image, got an empty list")
     grids = [image_grid(image, patch_size, f"images[{i}]") for i, image in enumerate(images)]
@@ -164,6 +166,7 @@ class PackedBatch:
         """
         if not isinstance(data, Tensor) or data.dim() < 1:
             raise TypeError(f"data: expected a tensor [T, ...], got {type(data).__name__}")
+        check_plain("data", data)
         seqlens = tuple(map(int, seqlens))
         n_padding = data.shape[0] - sum(seqlens)
         if n_padding < 0:
@@ -189,18 +192,20 @@ class PackedBatch:
         """Concatenates tensors `[n_i, ...]` (same trailing shape, dtype and device) into one pack.
 
         Args:
-            items: one tensor per sequence; an empty list raises an error because its row shape is unknown.
+            items: one tensor per sequence, also as a nested tensor; an empty list raises an error because its row shape
+                is unknown.
             grids: see `from_rows`.
             lengths: see `from_rows`.
             n_prefix: see `from_rows`.
         """
-        items = list(items)
+        items = as_list(items)
         if not items:
             raise ValueError("items: expected at least one tensor, got an empty list")
         first = items[0]
         for i, item in enumerate(items):
             if not isinstance(item, Tensor) or item.dim() < 1:
                 raise TypeError(f"items[{i}]: expected a tensor [n, ...], got {type(item).__name__}")
+            check_plain(f"items[{i}]", item)
             same = (item.shape[1:], item.dtype, item.device) == (first.shape[1:], first.dtype, first.device)
             if not same:
                 raise ValueError(

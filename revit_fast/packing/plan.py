@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def _keeps_tensors() -> bool:
     """Whether a new tensor may be kept: one made in a `FakeTensorMode` or a transform of `torch.func` belongs to it."""
-    new = torch.empty(0)
+    new = torch.empty(0, dtype=torch.int32, device="cpu")
     return type(new) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(new)
 
 

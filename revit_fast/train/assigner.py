@@ -21,6 +21,7 @@ from revit_fast.models.folder import check_assigner
 from revit_fast.models.vit import ReViT
 from revit_fast.train.data import ImageSet
 from revit_fast.train.labels import Predictions, decoded_chunks, length_labels
+from revit_fast.train.modes import check_trainable, in_training_modes
 
 OBJECTIVES = ("label", "suffices")
 
@@ -75,6 +76,7 @@ class History:
         return {"best": self.best, "collapsed": self.collapsed, **shares, "epochs": epochs}
 
 
+@in_training_modes
 def train_assigner(
     tla: TokenLengthAssigner,
     images: ImageSet,
@@ -124,6 +126,7 @@ def train_assigner(
     Raises:
         ValueError: if labels or options are not as described above, or the loss becomes NaN or infinite.
     """
+    check_trainable(tla, "tla")
     labels, sufficiency = _checked(tla, images, labels, sufficiency, objective)
     if model is not None:
         check_assigner(tla, model.grids)
@@ -135,12 +138,13 @@ def train_assigner(
     targets = torch.from_numpy(labels[places])
     enough = None if sufficiency is None else torch.from_numpy(sufficiency[:, places].T.copy())
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(places), generator=generator)
+    order = torch.randperm(len(places), generator=generator, dtype=torch.int64, device="cpu")
     n_held_out = min(max(round(held_out_share * len(places)), 1), len(places) - 2)
     held_out, training = order[:n_held_out].sort().values, order[n_held_out:].sort().values
     n_lengths = len(tla.grids)
     counts = torch.bincount(targets[training], minlength=n_lengths)
-    weights = len(training) / (counts.clamp(min=1) * (counts > 0).sum()) if balanced else torch.ones(n_lengths)
+    even = counts.clamp(min=1).double() * (counts > 0).sum() / len(training)
+    weights = (even.reciprocal() if balanced else torch.ones_like(even)).float()
     loss_of = _LabelLoss(weights) if objective == "label" else _SufficesLoss(weights)
 
     decays = [p for p in tla.parameters() if p.dim() > 1]
@@ -153,12 +157,12 @@ def train_assigner(
     best_state, best = None, 0
     for epoch in range(1, epochs + 1):
         tla.train()
-        shuffled = training[torch.randperm(len(training), generator=generator)]
+        shuffled = training[torch.randperm(len(training), generator=generator, dtype=torch.int64, device="cpu")]
         total = 0.0
         for batch in shuffled[: per_epoch * batch_size].split(batch_size)[:per_epoch]:
-            x = tla.images_of(tla.normalised(thumbnails[batch].flatten(0, 1)))
+            x = _inputs(tla, thumbnails[batch])
             if flip:
-                mirrored = torch.rand(len(batch), generator=generator) < 0.5
+                mirrored = torch.rand(len(batch), generator=generator, dtype=torch.float32, device="cpu") < 0.5
                 x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
             loss = loss_of(tla(x), targets[batch], None if enough is None else enough[batch])
             optimizer.zero_grad()
@@ -211,7 +215,7 @@ def make_thumbnails(
         side = tla.thumbnail_px // STEM_PATCH
         rows.append(tla.thumbnails(pixels, boxes, torch.uint8).view(len(pixels), side**2, -1))
         found.append(places[where])
-    return np.concatenate(found), torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+    return np.concatenate(found), torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predictions: Predictions) -> np.ndarray:
@@ -267,10 +271,14 @@ class _SufficesLoss:
         return (loss * self.weights[labels]).mean()
 
 
+def _inputs(tla: TokenLengthAssigner, thumbnails: Tensor) -> Tensor:
+    """The network's input for raw thumbnails `[B, (S/4)², 48]`, in the dtype of its parameters."""
+    return tla.images_of(tla.normalised(thumbnails.flatten(0, 1))).to(next(tla.parameters()).dtype)
+
+
 def _judge(tla, epoch, loss, thumbnails, targets, enough, held_out, loss_of) -> Epoch:
     with torch.no_grad():
-        rows = [thumbnails[some].flatten(0, 1) for some in held_out.split(1024)]
-        logits = torch.cat([tla(tla.images_of(tla.normalised(r))) for r in rows])
+        logits = torch.cat([tla(_inputs(tla, thumbnails[some])) for some in held_out.split(1024)])
         held_out_loss = loss_of(logits, targets[held_out], None if enough is None else enough[held_out]).item()
     given = logits.argmax(dim=1)
     shares = torch.bincount(given, minlength=len(tla.grids)) / len(given)

@@ -192,7 +192,7 @@ class Augmenter:
 
     def _erased(self, image: np.ndarray) -> np.ndarray:
         """Applies timm's erasing. It draws normalised values, which become pixels here."""
-        canvas = torch.full((3, *image.shape[:2]), torch.nan)
+        canvas = torch.full((3, *image.shape[:2]), torch.nan, dtype=torch.float32, device="cpu")
         values = self._erasing(canvas).permute(1, 2, 0).numpy()
         erased = ~np.isnan(values)
         if not erased.any():

@@ -33,6 +33,7 @@ from revit_fast.train.data import ImageSet, NoSplitError
 from revit_fast.train.evaluate import default_policies, evaluate, threshold_for
 from revit_fast.train.labels import LengthLabels, predict_lengths
 from revit_fast.train.log import percentages
+from revit_fast.train.modes import in_training_modes
 from revit_fast.train.report import Report
 from revit_fast.train.run import BUNDLE, evaluation_images, train
 from revit_fast.train.timing import measure
@@ -52,6 +53,7 @@ MAX_SKEW = 0.02
 TIMED_IMAGES = 1024
 
 
+@in_training_modes
 def fit(
     config: TrainConfig,
     folder: Path,
@@ -153,6 +155,7 @@ def _test_images(path: str, *training: ImageSet) -> ImageSet | None:
     return test
 
 
+@in_training_modes
 def fit_assigner(
     model: ReViT,
     images: ImageSet,

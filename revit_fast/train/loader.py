@@ -157,7 +157,9 @@ class TrainLoader:
         self.max_unreadable, self.drop_last = _check_share(max_unreadable), drop_last
         self.unreadable: dict[str, str] = {}
         self._options = {"mean": mean, "std": std, "interpolation": interpolation, "dtype": dtype}
-        self._pack([torch.zeros(1, 1, 3, dtype=torch.uint8)])  # raises resize_patchify's errors for wrong options
+        self._pack(
+            [torch.zeros(1, 1, 3, dtype=torch.uint8, device="cpu")]
+        )  # raises resize_patchify's errors for wrong options
         self._augmenter = Augmenter(
             augment,
             image_px=self.grids[0] * patch_size,

@@ -23,8 +23,8 @@ class Meter:
     """Sums since the last line of the log."""
 
     def __init__(self, n_lengths: int) -> None:
-        self.sums = torch.zeros(3, n_lengths, dtype=torch.float64)  # loss, right, images
-        self.gradients = torch.zeros(2, dtype=torch.float64)  # norm, updates
+        self.sums = torch.zeros(3, n_lengths, dtype=torch.float64, device="cpu")  # loss, right, images
+        self.gradients = torch.zeros(2, dtype=torch.float64, device="cpu")  # norm, updates
         self._since, self._images = time.perf_counter(), 0
 
     def batch(self, views: list[int], losses: Tensor, logits: Tensor, target: Tensor) -> None:
@@ -37,7 +37,7 @@ class Meter:
 
     def gradient(self, norm: Tensor) -> None:
         """Counts an update."""
-        self.gradients += torch.tensor([norm.item(), 1.0], dtype=torch.float64)
+        self.gradients += torch.tensor([norm.item(), 1.0], dtype=torch.float64, device="cpu")
 
     def means(self, world: World) -> Means:
         """Means over all processes."""

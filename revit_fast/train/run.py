@@ -33,6 +33,7 @@ from revit_fast.train.data import ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images
 from revit_fast.train.distributed import World
 from revit_fast.train.log import EPOCHS, STEPS
+from revit_fast.train.modes import in_training_modes
 from revit_fast.train.trainer import BEST, CHECKPOINT, CONFIG, FINAL, Accuracy, Trainer
 
 VALIDATION_SPLIT, TEST_SPLIT = "val", "test"
@@ -175,6 +176,7 @@ def _shared(config: TrainConfig, *sets: ImageSet) -> list:
     return shared
 
 
+@in_training_modes
 def train(
     config: TrainConfig,
     folder: Path,

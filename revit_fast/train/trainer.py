@@ -29,6 +29,7 @@ from revit_fast.train.loader import Batch, EvalLoader, TrainLoader
 from revit_fast.train.log import EPOCHS, STEPS, RunLog, percentages
 from revit_fast.train.losses import length_loss, tlsd_loss
 from revit_fast.train.meter import Meter
+from revit_fast.train.modes import check_trainable, in_training_modes
 from revit_fast.train.optimizers import create_optimizer
 from revit_fast.train.stopping import Interrupted, NotFiniteError, signals_call
 
@@ -78,6 +79,7 @@ class Trainer:
         terminal: where progress is printed; None: nowhere.
     """
 
+    @in_training_modes
     def __init__(
         self,
         model: ReViT,
@@ -92,6 +94,7 @@ class Trainer:
         from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
+        check_trainable(model, "model")
         if model.grids != config.grids:
             raise ValueError(f"config: its grids are {config.grids}, the model's {model.grids}")
         self.config, self.folder, self.held_out = config, folder, held_out
@@ -148,6 +151,7 @@ class Trainer:
         self._terminal = terminal if self.world.is_first else None
         self._stop: int | None = None
 
+    @in_training_modes
     def fit(self) -> Accuracy | None:
         """Trains to the last update and returns the accuracy after it.
 
@@ -306,12 +310,12 @@ class Trainer:
         if self.world.device.type == "cpu":
             model = optimize(model)
         n_lengths = len(model.grids)
-        totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64)
+        totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64, device="cpu")
         for batch in self._held_out_batches():
             logits = model(batch.images.to(self.world.device)).view(n_lengths, len(batch.target), -1).double().cpu()
-            right = (logits.argmax(dim=2) == batch.target).sum(dim=1)
+            right = ((logits.argmax(dim=2) == batch.target) & logits.isfinite().all(dim=2)).sum(dim=1)
             losses = [torch.nn.functional.cross_entropy(z, batch.target, reduction="sum") for z in logits]
-            totals += torch.cat([right.double(), torch.stack(losses), torch.tensor([float(len(batch.target))])])
+            totals += torch.cat([right.double(), torch.stack(losses), right.new_tensor([len(batch.target)]).double()])
         totals = self.world.sum(totals).cpu()
         n = max(int(totals[-1]), 1)
         return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))

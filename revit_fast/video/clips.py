@@ -25,6 +25,7 @@ from torch import Tensor
 
 from revit_fast.ops.resize import resize_patchify
 from revit_fast.packing import Layout, PackedBatch, PackPlan, cached_tensors, cumulative
+from revit_fast.packing.tensors import as_list, check_plain
 
 Grid = tuple[int, int]
 
@@ -179,8 +180,10 @@ class PackedClips:
             patch_size: P, in pixels.
             lengths: see `PackedBatch.from_rows`.
         """
-        clips = list(clips)
+        clips = as_list(clips)
         for i, clip in enumerate(clips):
+            if isinstance(clip, Tensor):
+                check_plain(f"clips[{i}]", clip)
             if not isinstance(clip, Tensor) or clip.dim() != 4 or clip.shape[0] < 1:
                 got = tuple(clip.shape) if isinstance(clip, Tensor) else type(clip).__name__
                 raise ValueError(f"clips[{i}]: expected a tensor [F, 3, H, W] of at least one frame, got {got}")

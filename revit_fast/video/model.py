@@ -22,10 +22,13 @@ from revit_fast.layers.mlp import Mlp, make_activation
 from revit_fast.layers.norm import TALLayerNorm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
+from revit_fast.models.inputs import is_uniform
 from revit_fast.models.loading import LoadsWeights
 from revit_fast.models.weights import state_dict_of
+from revit_fast.ops._modes import NotScriptable, as_saved
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout
+from revit_fast.packing.tensors import check_pixels, check_plain
 from revit_fast.video.clips import ClipLayout, PackedClips
 from revit_fast.video.transformers_import import config_from_transformers, names_from_transformers
 
@@ -101,7 +104,7 @@ def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: La
     return (norm(x, layout), x) if delta is None else norm(delta, layout, residual=x)
 
 
-class TimeSformer(LoadsWeights, nn.Module):
+class TimeSformer(NotScriptable, LoadsWeights, nn.Module):
     """A Vision Transformer for clips with attention over time and space, at several lengths.
 
     Takes `Tensor [B, F, 3, H, W]`, a list of tensors `[F_i, 3, h_i, w_i]` of mixed sizes and frame counts, or
@@ -233,7 +236,7 @@ class TimeSformer(LoadsWeights, nn.Module):
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any], grids: Sequence[int] | None = None
     ) -> TimeSformer:
-        """A TimeSformer with weights under Hugging Face's or our own names, in evaluation mode.
+        """A TimeSformer with weights under Hugging Face's or our own names, in their dtype and in evaluation mode.
 
         Args:
             state_dict: weights of a `TimesformerModel`, a `TimesformerForVideoClassification` or a `TimeSformer`.
@@ -246,8 +249,11 @@ class TimeSformer(LoadsWeights, nn.Module):
         """
         state_dict = names_from_transformers(state_dict_of(state_dict, "state_dict"))
         head = state_dict.get("head.weight")
-        model = cls(grids=grids, num_classes=0 if head is None else head.shape[0], **config_from_transformers(config))
-        model.load_weights(state_dict, "state_dict", grids=config.get("grids"))
+        n_classes = 0 if head is None else head.shape[0]
+        dtype = next((value.dtype for value in state_dict.values() if value.is_floating_point()), None)
+        with as_saved():
+            model = cls(grids=grids, num_classes=n_classes, **config_from_transformers(config)).to(dtype=dtype)
+            model.load_weights(state_dict, "state_dict", grids=config.get("grids"))
         return model.eval()
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -272,7 +278,7 @@ class TimeSformer(LoadsWeights, nn.Module):
         """
         if isinstance(x, PackedClips):
             return x
-        if isinstance(x, Tensor) and x.dim() != 5:
+        if is_uniform(x) and x.dim() != 5:
             raise ValueError(
                 f"x: expected shape [B, F, {self.in_chans}, H, W], got {tuple(x.shape)}; x[None] for one clip"
             )
@@ -280,7 +286,9 @@ class TimeSformer(LoadsWeights, nn.Module):
             raise TypeError(
                 f"x: expected a tensor [B, F, 3, H, W], a list of tensors or PackedClips, got {type(x).__name__}"
             )
-        return PackedClips.from_list(list(x), self.patch_size, lengths=self.lengths)
+        if is_uniform(x):
+            check_plain("x", x)
+        return PackedClips.from_list(x, self.patch_size, lengths=self.lengths)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor:
         """Logits `[B, num_classes]` in the given order; without a head the class tokens after the norm, `[B, C]`.
@@ -303,7 +311,7 @@ class TimeSformer(LoadsWeights, nn.Module):
         n_rows = [h * w * n for (h, w), n in zip(clips.grids, clips.n_frames, strict=True)]
         patches, classes = rows[: layout.n_patch_rows].split(n_rows), rows[layout.n_patch_rows :].split(1)
         tokens = [torch.cat(pair) for pair in zip(classes, patches, strict=True)]
-        return torch.stack(tokens) if isinstance(x, Tensor) else tokens
+        return torch.stack(tokens) if is_uniform(x) else tokens
 
     def _layout(self, clips: PackedClips) -> ClipLayout:
         frames, width = clips.frames, self.patch_size**2 * self.in_chans
@@ -311,6 +319,7 @@ class TimeSformer(LoadsWeights, nn.Module):
             raise ValueError(f"x: expected patch rows [T, {width}], got {tuple(frames.data.shape)}")
         if frames.data.dtype == torch.uint8 and frames.normalization is None:
             raise ValueError("x: uint8 rows need a normalization [2, 3] in their pack (resize_patchify gives it)")
+        check_pixels("x", frames.data.dtype, raw=True)
         if clips.device != self.pos_embed.device:
             raise ValueError(
                 f"x: clips are on {clips.device}, model on {self.pos_embed.device}; move one with .to(device)"
@@ -337,7 +346,7 @@ class TimeSformer(LoadsWeights, nn.Module):
             for t, n in zip(tables, counts, strict=True)
         ]
         first = {n: sum(counts[:i]) for i, n in enumerate(counts)}
-        starts = torch.tensor([first[n] for n in n_frames], device=layout.time.device)
+        starts = torch.tensor([first[n] for n in n_frames], dtype=torch.int64, device=layout.time.device)
         rows_of_clip = layout.stream.cu_seqlens[: len(n_frames) + 1].diff()
         rows = layout.time + starts.repeat_interleave(rows_of_clip, output_size=layout.n_patch_rows)
         return torch.cat(tables, dim=2)[0].t().index_select(0, rows)
