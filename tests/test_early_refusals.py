@@ -199,10 +199,10 @@ def test_a_run_is_not_put_among_the_classes(tmp_path, no_update, command):
 def test_a_model_that_evaluation_would_refuse(data, tmp_path, no_update, monkeypatch):
     """Evaluation runs an optimised copy, which refuses what it does not know."""
 
-    def changed(config, n_classes):
-        model, new_head = build(config, n_classes)
+    def changed(*args):
+        model, head = build(*args)
         model.blocks[0].mlp.act = torch.nn.Hardswish()
-        return model, new_head
+        return model, head
 
     build = run_module.build_model
     monkeypatch.setattr(run_module, "build_model", changed)

@@ -143,7 +143,8 @@ class TestFiles:
         assert read[0]["top"][0]["class"] == FOREIGN
 
     def test_rows_and_manifests_of_cluster_runs(self, tmp_path):
-        row = ray_dataset._row(0, [Source(str(tmp_path / FOREIGN))], 4)
+        path = str(tmp_path / FOREIGN)
+        row = ray_dataset._row(0, [Source(path)], [path], 4)
         row["paths"][0].encode()
         assert from_text(row["read"][0]) == str(tmp_path / FOREIGN)
         prep = rf.AdaptivePreprocessor.for_model(make_model(num_classes=2), policy=("fixed", 4))

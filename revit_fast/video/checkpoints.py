@@ -77,7 +77,7 @@ def read_folder(folder: str | os.PathLike) -> Checkpoint:
     try:
         base_grid = config_from_transformers(config)["base_grid"]
         grids = config.get("grids") or scaled_grids(DEFAULT_GRIDS, base_grid)
-        model = TimeSformer.from_state_dict(read_checkpoint(folder / MODEL, contents.pop(MODEL)), config, grids)
+        model = TimeSformer.from_state_dict(read_checkpoint(folder / MODEL, content=contents.pop(MODEL)), config, grids)
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {folder}: {error}") from error
     if PROCESSOR in contents:
