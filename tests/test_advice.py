@@ -11,14 +11,19 @@ import builtins
 import copy
 import functools
 import importlib
+import multiprocessing
 import re
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import timm
 import tomllib
 import torch
 from PIL import Image
 from test_architecture import ROOT, modules_of
+from torch.distributed.tensor import DTensor
+from torch.masked import MaskedTensor
 
 import revit_fast as rf
 from revit_fast.cli import build_parser
@@ -27,10 +32,10 @@ from revit_fast.cli.arguments import EXTRA_MODULES
 OTHERS_OPTIONS = {"--nproc-per-node", "--no-build-isolation"}
 """Options of torchrun and pip."""
 
-OTHERS_KEYWORDS = {"pretrained"}
-"""Arguments of functions of timm that messages show."""
+OTHERS_KEYWORDS = {"pretrained", "amp"}
+"""Arguments of functions of timm, and choices of a run, that messages show."""
 
-PAGES = ("revit_fast.explain.", "revit_fast.deploy.http")
+PAGES = ("revit_fast.explain.", "revit_fast.deploy.service", "revit_fast.deploy.http")
 """Modules with texts of HTML and HTTP, which are no messages."""
 
 
@@ -154,6 +159,11 @@ OF_OTHERS = (
     torch.nn.functional,
     torch.func,
     torch.export,
+    DTensor,
+    MaskedTensor,
+    multiprocessing,
+    timm.models,
+    np.ndarray,
     copy,
     builtins,
 )

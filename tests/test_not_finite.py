@@ -195,7 +195,9 @@ class TestPipelines:
         tla.calibrate([np.zeros((20, 20, 3), np.uint8)])
         object.__setattr__(tla.calibration, "temperature", float("nan"))
         tla.save(tmp_path / "tla.safetensors")
-        with pytest.raises(ValueError, match=r"^assigner: .*tla.safetensors: calibration: expected a positive, finite"):
+        with pytest.raises(
+            ValueError, match=r"^assigner: .*tla.safetensors cannot be read: calibration: expected a positive, finite"
+        ):
             rf.TokenLengthAssigner.load(tmp_path / "tla.safetensors")
 
 

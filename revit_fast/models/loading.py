@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.grids import check_grids, rows_of_lengths
+from revit_fast.layers.derived import kept_tensors
 from revit_fast.layers.norm import TALNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
 from revit_fast.models.weights import EXTRA_STATE, load_fitting, read_checkpoint, state_dict_of
@@ -34,7 +35,8 @@ class MadeFor(NamedTuple):
 
         They are homogeneous coordinates: state dicts are averaged, scaled and summed, and the grids stay what they are.
         """
-        return torch.tensor([1, *self.base_grid, *self.grids], dtype=like.dtype, device=like.device)
+        with kept_tensors():
+            return torch.tensor([1, *self.base_grid, *self.grids], dtype=like.dtype, device=like.device)
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> MadeFor | None:

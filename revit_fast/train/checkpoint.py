@@ -16,6 +16,7 @@ from revit_fast.io.tensors import misfit, tensors_and_metadata
 from revit_fast.models.weights import CLASSES
 
 FORMAT = "revit-fast training state 3"
+UNREADABLE = "{} cannot be read as a state of a training run: {}; remove it to start the run anew"
 TENSOR = "\0tensor"
 """Key of the JSON objects that replace tensors; no parameter or option has this name."""
 
@@ -53,16 +54,14 @@ def load_state(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     problem = misfit(io.BytesIO(content), path.name)
     if problem is not None:
-        raise ValueError(f"{path} cannot be read as a state of a training run: it {problem}")
+        raise ValueError(UNREADABLE.format(path, f"it {problem}"))
     try:
         tensors, metadata = tensors_and_metadata(content)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no state of a training run of this version")
         return _put_together(json.loads(metadata["state"]), tensors)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a state of a training run: {error}; remove it to start the run anew"
-        ) from error
+        raise ValueError(UNREADABLE.format(path, error)) from error
 
 
 def _taken_apart(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -97,7 +97,7 @@ class World:
             what: name of the value, for the message.
             value: anything with a `repr` that says all.
         """
-        digests = torch.zeros(self.size, dtype=torch.int64)
+        digests = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         own = hashlib.blake2b(repr(value).encode("utf-8", "surrogateescape"), digest_size=8).digest()
         digests[self.rank] = int.from_bytes(own, "little", signed=True)
         digests = self.sum(digests).tolist()

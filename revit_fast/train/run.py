@@ -128,7 +128,7 @@ def build_model(config: TrainConfig, n_classes: int, classes: Sequence[str] | No
         return model, ""
     path = Path(config.weights)
     state_dict = read_checkpoint(path, model.state_dict())
-    own = {name: value for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
+    own = {name: value.clone() for name, value in model.state_dict().items() if HEAD_PARAMETER.match(name)}
     head = {name: state_dict[name] for name in own if name in state_dict}
     named, text = named_classes(path), ""
     if named is not None and classes is not None and all(len(value) == len(named) for value in head.values()):
@@ -136,7 +136,7 @@ def build_model(config: TrainConfig, n_classes: int, classes: Sequence[str] | No
         new, old = (list(places) for places in zip(*kept, strict=True)) if kept else ([], [])
         for name, value in head.items():
             if value.shape[1:] == own[name].shape[1:]:
-                own[name] = own[name].index_copy(0, torch.tensor(new, dtype=torch.int64), value[old].to(own[name]))
+                own[name][new] = value[old].to(own[name])
         if len(kept) < n_classes or not head:
             text = f", with the head's rows of {len(kept)} of {n_classes} classes" if kept and head else NEW_HEAD
     elif len(head) < len(own) or any(len(value) != n_classes for value in head.values()):
