@@ -280,6 +280,16 @@ def test_a_new_head_has_no_names(tmp_path):
     assert json.loads((tmp_path / "new" / "config.json").read_text())["classes"] == ["0", "1", "2"]
 
 
+def test_an_assigners_outputs_are_its_grids():
+    tla = rf.TokenLengthAssigner((4, 3, 2))
+    other = rf.TokenLengthAssigner((5, 4, 3))
+    with pytest.raises(RuntimeError, match=r"the weights assign grids \(4, 3, 2\), this assigner \(5, 4, 3\)"):
+        other.load_state_dict(tla.state_dict())
+    again = rf.TokenLengthAssigner((4, 3, 2))
+    again.load_state_dict({name: 2 * value for name, value in tla.state_dict().items()})
+    again.load_state_dict({name: value for name, value in tla.state_dict().items() if name != EXTRA_STATE})
+
+
 def test_a_bundle_moved_without_its_configuration_still_names_its_grids(tmp_path):
     model = revit((4, 3, 2))
     model.save_pretrained(tmp_path / "model")
