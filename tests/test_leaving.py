@@ -333,6 +333,14 @@ class TestSession:
         assert all(future.done() for future in futures)
         assert futures[-1].cancelled()
 
+    def test_cancelled_images_are_not_computed(self, pipe, packs):
+        with pipe.session() as session:
+            futures = [session.submit(PIXELS) for _ in range(300)]
+            cancelled = sum(future.cancel() for future in futures[1:-1])
+        assert cancelled > 0
+        assert futures[0].result(WAIT_S).error is futures[-1].result(WAIT_S).error is None
+        assert sum(packs) < 300 - cancelled // 2  # those that were being decoded are computed
+
     def test_dropped_it_finishes_and_ends(self, pipe):
         with pytest.warns(ResourceWarning, match="never closed"):
             futures = [pipe.session().submit(PIXELS) for _ in range(3)]

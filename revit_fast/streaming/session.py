@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 from revit_fast.io.held import Held, held
-from revit_fast.io.images import ImageSource
+from revit_fast.io.images import ImageSource, Source
 from revit_fast.io.threads import EXIT_S, SOURCE_S, Carrier, Process
 from revit_fast.io.trace import StageTimes
 from revit_fast.streaming.results import Result
+
+CANCELLED = Source("cancelled", "nobody waits for its result")
+"""Stands in for an image whose future was cancelled; its result is dropped."""
 
 
 class Session:
@@ -131,7 +134,7 @@ class _Inbox:
             if self.closed is not None:
                 raise RuntimeError(f"submit: {self.closed}")
             self.waiting.append(future)
-            self._sources.put(taken)
+            self._sources.put((taken, future))
         return future
 
     def close(self, reason: str) -> None:
@@ -142,8 +145,10 @@ class _Inbox:
                 self._sources.put(self._end)
 
     def submitted(self) -> Iterator[Held]:
-        while (source := self._sources.get()) is not self._end:
-            yield source
+        """The sources in their order; one that nobody waits for any more is not read, and takes no part in a pack."""
+        while (item := self._sources.get()) is not self._end:
+            source, future = item
+            yield held(CANCELLED) if future.cancelled() else source
 
     def deliver(self, result: Result) -> None:
         future = self.waiting.popleft()
