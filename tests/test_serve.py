@@ -225,7 +225,7 @@ class TestLimits:
         assert status == 422
         assert answer["error"].endswith(f"; expected one of {', '.join(SERVED)}")
         assert kind == "TGA" or answer["error"].startswith(f"of the format {kind}, which may not be read here")
-        assert service.metrics.seconds["decode"] == 0
+        assert service.classifier.metrics.seconds["decode"] == 0
 
     def test_formats_that_browsers_show_and_those_asked_for(self, serve):
         files = {}

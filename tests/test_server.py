@@ -302,7 +302,7 @@ class TestUnexpectedErrors:
 
         monkeypatch.setattr(service.classifier, "classify", named)
         ((_, answer),) = answers(exchange(port, post()))
-        assert answer["predictions"][0]["label"] == "caf\udce9"
+        assert answer["predictions"][0]["label"] == r"caf\xe9"
 
     def test_of_the_result_that_is_no_json(self, serve, monkeypatch):
         service, port = serve()

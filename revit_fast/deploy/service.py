@@ -32,7 +32,7 @@ from revit_fast.deploy.classifier import (
     reason_of,
     without_paths,
 )
-from revit_fast.io.names import MOST_DIGITS, dumps, on_one_line, shortened, whole_number
+from revit_fast.io.names import MOST_DIGITS, dumps, shortened, whole_number
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 LOG = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Service:
         if path in WATCHED:
             return await self._watched(path)
         if path != "/":
-            raise Refusal(404, "request", f"there is no {on_one_line(path[:80])}; POST an image to /")
+            raise Refusal(404, "request", f"there is no {path[:80]}; POST an image to /")
         if request.method != "POST":
             raise Refusal(405, "request", f"{request.method[:80]}: POST an image")
         if self._stopping:
