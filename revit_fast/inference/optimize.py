@@ -118,7 +118,8 @@ class OptimizedReViT(InferenceCopy, ReViT):
 
     def _logits(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as rows, one for every image or, without pooling, for every token."""
-        fuses, replays = self._fuses(), self._replays()
+        replays = self._replays()
+        fuses = not replays and self._fuses()
         if not fuses and not replays:
             with torch.no_grad():
                 return self._run(self._inputs(x))

@@ -117,7 +117,9 @@ class KnownGrids:
 
     def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
         """`offsets` on the host, for known grids."""
-        return [0 if 0 in grid else self.first_row[grid] for grid in grids]
+        grids = tuple(grids)
+        rows = {grid: 0 if 0 in grid else self.first_row[grid] for grid in set(grids)}
+        return list(map(rows.__getitem__, grids))
 
     def table(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
         """Embeddings `[R - first_row, C]` of the grids from `first_row` on, see `PositionTables.table`."""
@@ -154,7 +156,7 @@ class PositionTables:
     def learn(self, grids: Iterable[tuple[int, int]]) -> KnownGrids:
         """The known grids, with `grids` among them. If there are too many, only these and the configured ones stay."""
         known = self.known
-        if all(grid in known.first_row or 0 in grid for grid in grids):
+        if all(grid in known.first_row or 0 in grid for grid in set(grids)):
             return known
         with self._growing:
             known = self.known  # another thread may have added some
