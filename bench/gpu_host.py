@@ -76,22 +76,22 @@ def parts(model: rf.ReViT, mix: str, n_turns: int) -> dict[str, Callable[[int], 
     on_host, on_device = batches(0, host_rows), batches(1, host_rows.to("meta"))
     plans = [batch.plan for batch in batches(2, host_rows)]
     graphs = fast._graphs.value
-    (key, graph), known = next(reversed(graphs.graphs.items())), model._positions.learn(plans[0].grids)
+    key = next(reversed(graphs.graphs))
     planned = [draw(3, turn) for turn in range(n_turns)]
-    kept = model._positions
 
     def plan(turn: int) -> PackPlan:
         return PackPlan.of(seqlens_of(planned[turn]), LENGTHS, grids=planned[turn])
 
     def index(turn: int) -> None:
-        patches, known = plans[turn], kept.learn(plans[turn].grids)
+        patches, known = plans[turn], fast._positions.learn(plans[turn].grids)
         bucket = bucket_of(patches.n_rows, N_IMAGES, LENGTHS[-1])
-        tokens = patches.tokens(1, bucket.n_rows + bucket.n_sequences - patches.n_rows - N_IMAGES)
+        n_token_rows = bucket.n_rows + bucket.n_sequences
+        tokens = patches.tokens(1, n_token_rows - patches.n_rows - N_IMAGES)
         with next(graphs._buffers).turn() as buffer:
-            capacity = graphs._graph(key._replace(bucket=bucket), tokens.tile_counts, 1 << 15).capacity
-            vector = buffer.part(cuda_graphs.Index.slices(bucket, capacity)[-1].stop, torch.int32)
-            write_index(vector.numpy(), patches, tokens, known.first_rows(patches.grids), bucket, capacity)
-            graphs._backend.send(vector, graph.index[: len(vector)])
+            graph = graphs._graph(key._replace(bucket=bucket), tokens.tile_counts, n_token_rows)
+            vector = buffer.part(graph.index.shape[0], torch.int32)
+            write_index(vector.numpy(), patches, tokens, known.first_rows(patches.grids), bucket, graph.capacity)
+            graphs._backend.send(vector, graph.index)
 
     def rows(turn: int) -> None:
         batch = on_host[turn]

@@ -247,8 +247,9 @@ class PackPlan:
         if self.grids is None:
             return None
         sides = chain.from_iterable(self.grids)
-        make = lambda: torch.from_numpy(np.fromiter(sides, np.int32).reshape(-1, 2)).to(device)
-        return self._tensors("grids", device, make)
+        return self._tensors(
+            "grids", device, lambda: torch.from_numpy(np.fromiter(sides, np.int32).reshape(-1, 2)).to(device)
+        )
 
     def tokens(self, n_prefix: int, n_padding: int | None = None) -> PackPlan:
         """The plan of the same sequences after `n_prefix` prefix tokens are put before each.
