@@ -114,6 +114,7 @@ def parts(model: rf.ReViT, mix: str, n_turns: int) -> dict[str, Callable[[int], 
 
 def measure(rounds: int) -> dict[str, dict[str, tuple[float, list[float]]]]:
     """Median and quartiles in ms of every part, for every kind of mix."""
+    cuda_graphs.BACKENDS["meta"] = NothingToReplay
     with torch.device("meta"):
         model = rf.ReViT(grids=GRIDS, patch_size=16, embed_dim=384, depth=12, num_heads=6).eval()
     results = {}
@@ -139,7 +140,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cuda_graphs.BACKENDS["meta"] = NothingToReplay
     header = machine_header()
     results = measure(arguments.rounds)
     text = table(header, results)

@@ -1,5 +1,6 @@
 """The host's part of a call that replays graphs: it waits for no copy, and no copy reads what is written later."""
 
+import json
 from contextlib import nullcontext
 from itertools import islice
 
@@ -13,6 +14,7 @@ from small_models import GRIDS, PATCH, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import revit_fast as rf
+from bench import gpu_host
 from revit_fast.inference import cuda_graphs
 from revit_fast.inference.cuda_graphs import CudaGraphs, DirectCalls, Index, bucket_of, tile_capacity, write_index
 from revit_fast.inference.staging import N_BUFFERS, Buffer
@@ -251,3 +253,15 @@ def test_index_tensors_are_those_of_the_definition(grids, n_prefix, spare):
     vector = np.full(Index.slices(bucket, capacity)[-1].stop, -7, dtype=np.int32)
     write_index(vector, patches, tokens, offsets, bucket, capacity)
     assert vector.tolist() == plain_index(seqlens, n_prefix, nearest, offsets, bucket, capacity)
+
+
+def test_the_bench_of_the_host_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cuda_graphs, "BACKENDS", dict(cuda_graphs.BACKENDS))
+    monkeypatch.setattr("sys.argv", ["gpu_host", "--rounds", "2", "--out", str(tmp_path)])
+    n_threads = torch.get_num_threads()
+    gpu_host.main()
+    torch.set_num_threads(n_threads)
+    result = json.loads((tmp_path / "gpu_host.json").read_text())
+    assert list(result["ms"]) == list(gpu_host.MIXES)
+    assert all(median > 0 for part in result["ms"].values() for median, _ in part.values())
+    assert "index tensors from the plan" in capsys.readouterr().out

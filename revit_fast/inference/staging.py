@@ -38,7 +38,7 @@ class Buffer:
 
     def __init__(self, allocate: Callable[[int], Tensor], event: Event) -> None:
         self._allocate, self._event = allocate, event
-        self._parts: list[Tensor] = []
+        self._parts: dict[int, Tensor] = {}
         self._n_used = 0
 
     @contextmanager
@@ -56,12 +56,12 @@ class Buffer:
 
     def part(self, n: int, dtype: torch.dtype) -> Tensor:
         """Memory for `n` elements, whatever it holds, that nothing else gets in this turn."""
-        n_bytes, kept = n * dtype.itemsize, self._parts[self._n_used : self._n_used + 1]
-        if not kept or kept[0].shape[0] < n_bytes:  # page-locking is slow, so there is room to grow
-            kept = [self._allocate(1 << max(n_bytes - 1, 0).bit_length())]
-            self._parts[self._n_used : self._n_used + 1] = kept
+        k, n_bytes = self._n_used, n * dtype.itemsize
+        kept = self._parts.get(k)
+        if kept is None or kept.shape[0] < n_bytes:  # page-locking is slow, so there is room to grow
+            kept = self._parts[k] = self._allocate(1 << max(n_bytes - 1, 0).bit_length())
         self._n_used += 1
-        return kept[0][:n_bytes].view(dtype)
+        return kept[:n_bytes].view(dtype)
 
 
 def staging(allocate: Callable[[int], Tensor], event: Callable[[], Event]) -> Iterator[Buffer]:

@@ -117,9 +117,7 @@ class KnownGrids:
 
     def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
         """`offsets` on the host, for known grids."""
-        grids = tuple(grids)
-        rows = {grid: 0 if 0 in grid else self.first_row[grid] for grid in set(grids)}
-        return list(map(rows.__getitem__, grids))
+        return [0 if 0 in grid else self.first_row[grid] for grid in grids]
 
     def table(self, pos_embed: Tensor, n_prefix: int, first_row: int = 0) -> Tensor:
         """Embeddings `[R - first_row, C]` of the grids from `first_row` on, see `PositionTables.table`."""

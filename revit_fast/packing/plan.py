@@ -269,7 +269,7 @@ class PackPlan:
                 f"n_prefix: this batch counts {self.n_prefix} prefix tokens already, cannot make it {n_prefix}"
             )
         seqlens = tuple([n + n_prefix for n in self.seqlens])
-        make = partial(replace, self, seqlens=seqlens, n_prefix=n_prefix, n_padding=n_padding, _kept={})
+        make = partial(PackPlan, seqlens, self.length_index, self.lengths, n_prefix, n_padding, self.grids)
         return self._keep((n_prefix, n_padding), make)
 
     def for_lengths(self, lengths: tuple[int, ...]) -> PackPlan:
@@ -331,8 +331,7 @@ def _plan(
         if all(s * s == n for n, s in sides.items()):
             grids = tuple((sides[n], sides[n]) for n in patches)
     else:
-        whole = {grid: tuple(map(int, grid)) for grid in set(grids)}
-        grids = tuple(map(whole.__getitem__, grids))
+        grids = tuple((int(h), int(w)) for h, w in grids)
         if len(grids) != len(seqlens):
             raise ValueError(f"grids: expected {len(seqlens)}, one per sequence, got {len(grids)}")
         if [h * w for h, w in grids] != patches:
