@@ -38,7 +38,7 @@ class Buffer:
 
     def __init__(self, allocate: Callable[[int], Tensor], event: Event) -> None:
         self._allocate, self._event = allocate, event
-        self._parts: dict[int, Tensor] = {}
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
         self._n_used = 0
 
     @contextmanager
@@ -56,12 +56,17 @@ class Buffer:
 
     def part(self, n: int, dtype: torch.dtype) -> Tensor:
         """Memory for `n` elements, whatever it holds, that nothing else gets in this turn."""
-        k, n_bytes = self._n_used, n * dtype.itemsize
-        kept = self._parts.get(k)
-        if kept is None or kept.shape[0] < n_bytes:  # page-locking is slow, so there is room to grow
-            kept = self._parts[k] = self._allocate(1 << max(n_bytes - 1, 0).bit_length())
+        k = self._n_used
         self._n_used += 1
-        return kept[:n_bytes].view(dtype)
+        memory, part = self._parts.get(k, (None, None))
+        if part is not None and part.dtype == dtype and part.shape[0] == n:  # as in the last turn
+            return part
+        n_bytes = n * dtype.itemsize
+        if memory is None or memory.shape[0] < n_bytes:  # page-locking is slow, so there is room to grow
+            memory = self._allocate(1 << max(n_bytes - 1, 0).bit_length())
+        part = memory[:n_bytes].view(dtype)
+        self._parts[k] = memory, part
+        return part
 
 
 def staging(allocate: Callable[[int], Tensor], event: Callable[[], Event]) -> Iterator[Buffer]:
