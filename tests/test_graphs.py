@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from helpers import randn
@@ -20,13 +21,19 @@ from revit_fast.inference.cuda_graphs import (
     DirectCalls,
     Index,
     bucket_of,
-    index_vector,
     round_up,
     tile_capacity,
+    write_index,
 )
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
 from revit_fast.models.inputs import Inputs
 from revit_fast.packing import Layout, PackedBatch, PackPlan, work_list
+
+
+def index_vector(patches, tokens, pos_offset, bucket, capacity):
+    vector = np.full(Index.slices(bucket, capacity)[-1].stop, -7, dtype=np.int32)
+    write_index(vector, patches, tokens, pos_offset, bucket, capacity)
+    return vector
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ A graph replays fixed shapes, so batches are rounded up to buckets:
   launches nothing.
 
 Everything up to the replay is host arithmetic on lengths that the host knows: no device memory is read back, and one
-copy transfers all index tensors of a batch.
+copy transfers all index tensors of a batch. A call returns when it has queued its copies and the replay, so the host
+can pack the next batch meanwhile; `staging` says what it may wait for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,12 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revit_fast.inference.staging import Buffer, staging
 from revit_fast.kernels.constants import KEY_CLASSES, PADDING, TILE_ROWS
+from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.patch_embed import FoldedEmbedding
 from revit_fast.layers.positions import KnownGrids
 from revit_fast.models.inputs import Inputs, PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import Layout, PackPlan
+from revit_fast.packing.batch import normalization_on
 
 MAX_ROWS = 16384
 """Patch rows of the largest bucket. The memory that a graph keeps grows with it."""
@@ -114,38 +119,46 @@ class Index(NamedTuple):
     tiles: np.ndarray | Tensor
 
     @staticmethod
-    def slices(bucket: Bucket, capacity: Sequence[int]) -> list[slice]:
+    @lru_cache(maxsize=MAX_GRAPHS)
+    def slices(bucket: Bucket, capacity: tuple[int, ...]) -> tuple[slice, ...]:
         """The slice of the vector for each tensor."""
         slots = bucket.n_sequences
         sizes = (slots + 1, slots + 1, slots, slots, 3 * sum(capacity))
         begins = accumulate((-(-size // 4) * 4 for size in sizes[:-1]), initial=0)
-        return [slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
+        return tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
 
     @classmethod
-    def over(cls, vector: np.ndarray | Tensor, bucket: Bucket, capacity: Sequence[int]) -> Index:
+    def over(cls, vector: np.ndarray | Tensor, bucket: Bucket, capacity: tuple[int, ...]) -> Index:
         """The index tensors as views of `vector`."""
         parts = [vector[part] for part in cls.slices(bucket, capacity)]
         return cls(*parts[:-1], parts[-1].reshape(-1, 3))
 
 
-def index_vector(
-    patches: PackPlan, tokens: PackPlan, pos_offset: Sequence[int], bucket: Bucket, capacity: Sequence[int]
-) -> np.ndarray:
-    """The vector of all index tensors of a batch (see `Index`).
+def write_index(
+    vector: np.ndarray,
+    patches: PackPlan,
+    tokens: PackPlan,
+    pos_offset: Sequence[int],
+    bucket: Bucket,
+    capacity: tuple[int, ...],
+) -> None:
+    """Writes all index tensors of a batch into one vector (see `Index`).
 
     Args:
+        vector: int32, as long as `Index` says, whatever it holds.
         patches: plan of the batch's patch rows.
         tokens: plan of its tokens, over all token rows of the bucket.
         pos_offset: first row of each image's grid in the position table.
         bucket: bucket of the batch.
         capacity: number of tiles of each class.
     """
-    vector = np.zeros(Index.slices(bucket, capacity)[-1].stop, dtype=np.int32)
+    vector.fill(0)
     parts = Index.over(vector, bucket, capacity)
-    patches.write_into(Layout(parts.patch_cu_seqlens, parts.length_index, None), capacity)
-    tokens.write_into(Layout(parts.cu_seqlens, parts.length_index, parts.tiles), capacity)
+    patches.write_cu_seqlens(parts.patch_cu_seqlens)
+    tokens.write_cu_seqlens(parts.cu_seqlens)
+    parts.length_index[: len(pos_offset)] = tokens.length_index
     parts.pos_offset[: len(pos_offset)] = pos_offset
-    return vector
+    tokens.write_tiles(parts.tiles, capacity)
 
 
 class GraphKey(NamedTuple):
@@ -210,13 +223,32 @@ class CudaGraphs:
         return replay
 
     @staticmethod
-    def send(vector: np.ndarray, target: Tensor) -> None:
-        """Copies host values without waiting; pinned memory is not reused before the copy is done."""
-        target.copy_(torch.from_numpy(vector).pin_memory(), non_blocking=True)
+    def allocate(n_bytes: int) -> Tensor:
+        """Page-locked memory, uint8 `[n_bytes]`: copies from it are queued like kernels."""
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    @staticmethod
+    def event() -> torch.cuda.Event:
+        """An event of the current stream. A thread that waits for it sleeps, so that others may decode images."""
+        return torch.cuda.Event(blocking=True)
+
+    @staticmethod
+    def send(source: Tensor, target: Tensor) -> None:
+        """Queues a copy from page-locked memory, which must stay as it is until the copy is done."""
+        target.copy_(source, non_blocking=True)
 
 
 class DirectCalls:
     """Stands in for `CudaGraphs` where there is no GPU: "replay" calls the function on the same static memory."""
+
+    class event:
+        """A mark that is passed at once, since nothing is queued."""
+
+        def record(self) -> None:
+            """Marks nothing."""
+
+        def synchronize(self) -> None:
+            """Waits for nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.turn = contextlib.nullcontext
@@ -226,9 +258,14 @@ class DirectCalls:
         return run
 
     @staticmethod
-    def send(vector: np.ndarray, target: Tensor) -> None:
+    def allocate(n_bytes: int) -> Tensor:
+        """Any memory."""
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+
+    @staticmethod
+    def send(source: Tensor, target: Tensor) -> None:
         """Copies host values."""
-        target.copy_(torch.from_numpy(vector))
+        target.copy_(source)
 
 
 BACKENDS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraphs}
@@ -248,60 +285,81 @@ class GraphCache:
 
     def __init__(self, model: ReViT, max_rows: int, max_graphs: int) -> None:
         self._model, self._backend = model, BACKENDS[model.pos_embed.device.type](model.pos_embed.device)
+        self._buffers = staging(self._backend.allocate, self._backend.event)
         self._max_rows, self._max_graphs = max_rows, max_graphs
         self.n_captures = 0
         self.graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
         self._rows: dict[torch.dtype, Tensor] = {}
         self._table: Tensor | None = None
-        self._table_source: Tensor | None = None
+        self._table_grids: KnownGrids | None = None
         self._folded: FoldedEmbedding | None = None
         self._folded_source: Any = None
 
     def run(self, images: PatchRows, bucket: Bucket) -> Tensor:
         """Logits of a batch on any device."""
         model = self._model
-        images = model._stemmed(images)
         patches, known = images.plan.for_lengths(model.lengths), model._positions.learn(images.plan.grids)
         n_tokens = patches.n_rows + model.num_prefix_tokens * len(patches.seqlens)
         n_token_rows = bucket.n_rows + model.num_prefix_tokens * bucket.n_sequences
         # Prefix tokens of slots without an image are padding.
         tokens = patches.tokens(model.num_prefix_tokens, n_token_rows - n_tokens)
-        with self._backend.turn():
-            graph = self._graph(self._fill(images, known, bucket), tokens.work.counts, n_token_rows)
-            offsets = known.first_rows(patches.grids)
-            self._backend.send(index_vector(patches, tokens, offsets, bucket, graph.capacity), graph.index)
+        with self._backend.turn(), next(self._buffers).turn() as buffer:
+            key = self._fill(images, known, bucket, buffer)  # first: the device copies rows while the host plans tiles
+            graph = self._graph(key, tokens.tile_counts, n_token_rows)
+            vector = buffer.part(graph.index.shape[0], torch.int32)
+            write_index(vector.numpy(), patches, tokens, known.first_rows(patches.grids), bucket, graph.capacity)
+            self._backend.send(vector, graph.index)
             return graph.replay()[: n_tokens if model.global_pool == "" else len(patches.seqlens)].clone()
 
-    def _fill(self, images: PatchRows, known: KnownGrids, bucket: Bucket) -> GraphKey:
+    def _fill(self, images: PatchRows, known: KnownGrids, bucket: Bucket, buffer: Buffer) -> GraphKey:
         """Copies rows, position table and folded embedding into static memory."""
-        model, rows = self._model, images.rows
-        # The copy converts float rows to the model's dtype; pixels stay bytes.
+        model = self._model
+        if isinstance(model.patch_embed, ConvStem):
+            images = model._stemmed(self._moved(images, buffer))
+        rows = images.rows
+        # Float rows are converted to the model's dtype; pixels stay bytes.
         dtype = torch.uint8 if rows.dtype == torch.uint8 else model.pos_embed.dtype
         if dtype not in self._rows:
             self._rows[dtype] = rows.new_empty(
                 self._max_rows, rows.shape[1], dtype=dtype, device=model.pos_embed.device
             )
-        self._rows[dtype][: rows.shape[0]].copy_(rows)
-        self._fill_table(model._positions.table(known, model.pos_embed, model._n_prefix_embedded))
+        self._copy_rows(rows, self._rows[dtype][: rows.shape[0]], buffer)
+        if known is not self._table_grids:
+            self._fill_table(model._positions.table(known, model.pos_embed, model._n_prefix_embedded))
+            self._table_grids = known
         if images.normalization is not None:
             self._fold(images.normalization)
         return GraphKey(bucket, dtype, images.normalization is not None)
 
-    def _fill_table(self, table: Tensor) -> None:
-        if table is self._table_source:
+    def _moved(self, images: PatchRows, buffer: Buffer) -> PatchRows:
+        """Rows and their normalization on the model's device."""
+        rows, normalization = torch.empty_like(images.rows, device=self._model.pos_embed.device), images.normalization
+        self._copy_rows(images.rows, rows, buffer)
+        return PatchRows(
+            rows, images.plan, None if normalization is None else normalization_on(normalization, rows.device)
+        )
+
+    def _copy_rows(self, rows: Tensor, target: Tensor, buffer: Buffer) -> None:
+        """Queues a copy of rows. Those of the host are read before this returns: their owner may fill them again."""
+        if rows.device.type != "cpu":
+            target.copy_(rows)
             return
+        staged = buffer.part(rows.numel(), target.dtype).view(rows.shape)
+        staged.copy_(rows)
+        self._backend.send(staged, target)
+
+    def _fill_table(self, table: Tensor) -> None:
         if self._table is None or self._table.shape[0] < table.shape[0]:  # there is no room for new grids
             self._table = table.new_zeros(2 * table.shape[0], table.shape[1])
             self.graphs.clear()
         self._table[: table.shape[0]].copy_(table)
-        self._table_source = table
 
     def _fold(self, normalization: Tensor) -> None:
         """Folds a normalization into the embedding unless it is the one folded last."""
         device = self._model.pos_embed.device
         on_host = normalization.device.type == "cpu"
         version = 0 if normalization.is_inference() else normalization._version
-        source = tuple(normalization.flatten().tolist()) if on_host else (normalization, version)
+        source = normalization.tolist() if on_host else (normalization, version)
         known = self._folded_source
         same = known == source if on_host else known is not None and known[0] is source[0] and known[1] == source[1]
         if same:

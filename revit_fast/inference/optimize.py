@@ -118,7 +118,8 @@ class OptimizedReViT(InferenceCopy, ReViT):
 
     def _logits(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as rows, one for every image or, without pooling, for every token."""
-        fuses, replays = self._fuses(), self._replays()
+        replays = self._replays()
+        fuses = not replays and self._fuses()
         if not fuses and not replays:
             with torch.no_grad():
                 return self._run(self._inputs(x))
@@ -215,9 +216,9 @@ def optimize(
 
     On a GPU the forward pass is replayed from CUDA graphs, so one call launches all kernels. A graph is captured for
     the first batch of a new shape; shapes are rounded up, see `inference.cuda_graphs`. A batch may be on the CPU,
-    ideally as uint8 rows: these are copied once, and their normalisation is folded into the embedding. Hooks run only
-    at capture. Batches beyond `max_rows` and all other methods run eagerly. Calls from several threads run one after
-    another.
+    ideally as uint8 rows: these are copied once, and their normalisation is folded into the embedding. A call returns
+    once its work is queued; the caller may then write to the batch. Hooks run only at capture. Batches beyond
+    `max_rows` and all other methods run eagerly. Calls from several threads run one after another.
 
     The engine "modules" calls every module instead, so it serves what the fused engine refuses: hooks, adapters,
     replaced modules, any activation. On a CPU in float32, plain linear layers, MLPs and patch embeddings run on weights

@@ -154,7 +154,7 @@ class PositionTables:
     def learn(self, grids: Iterable[tuple[int, int]]) -> KnownGrids:
         """The known grids, with `grids` among them. If there are too many, only these and the configured ones stay."""
         known = self.known
-        if all(grid in known.first_row or 0 in grid for grid in grids):
+        if all(grid in known.first_row or 0 in grid for grid in set(grids)):
             return known
         with self._growing:
             known = self.known  # another thread may have added some

@@ -184,8 +184,7 @@ class TakesImages(NotScriptable):
         """The input rows of the embedding: the rows of a convolutional stem's features if there is a stem."""
         if not isinstance(self.patch_embed, ConvStem):
             return images
-        rows = images.rows.to(self.pos_embed.device, non_blocking=True)  # an optimised copy takes batches on the CPU
-        rows = self.patch_embed.feature_rows(rows, images.plan.grids, images.normalization)
+        rows = self.patch_embed.feature_rows(images.rows, images.plan.grids, images.normalization)
         return PatchRows(rows, images.plan)
 
     def _check_pack(self, batch: PackedBatch) -> None:

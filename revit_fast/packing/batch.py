@@ -51,8 +51,10 @@ def patch_rows(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[
     return rows, grids
 
 
-def _shared(normalization: Tensor, device: torch.device) -> Tensor:
-    """A CPU normalization on `device`: all packs with the same values share one tensor, so it is folded only once."""
+def normalization_on(normalization: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+    """A normalization on `device`: all packs with the same values on the host share one tensor, copied only once."""
+    if normalization.device.type != "cpu":
+        return normalization.to(device, non_blocking=non_blocking)
     return _shared_values(tuple(map(tuple, normalization.tolist())), normalization.dtype, device)
 
 
@@ -122,7 +124,7 @@ class PackedBatch:
     @property
     def tile_counts(self) -> tuple[int, ...]:
         """Number of tiles of each class, on the host."""
-        return self.plan.work.counts
+        return self.plan.tile_counts
 
     @property
     def max_seqlen(self) -> int:
@@ -238,8 +240,7 @@ class PackedBatch:
         tensors = ("data", "cu_seqlens", "length_index", "grid_hw")
         normalization = self.normalization
         if normalization is not None:
-            on_host = normalization.device.type == "cpu"
-            normalization = _shared(normalization, torch.device(device)) if on_host else move(normalization)
+            normalization = normalization_on(normalization, torch.device(device), non_blocking)
         return replace(self, **{name: move(getattr(self, name)) for name in tensors}, normalization=normalization)
 
     def pin_memory(self) -> PackedBatch:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial, wraps
-from itertools import accumulate
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +18,8 @@ from revit_fast.grids import check_grids
 from revit_fast.kernels.constants import KEY_CLASSES, N_CLASSES, PADDING, TILE_ROWS
 
 INT32_MAX = 2**31 - 1
+
+_LARGEST = np.array(KEY_CLASSES)
 
 T = TypeVar("T")
 
@@ -71,27 +73,53 @@ def work_list(seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None = None, 
     Returns:
         The work list; its tensor is on the CPU.
     """
+    tiles, counts = _tiles(seqlens_q, seqlens_k, n_padding)
+    return WorkList(torch.from_numpy(tiles), counts)
+
+
+def _tiles(
+    seqlens_q: Sequence[int], seqlens_k: Sequence[int] | None, n_padding: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """`work_list` without tensors."""
     lengths = np.array([*seqlens_q, n_padding], dtype=np.int64)
     keys = lengths if seqlens_k is None else np.array([*seqlens_k, 0], dtype=np.int64)
-    classes = np.searchsorted(KEY_CLASSES, keys).astype(np.int32)
+    classes = _LARGEST.searchsorted(keys)
     classes[-1] = PADDING
-    n_tiles = -(-lengths // TILE_ROWS)
-    sequence = np.arange(len(lengths)).repeat(n_tiles)
-    first_tile = (n_tiles.cumsum() - n_tiles)[sequence]
-    tiles = np.empty((len(sequence), 3), dtype=np.int32)
-    tiles[:, 0] = sequence
-    tiles[:, 1] = (np.arange(len(sequence)) - first_tile) * TILE_ROWS
-    tiles[:, 2] = classes[sequence]
-    tiles = tiles[np.argsort(tiles[:, 2], kind="stable")]
-    return WorkList(torch.from_numpy(tiles), tuple(np.bincount(tiles[:, 2], minlength=N_CLASSES).tolist()))
+    order = classes.argsort(kind="stable")  # sequences class by class
+    n_tiles = (lengths[order] + (TILE_ROWS - 1)) // TILE_ROWS
+    ends = n_tiles.cumsum()
+    heads = np.empty((len(lengths), 3), dtype=np.int32)  # of each sequence: itself, tiles before its first, class
+    heads[:, 0] = order
+    heads[:, 1] = ends - n_tiles
+    heads[:, 2] = classes[order]
+    tiles = heads.repeat(n_tiles, axis=0)
+    rows = tiles[:, 1]
+    np.subtract(np.arange(len(tiles), dtype=np.int32), rows, out=rows)
+    rows *= TILE_ROWS
+    return tiles, tuple(np.bincount(tiles[:, 2], minlength=N_CLASSES).tolist())
 
 
 def cumulative(seqlens: Sequence[int]) -> Tensor:
     """`cu_seqlens` of lengths that the host knows: int32 `[B + 1]` on the CPU, starting at 0."""
-    total = [0, *accumulate(map(int, seqlens))]
-    if total[-1] > INT32_MAX:
-        raise ValueError(f"seqlens: {total[-1]} rows exceed int32; split the batch into several packs")
-    return torch.tensor(total, dtype=torch.int32, device="cpu")
+    offsets = np.empty(len(seqlens) + 1, dtype=np.int32)
+    _write_cumulative(seqlens, sum(map(int, seqlens)), offsets)
+    return torch.from_numpy(offsets)
+
+
+def _write_cumulative(seqlens: Sequence[int], n_rows: int, out: np.ndarray) -> None:
+    """Writes `cumulative` into an int32 array `[S + 1]` with room for more sequences, which become empty.
+
+    Args:
+        seqlens: rows of every sequence.
+        n_rows: their sum.
+        out: the array.
+    """
+    if n_rows > INT32_MAX:
+        raise ValueError(f"seqlens: {n_rows} rows exceed int32; split the batch into several packs")
+    n = len(seqlens)
+    out[0] = 0
+    np.array(seqlens, dtype=np.int32).cumsum(dtype=np.int32, out=out[1 : n + 1])
+    out[n + 1 :] = n_rows
 
 
 def device_cu_seqlens(
@@ -184,17 +212,27 @@ class PackPlan:
         """Rows of all sequences, without padding."""
         return sum(self.seqlens)
 
+    @cached_property
+    def _host_tiles(self) -> tuple[np.ndarray, tuple[int, ...]]:
+        return _tiles(self.seqlens, None, self.n_padding)
+
+    @property
+    def tile_counts(self) -> tuple[int, ...]:
+        """Number of tiles of each class."""
+        return self._host_tiles[1]
+
     @property
     def work(self) -> WorkList:
         """The work list; its tensor is on the CPU."""
-        return self._tensors("work", torch.device("cpu"), lambda: work_list(self.seqlens, n_padding=self.n_padding))
+        tiles, counts = self._host_tiles
+        return self._tensors("work", torch.device("cpu"), lambda: WorkList(torch.from_numpy(tiles), counts))
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`cu_seqlens` int32 `[B + 1]` and `length_index` int32 `[B]` on `device`."""
 
         def make() -> tuple[Tensor, Tensor]:
-            index = torch.tensor(self.length_index, dtype=torch.int32, device="cpu")
-            return cumulative(self.seqlens).to(device), index.to(device)
+            index = np.array(self.length_index, dtype=np.int32)
+            return cumulative(self.seqlens).to(device), torch.from_numpy(index).to(device)
 
         return self._tensors("index", device, make)
 
@@ -208,10 +246,9 @@ class PackPlan:
         """The grids as int32 `[B, 2]` on `device`."""
         if self.grids is None:
             return None
+        sides = chain.from_iterable(self.grids)
         return self._tensors(
-            "grids",
-            device,
-            lambda: torch.tensor(self.grids, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
+            "grids", device, lambda: torch.from_numpy(np.fromiter(sides, np.int32).reshape(-1, 2)).to(device)
         )
 
     def tokens(self, n_prefix: int, n_padding: int | None = None) -> PackPlan:
@@ -231,8 +268,8 @@ class PackPlan:
             raise ValueError(
                 f"n_prefix: this batch counts {self.n_prefix} prefix tokens already, cannot make it {n_prefix}"
             )
-        seqlens = tuple(n + n_prefix for n in self.seqlens)
-        make = partial(replace, self, seqlens=seqlens, n_prefix=n_prefix, n_padding=n_padding, _kept={})
+        seqlens = tuple([n + n_prefix for n in self.seqlens])
+        make = partial(PackPlan, seqlens, self.length_index, self.lengths, n_prefix, n_padding, self.grids)
         return self._keep((n_prefix, n_padding), make)
 
     def for_lengths(self, lengths: tuple[int, ...]) -> PackPlan:
@@ -246,23 +283,22 @@ class PackPlan:
         """The plan of the sequences alone."""
         return self._keep("no padding", partial(replace, self, n_padding=0, _kept={})) if self.n_padding else self
 
-    def write_into(self, vectors: Layout, room: Sequence[int]) -> None:
-        """Writes the index tensors into larger ones: further sequences are empty, further tiles have class -1.
+    def write_cu_seqlens(self, out: np.ndarray) -> None:
+        """Writes `cu_seqlens` into an int32 array `[S + 1]` with room for more sequences, which become empty."""
+        _write_cumulative(self.seqlens, self.n_rows, out)
+
+    def write_tiles(self, out: np.ndarray, room: Sequence[int]) -> None:
+        """Writes the tiles of the work list, each class at the begin of its room; further tiles have class -1.
 
         Args:
-            vectors: int32 arrays `[S + 1]`, `[S]` and `[n_tiles, 3]`, all zero, of which tiles may be None.
-            room: number of tiles that `vectors` has for each class.
+            out: int32 array `[n_tiles, 3]`, all zero.
+            room: number of tiles that `out` has for each class.
         """
-        n = len(self.seqlens)
-        vectors.cu_seqlens[: n + 1] = cumulative(self.seqlens).numpy()
-        vectors.cu_seqlens[n + 1 :] = vectors.cu_seqlens[n]
-        vectors.length_index[:n] = self.length_index
-        if vectors.tiles is None:
-            return
-        vectors.tiles[:, 2] = -1
-        tiles, begin, target = self.work.tiles.numpy(), 0, 0
-        for count, most in zip(self.work.counts, room, strict=True):
-            vectors.tiles[target : target + count] = tiles[begin : begin + count]
+        out[:, 2] = -1
+        (tiles, counts), begin, target = self._host_tiles, 0, 0
+        for count, most in zip(counts, room, strict=True):
+            if count:
+                out[target : target + count] = tiles[begin : begin + count]
             begin, target = begin + count, target + most
 
     def _keep(self, key: object, make: Callable[[], T]) -> T:
@@ -289,16 +325,17 @@ def _plan(
         raise ValueError(f"seqlens: lengths must not be negative, got {min(seqlens)}")
     lengths = check_grids(lengths)
     counts = np.maximum(np.array(seqlens, dtype=np.int64) - n_prefix, 0)
+    patches = counts.tolist()
     if grids is None:
-        sides = [math.isqrt(n) for n in counts.tolist()]
-        if all(s * s == n for s, n in zip(sides, counts.tolist(), strict=True)):
-            grids = tuple((s, s) for s in sides)
+        sides = {n: math.isqrt(n) for n in set(patches)}
+        if all(s * s == n for n, s in sides.items()):
+            grids = tuple((sides[n], sides[n]) for n in patches)
     else:
         grids = tuple((int(h), int(w)) for h, w in grids)
         if len(grids) != len(seqlens):
             raise ValueError(f"grids: expected {len(seqlens)}, one per sequence, got {len(grids)}")
-        for b, ((h, w), n) in enumerate(zip(grids, counts.tolist(), strict=True)):
-            if h * w != n:
-                raise ValueError(f"grids: sequence {b} has {n} patches, but its grid {h}x{w} has {h * w}")
+        if [h * w for h, w in grids] != patches:
+            b, (h, w) = next((b, (h, w)) for b, (h, w) in enumerate(grids) if h * w != patches[b])
+            raise ValueError(f"grids: sequence {b} has {patches[b]} patches, but its grid {h}x{w} has {h * w}")
     index = np.abs(counts[:, None] - np.array(lengths)).argmin(axis=1)  # `nearest_length` on the host
     return PackPlan(seqlens, tuple(index.tolist()), lengths, n_prefix, n_padding, grids)
