@@ -450,12 +450,12 @@ class TestFork:
 
     @pytest.mark.parametrize("method", ["__call__", "assign"])
     def test_results_that_are_under_way(self, pipe, method):
-        results = getattr(pipe, method)(Producer())
-        next(results)
-        (text, closed) = in_child(lambda: [*itertools.islice(results, 10_000)], results.close)
-        assert text.startswith(f"RuntimeError: sources: this stream of results {self.FORKED} {os.getpid()}")
-        assert closed == "None"
-        assert next(results).error is None
+        with contextlib.closing(getattr(pipe, method)(Producer())) as results:
+            next(results)
+            (text, closed) = in_child(lambda: [*itertools.islice(results, 10_000)], results.close)
+            assert text.startswith(f"RuntimeError: sources: this stream of results {self.FORKED} {os.getpid()}")
+            assert closed == "None"
+            assert next(results).error is None
 
     def test_a_pipeline_computes_in_the_child_with_one_thread(self, pipe):
         before = torch.get_num_threads()

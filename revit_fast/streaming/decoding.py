@@ -162,6 +162,10 @@ class Decoders:
                 reason = f"{taken.name}: {error}"
         return Decoded(image, reason, 1e3 * (time.perf_counter() - begin))
 
+    def check_process(self) -> None:
+        """Raises a RuntimeError in a process that was forked since."""
+        self._process.check("sources")
+
     def chunk(self, deadline: float) -> tuple[list[Fed], End | None]:
         """Waits until `deadline` (`time.perf_counter`) for a decoded source, then also takes the next decoded ones.
 
@@ -169,7 +173,7 @@ class Decoders:
             At most `CHUNK` sources (`MORE_SMALL` more if they are small), none if the deadline came first; and the end,
             if it was reached.
         """
-        self._process.check("sources")
+        self.check_process()
         chunk: list[Fed] = []
         item = self._next(max(0.0, deadline - time.perf_counter()))
         while item is not None:

@@ -199,6 +199,7 @@ class AdaptivePipeline:
                         packs += batcher.flush()
                     if not packs:
                         break
+                    decoders.check_process()  # the compute threads may be lost, too, and would be waited for
                     pack = packs.popleft()
                     n_unreleased += sum(ready.image.nbytes for ready in pack)
                     if n_unreleased >= RELEASE_BYTES:

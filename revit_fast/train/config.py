@@ -6,6 +6,7 @@ The module imports neither torch nor NumPy, because the command line takes its o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -317,7 +318,8 @@ def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_number(name: str, value: Any, least: float, whole: bool = False) -> None:
-    right = isinstance(value, int if whole else (int, float)) and least <= value <= MOST
+    largest = MOST if isinstance(value, int) else sys.float_info.max
+    right = isinstance(value, int if whole else (int, float)) and least <= value <= largest
     if isinstance(value, bool) or not right:
         kind = "a whole number" if whole else "a number"
         raise ValueError(f"{name}: expected {kind} >= {least}, got {shortened(value)}")
