@@ -22,7 +22,8 @@ from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.io.atomic import replaced
 from revit_fast.io.names import loads
 from revit_fast.io.tensors import misfit, tensors_and_metadata
-from revit_fast.layers.derived import Derived, kept_tensors
+from revit_fast.layers.derived import Derived
+from revit_fast.models.loading import named_numbers, numbers_named_in
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 from revit_fast.models.weights import EXTRA_STATE
@@ -92,25 +93,21 @@ class TokenLengthAssigner(NotScriptable, nn.Module):
             self.network = timm.create_model(backbone, num_classes=len(self.grids))
 
     def get_extra_state(self) -> Tensor:
-        """1, then the grids; homogeneous, as those of a model are (`models.loading.MadeFor`)."""
-        with kept_tensors():
-            return torch.tensor([1, *self.grids], dtype=torch.float32, device="cpu")
+        """The grids, see `models.loading.named_numbers`."""
+        return named_numbers(self.grids, torch.float32, torch.device("cpu"))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing is kept: `_load_from_state_dict` has compared it."""
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        key = prefix + EXTRA_STATE
+        key, grids = prefix + EXTRA_STATE, numbers_named_in(state_dict, prefix)
         if key in missing:  # one of before
             missing.remove(key)
-        elif isinstance(state_dict.get(key), Tensor):
-            one, *grids = state_dict[key].tolist()
-            grids = tuple(round(grid / one) for grid in grids) if one else self.grids
-            if grids != self.grids:
-                errors.append(
-                    f"the weights assign grids {grids}, this assigner {self.grids}; its outputs are these grids"
-                )
+        if grids is not None and tuple(grids) != self.grids:
+            errors.append(
+                f"the weights assign grids {tuple(grids)}, this assigner {self.grids}; its outputs are these grids"
+            )
 
     @classmethod
     def for_model(cls, model: ReViT, **options: Any) -> TokenLengthAssigner:

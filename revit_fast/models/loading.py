@@ -19,6 +19,27 @@ from revit_fast.layers.positions import PositionTables, wide_patches
 from revit_fast.models.weights import EXTRA_STATE, load_fitting, read_checkpoint, state_dict_of
 
 
+def named_numbers(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1, then whole numbers that a state dict shall carry, see `numbers_named_in`.
+
+    They are homogeneous coordinates: state dicts are averaged, scaled and summed, and the numbers stay what they are.
+    """
+    with kept_tensors():
+        return torch.tensor([1, *numbers], dtype=dtype, device=device)
+
+
+def numbers_named_in(state_dict: Mapping[str, Tensor], prefix: str = "") -> list[int] | None:
+    """The numbers of `named_numbers` in a state dict; None if it has none, or arithmetic has made them unreadable."""
+    state = state_dict.get(prefix + EXTRA_STATE)
+    if not isinstance(state, Tensor) or state.is_meta or state.dim() != 1 or len(state) < 2:
+        return None
+    one, *scaled = state.double().tolist()
+    if not math.isfinite(sum(scaled)) or not one:
+        return None
+    numbers = [number / one for number in scaled]
+    return None if any(abs(n - round(n)) > 0.01 * n for n in numbers) else [round(n) for n in numbers]
+
+
 class MadeFor(NamedTuple):
     """What the rows of a model's norms and position embeddings stand for.
 
@@ -31,26 +52,16 @@ class MadeFor(NamedTuple):
     grids: tuple[int, ...]
 
     def as_tensor(self, like: Tensor) -> Tensor:
-        """`[3 + n_lengths]`: 1, base grid, grids; in the dtype of other weights.
-
-        They are homogeneous coordinates: state dicts are averaged, scaled and summed, and the grids stay what they are.
-        """
-        with kept_tensors():
-            return torch.tensor([1, *self.base_grid, *self.grids], dtype=like.dtype, device=like.device)
+        """`[3 + n_lengths]`: 1, base grid, grids; in the dtype of other weights, see `named_numbers`."""
+        return named_numbers([*self.base_grid, *self.grids], like.dtype, like.device)
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> MadeFor | None:
         """What a state dict says of itself; None if it says nothing, or arithmetic has made it unreadable."""
-        state = state_dict.get(prefix + EXTRA_STATE)
-        if not isinstance(state, Tensor) or state.is_meta or state.dim() != 1 or len(state) < 4:
+        numbers = numbers_named_in(state_dict, prefix)
+        if numbers is None or len(numbers) < 3:
             return None
-        one, *numbers = state.double().tolist()
-        if not math.isfinite(sum(numbers)) or not one:
-            return None
-        sides = [number / one for number in numbers]
-        if any(abs(side - round(side)) > 0.01 * side for side in sides):
-            return None
-        rows, columns, *grids = map(round, sides)
+        rows, columns, *grids = numbers
         decreases = all(a > b for a, b in pairwise([*grids, 0]))
         return cls((rows, columns), tuple(grids)) if decreases and min(rows, columns) > 0 else None
 
