@@ -6,7 +6,6 @@ The module imports neither torch nor NumPy, so that `--help` and usage errors ap
 from __future__ import annotations
 
 import argparse
-import atexit
 import io
 import math
 import os
@@ -343,10 +342,9 @@ def run_command(
         return 2
     except KeyboardInterrupt:
         if argv is None and threading.current_thread() is threading.main_thread():
-            # Only the interpreter's own end is left. It would answer another Ctrl-C with a traceback, and its very last
-            # steps, which wait for nothing, with another exit code.
-            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            # Only the interpreter's own end is left. It would answer another Ctrl-C with a traceback, or not before the last
+            # thread has ended: a handler in Python is not run while the interpreter waits.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
