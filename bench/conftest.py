@@ -44,7 +44,9 @@ class Comparison:
         group: pytest-benchmark's group.
         case: name of the case within the group.
         candidates: name -> function of the round number (rotate the inputs by it); "ours" must be among them.
-        check: asserts that a candidate's output is right, given (name, output), before anything is timed.
+        check: asserts that a candidate's output is right, given (name, output), before anything is timed; returns its
+            error (see `model_work.relative_error`), or None if it computes something else.
+        precision: of inputs and results.
         threads: threads that torch may use.
         rounds: turns that each candidate takes.
         pause_s: rest before each turn, for candidates whose spinning threads would take cores from the next candidate.
@@ -53,10 +55,12 @@ class Comparison:
     group: str
     case: str
     candidates: dict[str, Callable[[int], object]]
-    check: Callable[[str, object], None]
+    check: Callable[[str, object], float | None]
+    precision: str
     threads: int = 2
     rounds: int = 31
     pause_s: float = 0.0
+    errors: dict[str, float | None] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -64,7 +68,7 @@ class Comparison:
         torch.set_num_threads(self.threads)
         try:
             for name, candidate in self.candidates.items():
-                self.check(name, candidate(0))
+                self.errors[name] = self.check(name, candidate(0))
                 candidate(1)
             self.samples = take_turns(self.candidates, self.rounds, self.pause_s)
         finally:
@@ -80,6 +84,8 @@ class Comparison:
                     "group": self.group,
                     "case": self.case,
                     "candidate": name,
+                    "precision": self.precision,
+                    "error": self.errors[name],
                     "median_ms": median_ms,
                     "quartiles_ms": quartiles_ms,
                     "ratio_to_ours": median_ms / ours_ms,
@@ -122,15 +128,16 @@ def markdown(header: dict, rows: list[dict]) -> str:
         lines += [
             f"## {group}",
             "",
-            "| case | candidate | median ms | quartiles ms | time ÷ ours |",
-            "|---|---|--:|--:|--:|",
+            "| case | candidate | precision | error | median ms | quartiles ms | time ÷ ours |",
+            "|---|---|---|--:|--:|--:|--:|",
         ]
         for row in rows:
             if row["group"] == group:
                 low, high = row["quartiles_ms"]
+                error = "–" if row["error"] is None else f"{row['error']:.1e}"
                 lines.append(
-                    f"| {row['case']} | {row['candidate']} | {row['median_ms']:.3f} | {low:.3f}–{high:.3f} "
-                    f"| {row['ratio_to_ours']:.2f} |"
+                    f"| {row['case']} | {row['candidate']} | {row['precision']} | {error} "
+                    f"| {row['median_ms']:.3f} | {low:.3f}–{high:.3f} | {row['ratio_to_ours']:.2f} |"
                 )
         lines.append("")
     return "\n".join(lines)

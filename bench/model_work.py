@@ -249,9 +249,9 @@ def true_logits(vit: VisionTransformer, batches: Iterable[Tensor]) -> Tensor:
         return torch.cat([exact(images.double()) for images in batches])
 
 
-def relative_error(logits: Tensor, expected: Tensor) -> float:
-    """Largest difference of a logit to the true one, as a part of the largest true logit."""
-    return ((logits.double() - expected).abs().max() / expected.abs().max()).item()
+def relative_error(values: Tensor, expected: Tensor) -> float:
+    """Largest difference of a value to the true one, as a part of the largest true value."""
+    return ((values.double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def agreement(logits: Tensor, expected: Tensor) -> float:

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Comparison
+from torch import Tensor
 
+from bench.model_work import relative_error
 from revit_fast import ops
 from revit_fast.packing import cumulative
 
@@ -40,18 +42,29 @@ def build(channels: int, dtype: str, residual: bool, backward: bool = False) -> 
         out = ops.tal_layer_norm(x, weight, bias, cu_seqlens, length_index, EPS, other if residual else None)
         return out if residual else (out, x)
 
+    def norms(total: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        groups = total.split(group_rows)
+        return [F.layer_norm(g, (channels,), weight[i], bias[i], EPS) for i, g in enumerate(groups)]
+
     def grouped(turn: int):
         x, other = inputs[turn % INPUT_SETS]
         total = x + other if residual else x
-        groups = total.split(group_rows)
-        return [F.layer_norm(g, (channels,), weight[i], bias[i], EPS) for i, g in enumerate(groups)], total
+        return norms(total, weight, bias), total
 
-    def check(name: str, output) -> None:
-        (y, total), (expected, expected_total) = output, grouped(0)
-        y = torch.cat(y) if isinstance(y, list) else y
-        tolerance = 1e-5 if dtype == "float32" else 0.1
-        torch.testing.assert_close(y, torch.cat(expected), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(total, expected_total, rtol=0, atol=0)
+    total = grouped(0)[1]
+    exact = [t.double().requires_grad_() for t in (total, weight, bias)]
+    truth = torch.cat(norms(*exact))
+    true_grads = list(torch.autograd.grad(truth, exact, grads[0].double()))
+    if residual:  # the sum is an output too, and its two terms have one gradient
+        true_grads[0] = true_grads[0] + grads[1]
+        true_grads.insert(0, true_grads[0])
+
+    def check(name: str, output) -> float:
+        y, total_of = output
+        torch.testing.assert_close(total_of, total, rtol=0, atol=0)
+        error = relative_error(torch.cat(y) if isinstance(y, list) else y, truth)
+        assert error <= (1e-6 if dtype == "float32" else 2**-7), f"{name}: error {error:.2e}"
+        return error
 
     def without_grad(candidate: Callable) -> Callable:
         return lambda turn: torch.inference_mode()(candidate)(turn)
@@ -66,19 +79,21 @@ def build(channels: int, dtype: str, residual: bool, backward: bool = False) -> 
 
         return run
 
-    def check_backward(name: str, output) -> None:
+    def check_backward(name: str, output) -> float:
         y, total, got = output
         check(name, (y, total))
-        for a, b in zip(got, with_backward(grouped)(0)[2], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        error = max(relative_error(a, b) for a, b in zip(got, true_grads, strict=True))
+        assert error <= 1e-5, f"{name}: error of a gradient {error:.2e}"
+        return error
 
     wrap = with_backward if backward else without_grad
-    case = f"{'residual + ' if residual else ''}norm, C={channels}, {dtype}{', with backward' if backward else ''}"
+    case = f"{'residual + ' if residual else ''}norm, C={channels}{', with backward' if backward else ''}"
     return Comparison(
         group="layer_norm",
         case=case,
         candidates={"ours": wrap(ours), "layer_norm per length group": wrap(grouped)},
         check=check_backward if backward else check,
+        precision=dtype,
         rounds=61,
     )
 

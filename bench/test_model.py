@@ -22,15 +22,17 @@ def compare(model: str) -> Comparison:
     case = Case(random_vit(MODELS[model]), grids_of("mix", 16))
     peers = {name: build(case) for name, build in BUILDERS.items()}
 
-    def check(candidate: str, logits) -> None:
-        problem = judged(logits, peers[candidate], case).problem
-        assert problem is None, f"{candidate}: {problem}"
+    def check(candidate: str, logits) -> float | None:
+        verdict = judged(logits, peers[candidate], case)
+        assert verdict.problem is None, f"{candidate}: {verdict.problem}"
+        return verdict.error
 
     return Comparison(
         group="model",
         case=f"{model_title(model)}, 4/6/6 mix",
         candidates={name: peer.run for name, peer in peers.items()},
         check=check,
+        precision="float32",
         rounds=9,
     )
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from bench.model_work import relative_error
 from bench.photos import photo
 from revit_fast import ops
 
@@ -61,14 +62,15 @@ def compare(case: str, sources: list[tuple[int, int]], targets: list[int], *, th
     truth = pillow_13(0)
     one_step = 1.01 / 255 / min(STD)
 
-    def check(name: str, rows: Tensor) -> None:
+    def check(name: str, rows: Tensor) -> float:
         if name == "torchvision v2 uint8":  # 16-bit weights: off by one 8-bit step, or by two if both passes differ
             assert (rows - truth).abs().max() <= 2 * one_step, name
         else:
             assert torch.equal(rows, truth), name
+        return relative_error(rows, truth)
 
     candidates = dict(zip(CANDIDATES, (ours, torchvision_v2, pillow_13), strict=True))
-    return Comparison("resize", case, candidates, check, threads=threads, rounds=rounds)
+    return Comparison("resize", case, candidates, check, "uint8 to float32", threads=threads, rounds=rounds)
 
 
 def build_224() -> Comparison:

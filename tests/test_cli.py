@@ -581,6 +581,7 @@ class TestEnv:
         assert found["bfloat16"].split()[0] == ("multiplied" if cpu_multiplies_bf16() else "widened")
         assert found["int8"].split()[0] == ("multiplied" if cpu_integer_depths() == 4 else "widened")
         assert ("never executed on hardware" in found["bfloat16"]) == (found["isa"] == "amx")
+        assert ("never executed on hardware" in found["int8"]) == (found["isa"] in ("amx", "avxvnni"))
         assert "cpu" in found["attention"]
         assert len(found["cuda"]) == torch.cuda.device_count()
         assert found["jpeg"] == ("Pillow" if importlib.util.find_spec("simplejpeg") is None else "simplejpeg")

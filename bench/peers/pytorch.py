@@ -73,9 +73,10 @@ def torch_compiled(case: Case, precision: str = "float32", autotune: bool = Fals
 
     @torch.no_grad()  # freezing does nothing where gradients may be wanted
     def run(turn: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        # At every call: under other settings it would be compiled again, without freezing.
+        settings = inductor.patch(freezing=True, max_autotune=autotune), dynamo.patch(recompile_limit=64)
+        with settings[0], settings[1], torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             return torch.cat([compiled[grid](x) for grid, x in case.stacked[turn % N_SETS].items()])
 
-    with inductor.patch(freezing=True, max_autotune=autotune), dynamo.patch(recompile_limit=64):
-        run(0)
+    run(0)
     return Peer(run, case.grouped_order, case.shape.flops(case.seqlens), precision=precision)

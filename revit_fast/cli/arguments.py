@@ -342,8 +342,8 @@ def run_command(
         return 2
     except KeyboardInterrupt:
         if argv is None and threading.current_thread() is threading.main_thread():
-            # Only the interpreter's own end is left. It would answer another Ctrl-C with a traceback, or not before the last
-            # thread has ended: a handler in Python is not run while the interpreter waits.
+            # Only the interpreter's own end is left. It would answer another Ctrl-C with a traceback, or not before the
+            # last thread has ended: a handler in Python is not run while the interpreter waits.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -14,7 +14,7 @@ from revit_fast.io.memory import allocator_state
 from revit_fast.ops import _library
 from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16
 
-UNTRIED = {"bfloat16": ("amx",), "int8": ("amx", "avx512_bf16", "avx512_vnni", "avxvnni")}
+UNTRIED = {"bfloat16": ("amx",), "int8": ("amx", "avxvnni")}
 """Instruction sets whose products of a dtype were never executed on hardware before a release, only in emulation."""
 
 
