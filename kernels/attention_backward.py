@@ -201,7 +201,11 @@ def attention_grad_kv_backward_kernel(
     FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one key head, summed over its query heads and their rows in order.
-    Scores are kept transposed, keys by queries, so that both products use them directly."""
+    Scores are kept transposed, keys by queries, so that both products use them directly.
+
+    Float32 sums begin at the last rows: with a causal mask late rows share their weight among most keys, so the small
+    terms come first, while the sum is small.
+    """
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     tile_class = tl.load(tile + 2)
     if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
@@ -225,13 +229,19 @@ def attention_grad_kv_backward_kernel(
         first_row = 0
         if CAUSAL:
             first_row = tl.maximum(key - diagonal, 0) // BLOCK_M * BLOCK_M
+        begin_row = first_row
+        end_row = n_q
+        STEP: tl.constexpr = -BLOCK_M if SCALE_Q else BLOCK_M
+        if SCALE_Q:
+            begin_row = first_row + (tl.cdiv(n_q - first_row, BLOCK_M) - 1) * BLOCK_M
+            end_row = first_row - 1
         for repeat in range(N_REP):
             head = key_head * N_REP + repeat
-            row_q = (begin_q + first_row).to(tl.int64)
+            row_q = (begin_q + begin_row).to(tl.int64)
             q_block = q + row_q * stride_qt + head * stride_qh
             grad_block = grad_out + row_q * stride_gt + head * stride_gh
             lse_offset = head.to(tl.int64) * n_rows_q + begin_q
-            for row in range(first_row, n_q, BLOCK_M):
+            for row in range(begin_row, end_row, STEP):
                 local = tl.arange(0, BLOCK_M)
                 q_rows = load_parts(q_block, local, n_q - row, stride_qt, DIM_PARTS, HEAD_DIM, True)
                 if SCALE_Q:
@@ -248,8 +258,8 @@ def attention_grad_kv_backward_kernel(
                 ds = p * (inner(v_rows, grad_rows) - delta_rows[None, :])
                 grad_v_rows = add_outer(grad_v_rows, rounded(p, v.dtype.element_ty), grad_rows)
                 grad_k_rows = add_outer(grad_k_rows, rounded(ds, q.dtype.element_ty), q_rows)
-                q_block += BLOCK_M * stride_qt
-                grad_block += BLOCK_M * stride_gt
+                q_block += STEP * stride_qt
+                grad_block += STEP * stride_gt
         grad_base = (begin_k.to(tl.int64) * (N_HEADS // N_REP) + key_head) * HEAD_DIM
         grad_stride = N_HEADS // N_REP * HEAD_DIM
         grad_k_rows = scale_parts(grad_k_rows, scale)

@@ -136,7 +136,13 @@ def add_outer(parts, weights, rows):
     """parts + weights rows, part by part of the head dimension."""
     summed = ()
     for i in tl.static_range(len(parts)):
-        summed = summed + (_dot(weights, rows[i], parts[i]),)
+        if weights.dtype == tl.float32:
+            # A GPU rounds a float32 product after every row. Begun at `parts`, it would round the whole sum each time,
+            # and sums over hundreds of rows would lose digits; so every block is summed alone. The compiler would turn
+            # parts + product into a product begun at `parts`; it leaves a difference as it is.
+            summed = summed + (parts[i] - _dot(-weights, rows[i], None),)
+        else:
+            summed = summed + (_dot(weights, rows[i], parts[i]),)
     return summed
 
 

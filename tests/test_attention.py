@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 
 import helpers
+import numpy
 import pytest
 import torch
 from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, only_on, randn
@@ -102,6 +103,26 @@ def test_scale(scale):
 def test_streaming_causal(isa):
     lengths = (LONG - 23, LONG + 25)
     check_forward_and_backward(*inputs(lengths, lengths, heads=(1, 1), dim=16), causal=True)
+
+
+@only_on("interpreter", reason="the interpreter's float32 products, made to round as a GPU's do")
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sums_when_products_round_after_every_row(monkeypatch, causal):
+    """NumPy sums a block's product alone; a GPU without tensor cores begins at the accumulator and adds row by row."""
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def row_by_row(self, a, b, d, *options):
+        if a.data.dtype != numpy.float32:
+            return create_dot(self, a, b, d, *options)
+        total = d.data
+        for column, row in zip(a.data.T.astype(float), b.data.astype(float), strict=True):
+            total = (total + column[:, None] * row).astype(numpy.float32)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", row_by_row)
+    check_forward_and_backward(*inputs((577, 625), (577, 625), heads=(1, 1), dim=16), causal=causal)
 
 
 def test_large_scores_stay_finite(isa):
