@@ -210,13 +210,16 @@ def compilations(of: Iterable[Case], targets: Iterable[str] = TARGETS) -> list[C
 
 
 def schedule_of(launch: Launch) -> str:
-    """ "short", "streaming" or "fused" for attention's kernels, "" for others."""
+    """ "short", "streaming", "short, streaming" or "fused" for attention's kernels, "" for others."""
     name, constants = launch.kernel.__name__, launch.constants
     if "FIRST_CLASS" not in constants:
         return ""
     if "fused" in name:
         return "fused"
-    return "short" if "KEY_BLOCKS" in constants or constants.get("KEY_PARTS") is not None else "streaming"
+    if "KEY_BLOCKS" in constants:
+        parts = {"short": constants["KEY_BLOCKS"], "streaming": constants["STREAMING"]}
+        return ", ".join(schedule for schedule, part in parts.items() if part)
+    return "short" if constants.get("KEY_PARTS") is not None else "streaming"
 
 
 def pool(jobs: int | None = None) -> ProcessPoolExecutor:

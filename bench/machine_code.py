@@ -39,6 +39,7 @@ class Code:
         spilled_scalars: AMD's scalar registers kept in lanes of vector registers, which costs no memory access.
         stack_bytes: bytes of stack per thread.
         shared_bytes: bytes of shared memory per program.
+        tensor_columns: columns of sm_100's tensor memory per program.
         opcodes: mnemonics with their modifiers, such as "HMMA.16816.F32.BF16" or "v_exp_f32_e32", ordered by address.
         binary: contents of the cubin or hsaco file.
         text: PTX, or AMD's assembly.
@@ -52,6 +53,7 @@ class Code:
     spilled_scalars: int
     stack_bytes: int
     shared_bytes: int
+    tensor_columns: int
     opcodes: list[str] = field(repr=False)
     binary: bytes = field(repr=False)
     text: str = field(repr=False)
@@ -68,7 +70,7 @@ class Code:
 
     @property
     def programs_per_sm(self) -> int:
-        """Number of programs that fit one multiprocessor by registers, warps and shared memory."""
+        """Number of programs that fit one multiprocessor by registers, warps, shared and tensor memory."""
         target = self.target
         if target.backend == "hip":
             # A SIMD has 512 registers per lane, allocated in steps of 8, and holds max_warps / 4 = 8 waves.
@@ -80,7 +82,12 @@ class Code:
             by_warps = min(warps, target.max_warps) // self.num_warps
         reserved = 1024 if target.backend == "cuda" else 0
         by_shared = target.shared_bytes_per_sm // max(self.shared_bytes + reserved, 1)
-        return min(by_warps, by_shared)
+        by_tensor = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_warps
+        return min(by_warps, by_shared, by_tensor)
+
+
+TENSOR_COLUMNS = 512
+"""Columns of the tensor memory of one multiprocessor of sm_100."""
 
 
 KINDS = {
@@ -167,6 +174,7 @@ def compile_launch(launch: Launch, target: Target) -> Code:
         "target": target,
         "num_warps": compiled.metadata.num_warps,
         "shared_bytes": compiled.metadata.shared,
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
     }
     return Code(**common, **read(compiled.asm))
 

@@ -3,8 +3,9 @@
 Layout: q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with a contiguous last dimension and any other strides; sequence b owns
 rows `cu_seqlens[b]` to `cu_seqlens[b + 1]`; lse `[Hq, Tq]` float32, natural logarithm. A program computes one tile of
 the work list, 64 rows of one sequence, for one head. Tiles whose sequence has few keys hold all of them at once (the
-short schedule); the others loop over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135).
-`kernels/schedules.py` chooses the schedule and its tiles; the choice depends only on the sequence's own length.
+short schedule); the others loop over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135). Tiles of
+padding rows are zero. `kernels/schedules.py` chooses the schedule and its tiles by the sequence's own length alone, and
+which classes of tiles share a launch.
 
 Head dimensions and key counts that are not powers of two are cut into parts that are, see `kernels/parts.py`.
 """
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import schedules
-from .constants import TILE_ROWS
+from .constants import PADDING, TILE_ROWS
 from .launch import launch, target_of
 from .parts import (
     add_outer,
@@ -35,8 +36,7 @@ from .parts import (
     zero_parts,
 )
 from .rounding import rounded
-from .schedules import Schedule
-from .tiles import Tiles, zero_padding
+from .tiles import Tiles
 
 
 @triton.jit
@@ -60,69 +60,55 @@ def _store_rows(
     tl.store(lse + head.to(tl.int64) * n_rows_all + begin + row, value, mask=row < n_rows)
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
-def attention_short_forward_kernel(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
-    N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    KEY_BLOCKS: tl.constexpr, FULL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
-    SCALE_Q: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr,
-    TILE: tl.constexpr,
+@triton.jit
+def _short_tile(
+    q_base, k_base, v_base, out, lse, first_row, begin_q, n_q, n_k, head, n_rows_q,
+    stride_qt, stride_kt, stride_vt, q_factor, scale,
+    N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
+    TILE: tl.constexpr, FULL_KEYS: tl.constexpr, KEY_BLOCKS: tl.constexpr, CLASS: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of a sequence with few keys: holds all keys at once, or works on a few unrolled blocks.
 
-    A part of a block is (start, width, whether it needs a mask). Every sequence of the class has at least FULL_KEYS
-    keys.
+    KEY_BLOCKS[CLASS] holds the blocks; a part of one is (start, width, whether it needs a mask). Every sequence of the
+    class has at least FULL_KEYS keys.
     """
-    tile = tiles + (first_tile + tl.program_id(0)) * 3
-    tile_class = tl.load(tile + 2)
-    if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
-        return
-    sequence = tl.minimum(tl.maximum(tl.load(tile), 0), n_sequences - 1)
-    head = tl.program_id(1)
-    begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
-    begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
-    k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
-    v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
-
-    if n_k < FULL_KEYS:  # not a tile of this class: the list is of another pack
-        return
-    first_row = tl.load(tile + 1)
-    for step in range(n_steps(first_row, n_q, TILE, BLOCK_M)):
-        rows = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
-        if SCALE_Q:
-            q_rows = multiply_rows(q_rows, q_factor)
-        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = zero_parts(BLOCK_M, DIM_PARTS)
-        for block in tl.static_range(len(KEY_BLOCKS)):
-            scores = ()
-            m_new = m
-            for i in tl.static_range(n_elements(KEY_BLOCKS, block)):
-                keys = element(KEY_BLOCKS, block, i, 0) + tl.arange(0, element(KEY_BLOCKS, block, i, 1))
-                k_rows = load_parts(k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, element(KEY_BLOCKS, block, i, 2))
-                s = inner(q_rows, k_rows)
-                if element(KEY_BLOCKS, block, i, 2) or CAUSAL:
-                    s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
-                m_new = tl.maximum(m_new, tl.max(s, 1))
-                scores = scores + (s,)
-            shift = m_new
-            if CAUSAL or FULL_KEYS == 0:
-                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            if block > 0:
-                alpha = _exponential(m, shift, scale, True)
-                total *= alpha
-                acc = scale_parts(acc, alpha[:, None])
-            for i in tl.static_range(n_elements(KEY_BLOCKS, block)):
-                keys = element(KEY_BLOCKS, block, i, 0) + tl.arange(0, element(KEY_BLOCKS, block, i, 1))
-                p = _exponential(scores[i], shift[:, None], scale, q.dtype.element_ty == tl.float32)
-                total += tl.sum(p, 1)
-                v_rows = load_parts(v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, element(KEY_BLOCKS, block, i, 2))
-                acc = add_outer(acc, rounded(p, v.dtype.element_ty), v_rows)
-            m = m_new
-        _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)
+    rows = first_row + tl.arange(0, TILE)
+    q_rows = load_parts(q_base, rows, n_q, stride_qt, DIM_PARTS, HEAD_DIM, True)
+    if SCALE_Q:
+        q_rows = multiply_rows(q_rows, q_factor)
+    m = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    acc = zero_parts(TILE, DIM_PARTS)
+    for block in tl.static_range(n_elements(KEY_BLOCKS, CLASS)):
+        scores = ()
+        m_new = m
+        for i in tl.static_range(n_elements(KEY_BLOCKS, CLASS, block)):
+            keys = element(KEY_BLOCKS, CLASS, block, i, 0) + tl.arange(0, element(KEY_BLOCKS, CLASS, block, i, 1))
+            k_rows = load_parts(
+                k_base, keys, n_k, stride_kt, DIM_PARTS, HEAD_DIM, element(KEY_BLOCKS, CLASS, block, i, 2)
+            )
+            s = inner(q_rows, k_rows)
+            if element(KEY_BLOCKS, CLASS, block, i, 2) or CAUSAL:
+                s = tl.where(visible(rows[:, None], keys[None, :], n_k, n_k - n_q, CAUSAL), s, float("-inf"))
+            m_new = tl.maximum(m_new, tl.max(s, 1))
+            scores = scores + (s,)
+        shift = m_new
+        if CAUSAL or FULL_KEYS == 0:
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        if block > 0:
+            alpha = _exponential(m, shift, scale, True)
+            total *= alpha
+            acc = scale_parts(acc, alpha[:, None])
+        for i in tl.static_range(n_elements(KEY_BLOCKS, CLASS, block)):
+            keys = element(KEY_BLOCKS, CLASS, block, i, 0) + tl.arange(0, element(KEY_BLOCKS, CLASS, block, i, 1))
+            p = _exponential(scores[i], shift[:, None], scale, k_base.dtype.element_ty == tl.float32)
+            total += tl.sum(p, 1)
+            v_rows = load_parts(
+                v_base, keys, n_k, stride_vt, DIM_PARTS, HEAD_DIM, element(KEY_BLOCKS, CLASS, block, i, 2)
+            )
+            acc = add_outer(acc, rounded(p, v_base.dtype.element_ty), v_rows)
+        m = m_new
+    _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)
 
 
 @triton.jit
@@ -145,29 +131,15 @@ def _online_softmax_step(
     return acc, m_new, total
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_rows_q", "n_rows_k", "n_sequences"])
-def attention_streaming_forward_kernel(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, first_tile, n_rows_q, n_rows_k, n_sequences,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
-    N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
-    FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, TILE: tl.constexpr,
+@triton.jit
+def _streaming_tile(
+    q_base, k_base, v_base, out, lse, first_row, begin_q, n_q, n_k, head, n_rows_q,
+    stride_qt, stride_kt, stride_vt, q_factor, scale,
+    N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr, CAUSAL: tl.constexpr, SCALE_Q: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile over blocks of keys: whole blocks without masks, then the rest and the diagonal with masks."""
-    tile = tiles + (first_tile + tl.program_id(0)) * 3
-    tile_class = tl.load(tile + 2)
-    if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
-        return
-    sequence = tl.minimum(tl.maximum(tl.load(tile), 0), n_sequences - 1)
-    head = tl.program_id(1)
-    begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
-    begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
-    q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
-    k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
-    v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
-
     diagonal = n_k - n_q
-    first_row = tl.load(tile + 1)
     for step in range(n_steps(first_row, n_q, TILE, BLOCK_M)):
         row = first_row + step * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
@@ -201,6 +173,61 @@ def attention_streaming_forward_kernel(
         _store_rows(out, lse, rows, n_q, begin_q, head, N_HEADS, n_rows_q, acc, m, total, scale, DIM_PARTS, HEAD_DIM)
 
 
+@triton.jit(do_not_specialize=["last_tile", "n_tiles", "first_padding", "n_rows_q", "n_rows_k", "n_sequences"])
+def attention_forward_kernel(
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tiles, last_tile, n_tiles, first_padding,
+    n_rows_q, n_rows_k, n_sequences, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_factor, scale,
+    N_HEADS: tl.constexpr, N_REP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PARTS: tl.constexpr,
+    FULL_KEYS: tl.constexpr, KEY_BLOCKS: tl.constexpr, STREAMING: tl.constexpr, CAUSAL: tl.constexpr,
+    SCALE_Q: tl.constexpr, FIRST_CLASS: tl.constexpr, LAST_CLASS: tl.constexpr, PADDING: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Computes one tile for one head, in the way of its class.
+
+    FULL_KEYS and KEY_BLOCKS have one element for each short class, STREAMING is (BLOCK_M, BLOCK_N) of the classes after
+    them, or None. Programs take `n_tiles` rows of the list from `last_tile` backwards, because the last have the most
+    keys and should begin first. Programs after them take tiles of padding rows, from `first_padding` on. It is negative
+    if another launch writes them.
+    """
+    index = tl.program_id(0) // N_HEADS
+    head = tl.program_id(0) % N_HEADS
+    tile = tiles + tl.where(index < n_tiles, last_tile - index, first_padding + index - n_tiles) * 3
+    tile_class = tl.load(tile + 2)
+    first_row = tl.load(tile + 1)
+    if tile_class == PADDING:
+        if first_padding >= 0:
+            begin_q = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + n_sequences), 0), n_rows_q)
+            nothing = tl.zeros((TILE,), tl.float32)
+            _store_rows(
+                out, lse, first_row + tl.arange(0, TILE), n_rows_q - begin_q, begin_q, head, N_HEADS, n_rows_q,
+                zero_parts(TILE, DIM_PARTS), nothing, nothing, scale, DIM_PARTS, HEAD_DIM,
+            )  # fmt: skip
+        return
+    if (tile_class < FIRST_CLASS) | (tile_class > LAST_CLASS):
+        return
+    sequence = tl.minimum(tl.maximum(tl.load(tile), 0), n_sequences - 1)
+    begin_q, n_q = sequence_rows(cu_seqlens_q, sequence, n_rows_q)
+    begin_k, n_k = sequence_rows(cu_seqlens_k, sequence, n_rows_k)
+    q_base = q + begin_q.to(tl.int64) * stride_qt + head * stride_qh
+    k_base = k + begin_k.to(tl.int64) * stride_kt + (head // N_REP) * stride_kh
+    v_base = v + begin_k.to(tl.int64) * stride_vt + (head // N_REP) * stride_vh
+    for i in tl.static_range(len(FULL_KEYS)):
+        if tile_class == FIRST_CLASS + i:
+            if n_k >= FULL_KEYS[i]:  # otherwise the list is of another pack
+                _short_tile(
+                    q_base, k_base, v_base, out, lse, first_row, begin_q, n_q, n_k, head, n_rows_q,
+                    stride_qt, stride_kt, stride_vt, q_factor, scale,
+                    N_HEADS, HEAD_DIM, DIM_PARTS, CAUSAL, SCALE_Q, TILE, FULL_KEYS[i], KEY_BLOCKS, i,
+                )  # fmt: skip
+            return  # here, so that no register keeps a value for the code of the next class
+    if STREAMING is not None:
+        _streaming_tile(
+            q_base, k_base, v_base, out, lse, first_row, begin_q, n_q, n_k, head, n_rows_q,
+            stride_qt, stride_kt, stride_vt, q_factor, scale,
+            N_HEADS, HEAD_DIM, DIM_PARTS, CAUSAL, SCALE_Q, TILE, STREAMING[0], STREAMING[1],
+        )  # fmt: skip
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -222,30 +249,21 @@ def varlen_attention(
     q_factor, score_scale = _split_scale(scale, q.dtype)
     work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     target = target_of(q.device)
-    for schedule in schedules.forward(target, head_dim, q.dtype):
-        if schedule.beyond(max_seqlen_k):
-            break
-        first_tile, n_tiles = work.of(schedule.first_class, schedule.last_class)
-        if n_tiles == 0:
-            continue
-        kernel, keys = _forward_kernel(schedule)
+    first_padding, n_padding = work.of(PADDING, PADDING) if work.counts else (0, 0)
+    possible = [part for part in schedules.forward(target, head_dim, q.dtype) if not part.beyond(max_seqlen_k)]
+    for part in [part for part in possible if work.of(*part.classes)[1]] or possible[:1]:
+        first_tile, n_tiles = work.of(*part.classes)
         launch(
-            kernel, (n_tiles, n_heads),
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile, q.shape[0], k.shape[0],
-            work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor, score_scale,
+            attention_forward_kernel, ((n_tiles + n_padding) * n_heads,),
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile + n_tiles - 1, n_tiles, first_padding,
+            q.shape[0], k.shape[0], work.n_sequences, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], q_factor,
+            score_scale,
             N_HEADS=n_heads, N_REP=n_heads // k.shape[1], HEAD_DIM=head_dim,
-            DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), **keys, BLOCK_M=schedule.block_m,
-            CAUSAL=causal, SCALE_Q=q_factor != 1, TILE=TILE_ROWS,
-            **schedule.launch_options(),
+            DIM_PARTS=schedules.head_dim_parts(target, head_dim, q.dtype), CAUSAL=causal, SCALE_Q=q_factor != 1,
+            PADDING=PADDING, TILE=TILE_ROWS, **part.options,
         )  # fmt: skip
-    zero_padding(out, lse, cu_seqlens_q, work)
+        first_padding, n_padding = -1, 0  # written by now
     return out, lse
-
-
-def _forward_kernel(schedule: Schedule):
-    if schedule.name == "short":
-        return attention_short_forward_kernel, {"KEY_BLOCKS": schedule.key_blocks, "FULL_KEYS": schedule.full_keys}
-    return attention_streaming_forward_kernel, {"BLOCK_N": schedule.keys}
 
 
 def _split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:

@@ -406,9 +406,9 @@ def varlen_attention_backward(
             *rows, *strides, *factors,
             **shared, BLOCK_N=schedule.keys, BLOCK_M=schedule.block_m, TILE=TILE_ROWS, **schedule.launch_options(),
         )  # fmt: skip
-    zero_padding(grad_q, None, cu_seqlens_q, query_tiles)
-    zero_padding(grad_k, None, cu_seqlens_k, key_tiles)
-    zero_padding(grad_v, None, cu_seqlens_k, key_tiles)
+    zero_padding(grad_q, cu_seqlens_q, query_tiles)
+    zero_padding(grad_k, cu_seqlens_k, key_tiles)
+    zero_padding(grad_v, cu_seqlens_k, key_tiles)
     return grad_q, grad_k, grad_v
 
 

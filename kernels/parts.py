@@ -14,15 +14,19 @@ from .rounding import INTERPRETED, rounded
 
 
 @triton.constexpr_function
-def element(nested, i, j, k):
-    """nested[i][j][k] of a compile-time value: Triton 3.6 reads subscripts of two levels at most."""
-    return nested[i][j][k]
+def element(nested, *path):
+    """nested[i][j]... of a compile-time value: Triton 3.6 reads subscripts of two levels at most."""
+    for i in path:
+        nested = nested[i]
+    return nested
 
 
 @triton.constexpr_function
-def n_elements(nested, i):
-    """len(nested[i]) of a compile-time value."""
-    return len(nested[i])
+def n_elements(nested, *path):
+    """len(nested[i][j]...) of a compile-time value."""
+    for i in path:
+        nested = nested[i]
+    return len(nested)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,6 +113,39 @@ class Schedule:
         return max_seqlen_k is not None and self.first_class > bisect_left(KEY_CLASSES, max_seqlen_k)
 
 
+@dataclass(frozen=True)
+class ForwardLaunch:
+    """Successive classes that one launch of the forward pass computes.
+
+    Attributes:
+        schedules: how each class is computed, ordered by class: short ones, then perhaps the streaming one.
+    """
+
+    schedules: tuple[Schedule, ...]
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The options of the launch that depend on its classes."""
+        first, last = self.schedules[0], self.schedules[-1]
+        short = [one for one in self.schedules if one.name == "short"]
+        return {
+            "FULL_KEYS": tuple(one.full_keys for one in short),
+            "KEY_BLOCKS": tuple(one.key_blocks for one in short),
+            "STREAMING": (last.block_m, last.keys) if last.name == "streaming" else None,
+            **last.launch_options(),
+            "FIRST_CLASS": first.first_class,
+        }
+
+    @property
+    def classes(self) -> tuple[int, int]:
+        """First and last class of the work list."""
+        return self.schedules[0].first_class, self.schedules[-1].last_class
+
+    def beyond(self, max_seqlen_k: int | None) -> bool:
+        """Whether sequences of at most `max_seqlen_k` keys never have one of these classes."""
+        return self.schedules[0].beyond(max_seqlen_k)
+
+
 class Choices(NamedTuple):
     """Tiles of the 16-bit kernels of one chip, at head dimensions up to a bound: (keys, rows, warps, stages).
 
@@ -179,9 +212,33 @@ These chips' products are per warp (mma.sync). A key that a warp reads from shar
 """
 
 
+_LAUNCHES: dict[tuple[str, int], tuple[int, ...]] = {
+    ("sm_80", 64): (112, 208),
+    ("sm_80", 80): (64, 160, 256),
+    ("sm_80", 128): (32, 256),
+    ("sm_120", 64): (64, 112, 160, 208),
+    ("sm_120", 80): (112, 208, 256),
+    ("gfx942", 64): (112, 208),
+    ("gfx942", 128): (64, 160, 208, 256),
+}
+"""Most keys of the short classes of each launch of the forward pass but the last, where they are not (112, 256).
+
+One launch for all classes would fill the GPU best while few tiles are left, and cost the host least. But its programs
+would have the registers and the shared memory of its largest class, and `docs/gpu.md` shows what that is: of the
+classes up to 112 keys, which wait for memory most of the time, a multiprocessor holds twice as many programs or more.
+So classes share a launch as long as nothing spills, all have the same number of warps, a class of four or more programs
+keeps at least three, and any other at least two.
+"""
+
+
+def _bound(target: Target, head_dim: int) -> tuple[str, int] | None:
+    """The key of `_CHOICES` for a chip and a head dimension; None for the interpreter."""
+    bounds = ((target.name, bound) for bound in (64, 80, 128, 256) if head_dim <= bound)
+    return next((key for key in bounds if key in _CHOICES), None)
+
+
 def _choices(target: Target, head_dim: int) -> Choices:
-    bounds = (bound for bound in (64, 80, 128, 256) if head_dim <= bound)
-    return next((_CHOICES[target.name, b] for b in bounds if (target.name, b) in _CHOICES), _INTERPRETED)
+    return _CHOICES.get(_bound(target, head_dim), _INTERPRETED)
 
 
 def _block(name: str, first_class: int, tile: tuple[int, int, int, int]) -> Schedule:
@@ -197,10 +254,10 @@ def _float32(target: Target) -> tuple[Schedule, ...]:
 
 
 @lru_cache(maxsize=256)
-def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """Schedules of the forward pass. Together they cover every class once."""
+def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[ForwardLaunch, ...]:
+    """Launches of the forward pass, by class. Together they cover every class once."""
     if dtype == torch.float32:
-        return (_float32(target)[0],)
+        return (ForwardLaunch((_float32(target)[0],)),)
     choices = _choices(target, head_dim)
     most_keys, block_keys, widest, warps = choices.short or (0, 0, 0, 0)
     short = []
@@ -209,7 +266,13 @@ def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Schedule
             short.append(Schedule("short", i, i, keys, num_warps=2, widest_part=32))
         else:
             short.append(Schedule("short", i, i, keys, num_warps=warps, block_keys=block_keys, widest_part=widest))
-    return (*short, _block("streaming", len(short), choices.streaming))
+    launches, start = [], 0
+    for keys in _LAUNCHES.get(_bound(target, head_dim), (112, 256)):
+        end = min(bisect_right(KEY_CLASSES, keys), len(short))
+        if start < end:
+            launches.append(ForwardLaunch(tuple(short[start:end])))
+        start = end
+    return (*launches, ForwardLaunch((*short[start:], _block("streaming", len(short), choices.streaming))))
 
 
 class Backward(NamedTuple):

@@ -50,11 +50,10 @@ def attention_tiles_kernel(
 
 @triton.jit(do_not_specialize=["first_tile", "n_rows", "n_sequences"])
 def attention_padding_kernel(
-    out, lse, cu_seqlens, tiles, first_tile, n_rows, n_sequences,
-    N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LSE: tl.constexpr,
-    PADDING: tl.constexpr, TILE: tl.constexpr,
+    grad, cu_seqlens, tiles, first_tile, n_rows, n_sequences,
+    N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADDING: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tile of padding rows: zeros, and an lse of -inf."""
+    """Writes zeros to one tile of padding rows of a gradient."""
     tile = tiles + (first_tile + tl.program_id(0)) * 3
     if tl.load(tile + 2) != PADDING:
         return
@@ -63,11 +62,8 @@ def attention_padding_kernel(
     rows = begin + tl.load(tile + 1) + tl.arange(0, TILE)
     columns = tl.arange(0, BLOCK_D)
     offset = (rows.to(tl.int64)[:, None] * N_HEADS + head) * HEAD_DIM + columns[None, :]
-    zeros = tl.zeros((TILE, BLOCK_D), tl.float32).to(out.dtype.element_ty)
-    tl.store(out + offset, zeros, mask=(rows[:, None] < n_rows) & (columns[None, :] < HEAD_DIM))
-    if HAS_LSE:
-        minus_inf = tl.full((TILE,), float("-inf"), tl.float32)
-        tl.store(lse + head.to(tl.int64) * n_rows + rows, minus_inf, mask=rows < n_rows)
+    zeros = tl.zeros((TILE, BLOCK_D), tl.float32).to(grad.dtype.element_ty)
+    tl.store(grad + offset, zeros, mask=(rows[:, None] < n_rows) & (columns[None, :] < HEAD_DIM))
 
 
 class Tiles:
@@ -103,11 +99,12 @@ class Tiles:
         return sum(self.counts[:first_class]), sum(self.counts[first_class : last_class + 1])
 
 
-def zero_padding(out: Tensor, lse: Tensor | None, cu_seqlens: Tensor, tiles: Tiles) -> None:
+def zero_padding(grad: Tensor, cu_seqlens: Tensor, tiles: Tiles) -> None:
+    """Writes zeros to the padding rows of a gradient."""
     first_tile, n_tiles = tiles.of(PADDING, PADDING)
     launch(
-        attention_padding_kernel, (n_tiles, out.shape[1]),
-        out, out if lse is None else lse, cu_seqlens, tiles.rows, first_tile, out.shape[0], tiles.n_sequences,
-        N_HEADS=out.shape[1], HEAD_DIM=out.shape[2], BLOCK_D=triton.next_power_of_2(out.shape[2]),
-        HAS_LSE=lse is not None, PADDING=PADDING, TILE=TILE_ROWS,
+        attention_padding_kernel, (n_tiles, grad.shape[1]),
+        grad, cu_seqlens, tiles.rows, first_tile, grad.shape[0], tiles.n_sequences,
+        N_HEADS=grad.shape[1], HEAD_DIM=grad.shape[2], BLOCK_D=triton.next_power_of_2(grad.shape[2]), PADDING=PADDING,
+        TILE=TILE_ROWS,
     )  # fmt: skip

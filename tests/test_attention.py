@@ -1,5 +1,6 @@
 """varlen_attention against the float64 reference, the pack contract, autograd, compilation and bad inputs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -320,7 +321,7 @@ def test_programs_launched_are_tiles_that_hold_rows(self_attention):
     for target in launch.TARGETS:
         with launch.record(target) as launches:
             out = ops.varlen_attention(*leaves, cu_q, cu_k, tiles=tiles, tile_counts=work.counts)
-        assert sum(tiles * heads for tiles, heads in (entry.grid for entry in launches)) == len(tiles) * heads
+        assert sum(math.prod(entry.grid) for entry in launches) == len(tiles) * heads
         with launch.record(target) as launches:
             torch.autograd.grad(out, leaves, out.detach())
         if self_attention:  # other keys have no list on the host: one is derived, with room for every possible tile
@@ -329,10 +330,51 @@ def test_programs_launched_are_tiles_that_hold_rows(self_attention):
             assert count_programs(launches, "padding") == 3 * work.counts[PADDING] * heads
 
 
+@triton_only
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_classes_of_one_launch_keep_their_bits(monkeypatch, dtype, dim, causal):
+    """Bits do not depend on which classes share a launch: on every one's own launch, on their number, on the pack."""
+    lengths, n_padding = (*(n - 7 for n in KEY_CLASSES), LONG), 70
+    q, k, v, cu, _ = inputs(lengths, lengths, heads=(1, 1), dim=dim, dtype=dtype, padding=n_padding)
+    work = work_list(lengths, n_padding=n_padding)
+    listed = {"tiles": work.tiles.to(q.device), "tile_counts": work.counts}
+
+    def results(q=q, k=k, v=v, cu=cu, **options):
+        return ops.varlen_attention(q, k, v, cu, causal=causal, return_lse=True, **options)
+
+    together = results(**listed)
+    assert not together[0][-n_padding:].any()
+    assert torch.isneginf(together[1][:, -n_padding:]).all()
+    for length, (begin, end) in zip(lengths, pairwise(cu.tolist()), strict=True):
+        alone = results(*(t[begin:end] for t in (q, k, v)), cu_seqlens_of((length,)))
+        assert torch.equal(alone[0], together[0][begin:end]), length
+        assert torch.equal(alone[1], together[1][:, begin:end]), length
+    schedules = pytest.importorskip("revit_fast.kernels.schedules")
+    chosen = schedules.forward
+
+    def apart(*call):
+        return tuple(schedules.ForwardLaunch((one,)) for part in chosen(*call) for one in part.schedules)
+
+    monkeypatch.setattr(schedules, "forward", apart)
+    for options in (listed, {}):
+        assert all(map(torch.equal, results(**options), together))
+
+
+@triton_only
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_pack_of_padding_alone_is_zero(listed):
+    q, k, v, cu, _ = inputs((0, 0), (0, 0), padding=70)
+    work = work_list((0, 0), n_padding=70)
+    options = {"tiles": work.tiles.to(q.device), "tile_counts": work.counts} if listed else {}
+    out, lse = ops.varlen_attention(q, k, v, cu, return_lse=True, **options)
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+
+
 def count_programs(launches, *names):
-    return sum(
-        entry.grid[0] * entry.grid[1] for entry in launches if any(name in entry.kernel.__name__ for name in names)
-    )
+    return sum(math.prod(entry.grid) for entry in launches if any(name in entry.kernel.__name__ for name in names))
 
 
 @triton_only

@@ -50,7 +50,7 @@ class WorkList(NamedTuple):
 
     Attributes:
         tiles: int32 `[n_tiles, 3]`: sequence, first row within it, class.
-        counts: number of tiles of each class, on the host: kernels are launched once per class, over exactly its tiles.
+        counts: number of tiles of each class, on the host: a launch covers exactly the tiles of its classes.
     """
 
     tiles: Tensor

@@ -22,7 +22,7 @@ def test_emit_writes_binaries_and_manifest(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(e["file"] for e in manifest), "manifest.json"])
     entries = {e["kernel"]: e for e in manifest}
-    attention = entries["attention_short_forward_kernel"]
+    attention = entries["attention_forward_kernel"]
     assert (attention["pass"], attention["target"], attention["dtype"], attention["head_dim"]) == (
         "fwd",
         "sm_90",
