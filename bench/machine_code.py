@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler import compile as compile_source
 from triton.runtime.jit import create_function_from_signature
 
@@ -149,8 +149,8 @@ class _Pointer:
         return self._n_bytes
 
 
-def compile_launch(launch: Launch, target: Target) -> Code:
-    """Compiles a launch as Triton does on the first call on that chip."""
+def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
+    """Compiles a launch as Triton does on the first call on that chip; that call then finds it in the cache on disk."""
     kernel = launch.kernel
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     backend = make_backend(gpu)
@@ -160,10 +160,15 @@ def compile_launch(launch: Launch, target: Target) -> Code:
     bound, specialization, _ = binder(**arguments, **keywords)
     options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, None)
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = compile_source(source, target=gpu, options=options.__dict__)
+    return compile_source(source, target=gpu, options=options.__dict__)
+
+
+def code_of(launch: Launch, target: Target) -> Code:
+    """Compiles a launch and reads its machine code."""
+    compiled = compile_launch(launch, target)
     read = _read_hip if target.backend == "hip" else _read_cuda
     common: dict[str, Any] = {
-        "kernel": kernel.__name__,
+        "kernel": launch.kernel.__name__,
         "target": target,
         "num_warps": compiled.metadata.num_warps,
         "shared_bytes": compiled.metadata.shared,
