@@ -7,10 +7,8 @@ listed once.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,8 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
-from bench.gpu_choices import Override
-from bench.machine_code import Code, code_of, compile_launch
+from bench.machine_code import Code, code_of
 from revit_fast.kernels.launch import TARGETS, Launch, Target, record
 from revit_fast.ops import _triton
 from revit_fast.packing import work_list
@@ -51,8 +48,6 @@ class Case:
         seqlen: length of the one sequence.
         variant: "", or one of "causal", "grouped" (fewer heads of keys), "derived" (no work list), "residual",
             "fp32 weights", "rms" (no bias).
-        heads: attention heads.
-        override: another entry of the tables of tiles.
     """
 
     op: str
@@ -61,8 +56,6 @@ class Case:
     size: int
     seqlen: int = 197
     variant: str = ""
-    heads: int = N_HEADS
-    override: Override | None = None
 
     def __str__(self) -> str:
         variant = f"-{self.variant.replace(' ', '_')}" if self.variant else ""
@@ -77,8 +70,7 @@ class Case:
 
     def launches(self, target: Target) -> list[Launch]:
         """The launches that the op's launcher makes on `target`."""
-        overridden = self.override.applied(target.name) if self.override else contextlib.nullcontext()
-        with overridden, FakeTensorMode(), record(target) as launches:
+        with FakeTensorMode(), record(target) as launches:
             name, arguments = self.call()
             getattr(_triton.load(_triton.KERNELS[name]), name)(*arguments)
         return launches
@@ -90,7 +82,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 def _attention_call(case: Case) -> tuple[str, tuple[Any, ...]]:
     dtype, n_rows = DTYPES[case.dtype], case.seqlen + 64
-    qkv = _empty(n_rows, 3, case.heads, case.size, dtype=dtype)  # views of one product, as in the model
+    qkv = _empty(n_rows, 3, N_HEADS, case.size, dtype=dtype)  # views of one product, as in the model
     q, k, v = qkv.unbind(1)
     if case.variant == "grouped":
         k, v = k[:, :2], v[:, :2]
@@ -101,8 +93,8 @@ def _attention_call(case: Case) -> tuple[str, tuple[Any, ...]]:
     sequences = (cu_seqlens, cu_seqlens, case.seqlen, case.seqlen, case.size**-0.5, case.variant == "causal")
     if case.direction == "fwd":
         return "varlen_attention", (q, k, v, *sequences, tiles, counts)
-    out, grad_out = (_empty(n_rows, case.heads, case.size, dtype=dtype) for _ in range(2))
-    lse = _empty(case.heads, n_rows, dtype=torch.float32)
+    out, grad_out = (_empty(n_rows, N_HEADS, case.size, dtype=dtype) for _ in range(2))
+    lse = _empty(N_HEADS, n_rows, dtype=torch.float32)
     return "varlen_attention_backward", (grad_out, None, q, k, v, out, lse, *sequences, tiles, counts)
 
 
@@ -185,12 +177,6 @@ class Compilation:
         """Compiles the launch and reads its machine code."""
         return code_of(self.launch, TARGETS[self.target])
 
-    def warm(self) -> float:
-        """Compiles the launch into Triton's cache; returns the seconds that took."""
-        begin = time.monotonic()
-        compile_launch(self.launch, TARGETS[self.target])
-        return time.monotonic() - begin
-
 
 @lru_cache(maxsize=4096)
 def _launches(case: Case, target: str) -> list[Launch]:
@@ -233,9 +219,10 @@ def schedule_of(launch: Launch) -> str:
     return "short" if "KEY_BLOCKS" in constants or constants.get("KEY_PARTS") is not None else "streaming"
 
 
-def pool(jobs: int | None = None) -> ProcessPoolExecutor:
-    """A pool of compiler processes, by default one per core."""
-    return ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+def pool(jobs: int | None = None, prepare: Callable[[], None] | None = None) -> ProcessPoolExecutor:
+    """A pool of compiler processes, by default one per core; each calls `prepare` first."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=prepare)
 
 
 def submit(pool: ProcessPoolExecutor, of: Iterable[Compilation]) -> dict[Compilation, Future[Code]]:

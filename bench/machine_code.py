@@ -134,7 +134,7 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-class _Pointer:
+class Pointer:
     """Stands for a tensor in Triton's binder, with the tensor's dtype and the alignment of its first element."""
 
     def __init__(self, tensor: torch.Tensor):
@@ -154,7 +154,7 @@ def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
     kernel = launch.kernel
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     backend = make_backend(gpu)
-    arguments = {k: _Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
+    arguments = {k: Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
     keywords = {**launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = binder(**arguments, **keywords)

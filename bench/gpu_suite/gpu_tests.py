@@ -52,10 +52,7 @@ GROUPS = (
 )
 """In order of worth; as many run at once as there are cores, up to `AT_ONCE`."""
 
-TINY = (
-    Group("offsets", ("attention",), "offsets_may_be_strided"),
-    Group("weights", ("on_device",), "change_of_weights"),
-)
+TINY = (Group("both", ("attention", "on_device"), "may_be_strided or (a_forward and not bfloat and not avg)"),)
 AT_ONCE = 9
 
 

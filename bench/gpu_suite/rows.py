@@ -149,20 +149,20 @@ def embedding(s: Setting) -> Case:
     )
 
 
+def cases_of(s: Setting) -> Iterator[Callable[[], Case]]:
+    """Every case at one size."""
+    for scaled, residual, backward in ((0, 0, 0), (0, 1, 0), (1, 1, 0), (0, 1, 1)):
+        yield partial(tal_layer_norm, s, bool(scaled), bool(residual), bool(backward))
+    for name, (function, n_rows_read, width) in ELEMENTWISE.items():
+        yield partial(elementwise, s, name, function, n_rows_read, width * s.channels)
+    yield partial(embedding, s)
+
+
 def cases(device: torch.device) -> Iterator[Callable[[], Case]]:
     """Every case at the smallest and the largest model."""
     found = models(device)
-    for s in (found[0], found[-1]) if len(found) > 1 else found:
-        for scaled, residual, backward in (
-            (False, False, False),
-            (False, True, False),
-            (True, True, False),
-            (False, True, True),
-        ):
-            yield partial(tal_layer_norm, s, scaled, residual, backward)
-        for name, (function, n_rows_read, width) in ELEMENTWISE.items():
-            yield partial(elementwise, s, name, function, n_rows_read, width * s.channels)
-        yield partial(embedding, s)
+    for s in dict.fromkeys((found[0], found[-1])):
+        yield from cases_of(s)
 
 
 def run(context: Context) -> list[str]:

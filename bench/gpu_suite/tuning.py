@@ -53,20 +53,25 @@ def case(s: Setting, target: str, bound: int, field: str, values: tuple) -> Case
     )
 
 
+def settings(device: torch.device, target: str) -> Iterator[tuple[Setting, int, str]]:
+    """Sizes, bound of the head dimension and field of every entry that the chip has."""
+    for bound, field in tunable(target):
+        dtype, head_dim = (torch.float32, 64) if bound == FLOAT32 else (torch.bfloat16, bound)
+        heads = setting.HEADS.get(head_dim, 4)
+        for n in SEQLENS[field]:
+            yield Setting(f"L {n}, D {head_dim}", device, dtype, ((8192 // n, n),), heads, head_dim), bound, field
+
+
 def cases(device: torch.device) -> Iterator[Callable[[], Case]]:
-    """Every entry that the chip has; in the interpreter one."""
+    """Every entry that the chip has; in the interpreter two."""
     target = target_of(device).name
     if device.type == "cpu":
         small = setting.attentions(device)[0]
         yield partial(case, small, target, 64, "streaming", ((32, 64, 4, 1),))
         yield partial(case, small, target, FLOAT32, "streaming", ((32, 64, 4),))
         return
-    for bound, field in tunable(target):
-        dtype, head_dim = (torch.float32, 64) if bound == FLOAT32 else (torch.bfloat16, bound)
-        for n in SEQLENS[field]:
-            groups = ((8192 // n, n),)
-            s = Setting(f"L {n}, D {head_dim}", device, dtype, groups, setting.HEADS.get(head_dim, 4), head_dim)
-            yield partial(case, s, target, bound, field, CANDIDATES[bound, field])
+    for s, bound, field in settings(device, target):
+        yield partial(case, s, target, bound, field, CANDIDATES[bound, field])
 
 
 def winners(rows: list[dict]) -> list[dict]:

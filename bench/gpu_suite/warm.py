@@ -1,55 +1,121 @@
 """Compiles kernels on all cores before they are needed, into Triton's cache on disk.
 
-Triton finds a kernel there by its source, the types and alignments of its arguments, its constants, options and chip,
-so compiling a launch recorded on fake tensors serves the real launch (`tests/aot` shows this). Warmed are our
-attention, norm and embedding kernels at the sizes of the steps `model`, `attention`, `rows`, `profile` and `tuning`.
-Not warmed are the kernels of the tests, whose sizes are many, and those that TorchInductor makes for peers. Every
-step's result says in "compilations" what it found in the cache and what it compiled anew.
+The steps' own calls run with few sequences on CPU tensors, where launches are recorded instead of run. Triton finds a
+kernel in its cache by its source, the types and alignments of its arguments, its constants, options and chip, so
+compiling a recorded launch serves the real one (`tests/aot/test_warm.py`). Warmed are our kernels of the steps `model`,
+`attention`, `rows`, `profile` and `tuning`. Not warmed are those of the tests, whose sizes are many, and those that
+TorchInductor makes for peers. Every step's result says in "compilations" what was in the cache and what was not.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import as_completed
-from itertools import product
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from bench import gpu_launches
-from bench.gpu_choices import CANDIDATES, FLOAT32, SEQLENS, Override, is_backward, tunable
-from bench.gpu_launches import Case
-from bench.gpu_suite import setting
+from bench.gpu_choices import CANDIDATES, FLOAT32
+from bench.gpu_launches import asked_of_compiler
+from bench.gpu_suite import attention, model, rows, setting, tuning
 from bench.gpu_suite.measure import one_line
+from bench.gpu_suite.setting import Setting
 from bench.gpu_suite.step import Context
-from revit_fast.kernels.launch import TARGETS
+from bench.machine_code import compile_launch
+from revit_fast.inference import cuda_graphs
+from revit_fast.kernels.launch import TARGETS, Launch, record
+from revit_fast.ops import _triton
 
-DIRECTIONS = ("fwd", "bwd")
+CUDA = torch.device("cuda")
 
 
-def cases(target: str) -> list[Case]:
+def _model(s: Setting, target: str) -> None:
+    work = model.Work(s)
+    for fast in (False, True):
+        model.ours(work, fast)(0)
+    model.step(work.model, work.model, work.packs[0])
+
+
+def _attention(s: Setting, target: str) -> None:
+    for backward in (False, True):
+        attention.case(s, backward, {"ours": attention.peers(s)["ours"]}).candidates["ours"]()(0)
+
+
+def _rows(s: Setting, target: str) -> None:
+    for build in rows.cases_of(s):
+        build().candidates["ours"]()(0)
+
+
+def _tuning(s: Setting, target: str, bound: int, field: str, value: tuple | int | None) -> None:
+    for build in tuning.case(s, target, bound, field, (value,)).candidates.values():
+        build()(0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call whose launches are compiled.
+
+    Attributes:
+        run: does what a step does, with a setting, the chip's name and `rest`.
+        setting: sizes on the CPU.
+        rest: further arguments.
+    """
+
+    run: Callable[..., None]
+    setting: Setting
+    rest: tuple = ()
+
+    def launches(self, target: str) -> list[Launch]:
+        """What the call would launch on a chip. The Triton kernels must serve CPU tensors, see `serve_cpu_tensors`."""
+        with record(target) as launches:
+            self.run(self.setting, target, *self.rest)
+        return launches
+
+
+def small(s: Setting, n_sequences: int = 1) -> Setting:
+    """The same widths and lengths on the CPU, with few sequences and one block."""
+    groups = tuple((n_sequences, n) for _, n in s.groups)
+    return replace(s, device=torch.device("cpu"), groups=groups, depth=1, n_sets=1, compiled=False)
+
+
+def calls(target: str) -> list[Call]:
     """What the later steps call, in their order."""
-    found = []
-    for s in setting.models(torch.device("cuda")):
-        for direction in DIRECTIONS:
-            for n in (n for _, n in s.groups):
-                found.append(Case("attention", direction, "bf16", s.head_dim, n, heads=s.heads))
-            rows = [Case(op, direction, "bf16", s.channels) for op in ("layer_norm", "patch_embed")]
-            found += [*rows, Case("layer_norm", direction, "bf16", s.channels, variant="residual")]
-    for s, direction in product(setting.attentions(torch.device("cuda")), DIRECTIONS):
-        found.append(Case("attention", direction, "bf16", s.head_dim, s.seqlens[0], heads=s.heads))
-    return list(dict.fromkeys(found)) + tuning_cases(target)
+    models = list(dict.fromkeys(small(replace(s, name="")) for s in setting.models(CUDA)))
+    found = [Call(run, s) for s in models for run in (_model, _attention, _rows)]
+    found += [Call(_attention, small(s)) for s in setting.attentions(CUDA)]
+    for s, bound, field in tuning.settings(CUDA, target):
+        found += [Call(_tuning, small(s), (bound, field, value)) for value in CANDIDATES[bound, field]]
+    return found
 
 
-def tuning_cases(target: str) -> list[Case]:
-    """Every candidate of the tuning, at each length that it matters for."""
-    found = []
-    for bound, field in tunable(target):
-        dtype, head_dim = ("fp32", 64) if bound == FLOAT32 else ("bf16", bound)
-        heads = setting.HEADS.get(head_dim, 4)
-        for value, seqlen in product(CANDIDATES[bound, field], SEQLENS[field]):
-            direction = "bwd" if is_backward(field) else "fwd"
-            override = Override(bound, field, value)
-            found.append(Case("attention", direction, dtype, head_dim, seqlen, heads=heads, override=override))
+def serve_cpu_tensors() -> None:
+    """Makes the ops launch Triton kernels for CPU tensors, for the rest of this process."""
+    _triton.register("CPU")
+    cuda_graphs.BACKENDS["cpu"] = cuda_graphs.DirectCalls
+
+
+@lru_cache(maxsize=64)
+def _launches(call: Call, target: str) -> list[Launch]:
+    return call.launches(target)
+
+
+def _compile(call: Call, target: str, index: int) -> float:
+    """Compiles one launch of a call in a worker; returns the seconds that took."""
+    launch = _launches(call, target)[index]
+    begin = time.monotonic()
+    compile_launch(launch, TARGETS[target])
+    return time.monotonic() - begin
+
+
+def distinct(of: list[Call], target: str) -> dict[tuple, tuple[Call, int]]:
+    """Every launch once: what the compiler is asked -> a call and the launch's place in it."""
+    found: dict[tuple, tuple[Call, int]] = {}
+    for call in of:
+        for index, launch in enumerate(call.launches(target)):
+            found.setdefault(asked_of_compiler(launch), (call, index))
     return found
 
 
@@ -58,43 +124,43 @@ def target_here() -> tuple[str | None, str]:
     major, minor = torch.cuda.get_device_capability()
     name = f"sm_{major}{minor}"
     if torch.version.hip or name not in TARGETS:
-        return None, f"{name} has no launches of its own: kernels are compiled when they are first called"
+        return None, f"{name} has no launches of its own: kernels are compiled when they are first called."
     return name, ""
 
 
 def run(context: Context) -> list[str]:
-    """The step; without a GPU it compiles two calls for an H200."""
+    """The step; without a GPU it compiles two candidates of the tuning for compute capability 9.0."""
+    target = "sm_90"
     if context.on_gpu:
         context.require_device()
         target, why = target_here()
         context.keep(target=target, why=why)
         if target is None:
             return []
-        wanted = cases(target)
-    else:
-        target, wanted = "sm_90", [Case("layer_norm", "fwd", "bf16", 384), Case("patch_embed", "fwd", "bf16", 384)]
     begin = time.monotonic()
-    compilations = gpu_launches.compilations(wanted, [target])
-    context.say(f"{len(compilations)} launches of {len(wanted)} calls, listed in {time.monotonic() - begin:.1f} s")
+    serve_cpu_tensors()
+    wanted = calls(target) if context.on_gpu else [c for c in calls(target) if c.rest[:2] == (FLOAT32, "streaming")][:1]
+    launches = distinct(wanted, target)
+    context.say(f"{len(launches)} launches of {len(wanted)} calls, listed in {time.monotonic() - begin:.1f} s")
     seconds: list[float] = []
     failures: list[str] = []
 
     def keep() -> None:
-        context.keep(target=target, launches=len(compilations), compiled=len(seconds), compiler_s=sum(seconds))
+        counts = {"launches": len(launches), "compiled": len(seconds), "compiler_s": sum(seconds)}
+        context.keep(target=target, **counts, wall_s=time.monotonic() - begin)
 
     keep()
-    with gpu_launches.pool() as pool:
-        futures = {pool.submit(gpu_launches.Compilation.warm, c): c for c in compilations}
+    with gpu_launches.pool(None if context.on_gpu else 1, serve_cpu_tensors) as pool:
+        futures = {pool.submit(_compile, call, target, index): call for call, index in launches.values()}
         for done in as_completed(futures):
+            call = futures[done]
             try:
                 seconds.append(done.result())
-            except Exception as error:  # the kernel's own call will say so too
-                override = futures[done].case.override
-                line = f"{futures[done]}{f' {override}' if override else ''}: {one_line(error)}"
+            except Exception as error:  # a call of the kernel will say so too
+                line = f"{call.setting.name} {call.rest}: {one_line(error)}"
                 context.say(line)
-                failures += [] if override else [line]
+                failures += [] if call.rest else [line]  # a candidate of the tuning may fail
             if len(seconds) % 20 == 0:
                 keep()
-    context.keep(wall_s=time.monotonic() - begin)
     keep()
     return failures
