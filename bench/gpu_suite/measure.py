@@ -71,7 +71,7 @@ def errors_of(outputs: Outputs | Tensor, same_dtype: Outputs, truth: Outputs) ->
 
 
 def one_line(error: Exception) -> str:
-    text = (str(error).strip() or "no message").split("\n")[0][:200]
+    text = (str(error).strip() or "no message").split("\n")[0][:160]
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,12 @@ class Work:
     """Our model, timm's with the same weights, and sets of images. Without timm `vit` is None; `missing` says why."""
 
     def __init__(self, s: Setting) -> None:
-        self.s, self.vit, self.missing = s, None, ""
+        self.s, self.vit, self.missing = s, None, None
         try:
             self.vit = make_vit(s)
             self.model = rf.ReViT.from_timm(self.vit, grids=s.grids).eval()
         except ImportError as error:
-            self.missing = f"{type(error).__name__}: {error}"
+            self.missing = error
             torch.manual_seed(0)
             shape = {"grids": s.grids, "patch_size": s.patch, "embed_dim": s.channels, "depth": s.depth}
             self.model = redrawn(rf.ReViT(**shape, num_heads=s.heads), s)
@@ -64,7 +64,7 @@ class Work:
     def timm(self) -> nn.Module:
         """timm's model, for candidates that need it."""
         if self.vit is None:
-            raise ImportError(self.missing)
+            raise self.missing
         return self.vit
 
     @property
@@ -74,15 +74,20 @@ class Work:
         blocks = 24 * s.channels**2 * s.n_tokens + 4 * sum(n * n for n in s.seqlens) * s.channels
         return s.depth * blocks + 2 * (s.n_tokens - len(s.seqlens)) * 3 * s.patch**2 * s.channels
 
-    @lru_cache(maxsize=2)  # noqa: B019 — a Work lives as long as its case
-    def logits(self, dtype: torch.dtype) -> Outputs:
-        """Logits of the first set: by timm, or by the plain definition where timm is missing."""
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of the first set and the parameters that they come from: by timm, or by the definition without it."""
         groups = [group.to(dtype) for group in self.images[0]]
+        if self.vit is not None:
+            vit = copy.deepcopy(self.vit).to(dtype)
+            return by_length(vit, groups), dict(vit.named_parameters())
+        state = {name: t.detach().to(dtype).requires_grad_() for name, t in self.model.state_dict().items()}
+        logits = [dense_vit.logits(self.model.spec, state, image) for group in groups for image in group]
+        return torch.stack(logits), {name: state[name] for name, _ in self.model.named_parameters()}
+
+    def logits(self, dtype: torch.dtype) -> Outputs:
+        """Logits of the first set."""
         with torch.no_grad():
-            if self.vit is not None:
-                return (by_length(copy.deepcopy(self.vit).to(dtype), groups),)
-            state = {name: t.to(dtype) for name, t in self.model.state_dict().items()}
-            return (torch.stack([dense_vit.logits(self.model.spec, state, image) for g in groups for image in g]),)
+            return (self.plain(dtype)[0],)
 
 
 def by_length(vit: nn.Module, groups: list[Tensor]) -> Tensor:
@@ -164,20 +169,22 @@ def ours(work: Work, fast: bool) -> Run:
     return lambda turn: model(work.packs[turn % work.s.n_sets])
 
 
-def forward_case(s: Setting, with_compiled: bool) -> Case:
-    """One forward pass, all peers that need no compiler, or those that do."""
+COMPILED: dict[str, Callable[[Work], Forward]] = {
+    "timm's modules packed, torch varlen, compiled": lambda work: compiled(
+        work.s, packed_with(work, "torch.nn.attention.varlen")
+    ),
+    "timm by length, compiled": lambda work: by_length_compiled(work),
+    "timm's modules packed, FlexAttention": lambda work: packed_with(work, "FlexAttention"),
+}
+"""Peers that take long to build: each has a case of its own, so that what was timed before it is kept."""
+
+
+def forward_case(s: Setting, slow_peer: str | None = None) -> Case:
+    """A forward pass beside all peers that need no compiler, or beside one that does."""
     work = Work(s)
-    on_gpu = s.device.type == "cuda"
     candidates: dict[str, Callable[[], Run]] = {BASE: lambda: ours(work, True)}
-    if with_compiled:
-        whole = {
-            "timm's modules packed, torch varlen, compiled": lambda: compiled(
-                s, packed_with(work, "torch.nn.attention.varlen")
-            ),
-            "timm by length, compiled": lambda: by_length_compiled(work),
-        }
-        candidates |= {name: partial(eager, work, make) for name, make in whole.items()}
-        makers = {"timm's modules packed, FlexAttention": lambda: packed_with(work, "FlexAttention")}
+    if slow_peer:
+        makers = {slow_peer: partial(COMPILED[slow_peer], work)}
     else:
         candidates["ours, eager"] = lambda: ours(work, False)
         makers = {
@@ -191,11 +198,11 @@ def forward_case(s: Setting, with_compiled: bool) -> Case:
         }
     for name, make in makers.items():
         candidates[name] = partial(eager, work, make)
-        if on_gpu:
+        if s.device.type == "cuda" and not name.endswith("compiled"):  # these replay graphs of their own
             candidates[f"{name}, CUDA graph"] = partial(from_graph, work, make)
     return Case(
         "Whole model",
-        f"{s.name}{', compiled peers' if with_compiled else ''}",
+        f"{s.name}, beside {slow_peer}" if slow_peer else s.name,
         candidates,
         truth=lambda: work.logits(torch.float64),
         same_dtype=lambda: work.logits(s.dtype),
@@ -211,13 +218,16 @@ def by_length_compiled(work: Work) -> Forward:
     return lambda groups: torch.cat([vit(group) for group in groups])
 
 
-def step(net: nn.Module, forward: Callable, inputs: object) -> Outputs:
+def gradients(logits: Tensor, parameters: dict[str, Tensor]) -> Outputs:
     """Computes all gradients of a training step and returns those of parameters that every candidate has."""
-    names, parameters = zip(*net.named_parameters(), strict=True)
-    logits = forward(inputs)
     loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    grads = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    grads = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
     return tuple(grads[name] for name in WATCHED)
+
+
+def step(net: nn.Module, forward: Callable, inputs: object) -> Outputs:
+    """The forward and the backward pass of a batch."""
+    return gradients(forward(inputs), dict(net.named_parameters()))
 
 
 def training_case(s: Setting) -> Case:
@@ -228,10 +238,6 @@ def training_case(s: Setting) -> Case:
         vit = work.timm()
         return lambda turn: step(vit, partial(function, vit), work.images[turn % s.n_sets])
 
-    def plain(dtype: torch.dtype) -> Outputs:
-        vit = copy.deepcopy(work.timm()).to(dtype)
-        return step(vit, partial(by_length, vit), [group.to(dtype) for group in work.images[0]])
-
     return Case(
         "Training step",
         s.name,
@@ -240,8 +246,8 @@ def training_case(s: Setting) -> Case:
             "timm by length": partial(by_timm, by_length),
             "timm padded and masked": partial(by_timm, padded),
         },
-        truth=lambda: plain(torch.float64),
-        same_dtype=lambda: plain(s.dtype),
+        truth=lambda: gradients(*work.plain(torch.float64)),
+        same_dtype=lambda: gradients(*work.plain(s.dtype)),
         n_flops=3 * work.n_flops,
         whole_calls=True,
         facts={"dtype": str(s.dtype)[6:], "images": len(s.seqlens), "tokens": s.n_tokens},
@@ -249,12 +255,13 @@ def training_case(s: Setting) -> Case:
 
 
 def cases(device: torch.device) -> Iterator[Callable[[], Case]]:
-    """Every model without compilers, a training step, then every model beside what takes long to compile."""
+    """Every model beside peers that are built at once, a training step, then every model beside those that are not."""
     for s in models(device):
-        yield partial(forward_case, s, False)
+        yield partial(forward_case, s)
     yield partial(training_case, models(device)[0])
     for s in models(device):
-        yield partial(forward_case, s, True)
+        for peer in COMPILED:
+            yield partial(forward_case, s, peer)
 
 
 def run(context: Context) -> list[str]:

@@ -58,6 +58,6 @@ def run(context: Context) -> list[str]:
                 failures.append(f"{s.name}: {one_line(error)}")
             context.keep(profiles=profiles)
     context.say("the host's part of a call")
-    rounds, device = (100, "cuda") if context.on_gpu else (1, "meta")
+    rounds, device = (40, "cuda") if context.on_gpu else (1, "meta")
     context.keep(host_ms=gpu_host.measure(rounds, device), host_device=device)
     return failures

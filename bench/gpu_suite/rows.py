@@ -30,7 +30,7 @@ def elementwise(s: Setting, name: str, function: Function, n_rows_read: int, hid
         return function(*(t.to(dtype) for t in (*sets[0], vector)))
 
     candidates = {"ours": lambda: build(function)}
-    if s.compiled:
+    if s.compiled and name in COMPILED:
         candidates["torch.compile"] = lambda: build(torch.compile(function, dynamic=False))
     n_bytes = (n_rows_read + 1) * sets[0][0].nbytes
     return _case(s, name, candidates, plain, n_bytes)
@@ -56,6 +56,9 @@ ELEMENTWISE = {
     "layer scale and residual": (lambda x, y, gamma: (x + y * gamma,), 2, 1),
 }
 """name -> (function as the model runs it, tensors read, columns in units of C)."""
+
+COMPILED = ("GELU of the hidden rows", "layer scale and residual")
+"""Those that are compiled too; that takes seconds."""
 
 
 def tal_layer_norm(s: Setting, scaled: bool, residual: bool, backward: bool) -> Case:
@@ -104,7 +107,7 @@ def tal_layer_norm(s: Setting, scaled: bool, residual: bool, backward: bool) -> 
     wrap = backward_of if backward else forward_of
     parts = [*(["layer scale"] if scaled else []), *(["residual"] if residual else []), "TAL-LN"]
     candidates = {"ours": lambda: wrap(ours), "PyTorch by length": lambda: wrap(plain)}
-    if s.compiled and not backward:
+    if s.compiled and scaled:
         candidates["PyTorch by length, torch.compile"] = lambda: wrap(torch.compile(plain, dynamic=False))
     return _case(
         s,

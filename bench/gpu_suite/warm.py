@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -110,15 +110,6 @@ def _compile(call: Call, target: str, index: int) -> float:
     return time.monotonic() - begin
 
 
-def distinct(of: list[Call], target: str) -> dict[tuple, tuple[Call, int]]:
-    """Every launch once: what the compiler is asked -> a call and the launch's place in it."""
-    found: dict[tuple, tuple[Call, int]] = {}
-    for call in of:
-        for index, launch in enumerate(call.launches(target)):
-            found.setdefault(asked_of_compiler(launch), (call, index))
-    return found
-
-
 def target_here() -> tuple[str | None, str]:
     """The chip whose launches can be compiled beforehand, or None and why there is none."""
     major, minor = torch.cuda.get_device_capability()
@@ -140,18 +131,23 @@ def run(context: Context) -> list[str]:
     begin = time.monotonic()
     serve_cpu_tensors()
     wanted = calls(target) if context.on_gpu else [c for c in calls(target) if c.rest[:2] == (FLOAT32, "streaming")][:1]
-    launches = distinct(wanted, target)
-    context.say(f"{len(launches)} launches of {len(wanted)} calls, listed in {time.monotonic() - begin:.1f} s")
+    keys: set[tuple] = set()
+    futures: dict[Future, Call] = {}
     seconds: list[float] = []
     failures: list[str] = []
 
     def keep() -> None:
-        counts = {"launches": len(launches), "compiled": len(seconds), "compiler_s": sum(seconds)}
+        counts = {"launches": len(futures), "compiled": len(seconds), "compiler_s": sum(seconds)}
         context.keep(target=target, **counts, wall_s=time.monotonic() - begin)
 
-    keep()
     with gpu_launches.pool(None if context.on_gpu else 1, serve_cpu_tensors) as pool:
-        futures = {pool.submit(_compile, call, target, index): call for call, index in launches.values()}
+        for call in wanted:
+            for index, launch in enumerate(call.launches(target)):
+                key = asked_of_compiler(launch)
+                if key not in keys:
+                    keys.add(key)
+                    futures[pool.submit(_compile, call, target, index)] = call
+        context.say(f"{len(futures)} launches of {len(wanted)} calls, listed in {time.monotonic() - begin:.1f} s")
         for done in as_completed(futures):
             call = futures[done]
             try:
