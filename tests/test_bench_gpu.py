@@ -87,6 +87,9 @@ def test_the_list_of_steps_fits_a_quarter_of_an_hour():
     done = run("--list")
     assert [line.split()[0] for line in done.stdout.splitlines()] == [*(step.name for step in STEPS), "sum"]
     assert sum(step.minutes for step in STEPS) <= 12
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for step in STEPS:
+        assert f"| {step.name} | {step.minutes} |" in page
 
 
 PARTWAY = """

@@ -40,7 +40,7 @@ def end_group(process: subprocess.Popen) -> None:
 def run_step(step: Step, out: Path, device: str, limit_s: float) -> dict:
     """Runs one step and says how it went: state, seconds, last lines of its output."""
     command = [sys.executable, "-m", "bench.gpu_suite.step", step.name, step.function, "--out", str(out)]
-    command += ["--device", device, "--budget-s", f"{SHARE * limit_s:.1f}"]
+    command += ["--device", device, "--until", f"{time.time() + SHARE * limit_s:.1f}"]
     begin = time.monotonic()
     lines: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(

@@ -30,12 +30,12 @@ class Context:
         name: name of the step.
         out: folder of the results.
         device: "cuda" or "interpreter".
-        budget_s: seconds after which the step should begin nothing more.
+        until: time (of `time.time`) after which the step should begin nothing more. The program's start counts too.
     """
 
-    def __init__(self, name: str, out: Path, device: str, budget_s: float) -> None:
+    def __init__(self, name: str, out: Path, device: str, until: float) -> None:
         self.begin = time.monotonic()
-        self.budget_s = budget_s
+        self.until = until
         self.on_gpu = device == "cuda"
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
         self.path = out / f"{name}.json"
@@ -82,8 +82,8 @@ class Context:
         print(f"[{time.monotonic() - self.begin:6.1f} s] {text}", flush=True)
 
     def left_s(self) -> float:
-        """Seconds of the budget that are left."""
-        return self.budget_s - (time.monotonic() - self.begin)
+        """Seconds that are left."""
+        return self.until - time.time()
 
     def keep(self, **content: Any) -> None:
         """Writes the results so far."""
@@ -98,9 +98,9 @@ def main() -> int:
     parser.add_argument("function", help="module:function")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", required=True)
-    parser.add_argument("--budget-s", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True)
     options = parser.parse_args()
-    context = Context(options.name, options.out, options.device, options.budget_s)
+    context = Context(options.name, options.out, options.device, options.until)
     context.keep()
     module, _, function = options.function.partition(":")
     failures = getattr(importlib.import_module(module), function)(context)
