@@ -101,10 +101,10 @@ def good(context):
 
 def hang(context):
     context.keep(found=2)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     context.keep(child=child.pid)
     print("going to hang", flush=True)
-    time.sleep(600)
+    time.sleep(60)
 
 def crash(context):
     context.keep(found=3)
