@@ -18,6 +18,7 @@ import torch
 import triton
 
 from bench import gpu_launches
+from bench.files import replace_section
 from bench.gpu_launches import Compilation, schedule_of
 from bench.machine_code import Code
 from revit_fast.io.atomic import replaced
@@ -65,21 +66,6 @@ def report_codes(report: Report, codes: dict[Compilation, Future[Code]]) -> None
     report(_header(CODE_HEADER))
     for compilation, future in codes.items():
         report(code_row(compilation, future.result()))
-
-
-def replace_section(page: Path, lines: Sequence[str]) -> None:
-    """Replaces the text between the two marks of a page by a report.
-
-    Raises:
-        ValueError: if the page does not contain each of `MARKS` exactly once.
-    """
-    text = page.read_text()
-    for mark in MARKS:
-        if text.count(mark) != 1:
-            raise ValueError(f"{page}: expected the mark {mark} once, found it {text.count(mark)} times")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    section = "\n".join([MARKS[0], *lines, MARKS[1]])
-    _write(page, f"{before}{section}{after}".encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -140,7 +126,7 @@ def main() -> None:
         if args.emit:
             emit(args.emit, codes)
     if args.docs:
-        replace_section(args.docs, lines)
+        replace_section(args.docs, MARKS, lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 import revit_fast as rf
 from bench.report import RESULTS, header_line, machine_header, spread_ms, write
-from bench.turns import take_turns
+from bench.turns import HostClock, WallClock, take_turns
 from revit_fast.inference import cuda_graphs
 from revit_fast.inference.cuda_graphs import bucket_of, write_index
 from revit_fast.packing import PackedBatch, PackPlan
@@ -73,7 +73,7 @@ def parts(model: rf.ReViT, mix: str, n_turns: int) -> dict[str, Callable[[int], 
             batch.plan._kept.clear()
         return made
 
-    on_host, on_device = batches(0, host_rows), batches(1, host_rows.to("meta"))
+    on_host, on_device = batches(0, host_rows), batches(1, host_rows.to(model.pos_embed.device))
     plans = [batch.plan for batch in batches(2, host_rows)]
     graphs = fast._graphs.value
     key = next(reversed(graphs.graphs))
@@ -112,14 +112,15 @@ def parts(model: rf.ReViT, mix: str, n_turns: int) -> dict[str, Callable[[int], 
     }
 
 
-def measure(rounds: int) -> dict[str, dict[str, tuple[float, list[float]]]]:
-    """Median and quartiles in ms of every part, for every kind of mix."""
+def measure(rounds: int, device: str = "meta") -> dict[str, dict[str, tuple[float, list[float]]]]:
+    """Median and quartiles in ms of every part, for every kind of mix; on "cuda" the driver's calls are in it."""
     cuda_graphs.BACKENDS["meta"] = NothingToReplay
-    with torch.device("meta"):
+    with torch.device(device):
         model = rf.ReViT(grids=GRIDS, patch_size=16, embed_dim=384, depth=12, num_heads=6).eval()
+    clock = HostClock() if device == "cuda" else WallClock()
     results = {}
     for mix in MIXES:
-        samples = take_turns(parts(model, mix, rounds), rounds)
+        samples = take_turns(parts(model, mix, rounds), rounds, clock=clock)
         results[mix] = {name: spread_ms(seconds) for name, seconds in samples.items()}
     return results
 

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
-from bench.machine_code import Code, compile_launch
+from bench.machine_code import Code, code_of
 from revit_fast.kernels.launch import TARGETS, Launch, Target, record
 from revit_fast.ops import _triton
 from revit_fast.packing import work_list
@@ -174,8 +174,8 @@ class Compilation:
         return _launches(self.case, self.target)[self.index]
 
     def compile(self) -> Code:
-        """Compiles the launch."""
-        return compile_launch(self.launch, TARGETS[self.target])
+        """Compiles the launch and reads its machine code."""
+        return code_of(self.launch, TARGETS[self.target])
 
 
 @lru_cache(maxsize=4096)
@@ -222,9 +222,10 @@ def schedule_of(launch: Launch) -> str:
     return "short" if constants.get("KEY_PARTS") is not None else "streaming"
 
 
-def pool(jobs: int | None = None) -> ProcessPoolExecutor:
-    """A pool of compiler processes, by default one per core."""
-    return ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+def pool(jobs: int | None = None, prepare: Callable[[], None] | None = None) -> ProcessPoolExecutor:
+    """A pool of compiler processes, by default one per core; each calls `prepare` first."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context, initializer=prepare)
 
 
 def submit(pool: ProcessPoolExecutor, of: Iterable[Compilation]) -> dict[Compilation, Future[Code]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler import compile as compile_source
 from triton.runtime.jit import create_function_from_signature
 
@@ -141,7 +141,7 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-class _Pointer:
+class Pointer:
     """Stands for a tensor in Triton's binder, with the tensor's dtype and the alignment of its first element."""
 
     def __init__(self, tensor: torch.Tensor):
@@ -156,21 +156,26 @@ class _Pointer:
         return self._n_bytes
 
 
-def compile_launch(launch: Launch, target: Target) -> Code:
-    """Compiles a launch as Triton does on the first call on that chip."""
+def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
+    """Compiles a launch as Triton does on the first call on that chip; that call then finds it in the cache on disk."""
     kernel = launch.kernel
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     backend = make_backend(gpu)
-    arguments = {k: _Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
+    arguments = {k: Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
     keywords = {**launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = binder(**arguments, **keywords)
     options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, None)
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = compile_source(source, target=gpu, options=options.__dict__)
+    return compile_source(source, target=gpu, options=options.__dict__)
+
+
+def code_of(launch: Launch, target: Target) -> Code:
+    """Compiles a launch and reads its machine code."""
+    compiled = compile_launch(launch, target)
     read = _read_hip if target.backend == "hip" else _read_cuda
     common: dict[str, Any] = {
-        "kernel": kernel.__name__,
+        "kernel": launch.kernel.__name__,
         "target": target,
         "num_warps": compiled.metadata.num_warps,
         "shared_bytes": compiled.metadata.shared,

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import revit_fast
+from bench.files import write_file
 from revit_fast.environment import cpu_name
-from revit_fast.io.atomic import replaced
 from revit_fast.io.memory import keep_freed_pages
 from revit_fast.ops import _library
 
@@ -50,7 +50,5 @@ def header_line(header: dict) -> str:
 
 def write(name: str, header: dict, content: dict, table: str, folder: Path = RESULTS) -> None:
     """Writes `name`.json and `name`.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps({"machine": header, **content}, indent=1)), (".md", table)):
-        with replaced(folder / f"{name}{suffix}") as unfinished:
-            unfinished.write_text(text)
+    write_file(folder / f"{name}.json", json.dumps({"machine": header, **content}, indent=1))
+    write_file(folder / f"{name}.md", table)

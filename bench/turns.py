@@ -49,6 +49,26 @@ class DeviceClock:
         return begin.elapsed_time(end) / 1e3
 
 
+class HostClock(WallClock):
+    """Seconds on the host until a call returns; the GPU is idle at its beginning, so that the call need not wait."""
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        return super().seconds(run)
+
+
+class CallClock(DeviceClock):
+    """Seconds on the host from a call to the end of its work on a GPU that was idle; the L2 is overwritten before."""
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        self.flush.zero_()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
 def take_turns(
     candidates: dict[str, Callable[[int], object]],
     rounds: int,

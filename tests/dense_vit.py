@@ -35,6 +35,7 @@ def logits(spec, state, image):
     table = state["pos_embed"][0]
     base = spec.embed.positions.base_grid
     positions = table[n_positioned:]
+    positions = positions.to(torch.promote_types(positions.dtype, torch.float32))  # resampling has no 16-bit kernel
     patches = patches + resample(positions, base, grid).to(patches.dtype)
     tokens = [state[f"{name}_token"][0] for name in ("cls", "dist", "reg") if f"{name}_token" in state]
     if tokens:

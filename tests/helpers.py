@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.error_rule import assert_as_accurate
 from revit_fast.ops import _library
 from revit_fast.packing import cumulative
 
@@ -56,29 +57,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale:
 def to_float64(value):
     """Floating tensors of `value` (a tensor or anything else) in float64."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def assert_as_accurate(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str = "result") -> None:
-    """The error rule: max|ours - float64| <= 2 max|torch in the same dtype - float64| + rounding of the reference.
-
-    The rounding term is what float64 truth loses when it is rounded once to the dtype of `ours`.
-    """
-    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
-    if truth.numel() == 0:
-        return
-    assert torch.equal(torch.isinf(ours), torch.isinf(truth)), f"{what}: infinities differ from the reference"
-    finite = torch.isfinite(truth)
-    ours64, same64, truth64 = (t.double()[finite] for t in (ours, same_dtype, truth))
-    assert torch.isfinite(ours64).all(), f"{what}: {int((~torch.isfinite(ours64)).sum())} values are not finite"
-    if truth64.numel() == 0:
-        return
-    got = (ours64 - truth64).abs().max().item()
-    torch_error = (same64 - truth64).abs().max().item()
-    rounding = (truth64.to(ours.dtype).double() - truth64).abs().max().item()
-    allowed = 2 * torch_error + rounding
-    assert got <= allowed, (
-        f"{what}: max error {got:.3e}, torch {torch_error:.3e}, rounding {rounding:.3e}, allowed {allowed:.3e}"
-    )
 
 
 def check_op(

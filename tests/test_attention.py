@@ -20,7 +20,9 @@ from revit_fast.packing import work_list
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-needs_extension = pytest.mark.skipif(not _library.HAS_EXTENSION, reason="the extension is not built")
+needs_extension = pytest.mark.skipif(
+    helpers.device == "cpu" and not _library.HAS_EXTENSION, reason="the extension is not built"
+)
 cpu_only = only_on("cpu", reason="about the C++ kernels")
 triton_only = only_on("interpreter", "cuda", reason="about the Triton kernels")
 contents = only_on("cpu", reason="contents of index tensors are clamped, not checked, where reading them is a sync")

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 import pytest
 
 from bench import gpu_code
+from bench.files import replace_section
 from bench.gpu_launches import Case, compilations
 
 
@@ -39,8 +40,8 @@ def test_emit_writes_binaries_and_manifest(tmp_path):
 def test_page_is_replaced_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n" + "\nold\n".join(gpu_code.MARKS) + "\nafter\n")
-    gpu_code.replace_section(page, ["new"])
+    replace_section(page, gpu_code.MARKS, ["new"])
     assert page.read_text() == f"before\n{gpu_code.MARKS[0]}\nnew\n{gpu_code.MARKS[1]}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(ValueError, match="expected the mark"):
-        gpu_code.replace_section(page, [])
+        replace_section(page, gpu_code.MARKS, [])
