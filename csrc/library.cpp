@@ -8,6 +8,12 @@
 
 #include "cpu/kernels.h"
 
+#ifdef __linux__
+// libstdc++ asks glibc 2.32 and later whether the process has one thread, to spare atomic operations. This answer, no,
+// is the library's own, so that it can be loaded with older ones too.
+extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+#endif
+
 namespace {
 
 std::string cpu_isas() { return revit::cpu::available_isas(); }

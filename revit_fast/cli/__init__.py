@@ -134,6 +134,15 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")
     p.add_argument("--json", action="store_true", help="as a JSON object")
     p.set_defaults(command="env")
+
+    p = commands.add_parser(
+        "doctor",
+        help="say what is slow here and what mends it",
+        description="Say what is fast here and what is not, why, and what mends it. The exit code is 1 if something "
+        "can be mended.",
+    )
+    p.add_argument("--json", action="store_true", help="as a JSON array")
+    p.set_defaults(command="doctor")
     return parser
 
 
@@ -144,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default those of the process.
 
     Returns:
-        0; 1 if an image failed; 2 for a usage error or a missing package; 130 if interrupted.
+        0; 1 if an image failed or `doctor` found something to mend; 2 for a usage error or a missing package; 130 if
+        interrupted.
     """
     return run_command(build_parser(), _run, argv)
 
@@ -152,6 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     # A command imports torch, timm and Pillow here, so that --help and usage errors need not wait for them.
     command = import_module(f"revit_fast.cli.{args.command}")
-    if args.command != "env":  # `env` shows the allocator in its original state
+    if args.command not in ("env", "doctor"):  # they show the allocator in its original state
         keep_freed_pages()
     return command.run(args)

@@ -97,6 +97,11 @@ def keep_freed_pages() -> bool:
     return _keeps
 
 
+def controls_allocator() -> bool:
+    """Whether tensors come from glibc's allocator, the one that `keep_freed_pages` has a say in."""
+    return _glibc() is not None
+
+
 def allocator_state() -> str:
     """One line that says whether the allocator keeps freed pages, and what would change that."""
     if _keeps:
