@@ -201,7 +201,7 @@ class TestGpu:
             raise ImportError("Triton is not installed")
 
         monkeypatch.setattr(_backends, "require_triton", missing)
-        assert (found("GPU").state, found("GPU").fix) == ("slow", "pip install --upgrade triton")
+        assert (found("GPU").state, found("GPU").fix) == ("slow", 'pip install "triton>=3.6"')
 
     def test_none(self):
         assert found("GPU").state == "limit"

@@ -12,12 +12,11 @@ from typing import Literal
 
 import torch
 
-from revit_fast.cli.env import UNTRIED
 from revit_fast.environment import attempt, cpu_name, cpu_quota, huge_pages, usable_cpus
 from revit_fast.io import memory
 from revit_fast.io.jpeg import matching_decoder
 from revit_fast.ops import _backends, _library
-from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16
+from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16, cpu_untried
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _precisions() -> Iterator[Finding]:
     for dtype, native in multiplied.items():
         if not native:
             yield Finding(dtype, "limit", f"no instruction of its own ({needs[dtype]}): {effect[dtype]}")
-        elif _library.cpu_isa() in UNTRIED[dtype]:
+        elif cpu_untried(getattr(torch, dtype)):
             yield Finding(dtype, "good", "has instructions of its own; these kernels were only tested in emulation")
         else:
             yield Finding(dtype, "good", f"has instructions of its own: optimize(model, dtype=torch.{dtype})")
@@ -136,7 +135,8 @@ def _gpu() -> Finding:
     try:
         _backends.require_triton()
     except ImportError as error:
-        return Finding("GPU", "slow", str(error), "pip install --upgrade triton")
+        oldest = ".".join(map(str, _backends.OLDEST_TRITON))
+        return Finding("GPU", "slow", str(error), f'pip install "triton>={oldest}"')
     from revit_fast.kernels.launch import target_of
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

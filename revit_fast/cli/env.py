@@ -12,16 +12,12 @@ from revit_fast.environment import attempt, versions
 from revit_fast.io.jpeg import matching_decoder
 from revit_fast.io.memory import allocator_state
 from revit_fast.ops import _library
-from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16
-
-UNTRIED = {"bfloat16": ("amx",), "int8": ("amx", "avxvnni")}
-"""Instruction sets whose products of a dtype were never executed on hardware before a release, only in emulation."""
+from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16, cpu_untried
 
 
-def products(dtype: str, multiplied: bool, otherwise: str) -> str:
+def products(dtype: torch.dtype, multiplied: bool, otherwise: str) -> str:
     """How the CPU kernels multiply with weights of a dtype."""
-    untried = _library.cpu_isa() in UNTRIED[dtype]
-    said = ", by kernels that were tested in emulation and never executed on hardware" if untried else ""
+    said = ", by kernels that were tested in emulation and never executed on hardware" if cpu_untried(dtype) else ""
     return ("multiplied" if multiplied else f"widened to {otherwise}") + said
 
 
@@ -43,8 +39,8 @@ def environment() -> dict[str, Any]:
         "extension": _library.HAS_EXTENSION,
         "isa": attempt(_library.cpu_isa),
         "isas": attempt(_library.cpu_isas, []),
-        "bfloat16": attempt(lambda: products("bfloat16", cpu_multiplies_bf16(), "float32")),
-        "int8": attempt(lambda: products("int8", cpu_integer_depths() == 4, "int16")),
+        "bfloat16": attempt(lambda: products(torch.bfloat16, cpu_multiplies_bf16(), "float32")),
+        "int8": attempt(lambda: products(torch.int8, cpu_integer_depths() == 4, "int16")),
         "attention": {d: name for d, (key, name) in backends.items() if attempt(lambda key=key: has_kernel(key))},
         "cuda": attempt(gpu_names, []),
     }

@@ -69,6 +69,12 @@ def cpu_integer_depths() -> int:
     return torch.ops.revit_fast.cpu_integer_depths() if _library.HAS_EXTENSION else 2
 
 
+def cpu_untried(dtype: torch.dtype) -> bool:
+    """Whether products of a dtype, by the instruction set in use, were only tested in emulation before a release."""
+    untried = {torch.bfloat16: ("amx",), torch.int8: ("amx", "avxvnni")}
+    return _library.cpu_isa() in untried.get(dtype, ())
+
+
 def pack_weight(
     weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32, scale: Tensor | None = None
 ) -> PackedWeight:
