@@ -146,6 +146,10 @@ class ForwardLaunch:
         return self.schedules[0].beyond(max_seqlen_k)
 
 
+BOUNDS = (64, 80, 128, 256)
+"""Bounds of the head dimension at which the tables of choices change."""
+
+
 class Choices(NamedTuple):
     """Tiles of the 16-bit kernels of one chip, at head dimensions up to a bound: (keys, rows, warps, stages).
 
@@ -204,6 +208,13 @@ Tiles have few rows because the products run without tensor cores. Programs have
 and writes 16 bytes at a time.
 """
 
+_FLOAT32_AT = {
+    ("sm_90", 80): ((16, 16, 2), (32, 16, 2), (32, 16, 4)),
+    ("sm_100", 80): ((16, 32, 4), (16, 16, 2), (32, 16, 4)),
+    ("sm_120", 128): ((16, 32, 4), (16, 16, 2), (32, 16, 4)),
+}
+"""The same, in its place for head dimensions up to a bound, and beyond the bound before, where that would spill."""
+
 _TWO_WARPS_KEYS = {"sm_80": 112, "sm_120": 64}
 """Classes of at most this many keys take two warps at head dimensions up to 64.
 
@@ -233,7 +244,7 @@ keeps at least three, and any other at least two.
 
 def _bound(target: Target, head_dim: int) -> tuple[str, int] | None:
     """The key of `_CHOICES` for a chip and a head dimension; None for the interpreter."""
-    bounds = ((target.name, bound) for bound in (64, 80, 128, 256) if head_dim <= bound)
+    bounds = ((target.name, bound) for bound in BOUNDS if head_dim <= bound)
     return next((key for key in bounds if key in _CHOICES), None)
 
 
@@ -246,10 +257,11 @@ def _block(name: str, first_class: int, tile: tuple[int, int, int, int]) -> Sche
     return Schedule(name, first_class, STREAMING, keys, block_m=rows, num_warps=warps, num_stages=stages)
 
 
-def _float32(target: Target) -> tuple[Schedule, ...]:
+def _float32(target: Target, head_dim: int) -> tuple[Schedule, ...]:
+    bound = next((bound for bound in BOUNDS if head_dim <= bound), None)
+    tiles = _FLOAT32_AT.get((target.name, bound)) or _FLOAT32.get(target.name, _FLOAT32["sm_80"])
     return tuple(
-        Schedule("streaming", 0, STREAMING, keys, block_m=rows, num_warps=warps)
-        for keys, rows, warps in _FLOAT32.get(target.name, _FLOAT32["sm_80"])
+        Schedule("streaming", 0, STREAMING, keys, block_m=rows, num_warps=warps) for keys, rows, warps in tiles
     )
 
 
@@ -257,7 +269,7 @@ def _float32(target: Target) -> tuple[Schedule, ...]:
 def forward(target: Target, head_dim: int, dtype: torch.dtype) -> tuple[ForwardLaunch, ...]:
     """Launches of the forward pass, by class. Together they cover every class once."""
     if dtype == torch.float32:
-        return (ForwardLaunch((_float32(target)[0],)),)
+        return (ForwardLaunch((_float32(target, head_dim)[0],)),)
     choices = _choices(target, head_dim)
     most_keys, block_keys, widest, warps = choices.short or (0, 0, 0, 0)
     short = []
@@ -297,7 +309,7 @@ def backward(
         grouped: whether several query heads share a key head; the loop over them takes registers of its own.
     """
     if dtype == torch.float32:
-        _, grad_q, grad_kv = _float32(target)
+        _, grad_q, grad_kv = _float32(target, head_dim)
         return Backward((), (grad_q,), (grad_kv,))
     choices = _choices(target, head_dim)
     n_fused = bisect_right(KEY_CLASSES, TILE_ROWS) if self_attention and choices.fused_warps else 0

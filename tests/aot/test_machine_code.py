@@ -9,14 +9,6 @@ import pytest
 
 from bench.machine_code import access_bytes, kind_of
 
-_FP32 = "float32 products fill the registers with their operands; ptxas parks a few of them"
-SPILL_EXCEPTIONS: dict[str, str] = {
-    "sm_90-attention-bwd-fp32-80-L32-0-attention_grad_q_backward": _FP32,
-    "sm_100-attention-fwd-fp32-80-L32-0-attention_streaming_forward": _FP32,
-    "sm_120-attention-fwd-fp32-128-L32-0-attention_streaming_forward": _FP32,
-}
-"""Reasons why launches may spill, by the test's id or a prefix of it. An exception that is not needed fails."""
-
 NARROW_LOADS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Kernels that read no rows, only a few int32."""
 
@@ -30,11 +22,6 @@ NARROW_STORES = (
 
 NO_PRODUCTS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Attention kernels without matrix products."""
-
-
-def spill_exception(name: str) -> str | None:
-    """The reason why a launch may spill, or None if it may not."""
-    return next((reason for prefix, reason in SPILL_EXCEPTIONS.items() if name.startswith(prefix)), None)
 
 
 def narrow_accesses(kernel: str, code) -> list[str]:
@@ -88,14 +75,9 @@ def test_access_widths(opcode, kind, n_bytes):
 def test_code(compilation, code):
     """Checks one launch on one chip."""
     faults = []
-    spills = f"{code.spilled_registers} registers, {code.stack_bytes} bytes of stack"
     # Scalars that gfx942 keeps in lanes of vector registers do not count: they take no memory.
-    spilled = code.spilled_registers + code.stack_bytes > 0
-    reason = spill_exception(str(compilation))
-    if spilled and reason is None:
-        faults.append(f"spills {spills}")
-    if reason is not None and not spilled:
-        faults.append(f"spills nothing, so its exception is not needed: {reason}")
+    if code.spilled_registers + code.stack_bytes > 0:
+        faults.append(f"spills {code.spilled_registers} registers, {code.stack_bytes} bytes of stack")
     if code.shared_bytes > code.target.shared_bytes:
         faults.append(f"takes {code.shared_bytes} bytes of shared memory, {code.target.shared_bytes} are there")
     if code.programs_per_sm < 1:
@@ -112,12 +94,3 @@ def test_code(compilation, code):
         if has_products and code.target.backend == "cuda" and (n_begun := begun_at_sums(code.text)):
             faults.append(f"adds products one by one to a long sum, in {n_begun} FMAs, instead of block by block")
     assert not faults, f"{compilation}: " + "; ".join(faults)
-
-
-def test_exceptions_have_a_launch(request):
-    """Every exception names a launch of the whole matrix. The sample may lack it."""
-    if request.config.option.markexpr == "not aot_full" or request.config.option.keyword:
-        pytest.skip("the whole matrix only")
-    names = [i.callspec.id for i in request.session.items if "compilation" in getattr(i, "fixturenames", ())]
-    for prefix in SPILL_EXCEPTIONS:
-        assert any(name.startswith(prefix) for name in names), f"no launch is named {prefix}..."
