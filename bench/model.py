@@ -38,7 +38,7 @@ from bench.model_work import (
 )
 from bench.peers.common import Kind, Peer, Run, Unsuited, precision_name
 from bench.probe import PeakProbe, best_instruction, engine_instruction, instructions_in_use
-from bench.report import header_line, machine_header, spread_ms, write
+from bench.report import error_text, header_line, machine_header, spread_ms, write
 from bench.scaling import TOKENS, scaling, scaling_table
 from revit_fast.inference.cpu import pack_model
 from revit_fast.ops import packed_linear
@@ -205,11 +205,6 @@ def case_title(result: dict) -> str:
     return f"{model_title(result['model'])}, batch {result['batch']}, {MIXES[result['mix']]}"
 
 
-def error_text(row: dict) -> str:
-    """A row's error; a dash where no logits can be compared."""
-    return "–" if row["error"] is None else f"{row['error']:.1e}"
-
-
 def agreement_text(row: dict) -> str:
     """The part of the images that a row gives the true class; a dash where no logits can be compared."""
     return "–" if row["agreement"] is None else f"{row['agreement']:.0%}"
@@ -236,7 +231,7 @@ def case_table(result: dict, rounds: int) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for row in result["candidates"]:
-        who = f"| {row['candidate']} | {row['precision'] or '–'} | {error_text(row)} | {agreement_text(row)} "
+        who = f"| {row['candidate']} | {row['precision'] or '–'} | {error_text(row['error'])} | {agreement_text(row)} "
         if row["reason"]:
             lines.append(f"{who}| | | | | | | | | {row['reason']} |")
             continue

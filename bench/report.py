@@ -44,6 +44,11 @@ def spread_ms(samples_s: Sequence[float]) -> tuple[float, list[float]]:
     return median * 1e3, [low * 1e3, high * 1e3]
 
 
+def error_text(error: float | None) -> str:
+    """An error as a table shows it; a dash where there is none."""
+    return "–" if error is None else f"{error:.1e}"
+
+
 def header_line(header: dict) -> str:
     return " · ".join(f"{key} {value}" for key, value in header.items())
 

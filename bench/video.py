@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TimesformerConfig, TimesformerForVideoClassification
 
-from bench.report import header_line, machine_header, spread_ms, write
+from bench.report import error_text, header_line, machine_header, spread_ms, write
 from bench.turns import CpuClock, WallClock, take_turns
 from revit_fast.layers.positions import resample
 from revit_fast.video import PackedClips, TimeSformer, optimize
@@ -158,7 +158,7 @@ def document(header: dict, depth: int, rows: Sequence[dict]) -> str:
         low, high = row["quartiles_ms"]
         ratio = f"{row['ratio']:.2f}" if row["right"] else "wrong"
         ratio_low, ratio_high = row["ratio_range"]
-        difference = "–" if row["difference"] is None else f"{row['difference']:.1e}"
+        difference = error_text(row["difference"])
         lines.append(
             f"| {row['computed']} | {whose}, {row['candidate']} | {row['ms']:.0f} | {low:.0f}–{high:.0f} | {ratio} "
             f"| {ratio_low:.2f}–{ratio_high:.2f} | {difference} |"

@@ -250,9 +250,9 @@ def varlen_attention(
     work = Tiles(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0], tiles, tile_counts)
     target = target_of(q.device)
     first_padding, n_padding = work.of(PADDING, PADDING) if work.counts else (0, 0)
-    possible = [part for part in schedules.forward(target, head_dim, q.dtype) if not part.beyond(max_seqlen_k)]
-    for part in [part for part in possible if work.of(*part.classes)[1]] or possible[:1]:
-        first_tile, n_tiles = work.of(*part.classes)
+    possible = schedules.forward(target, head_dim, q.dtype)
+    parts = [(part, *work.of(*part.classes)) for part in possible if not part.beyond(max_seqlen_k)]
+    for part, first_tile, n_tiles in [found for found in parts if found[2]] or parts[:1]:
         launch(
             attention_forward_kernel, ((n_tiles + n_padding) * n_heads,),
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work.rows, first_tile + n_tiles - 1, n_tiles, first_padding,

@@ -23,6 +23,15 @@ MEANINGLESS = (
 )
 
 
+def serve_cpu_tensors() -> None:
+    """Makes the ops launch Triton kernels for CPU tensors, for the rest of this process."""
+    from revit_fast.inference import cuda_graphs
+    from revit_fast.ops import _triton
+
+    _triton.register("CPU")
+    cuda_graphs.BACKENDS["cpu"] = cuda_graphs.DirectCalls
+
+
 class Context:
     """What a step needs: the device, its clocks, the time that is left, and a file of results.
 
@@ -50,12 +59,8 @@ class Context:
 
     def require_device(self) -> None:
         """Sets the kernels up for the device; ends the step with a message if there is none."""
-        from revit_fast.inference import cuda_graphs
-        from revit_fast.ops import _triton
-
         if not self.on_gpu:
-            _triton.register("CPU")
-            cuda_graphs.BACKENDS["cpu"] = cuda_graphs.DirectCalls
+            serve_cpu_tensors()
         elif not torch.cuda.is_available():
             raise SystemExit(
                 "no GPU that torch can use. To see the program run without one: "

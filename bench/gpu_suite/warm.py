@@ -23,11 +23,9 @@ from bench.gpu_launches import asked_of_compiler
 from bench.gpu_suite import attention, model, rows, setting, tuning
 from bench.gpu_suite.measure import one_line
 from bench.gpu_suite.setting import Setting
-from bench.gpu_suite.step import Context
+from bench.gpu_suite.step import Context, serve_cpu_tensors
 from bench.machine_code import compile_launch
-from revit_fast.inference import cuda_graphs
 from revit_fast.kernels.launch import TARGETS, Launch, record
-from revit_fast.ops import _triton
 
 CUDA = torch.device("cuda")
 
@@ -89,12 +87,6 @@ def calls(target: str) -> list[Call]:
     for s, bound, field in tuning.settings(CUDA, target):
         found += [Call(_tuning, small(s), (bound, field, value)) for value in CANDIDATES[bound, field]]
     return found
-
-
-def serve_cpu_tensors() -> None:
-    """Makes the ops launch Triton kernels for CPU tensors, for the rest of this process."""
-    _triton.register("CPU")
-    cuda_graphs.BACKENDS["cpu"] = cuda_graphs.DirectCalls
 
 
 @lru_cache(maxsize=64)
