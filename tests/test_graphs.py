@@ -271,11 +271,11 @@ def test_new_grids_find_room_or_make_it():
     model = make_model()
     fast = rf.optimize(model)
     check(fast, model, images_of(MIX))
-    table = fast._graphs.value._table
+    table = fast._graphs.value._tables[0]
     check(fast, model, images_of([(1, 3), 6]))
-    assert fast._graphs.value._table is table
+    assert fast._graphs.value._tables[0] is table
     check(fast, model, images_of([(12, 13), (9, 2), 6]))
-    assert fast._graphs.value._table is not table
+    assert fast._graphs.value._tables[0] is not table
     check(fast, model, images_of([*MIX, (1, 3)]))
     for side in range(1, 90):  # past what is remembered, so that the table starts anew
         fast(images_of([(1, side)]))

@@ -14,9 +14,11 @@ from revit_fast import ops
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.inference import cpu
 from revit_fast.inference.optimize import OptimizedReViT
-from revit_fast.layers.attention import Attention
+from revit_fast.layers.attention import Attention, AttentionPool
+from revit_fast.layers.mlp import Mlp
 from revit_fast.layers.norm import TALNorm, TALRMSNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
+from revit_fast.layers.rope import Rotation
 from revit_fast.models.inputs import Inputs
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import Layout, PackPlan, device_cu_seqlens, nearest_length
@@ -33,9 +35,10 @@ class PackedProgram(nn.Module):
     def __init__(self, model: ReViT, grids: Iterable[tuple[int, int]]) -> None:
         super().__init__()
         self.lengths, self.n_prefix = model.lengths, model.num_prefix_tokens
-        positions = PositionTables(model.resampling, grids)
+        positions = PositionTables(model.resampling, grids, model._positions.coordinates)
         self.grids = positions.known
         self.register_buffer("pos_table", positions.table(self.grids, model.pos_embed, model._n_prefix_embedded))
+        self.register_buffer("coordinates", self.grids.coordinates_on(model.pos_embed.device))
 
     def forward(self, rows: Tensor, grid_hw: Tensor) -> Tensor:
         """The same logits as `ReViT.forward` for a pack.
@@ -48,7 +51,7 @@ class PackedProgram(nn.Module):
         cu_seqlens, of_tokens = device_cu_seqlens(counts), device_cu_seqlens(counts + self.n_prefix)
         layout = Layout(of_tokens, nearest_length(counts, self.lengths), None)
         offsets = self.grids.offsets(grid_hw)  # -1 for an unknown grid; the op reports it
-        return self._logits(Inputs(rows, cu_seqlens, layout, self.pos_table, offsets, None))
+        return self._logits(Inputs(rows, cu_seqlens, layout, self.pos_table, offsets, None, self.coordinates))
 
     def _logits(self, inputs: Inputs) -> Tensor:
         raise NotImplementedError
@@ -126,6 +129,16 @@ class DenseProgram(nn.Module):
             patches = model.resampling.resampled(wide_patches(model.pos_embed, model._n_prefix_embedded), grid)
             self.register_buffer("positions", patches.to(model.pos_embed.dtype).contiguous())
             self.register_buffer("prefix", model._prefix())
+            self.rotations = self._made_rotations(grid)
+
+    def _made_rotations(self, grid: tuple[int, int]) -> list[Rotation | None]:
+        """How the tokens of an image turn in every block."""
+        model = self.model
+        if model.rope is None:
+            return [None] * len(model.blocks)
+        coordinates = model.spec.embed.rope.coordinates(grid).to(model.pos_embed.device)
+        coordinates = F.pad(coordinates, (0, 0, model.num_prefix_tokens, 0))
+        return model.rope.rotations(coordinates, model.pos_embed.dtype, len(model.blocks))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, num_classes]`; if the model does not pool, `[B, N, num_classes]`, those of each token.
@@ -134,15 +147,20 @@ class DenseProgram(nn.Module):
             images: normalised images `[B, 3, rows * P, columns * P]`.
         """
         model = self.model
-        patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.positions
+        patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        if model.spec.embed.patch_norm is not None:
+            patches = self._norm(model.patch_embed.norm, patches)
+        patches = patches + self.positions
         x = torch.cat([self.prefix.expand(images.shape[0], -1, -1), patches], dim=1)
         x = self._norm(model.norm_pre, x)
-        for block in model.blocks:
-            x = x + block.ls1(self._attend(block.attn, self._norm(block.norm1, x)))
-            x = x + block.ls2(block.mlp(self._norm(block.norm2, x)))
+        for block, rotation in zip(model.blocks, self.rotations, strict=True):
+            x = x + block.ls1(self._attend(block.attn, self._norm(block.norm1, x), rotation))
+            x = x + block.ls2(self._mlp(block.mlp, self._norm(block.norm2, x)))
         x = self._norm(model.norm, x)
         if model.global_pool == "token":
             x = x[:, :2] if model.distilled else x[:, 0]
+        elif model.global_pool == "map":
+            x = self._pooled(model.attn_pool, x if model.pool_include_prefix else x[:, model.num_prefix_tokens :])
         elif model.global_pool:
             mean = (x if model.pool_include_prefix else x[:, model.num_prefix_tokens :]).mean(dim=1)
             x = mean if model.global_pool == "avg" else torch.cat([x[:, 0], mean], dim=1)
@@ -158,11 +176,31 @@ class DenseProgram(nn.Module):
         affine = [parameter[self.length] for parameter in norm.affine()]
         return normalise(x, affine[0].shape, *affine, eps=norm.eps)
 
+    def _attend(self, attn: Attention, x: Tensor, rotation: Rotation | None) -> Tensor:
+        q, k, v = (t.unflatten(0, x.shape[:2]) for t in attn.project(x.flatten(0, 1)))
+        if rotation is not None:
+            q, k = rotation.turn(q), rotation.turn(k)
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+        out = self._attention(q, k, v, attn.scale)
+        out = out if attn.norm is None else self._norm(attn.norm, out)
+        return attn.proj(out if attn.gate is None else out * attn.gate(x).sigmoid())
+
+    def _mlp(self, mlp: Mlp, x: Tensor) -> Tensor:
+        hidden = mlp.hidden(x)
+        return mlp.fc2(hidden if mlp.norm is None else self._norm(mlp.norm, hidden))
+
+    def _pooled(self, pool: AttentionPool, x: Tensor) -> Tensor:
+        heads = (pool.num_heads, -1)
+        q = pool.q(pool.latent).unflatten(2, heads).expand(x.shape[0], -1, -1, -1)
+        k, v = pool.kv(x).unflatten(2, (2, *heads)).unbind(2)
+        pooled = pool.proj(self._attention(q, k, v, None)[:, 0])
+        return pooled + self._mlp(pool.mlp, self._norm(pool.norm, pooled))
+
     @staticmethod
-    def _attend(attn: Attention, x: Tensor) -> Tensor:
-        qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.proj(F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2))
+    def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Attention of `[B, N, H, D]`, the heads side by side."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 class AssignerProgram(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from revit_fast import ops
 from revit_fast.inference.calibration import block_inputs
 from revit_fast.inference.smoothing import LAYERS, BlockParameters, LinearWeights, calibrated
+from revit_fast.layers.attention import Attention
 from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
@@ -54,6 +55,9 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
         training: see `check_unaltered`.
     """
     check_unaltered(model, "the fused forward pass", training, OTHERWISE)
+    beyond = model.spec.beyond_plain()
+    if beyond:
+        raise ValueError(f"model: its spec has {beyond}, which the fused forward pass does not run; {OTHERWISE}")
     for i, block in enumerate(model.spec.blocks):
         if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
             raise ValueError(
@@ -141,6 +145,13 @@ def _norm(module: nn.Module) -> TokenNorm:
     return TokenNorm(weight, bias[0] if bias else NO_BIAS, module.eps)
 
 
+def _qkv(attn: Attention) -> LinearWeights:
+    """The projection to queries, keys and values, whose bias may be of queries and values alone."""
+    if attn.q_bias is None:
+        return _linear(attn.qkv)
+    return LinearWeights(attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias]))
+
+
 def _linear(linear: nn.Linear, scale: nn.Module | None = None) -> LinearWeights:
     """The layer with the scale of its result folded in."""
     if isinstance(scale, LayerScale):
@@ -157,7 +168,7 @@ def parameters_of(block: Block) -> BlockParameters:
     """A block's parameters as they are packed."""
     return BlockParameters(
         _norm(block.norm1),
-        _linear(block.attn.qkv),
+        _qkv(block.attn),
         _linear(block.attn.proj, block.ls1),
         _norm(block.norm2),
         _linear(block.mlp.fc1),
@@ -259,7 +270,7 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
         token_labels = 0.5 * sequence_max(packed.heads[1](tokens), layout.cu_seqlens, model.num_prefix_tokens)
         tokens = tokens.index_select(0, layout.cu_seqlens[:-1])
     if model.global_pool != "token":
-        tokens = model.pool(tokens, layout.cu_seqlens)
+        tokens = model.pool(tokens, layout)
     if isinstance(model.fc_norm, TALNorm):
         own = rows_apart(tokens, layout) if model.global_pool else layout
         affine = (parameter.detach().float() for parameter in model.fc_norm.affine())

@@ -290,7 +290,7 @@ class GraphCache:
         self.n_captures = 0
         self.graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
         self._rows: dict[torch.dtype, Tensor] = {}
-        self._table: Tensor | None = None
+        self._tables: list[Tensor | None] = [None, None]
         self._table_grids: KnownGrids | None = None
         self._folded: FoldedEmbedding | None = None
         self._folded_source: Any = None
@@ -325,7 +325,8 @@ class GraphCache:
             )
         self._copy_rows(rows, self._rows[dtype][: rows.shape[0]], buffer)
         if known is not self._table_grids:
-            self._fill_table(model._positions.table(known, model.pos_embed, model._n_prefix_embedded))
+            table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded)
+            self._fill_tables(table, known.coordinates_on(table.device))
             self._table_grids = known
         if images.normalization is not None:
             self._fold(images.normalization)
@@ -348,11 +349,16 @@ class GraphCache:
         staged.copy_(rows)
         self._backend.send(staged, target)
 
-    def _fill_table(self, table: Tensor) -> None:
-        if self._table is None or self._table.shape[0] < table.shape[0]:  # there is no room for new grids
-            self._table = table.new_zeros(2 * table.shape[0], table.shape[1])
-            self.graphs.clear()
-        self._table[: table.shape[0]].copy_(table)
+    def _fill_tables(self, *tables: Tensor | None) -> None:
+        """Copies position embeddings, and coordinates of rotary ones, into static memory."""
+        for i, table in enumerate(tables):
+            if table is None:
+                continue
+            static = self._tables[i]
+            if static is None or static.shape[0] < table.shape[0]:  # there is no room for new grids
+                static = self._tables[i] = table.new_zeros(2 * table.shape[0], table.shape[1])
+                self.graphs.clear()
+            static[: table.shape[0]].copy_(table)
 
     def _fold(self, normalization: Tensor) -> None:
         """Folds a normalization into the embedding unless it is the one folded last."""
@@ -392,6 +398,7 @@ class GraphCache:
         index.tiles[:, 2] = -1  # the runs before the capture find no work
         layout = Layout(index.cu_seqlens, index.length_index, index.tiles, capacity)
         folded = self._folded if key.folded else None
-        inputs = Inputs(rows, index.patch_cu_seqlens, layout, self._table, index.pos_offset, folded)
+        table, coordinates = self._tables
+        inputs = Inputs(rows, index.patch_cu_seqlens, layout, table, index.pos_offset, folded, coordinates)
         self.n_captures += 1
         return Graph(capacity, vector, self._backend.capture(lambda: self._model._run(inputs)))

@@ -21,6 +21,7 @@ from revit_fast.layers.mlp import Mlp, activation_name
 from revit_fast.layers.patch_embed import FoldedEmbedding, PatchEmbed
 from revit_fast.ops import _library
 from revit_fast.ops.linear import PackedWeight, gathered, pack_weight, packed_linear
+from revit_fast.packing import Layout
 
 PAGE, PADDING = 1024, 32
 """In float32 values. Rows whose distance is a multiple of `PAGE` (4 KiB) share sets of the L1 cache. The MLP's hidden
@@ -110,22 +111,24 @@ class PackedLinear(nn.Linear):
 class PackedMlp(Mlp):
     """An MLP on packed weights, with the activation fused into the first layer; or its parts, called one by one.
 
-    The parts are called if they do more than plain ones (hooks, adapters, dropout in training), or if there is no
-    kernel for the activation.
+    The parts are called if they do more than plain ones (hooks, adapters, dropout in training), if the MLP is gated or
+    has a norm, or if there is no kernel for the activation.
     """
 
     stands_for = Mlp
     _packed: Derived[PackedMlp, tuple[PackedWeight, PackedWeight]]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         activation = self._fused_activation()
         if activation is None or not (takes(self.fc1, x) and is_packable(self.fc2)):
-            return super().forward(x)
+            return super().forward(x, layout)
         fc1, fc2 = self._packed.get(self)
         return run_packed(x, (fc1, activation), (fc2, "none"))
 
     def _fused_activation(self) -> str | None:
         """The kernels' name of the activation; None if the parts must be called."""
+        if self.gated or self.norm is not None:
+            return None
         linear = is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)
         drops = not is_plain(self.drop, nn.Dropout) or self.drop.training
         return activation_name(self.act) if linear and not drops and is_plain(self.act, type(self.act)) else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.mlp import Mlp
-from revit_fast.layers.norm import NORMS
+from revit_fast.layers.rope import Rotation
 from revit_fast.layers.segments import sequences_of_rows
 from revit_fast.packing import Layout
 
@@ -55,12 +55,6 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob}"
 
 
-def _branch_scale(dim: int, init_values: float | None, divisor: float) -> nn.Module:
-    if init_values:
-        return LayerScale(dim, init_values)
-    return nn.Identity() if divisor == 1 else ResidualScale(divisor)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block over packed rows.
 
@@ -68,50 +62,40 @@ class Block(nn.Module):
     that follows it.
 
     Args:
-        dim: channels C.
-        num_heads, head_dim, qkv_bias, proj_bias, scale: of the attention, see `Attention`.
-        hidden, act, mlp_bias: of the MLP, see `Mlp`.
-        n_lengths: configured lengths.
-        eps: of the norm before attention and of that before the MLP.
-        norms: kinds of the two, keys of `layers.norm.NORMS`.
-        init_values: initial LayerScale of both branches; None for none.
-        residual_scale: divisor of both branches.
-        proj_drop: dropout after the projection and in the MLP.
+        norm1: norm before attention.
+        attn: attention.
+        norm2: norm before the MLP.
+        mlp: the MLP.
+        scales: modules that scale the results of attention and of the MLP.
         drop_path: stochastic depth of both branches.
     """
 
     def __init__(
         self,
-        dim: int,
-        num_heads: int,
-        head_dim: int,
-        hidden: int,
-        n_lengths: int,
-        act: nn.Module,
-        *,
-        eps: tuple[float, float] = (1e-6, 1e-6),
-        norms: tuple[str, str] = ("layer", "layer"),
-        scale: float | None = None,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        mlp_bias: bool = True,
-        init_values: float | None = None,
-        residual_scale: float = 1.0,
-        proj_drop: float = 0.0,
+        norm1: nn.Module,
+        attn: Attention,
+        norm2: nn.Module,
+        mlp: Mlp,
+        scales: tuple[nn.Module, nn.Module],
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = NORMS[norms[0]](n_lengths, dim, eps[0])
-        self.attn = Attention(dim, num_heads, head_dim, qkv_bias, proj_bias, proj_drop, scale)
-        self.ls1 = _branch_scale(dim, init_values, residual_scale)
+        self.norm1 = norm1
+        self.attn = attn
+        self.ls1 = scales[0]
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = NORMS[norms[1]](n_lengths, dim, eps[1])
-        self.mlp = Mlp(dim, hidden, act, mlp_bias, proj_drop)
-        self.ls2 = _branch_scale(dim, init_values, residual_scale)
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.ls2 = scales[1]
         self.drop_path2 = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        layout: Layout,
+        queries: Queries | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Maps the stream x + delta (or x alone if delta is None) to the next such pair.
 
@@ -121,17 +105,18 @@ class Block(nn.Module):
             delta: `[T, C]` not yet added to x.
             layout: layout of x.
             queries: rows to compute the result for; the returned pair then has only these rows.
+            rotation: how queries and keys turn; None: they do not.
         """
         if x.dim() == 3:
-            rows, delta = self.forward(x.flatten(0, 1), None, layout)
+            rows, delta = self.forward(x.flatten(0, 1), None, layout, None, rotation)
             return (rows + delta).view_as(x)
         if delta is None:
             h = self.norm1(x, layout)
         else:
             h, x = self.norm1(delta, layout, residual=x)
-        h = self.attn(h, layout, queries)
+        h = self.attn(h, layout, queries, rotation)
         if queries is not None:
             x, layout = x.index_select(0, queries.rows), queries.layout
         delta = self.drop_path1(self.ls1(h), layout)
         h, x = self.norm2(delta, layout, residual=x)
-        return x, self.drop_path2(self.ls2(self.mlp(h)), layout)
+        return x, self.drop_path2(self.ls2(self.mlp(h, layout)), layout)

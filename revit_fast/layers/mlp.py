@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revit_fast.packing import Layout
+
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), an approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415), as in CLIP."""
@@ -116,14 +118,53 @@ def make_activation(activation: str | Callable[[], nn.Module] | Activation | Seq
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between them; parameters as in timm."""
+    """Two linear layers with an activation between them; parameters as in timm.
 
-    def __init__(self, dim: int, hidden: int, act: nn.Module, bias: bool = True, drop: float = 0.0) -> None:
+    Args:
+        dim: channels C.
+        hidden: channels between the layers.
+        act: the activation.
+        bias: whether the layers have a bias.
+        drop: dropout after each layer.
+        gated: the first layer has twice as many channels; the activation of the first half multiplies the second half.
+        norm: norm of the hidden channels; None for none.
+    """
+
+    gated: bool = False  # of models pickled before there was a choice
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        act: nn.Module,
+        bias: bool = True,
+        drop: float = 0.0,
+        *,
+        gated: bool = False,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.gated = gated
+        self.fc1 = nn.Linear(dim, (1 + gated) * hidden, bias=bias)
         self.act = act
         self.drop = nn.Dropout(drop)
+        self.norm = norm
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "norm"):  # pickled before there was a choice
+            self.norm = None
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """`[T, C]`; a norm of the hidden channels needs the layout of the rows."""
+        x = self.drop(self.hidden(x))
+        return self.drop(self.fc2(x if self.norm is None else self.norm(x, layout)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden channels before their norm."""
+        x = self.fc1(x)
+        if not self.gated:
+            return self.act(x)
+        gate, x = x.chunk(2, dim=-1)
+        return self.act(gate) * x

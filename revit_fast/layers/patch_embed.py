@@ -54,20 +54,32 @@ class PatchEmbed(nn.Module):
         patch_size: (P, P).
         grid_size: (rows, columns) of the grid that position embeddings are stored for; the name is timm's.
         num_patches: patches of that grid.
+        norm: norm of the embedded patches, which the model calls; None for none.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int, grid_size: tuple[int, int], bias: bool = True) -> None:
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        dim: int,
+        grid_size: tuple[int, int],
+        bias: bool = True,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.patch_size = (patch_size, patch_size)
         self.grid_size = grid_size
         self.num_patches = grid_size[0] * grid_size[1]
         self.kernel_px, self.row_width = patch_size, patch_size**2 * in_chans
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
+        self.norm = norm
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if "kernel_px" not in state:  # pickled before these were kept
             self.kernel_px, self.row_width = self.proj.weight.shape[-1], self.proj.weight[0].numel()
+        if not hasattr(self, "norm"):
+            self.norm = None
 
     def fold(self, normalization: Tensor) -> FoldedEmbedding:
         """The embedding of raw uint8 rows, with this (mean, std) `[2, 3]` of pixels in [0, 1] folded in.

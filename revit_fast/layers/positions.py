@@ -8,7 +8,7 @@ inference and are differentiable in training.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -23,12 +23,19 @@ MAX_EXTRA_GRIDS = 128
 """How many grids besides the configured ones are kept: photographs of all shapes need fewer under three budgets."""
 
 
-def resample(patches: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:
+def resample(
+    patches: Tensor,
+    old_hw: tuple[int, int],
+    new_hw: tuple[int, int],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool = False,
+) -> Tensor:
     """Resamples the embeddings `[old tokens, C]` of a grid to `[new tokens, C]`; unchanged if both grids are equal."""
     if old_hw == new_hw:
         return patches
     maps = patches.t().reshape(1, -1, *old_hw)
-    maps = F.interpolate(maps, size=new_hw, mode="bicubic", antialias=True, align_corners=False)
+    maps = F.interpolate(maps, size=new_hw, mode=interpolation, antialias=antialias, align_corners=align_corners)
     return maps[0].flatten(1).t()
 
 
@@ -42,20 +49,30 @@ class Resampling(NamedTuple):
             resampled linearly.
         keep_aspect: whether both sides are resampled by the same factor, to a square with the longer side; the grid is
             its upper left part. Otherwise each side is stretched to its own length.
+        interpolation: "bicubic" or "bilinear", of embeddings that are not factorized.
+        antialias: whether a smaller grid is resampled with a wider filter.
+        align_corners: whether the centres of the corner patches stay, and not the corners of the grid.
+        none: nothing is stored, and all embeddings are zero.
     """
 
     base_grid: tuple[int, int]
     factorized: bool = False
     keep_aspect: bool = False
+    interpolation: str = "bicubic"
+    antialias: bool = True
+    align_corners: bool = False
+    none: bool = False
 
     @property
     def n_stored(self) -> int:
         """Rows of the stored table."""
         rows, columns = self.base_grid
-        return rows + columns if self.factorized else rows * columns
+        return 0 if self.none else rows + columns if self.factorized else rows * columns
 
     def resampled(self, stored: Tensor, grid: tuple[int, int]) -> Tensor:
         """Embeddings `[tokens, C]` of a grid from the stored ones `[n_stored, C]`."""
+        if self.none:
+            return stored.new_zeros(grid[0] * grid[1], stored.shape[1])
         height, width = (max(grid),) * 2 if self.keep_aspect else grid
         if self.factorized:
             rows, columns = stored.split(self.base_grid)
@@ -63,13 +80,13 @@ class Resampling(NamedTuple):
             return (rows.unsqueeze(1) + columns).flatten(0, 1)
         if grid == self.base_grid:  # unchanged, even if a resampled square would change it
             return stored
-        square = resample(stored, self.base_grid, (height, width))
+        square = resample(stored, self.base_grid, (height, width), *self[3:6])
         return square.unflatten(0, (height, width))[: grid[0], : grid[1]].flatten(0, 1)
 
     def rebased(self, stored: Tensor, old_grid: tuple[int, int]) -> Tensor:
         """What is stored for the base grid, `[n_stored, C]`, from what another model stores for `old_grid`."""
         if not self.factorized:
-            return resample(stored, old_grid, self.base_grid)
+            return resample(stored, old_grid, self.base_grid, *self[3:6])
         lines = zip(stored.split(old_grid), self.base_grid, strict=True)
         return torch.cat([_resample_line(line, length) for line, length in lines])
 
@@ -87,32 +104,40 @@ class KnownGrids:
     Args:
         first_row: first row of the table for every grid.
         matrix: float64 `[R, n_stored]`, the table as a linear map of the stored embeddings.
+        coordinates: float32 `[R, 2]` of rotary embeddings, see `layers.rope`; without them None.
         generation: its tables begin with those of every smaller `KnownGrids` of the same generation.
     """
 
-    def __init__(self, first_row: dict[tuple[int, int], int], matrix: Tensor, generation: int) -> None:
-        self.first_row, self.matrix, self.generation = first_row, matrix, generation
+    def __init__(
+        self, first_row: dict[tuple[int, int], int], matrix: Tensor, coordinates: Tensor | None, generation: int
+    ) -> None:
+        self.first_row, self.matrix, self.coordinates, self.generation = first_row, matrix, coordinates, generation
         self.grid_hw = torch.tensor(list(first_row), dtype=torch.int32, device="cpu").view(-1, 2)
         self.offset = torch.tensor(list(first_row.values()), dtype=torch.int32, device="cpu")
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._placed: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
     def offsets(self, grid_hw: Tensor) -> Tensor:
         """First row of every image's grid in the table: int32 `[B]` for grids int32 `[B, 2]`, -1 for an unknown grid.
 
         An empty grid needs no rows and starts at 0.
         """
-        known_hw, known_offset = self._on(grid_hw.device)
+        known_hw, known_offset, _ = self._on(grid_hw.device)
         same = (grid_hw.unsqueeze(1) == known_hw).all(dim=-1)
         offset = known_offset[same.int().argmax(dim=1)]
         return torch.where(same.any(dim=1), offset, torch.where(grid_hw.prod(dim=1) == 0, 0, -1).to(torch.int32))
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Known grids and their offsets on `device`, copied once: a copy in every forward pass would wait for it."""
+    def coordinates_on(self, device: torch.device) -> Tensor | None:
+        """The coordinates on `device`."""
+        return self._on(device)[2]
+
+    def _on(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """Grids, offsets and coordinates on `device`, copied once: a copy in every forward pass would wait for it."""
+        tables = self.grid_hw, self.offset, self.coordinates
         if torch.compiler.is_compiling():
-            return self.grid_hw.to(device), self.offset.to(device)
+            return tuple(t if t is None else t.to(device) for t in tables)
         if device not in self._placed:
             with kept_tensors():
-                self._placed[device] = self.grid_hw.to(device), self.offset.to(device)
+                self._placed[device] = tuple(t if t is None else t.to(device) for t in tables)
         return self._placed[device]
 
     def first_rows(self, grids: Iterable[tuple[int, int]]) -> list[int]:
@@ -135,21 +160,28 @@ class PositionTables:
     Args:
         resampling: how embeddings are computed from the stored table.
         grids: the configured grids.
+        coordinates: makes the coordinates of a grid's patches for rotary embeddings; None where there are none.
     """
 
-    def __init__(self, resampling: Resampling, grids: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        resampling: Resampling,
+        grids: Iterable[tuple[int, int]],
+        coordinates: Callable[[tuple[int, int]], Tensor] | None = None,
+    ) -> None:
         self.resampling = resampling
         self.configured = tuple(grids)
-        self.known = KnownGrids({}, torch.empty(0, resampling.n_stored, dtype=torch.float64, device="cpu"), 0)
+        self.coordinates = coordinates
+        self.known = KnownGrids({}, torch.empty(0, resampling.n_stored, dtype=torch.float64, device="cpu"), None, 0)
         self._growing = threading.Lock()
         self._tables = Derived(_Tables, _Stored)
         self.learn(self.configured)
 
     def __getstate__(self) -> dict:
-        return {"resampling": self.resampling, "configured": self.configured}
+        return {"resampling": self.resampling, "configured": self.configured, "coordinates": self.coordinates}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["resampling"], state["configured"])
+        self.__init__(state["resampling"], state["configured"], state.get("coordinates"))
 
     def learn(self, grids: Iterable[tuple[int, int]]) -> KnownGrids:
         """The known grids, with `grids` among them. If there are too many, only these and the configured ones stay."""
@@ -168,7 +200,8 @@ class PositionTables:
                 parts = [self.resampling.resampled(identity, grid) for grid in new]
                 ends = accumulate((len(part) for part in parts), initial=matrix.shape[0])
                 first_row.update(zip(new, ends, strict=False))
-                self.known = KnownGrids(first_row, torch.cat([matrix, *parts]), generation)
+                coordinates = self.coordinates and torch.cat([self.coordinates(grid) for grid in first_row])
+                self.known = KnownGrids(first_row, torch.cat([matrix, *parts]), coordinates, generation)
             return self.known
 
     def table(self, known: KnownGrids, pos_embed: Tensor, n_prefix: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.patch_embed import FoldedEmbedding, patchify
 from revit_fast.layers.positions import Resampling, wide_patches
+from revit_fast.layers.rope import Rope
 from revit_fast.ops._modes import NotScriptable
 from revit_fast.packing import (
     Layout,
@@ -41,6 +42,8 @@ class Inputs(NamedTuple):
         pos_offset: int32 `[B]`, row of `pos_table` where the grid of each image starts.
         normalization: `[2, 3]` mean and std that must still be applied to uint8 rows, or an embedding with them folded
             in.
+        coordinates: float32 `[R, 2]`, coordinates of the grids' patches for rotary embeddings, in the order of
+            `pos_table`; None for a model without.
     """
 
     rows: Tensor
@@ -49,6 +52,7 @@ class Inputs(NamedTuple):
     pos_table: Tensor
     pos_offset: Tensor
     normalization: Tensor | FoldedEmbedding | None
+    coordinates: Tensor | None = None
 
 
 class PatchRows(NamedTuple):
@@ -73,6 +77,7 @@ def uniform_inputs(
     resampling: Resampling,
     n_prefix: tuple[int, int],
     lengths: Sequence[int],
+    rope: Rope | None = None,
 ) -> Inputs:
     """Inputs for images of one size by tensor arithmetic only, so that a compiler sees no packing on the host.
 
@@ -83,6 +88,7 @@ def uniform_inputs(
         resampling: how `pos_embed` is resampled to other grids.
         n_prefix: number of prefix tokens, and the number of those that have a row in `pos_embed`.
         lengths: the configured lengths.
+        rope: the model's rotary embedding.
     """
     grid_h, grid_w = image_grid(x[0], patch_size, "x")
     n_patches = grid_h * grid_w
@@ -92,7 +98,9 @@ def uniform_inputs(
     patches = resampling.resampled(wide_patches(pos_embed, n_prefix[1]), (grid_h, grid_w))
     table = patches.to(pos_embed.dtype)
     cu_seqlens = device_cu_seqlens(n_patches, *batch)
-    return Inputs(patchify(x, patch_size), cu_seqlens, layout, table, torch.zeros_like(cu_seqlens[1:]), None)
+    coordinates = None if rope is None else rope.coordinates((grid_h, grid_w)).to(x.device)
+    offset = torch.zeros_like(cu_seqlens[1:])
+    return Inputs(patchify(x, patch_size), cu_seqlens, layout, table, offset, None, coordinates)
 
 
 @fx.wrap
@@ -178,7 +186,8 @@ class TakesImages(NotScriptable):
             layout = layout._replace(length_index=nearest_length(batch.cu_seqlens.diff(), self.lengths))
         table = positions.table(known, self.pos_embed, self._n_prefix_embedded)
         images = self._stemmed(PatchRows(self._finite_rows(batch), batch.plan, batch.normalization))
-        return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization)
+        coordinates = known.coordinates_on(batch.device)
+        return Inputs(images.rows, batch.cu_seqlens, layout, table, offset, images.normalization, coordinates)
 
     def _stemmed(self, images: PatchRows) -> PatchRows:
         """The input rows of the embedding: the rows of a convolutional stem's features if there is a stem."""
@@ -229,4 +238,5 @@ class TakesImages(NotScriptable):
         patch_size = self.patch_size
         if isinstance(self.patch_embed, ConvStem):
             x, patch_size = self.patch_embed.features(x), patch_size // 2
-        return uniform_inputs(x, self.pos_embed, patch_size, self.resampling, n_prefix, self.lengths)
+        rope = self.spec.embed.rope
+        return uniform_inputs(x, self.pos_embed, patch_size, self.resampling, n_prefix, self.lengths, rope)

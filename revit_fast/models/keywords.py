@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 from torch import nn
 
 from revit_fast.grids import DEFAULT_GRIDS, check_grids
 from revit_fast.layers.mlp import Activation, as_activation
+from revit_fast.layers.rope import Rope
 from revit_fast.models.spec import (
     Attention,
+    AttentionPool,
     Block,
     Divide,
     Embed,
@@ -23,6 +28,8 @@ from revit_fast.models.spec import (
     Prefix,
     ViTSpec,
 )
+
+T = TypeVar("T")
 
 
 def spec_of(
@@ -38,25 +45,39 @@ def spec_of(
     num_heads: int = 12,
     head_dim: int | None = None,
     hidden_dim: int | None = None,
+    num_kv_heads: int | None = None,
     attn_scale: float | None = None,
-    qkv_bias: bool = True,
+    qkv_bias: bool | str = True,
     proj_bias: bool = True,
+    qk_norm: Norm | Mapping[str, Any] | None = None,
+    attn_norm: Norm | Mapping[str, Any] | None = None,
+    gated_attn: bool = False,
     mlp_bias: bool = True,
+    gated_mlp: bool = False,
+    mlp_norm: Norm | Mapping[str, Any] | None = None,
     patch_bias: bool = True,
+    patch_norm: Norm | Mapping[str, Any] | None = None,
     init_values: float | None = None,
     residual_scale: float = 1.0,
+    attn_only_scale: bool = False,
     stem_chans: int | None = None,
     aux_head: bool = False,
     class_token: bool = True,
     reg_tokens: int = 0,
     distilled: bool = False,
     no_embed_class: bool = False,
+    abs_pos_embed: bool = True,
     pos_factorized: bool = False,
     pos_keep_aspect: bool = False,
+    pos_interpolation: str = "bicubic",
+    pos_antialias: bool = True,
+    pos_align_corners: bool = False,
+    rope: Rope | Mapping[str, Any] | None = None,
     pre_norm: bool = False,
     final_norm: bool = True,
     fc_norm: bool | None = None,
     pool_include_prefix: bool = False,
+    attn_pool: AttentionPool | Mapping[str, Any] | None = None,
     act_layer: str | type[nn.Module] | partial | Activation | Sequence = "gelu",
     eps: float = 1e-6,
     norm_pre_eps: float | None = None,
@@ -84,25 +105,39 @@ def spec_of(
         num_heads: attention heads.
         head_dim: channels of a head; default embed_dim // num_heads.
         hidden_dim: channels between the layers of the MLP; default 4 * embed_dim.
+        num_kv_heads: heads of keys and values; default num_heads.
         attn_scale: factor of the scores; default head_dim ** -0.5.
-        qkv_bias: whether queries, keys and values have a bias.
+        qkv_bias: whether queries, keys and values have a bias; "qv": queries and values alone.
         proj_bias: whether attention's output projection has a bias.
+        qk_norm: norm of queries and keys, its `kind` and `eps`; None for none.
+        attn_norm: norm before attention's output projection.
+        gated_attn: see `Attention.gate`.
         mlp_bias: whether the layers of the MLP have a bias.
+        gated_mlp: see `Mlp.gated`.
+        mlp_norm: norm of the MLP's hidden channels.
         patch_bias: whether the patch embedding has a bias.
+        patch_norm: see `Embed.patch_norm`.
         init_values: initial LayerScale; None for no LayerScale.
         residual_scale: divisor of the blocks' branches before they are added (LV-ViT's `skip_lam`).
+        attn_only_scale: LayerScale or divisor is attention's alone.
         stem_chans: see `Embed.stem`.
         aux_head: see `Head.token_labels`.
         class_token: whether there is a class token.
         reg_tokens: number of register tokens.
         distilled: DeiT's distillation token and second head.
         no_embed_class: prefix tokens carry no position embedding.
+        abs_pos_embed: whether position embeddings are added to the patches.
         pos_factorized: see `Positions.factorized`.
         pos_keep_aspect: see `Positions.keep_aspect`.
+        pos_interpolation: see `Positions.interpolation`.
+        pos_antialias: see `Positions.antialias`.
+        pos_align_corners: see `Positions.align_corners`.
+        rope: rotary position embedding, or its fields that differ from the default; None for none.
         pre_norm: a norm between embedding and blocks.
         final_norm: a norm after the blocks.
         fc_norm: apply the final norm after pooling; default: if global_pool is "avg".
-        pool_include_prefix: "avg" pools the prefix tokens too.
+        pool_include_prefix: "avg" and "map" pool the prefix tokens too.
+        attn_pool: how "map" pools, or the fields of it that `keywords_of` writes.
         act_layer: activation of the MLP, see `layers.mlp.as_activation`.
         eps: of every norm.
         norm_pre_eps: eps of the norm between embedding and blocks, if it differs.
@@ -125,9 +160,16 @@ def spec_of(
     common = {
         "num_heads": num_heads,
         "head_dim": head_dim or embed_dim // num_heads,
+        "num_kv_heads": num_kv_heads,
         "attn_scale": attn_scale,
         "qkv_bias": qkv_bias,
         "proj_bias": proj_bias,
+        "qk_norm": qk_norm,
+        "attn_norm": attn_norm,
+        "gated_attn": gated_attn,
+        "gated_mlp": gated_mlp,
+        "mlp_norm": mlp_norm,
+        "attn_only_scale": attn_only_scale,
         "hidden_dim": hidden_dim or 4 * embed_dim,
         "act_layer": act_layer,
         "mlp_bias": mlp_bias,
@@ -149,12 +191,19 @@ def spec_of(
                 (grids[0], grids[0]) if base_grid is None else tuple(base_grid),
                 pos_factorized,
                 pos_keep_aspect,
+                pos_interpolation,
+                pos_antialias,
+                pos_align_corners,
                 pos_drop_rate,
-            ),
+            )
+            if abs_pos_embed
+            else None,
             Prefix(class_token, distilled, reg_tokens, not no_embed_class),
             patch_bias,
             stem_chans,
             Norm(eps if norm_pre_eps is None else norm_pre_eps, norm_pre_layer or norm_layer) if pre_norm else None,
+            _made(Rope, rope, reference=_pair, sections=_pair),
+            _made(Norm, patch_norm),
         ),
         blocks=tuple(
             _block(
@@ -170,14 +219,29 @@ def spec_of(
             pool_include_prefix,
             aux_head,
             drop_rate,
+            _made(AttentionPool, attn_pool, norm=partial(_made, Norm), mlp=_mlp_of),
         ),
         grids=grids,
     )
 
 
+ADDED = (
+    *("num_kv_heads", "qk_norm", "attn_norm", "gated_attn", "gated_mlp", "mlp_norm", "attn_only_scale"),
+    *("abs_pos_embed", "pos_interpolation", "pos_antialias", "pos_align_corners"),
+    *("rope", "patch_norm", "attn_pool"),
+)
+"""Keywords that files name only where they differ from the default: files of models without them stay as they were."""
+
 BLOCK_KEYWORDS = (
     "num_heads",
     "head_dim",
+    "num_kv_heads",
+    "qk_norm",
+    "attn_norm",
+    "gated_attn",
+    "gated_mlp",
+    "mlp_norm",
+    "attn_only_scale",
     "attn_scale",
     "qkv_bias",
     "proj_bias",
@@ -196,6 +260,31 @@ BLOCK_KEYWORDS = (
 """Keywords of `spec_of` that an entry of its `blocks` may hold; `eps` and `norm_layer` of each norm by itself."""
 
 
+def _pair(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)
+
+
+def _made(kind: type[T], value: T | Mapping[str, Any] | None, **fields: Callable[[Any], Any]) -> T | None:
+    """A part of a spec from its fields, some of which are made by functions; None for none."""
+    if value is None or isinstance(value, kind):
+        return value
+    return kind(**{name: fields[name](field) if name in fields else field for name, field in value.items()})
+
+
+def _mlp_of(value: Mlp | Mapping[str, Any]) -> Mlp:
+    return _made(Mlp, value, act=as_activation, norm=partial(_made, Norm))
+
+
+def _as_json(part: Any) -> Any:
+    """The fields of a part of a spec that differ from their defaults, as JSON values."""
+    if isinstance(part, Activation):
+        return part.as_json()
+    if not is_dataclass(part):
+        return list(part) if isinstance(part, tuple) else part
+    values = ((field, getattr(part, field.name)) for field in dataclass_fields(part))
+    return {field.name: _as_json(value) for field, value in values if value != field.default}
+
+
 def _block(keywords: Mapping[str, Any]) -> Block:
     unknown = sorted(set(keywords) - set(BLOCK_KEYWORDS))
     if unknown:
@@ -211,11 +300,18 @@ def _block(keywords: Mapping[str, Any]) -> Block:
     elif k["residual_scale"] != 1:
         scale = Divide(k["residual_scale"])
     return Block(
-        Attention(k["num_heads"], k["head_dim"], k["qkv_bias"], k["proj_bias"], k["attn_scale"]),
-        Mlp(k["hidden_dim"], as_activation(k["act_layer"]), k["mlp_bias"]),
+        Attention(
+            *(k["num_heads"], k["head_dim"], k["qkv_bias"], k["proj_bias"], k["attn_scale"], k["num_kv_heads"]),
+            *(_made(Norm, k["qk_norm"]), _made(Norm, k["attn_norm"]), k["gated_attn"]),
+        ),
+        Mlp(
+            *(k["hidden_dim"], as_activation(k["act_layer"]), k["mlp_bias"], k["gated_mlp"]),
+            _made(Norm, k["mlp_norm"]),
+        ),
         Norm(k["norm1_eps"], k["norm1_layer"]),
         Norm(k["norm2_eps"], k["norm2_layer"]),
         scale,
+        not k["attn_only_scale"],
         k["proj_drop_rate"],
         k["drop_path_rate"],
     )
@@ -225,6 +321,13 @@ def _block_keywords(block: Block) -> dict[str, Any]:
     return {
         "num_heads": block.attn.heads,
         "head_dim": block.attn.head_dim,
+        "num_kv_heads": block.attn.kv_heads,
+        "qk_norm": _as_json(block.attn.qk_norm),
+        "attn_norm": _as_json(block.attn.out_norm),
+        "gated_attn": block.attn.gate,
+        "gated_mlp": block.mlp.gated,
+        "mlp_norm": _as_json(block.mlp.norm),
+        "attn_only_scale": not block.scales_mlp,
         "attn_scale": block.attn.scale,
         "qkv_bias": block.attn.qkv_bias,
         "proj_bias": block.attn.out_bias,
@@ -248,7 +351,7 @@ def keywords_of(spec: ViTSpec) -> dict[str, Any]:
     Raises:
         ValueError: for an activation that no file can hold.
     """
-    embed, positions, prefix, head = spec.embed, spec.embed.positions, spec.embed.prefix, spec.head
+    embed, prefix, head = spec.embed, spec.embed.prefix, spec.head
     entries = [_block_keywords(block) for block in spec.blocks]
     rate = entries[-1]["drop_path_rate"] if entries else 0.0
     first = entries[0] if entries else _block_keywords(Block(Attention(1, spec.dim), Mlp(4 * spec.dim)))
@@ -266,7 +369,8 @@ def keywords_of(spec: ViTSpec) -> dict[str, Any]:
             "drop_path_rate": rate * i / max(len(entries) - 1, 1),
         }
         differing.append({name: value for name, value in entry.items() if value != expected[name]})
-    return {
+    positions = embed.positions or Positions((spec.grids[0], spec.grids[0]))
+    keywords = {
         "grids": list(spec.grids),
         "base_grid": list(positions.base_grid),
         "patch_size": embed.patch_size,
@@ -283,6 +387,13 @@ def keywords_of(spec: ViTSpec) -> dict[str, Any]:
         "reg_tokens": prefix.registers,
         "distilled": prefix.dist,
         "no_embed_class": not prefix.positioned,
+        "abs_pos_embed": embed.positions is not None,
+        "pos_interpolation": positions.interpolation,
+        "pos_antialias": positions.antialias,
+        "pos_align_corners": positions.align_corners,
+        "rope": _as_json(embed.rope),
+        "patch_norm": _as_json(embed.patch_norm),
+        "attn_pool": _as_json(head.attention),
         "pos_factorized": positions.factorized,
         "pos_keep_aspect": positions.keep_aspect,
         "pre_norm": embed.norm is not None,
@@ -297,6 +408,8 @@ def keywords_of(spec: ViTSpec) -> dict[str, Any]:
         "blocks": differing if any(differing) else None,
         **_norm_layers(kind, embed.norm, head.norm),
     }
+    defaults = signature(spec_of).parameters
+    return {n: value for n, value in keywords.items() if n not in ADDED or value != defaults[n].default}
 
 
 def _norm_layers(kind: str, pre: Norm | None, final: Norm | None) -> dict[str, str]:

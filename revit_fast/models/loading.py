@@ -16,6 +16,7 @@ from revit_fast.grids import check_grids, rows_of_lengths
 from revit_fast.layers.derived import kept_tensors
 from revit_fast.layers.norm import TALNorm
 from revit_fast.layers.positions import PositionTables, wide_patches
+from revit_fast.models.timm_blocks import plain_names
 from revit_fast.models.weights import EXTRA_STATE, load_fitting, read_checkpoint, state_dict_of
 
 
@@ -106,7 +107,7 @@ class LoadsWeights:
     ) -> dict[str, Tensor]:
         """Converts the state dict of a plain ViT, or of a model of other grids, to the shapes of this model.
 
-        Norm parameters of one length are repeated for every length, those of several follow their length, and position
+        EVA's names become a `VisionTransformer`'s. Norm parameters of one length are repeated for every length, those of several follow their length, and position
         embeddings are resampled to the base grid.
 
         Args:
@@ -114,6 +115,7 @@ class LoadsWeights:
             made_for: the grids of the weights, where they do not say it; without either, norms are taken by order.
             match_norms: see `grids.rows_of_lengths`.
         """
+        state_dict = plain_names(state_dict, (name for name, _ in self.named_parameters()))
         converted = {
             name: value.expand(len(self.grids), -1) if value.dim() == 1 and self.norm_parameter.search(name) else value
             for name, value in state_dict.items()

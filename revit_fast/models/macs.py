@@ -35,12 +35,19 @@ def spec_macs(spec: ViTSpec, n_patches: int) -> int:
         of_a_patch = half * embed.stem * (49 * embed.in_chans + 2 * 9 * embed.stem) + dim * embed.stem * half
     linear = scores = 0
     for block in spec.blocks:
-        width = block.attn.heads * block.attn.head_dim
-        linear += 4 * dim * width + 2 * dim * block.mlp.hidden
+        attn, mlp = block.attn, block.mlp
+        width, kv_width = attn.heads * attn.head_dim, attn.n_kv * attn.head_dim
+        linear += dim * ((2 + attn.gate) * width + 2 * kv_width + (2 + mlp.gated) * mlp.hidden)
         scores += 2 * width
+    pooled = 0
+    if head.attention is not None:  # its query is the same for every image
+        n_read = n_tokens if head.pool_prefix else n_patches
+        mlp = head.attention.mlp
+        pooled = n_read * (2 * dim + 2) * dim + dim * dim + (2 + mlp.gated) * dim * mlp.hidden
     classify = dim * (2 if head.pool == "token_avg" else 1) * head.classes
     if head.token_labels:
         of_a_patch += classify
     n_heads = 2 if embed.prefix.dist else 1
     of_every_token = n_tokens if not head.pool else 1
-    return n_patches * of_a_patch + n_tokens * linear + n_tokens**2 * scores + n_heads * of_every_token * classify
+    heads = pooled + n_heads * of_every_token * classify
+    return n_patches * of_a_patch + n_tokens * linear + n_tokens**2 * scores + heads

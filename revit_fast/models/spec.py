@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.layers.mlp import Activation
 from revit_fast.layers.norm import NORMS
+from revit_fast.layers.rope import Rope
 
-POOLS = ("token", "avg", "token_avg", "")
+POOLS = ("token", "avg", "token_avg", "map", "")
+INTERPOLATIONS = ("bicubic", "bilinear")
 GELU = Activation("gelu")
 
 
@@ -39,16 +41,35 @@ class Attention:
     Attributes:
         heads: number of heads.
         head_dim: channels of a head.
-        qkv_bias: whether queries, keys and values have a bias.
+        qkv_bias: whether queries, keys and values have a bias; "qv": queries and values alone (BEiT, EVA).
         out_bias: whether the output projection has one.
         scale: factor of the scores; None for `head_dim ** -0.5`.
+        kv_heads: heads of keys and values, each for `heads / kv_heads` heads of queries (arXiv 2305.13245); None: `heads`.
+        qk_norm: norm of every query and key over its channels (arXiv 2302.05442), one for all lengths; None for none.
+        out_norm: norm before the output projection; None for none.
+        gate: whether a sigmoid of a linear layer multiplies the result before the output projection.
     """
 
     heads: int
     head_dim: int
-    qkv_bias: bool = True
+    qkv_bias: bool | str = True
     out_bias: bool = True
     scale: float | None = None
+    kv_heads: int | None = None
+    qk_norm: Norm | None = None
+    out_norm: Norm | None = None
+    gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.qkv_bias not in (True, False, "qv"):
+            raise ValueError(f'qkv_bias: expected True, False or "qv", got {self.qkv_bias!r}')
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
+
+    @property
+    def n_kv(self) -> int:
+        """Number of heads of keys and values."""
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True)
@@ -59,11 +80,16 @@ class Mlp:
         hidden: channels between the layers.
         act: the activation.
         bias: whether the layers have a bias.
+        gated: the first layer has twice as many channels, and the activation of the first half multiplies the second
+            half (GLU variants, arXiv 2002.05202; SwiGLU with SiLU).
+        norm: norm of the hidden channels (NormFormer, arXiv 2110.09456); None for none.
     """
 
     hidden: int
     act: Activation = GELU
     bias: bool = True
+    gated: bool = False
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,7 @@ class Block:
         norm1: norm before attention.
         norm2: norm before the MLP.
         scale: of both branches before they are added; None for none.
+        scales_mlp: whether it is that of the MLP too, and not of attention alone.
         drop: dropout after the projection and in the MLP, in training.
         drop_path: stochastic depth of both branches, in training.
     """
@@ -111,6 +138,7 @@ class Block:
     norm1: Norm = Norm()
     norm2: Norm = Norm()
     scale: LayerScale | Divide | None = None
+    scales_mlp: bool = True
     drop: float = 0.0
     drop_path: float = 0.0
 
@@ -123,13 +151,23 @@ class Positions:
         base_grid: (rows, columns) of the grid that they are stored for.
         factorized: stored for rows and columns apart, see `layers.positions.Resampling`.
         keep_aspect: both sides are resampled alike, see `layers.positions.Resampling`.
+        interpolation: "bicubic" or "bilinear".
+        antialias: whether a smaller grid is resampled with a wider filter.
+        align_corners: whether the centres of the corner patches stay, and not the corners of the grid.
         drop: dropout after they are added, in training.
     """
 
     base_grid: tuple[int, int]
     factorized: bool = False
     keep_aspect: bool = False
+    interpolation: str = "bicubic"
+    antialias: bool = True
+    align_corners: bool = False
     drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f'pos_interpolation: expected "bicubic" or "bilinear", got {self.interpolation!r}')
 
 
 @dataclass(frozen=True)
@@ -161,20 +199,43 @@ class Embed:
     Attributes:
         patch_size: side P of a patch in pixels.
         in_chans: image channels.
-        positions: position embeddings.
+        positions: position embeddings that are added to the patches; None for none.
         prefix: tokens before the patches.
         bias: whether the linear embedding has a bias.
         stem: channels of LV-ViT's convolutional stem, see `layers.conv_stem`; None: patches are embedded directly.
         norm: norm of the tokens; None for none.
+        rope: rotary position embedding in every block; None for none.
+        patch_norm: norm of the embedded patches, before position embeddings are added (AIMv2); None for none.
     """
 
     patch_size: int
     in_chans: int
-    positions: Positions
+    positions: Positions | None
     prefix: Prefix = Prefix()
     bias: bool = True
     stem: int | None = None
     norm: Norm | None = None
+    rope: Rope | None = None
+    patch_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class AttentionPool:
+    """Pooling by attention: a learned query reads the tokens of an image (SigLIP's "map" head, arXiv 2106.04560).
+
+    An MLP's result is added to what the query has read.
+
+    Attributes:
+        heads: number of heads; the channels of the model are divided among them.
+        mlp: the MLP.
+        norm: norm before the MLP.
+        bias: whether queries, keys and values have a bias.
+    """
+
+    heads: int
+    mlp: Mlp
+    norm: Norm | None = Norm()
+    bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,12 +244,14 @@ class Head:
 
     Attributes:
         classes: number of classes; 0 for no head.
-        pool: "token" (class token), "avg" (mean of the patch tokens), "token_avg" (both side by side) or "" (none).
+        pool: "token" (class token), "avg" (mean of the patch tokens), "token_avg" (both side by side), "map" (by
+            attention) or "" (none).
         norm: the final norm; None for none.
         norm_pooled: the norm stands after pooling instead of before.
-        pool_prefix: "avg" pools the prefix tokens too.
+        pool_prefix: "avg" and "map" pool the prefix tokens too.
         token_labels: LV-ViT's second head: half the largest of its logits over the patch tokens is added.
         drop: dropout before the head, in training.
+        attention: how "map" pools.
     """
 
     classes: int
@@ -198,6 +261,7 @@ class Head:
     pool_prefix: bool = False
     token_labels: bool = False
     drop: float = 0.0
+    attention: AttentionPool | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +285,11 @@ class ViTSpec:
     def __post_init__(self) -> None:
         prefix, head = self.embed.prefix, self.head
         if head.pool not in POOLS:
-            raise ValueError(f'global_pool: expected "token", "avg", "token_avg" or "", got {head.pool!r}')
+            raise ValueError(f'global_pool: expected "token", "avg", "token_avg", "map" or "", got {head.pool!r}')
+        if head.pool == "map" and head.attention is None:
+            raise ValueError('global_pool: "map" needs an attention pool; only models that were made with one have it')
+        if self.embed.rope is not None:
+            self._check_rope(self.embed.rope)
         if head.pool.startswith("token") and not prefix.cls:
             raise ValueError(f'global_pool: "{head.pool}" needs a class token; use "avg"')
         if head.pool == "token_avg" and head.norm is not None and head.norm_pooled:
@@ -234,7 +302,31 @@ class ViTSpec:
                 "distillation token, or aux_head=False"
             )
 
+    def _check_rope(self, rope: Rope) -> None:
+        shapes = {(block.attn.heads, block.attn.n_kv, block.attn.head_dim) for block in self.blocks}
+        dims = {head_dim for _, _, head_dim in shapes}
+        step = 2 if rope.kind == "interleaved" else 4
+        if len(dims) > 1 or any(dim % step for dim in dims):
+            raise ValueError(f"rope: expected heads of one size, a multiple of {step} channels, got {sorted(dims)}")
+        if rope.kind == "mixed" and (len(shapes) > 1 or any(heads != n_kv for heads, n_kv, _ in shapes)):
+            raise ValueError("rope: mixed frequencies need blocks of equally many heads, and as many of keys")
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Patches of every configured grid."""
         return tuple(g * g for g in self.grids)
+
+    def beyond_plain(self) -> str | None:
+        """The first field in which the model is more than a plain ViT, as a dotted name; None for none.
+
+        Engines that do not run these fields refuse them by this name.
+        """
+        plain = Attention(1, 1), Mlp(1)
+        found = [f"embed.{name}" for name in ("rope", "patch_norm") if getattr(self.embed, name) is not None]
+        found += ["head.attention"] if self.head.attention is not None else []
+        for i, block in enumerate(self.blocks):
+            for part, value, usual in zip(("attn", "mlp"), (block.attn, block.mlp), plain, strict=True):
+                for name in ("kv_heads", "qk_norm", "out_norm", "gate", "gated", "norm"):
+                    if getattr(value, name, None) != getattr(usual, name, None):
+                        found.append(f"blocks[{i}].{part}.{name}")
+        return found[0] if found else None

@@ -21,7 +21,7 @@ class TimmInterface:
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: tokens, position embeddings and every TAL-LN parameter."""
-        names = {"pos_embed", "cls_token", "reg_token", "dist_token"}
+        names = {"pos_embed", "cls_token", "reg_token", "dist_token", "rope.freqs"}
         return names | {name for name, _ in self.named_parameters() if NORM_PARAMETER.search(name)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -51,7 +51,10 @@ class TimmInterface:
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Sets a new head for `num_classes` classes (0: none), and another pooling if `global_pool` is given."""
         pool = self.global_pool if global_pool is None else global_pool
-        self._spec = replace(self._spec, head=replace(self._spec.head, classes=num_classes, pool=pool))
+        head = replace(self._spec.head, classes=num_classes, pool=pool)
+        if pool != "map":
+            head, self.attn_pool = replace(head, attention=None), None
+        self._spec = replace(self._spec, head=head)
         self.num_classes, self.global_pool = num_classes, pool
         # A new head knows no classes: names of the old one's would be written beside it where the number is the same.
         self.pretrained_cfg = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
@@ -128,9 +131,9 @@ class TimmInterface:
         batch = self.pack(x)
         inputs = self._inputs(batch)
         tokens, delta = self._embed(inputs), None
-        intermediates = []
-        for i, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
-            tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
+        intermediates, n_run = [], max(take) + 1 if stop_early else len(self.blocks)
+        for i, rotation in enumerate(self._rotations(inputs)[:n_run]):
+            tokens, delta = self._run_block(self.blocks[i], tokens, delta, inputs.layout, rotation)
             if i in take:
                 taken = self._add_and_norm(tokens, delta, inputs.layout) if norm else tokens + delta
                 intermediates.append(self._as_maps(taken, batch, is_uniform(x), output_fmt, return_prefix_tokens))

@@ -19,16 +19,16 @@ from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.layers.attention import Queries
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
-from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
-from revit_fast.layers.segments import sequence_max
+from revit_fast.layers.rope import Rotation
+from revit_fast.layers.segments import rows_without_first, sequence_max
+from revit_fast.models.build import block_of, norm_of, pool_of, rope_of
 from revit_fast.models.hub import Pretrained
 from revit_fast.models.inputs import Inputs, TakesImages, is_uniform, rows_apart
 from revit_fast.models.keywords import keywords_of, spec_of
 from revit_fast.models.loading import LoadsWeights
-from revit_fast.models.spec import Block as BlockSpec
-from revit_fast.models.spec import Divide, LayerScale, Norm, ViTSpec
+from revit_fast.models.spec import Norm, Positions, ViTSpec
 from revit_fast.models.timm_api import NORM_PARAMETER, TimmInterface
 from revit_fast.ops.tokens import assemble_tokens, mean_pool
 from revit_fast.packing import Layout, PackedBatch, device_cu_seqlens
@@ -39,6 +39,7 @@ fx.wrap("mean_pool")
 fx.wrap("rows_apart")
 fx.wrap("sequence_max")
 
+IS_NORM = re.compile(r"norm\d?(_pre)?\.weight$")
 STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
@@ -68,7 +69,8 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         self._spec = spec = spec_of(**keywords) if spec is None else spec
         embed, prefix, head, n_lengths = spec.embed, spec.embed.prefix, spec.head, len(spec.grids)
         self.grids, self.lengths = spec.grids, spec.lengths
-        self.base_grid = embed.positions.base_grid
+        positions = embed.positions
+        self.base_grid = (spec.grids[0],) * 2 if positions is None else positions.base_grid
         self.patch_size = embed.patch_size
         self.in_chans = embed.in_chans
         self.num_classes = head.classes
@@ -79,45 +81,55 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         self.distilled_training = False
         self.has_aux_head = head.token_labels
         self.num_prefix_tokens = prefix.count
-        self.no_embed_class = not prefix.positioned
+        self.no_embed_class = positions is None or not prefix.positioned
         self.pool_include_prefix = head.pool_prefix
         self.global_pool = head.pool
         self.grad_checkpointing = False
         self.pretrained_cfg: dict[str, Any] = {}
 
         def norm(norm: Norm | None) -> nn.Module:
-            return nn.Identity() if norm is None else NORMS[norm.kind](n_lengths, spec.dim, norm.eps)
+            return nn.Identity() if norm is None else norm_of(norm, spec.dim, n_lengths)
 
         options = {"dim": spec.dim, "grid_size": self.base_grid, "bias": embed.bias}
         if embed.stem is None:
-            self.patch_embed = PatchEmbed(embed.patch_size, embed.in_chans, **options)
+            patch_norm = embed.patch_norm and norm(embed.patch_norm)
+            self.patch_embed = PatchEmbed(embed.patch_size, embed.in_chans, **options, norm=patch_norm)
         else:
             self.patch_embed = ConvStem(embed.patch_size, embed.in_chans, embed.stem, **options)
         self.cls_token = nn.Parameter(torch.empty(1, 1, spec.dim)) if prefix.cls else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, spec.dim)) if prefix.dist else None
         self.reg_token = nn.Parameter(torch.empty(1, prefix.registers, spec.dim)) if prefix.registers else None
-        self.resampling = Resampling(self.base_grid, embed.positions.factorized, embed.positions.keep_aspect)
-        n_embedded = self._n_prefix_embedded + self.resampling.n_stored
-        self.pos_embed = nn.Parameter(torch.empty(1, n_embedded, spec.dim))
-        self.pos_drop = nn.Dropout(embed.positions.drop)
+        self.resampling = resampling_of(positions, self.base_grid)
+        pos_embed = torch.empty(1, self._n_prefix_embedded + self.resampling.n_stored, spec.dim)
+        if positions is None:  # without rows; it still has the model's device and dtype
+            self.register_buffer("pos_embed", pos_embed, persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(pos_embed)
+        self.pos_drop = nn.Dropout(0.0 if positions is None else positions.drop)
+        self.rope = rope_of(spec)
         self.norm_pre = norm(embed.norm)
-        self.blocks = nn.ModuleList(_block(block, spec.dim, n_lengths) for block in spec.blocks)
+        self.blocks = nn.ModuleList(block_of(block, spec.dim, n_lengths) for block in spec.blocks)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": spec.dim, "reduction": embed.patch_size}
             for i in range(len(spec.blocks))
         ]
         self.norm = norm(None if head.norm_pooled else head.norm)
+        self.attn_pool = pool_of(head.attention, spec.dim, n_lengths)
         self.fc_norm = norm(head.norm if head.norm_pooled else None)
         self.head_drop = nn.Dropout(head.drop)
         self.head = self._linear_head()
         self.head_dist = self._linear_head() if prefix.dist else None
         self.aux_head = self._token_label_head()
 
-        self._positions = PositionTables(self.resampling, [(g, g) for g in self.grids])
+        coordinates = None if self.rope is None else embed.rope.coordinates
+        self._positions = PositionTables(self.resampling, [(g, g) for g in self.grids], coordinates)
         self.init_weights()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        for name in ("rope", "attn_pool"):
+            if not hasattr(self, name):  # pickled before there was a choice
+                setattr(self, name, None)
         arguments = self.__dict__.pop("_arguments", None)
         if arguments is not None:  # pickled before there were specs
             now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
@@ -166,12 +178,14 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         for name, parameter in self.named_parameters():
             if STEM_PARAMETER.search(name):
                 continue
-            if name == "pos_embed" or (name.endswith(".weight") and not NORM_PARAMETER.search(name)):
+            if name in ("pos_embed", "attn_pool.latent") or (name.endswith(".weight") and not IS_NORM.search(name)):
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name in ("cls_token", "dist_token", "reg_token"):
                 nn.init.normal_(parameter, std=1e-6)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
+        if self.rope is not None:
+            self.rope.init_weights()
 
     def _linear_head(self) -> nn.Module:
         return nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes > 0 else nn.Identity()
@@ -245,13 +259,34 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         """Tokens `[T, C]` that enter the blocks."""
         # Under autocast the linear layers give 16-bit rows; the residual stream stays in the parameters' precision.
         patches = self.patch_embed(inputs.rows, inputs.normalization).to(self.pos_embed.dtype)
+        if self.spec.embed.patch_norm is not None:
+            patches = self.patch_embed.norm(patches, inputs.layout._replace(cu_seqlens=inputs.cu_seqlens, tiles=None))
         x = assemble_tokens(patches, self._prefix(), inputs.pos_table, inputs.pos_offset, inputs.cu_seqlens)
         return _normed(self.norm_pre, self.pos_drop(x), inputs.layout)
 
-    def _run_block(self, block: Block, x: Tensor, delta: Tensor | None, layout: Layout, queries: Queries | None = None):
+    def _rotations(self, inputs: Inputs) -> list[Rotation | None]:
+        """How queries and keys turn, for every block."""
+        if self.rope is None:
+            return [None] * len(self.blocks)
+        table = inputs.coordinates
+        if self.training:
+            table = self.spec.embed.rope.augmented(table)
+        rows, prefix = (table.new_zeros(n, 2) for n in (inputs.rows.shape[0], self.num_prefix_tokens))
+        coordinates = assemble_tokens(rows, prefix, table, inputs.pos_offset, inputs.cu_seqlens)
+        return self.rope.rotations(coordinates, self.pos_embed.dtype, len(self.blocks))
+
+    def _run_block(
+        self,
+        block: Block,
+        x: Tensor,
+        delta: Tensor | None,
+        layout: Layout,
+        rotation: Rotation | None,
+        queries: Queries | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, delta, layout, queries, use_reentrant=False)
-        return block(x, delta, layout, queries)
+            return checkpoint(block, x, delta, layout, queries, rotation, use_reentrant=False)
+        return block(x, delta, layout, queries, rotation)
 
     def _add_and_norm(self, x: Tensor, delta: Tensor | None, layout: Layout) -> Tensor:
         """The stream x + delta after the final norm."""
@@ -293,26 +328,26 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         self._check_leaves(x)
         inputs = self._uniform_inputs(x)
         tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
-        for block in self.blocks:
-            tokens = block(tokens, None, inputs.layout)
+        for block, rotation in zip(self.blocks, self._rotations(inputs), strict=True):
+            tokens = block(tokens, None, inputs.layout, None, rotation)
         rows = pooled = self._add_and_norm(tokens.flatten(0, 1), None, inputs.layout)
         if self.global_pool == "token":
             tokens = rows.view(x.shape[0], -1, self.embed_dim)
             pooled = tokens[:, : 2 if self.distilled else 1].flatten(0, 1)
         else:
-            pooled = self.pool(rows, inputs.layout.cu_seqlens)
+            pooled = self.pool(rows, inputs.layout)
         logits = self._add_token_labels(self._head(pooled, inputs.layout), rows, inputs.layout)
         return logits if self.global_pool else logits.view(x.shape[0], -1, logits.shape[1])
 
     def _run(self, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
         """The forward pass on prepared inputs. It runs on the device only; the inputs' shapes determine all shapes."""
         tokens, delta, layout = self._embed(inputs), None, inputs.layout
+        rotations = self._rotations(inputs)
         reads_few = self.global_pool == "token" and self.aux_head is None
         queries = self._pooled_tokens(layout) if reads_few else None
-        for block in self.blocks[:-1]:
-            tokens, delta = self._run_block(block, tokens, delta, layout)
-        for block in self.blocks[-1:]:
-            tokens, delta = self._run_block(block, tokens, delta, layout, queries)
+        for i, (block, rotation) in enumerate(zip(self.blocks, rotations, strict=True), start=1):
+            few = queries if i == len(self.blocks) else None
+            tokens, delta = self._run_block(block, tokens, delta, layout, rotation, few)
         if queries is None:
             return self._classify(self._add_and_norm(tokens, delta, layout), layout)
         if not self.blocks:
@@ -324,7 +359,7 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         if self.global_pool == "token":
             pooled = tokens.index_select(0, self._pooled_tokens(layout).rows)
         else:
-            pooled = self.pool(tokens, layout.cu_seqlens)
+            pooled = self.pool(tokens, layout)
         logits = self._head(pooled, layout, pre_logits)
         return logits if pre_logits else self._add_token_labels(logits, tokens, layout)
 
@@ -334,11 +369,14 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
             return logits
         return logits + 0.5 * sequence_max(self.aux_head(tokens), layout.cu_seqlens, self.num_prefix_tokens)
 
-    def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Pools tokens `[T, C]` to the rows that the head reads; with "token" pooling the last block does it."""
         if not self.global_pool:
             return tokens
-        mean = mean_pool(tokens, cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens)
+        cu_seqlens, n_skipped = layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens
+        if self.global_pool == "map":
+            return self.attn_pool(*rows_without_first(tokens, layout, n_skipped))
+        mean = mean_pool(tokens, cu_seqlens, n_skipped)
         if self.global_pool == "avg":
             return mean
         return torch.cat([tokens.index_select(0, cu_seqlens[:-1]), mean], dim=1)
@@ -369,8 +407,8 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         """All tokens `[T, C]` after the final norm."""
         inputs = self._inputs(batch)
         tokens, delta = self._embed(inputs), None
-        for block in self.blocks:
-            tokens, delta = self._run_block(block, tokens, delta, inputs.layout)
+        for block, rotation in zip(self.blocks, self._rotations(inputs), strict=True):
+            tokens, delta = self._run_block(block, tokens, delta, inputs.layout, rotation)
         return self._add_and_norm(tokens, delta, inputs.layout)
 
     def forward_head(self, x: Tensor | PackedBatch, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -383,28 +421,14 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
         return logits if shape is None else logits.view(*shape, logits.shape[1])
 
 
+def resampling_of(positions: Positions | None, base_grid: tuple[int, int]) -> Resampling:
+    """How the position embeddings of a model become those of any grid; without any, nothing is stored."""
+    if positions is None:
+        return Resampling(base_grid, none=True)
+    p = positions
+    return Resampling(base_grid, p.factorized, p.keep_aspect, p.interpolation, p.antialias, p.align_corners)
+
+
 def _normed(norm: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """A norm's result, or that of an identity in its place; both are called, whatever was put around them."""
     return norm(x) if type(norm) is nn.Identity else norm(x, layout)
-
-
-def _block(block: BlockSpec, dim: int, n_lengths: int) -> Block:
-    attn, mlp, scale = block.attn, block.mlp, block.scale
-    return Block(
-        dim,
-        attn.heads,
-        attn.head_dim,
-        mlp.hidden,
-        n_lengths,
-        mlp.act.build(),
-        eps=(block.norm1.eps, block.norm2.eps),
-        norms=(block.norm1.kind, block.norm2.kind),
-        scale=attn.scale,
-        qkv_bias=attn.qkv_bias,
-        proj_bias=attn.out_bias,
-        mlp_bias=mlp.bias,
-        init_values=scale.init if isinstance(scale, LayerScale) else None,
-        residual_scale=scale.by if isinstance(scale, Divide) else 1.0,
-        proj_drop=block.drop,
-        drop_path=block.drop_path,
-    )
