@@ -14,19 +14,20 @@ from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_fast import ops
 from revit_fast.inference.calibration import block_inputs
 from revit_fast.inference.smoothing import LAYERS, BlockParameters, LinearWeights, calibrated
-from revit_fast.layers.attention import Attention
+from revit_fast.layers.attention import Attention, AttentionPool
 from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
 from revit_fast.layers.derived import Derived
-from revit_fast.layers.mlp import ACTIVATIONS
+from revit_fast.layers.mlp import ACTIVATIONS, activation_name
 from revit_fast.layers.norm import TALNorm
-from revit_fast.layers.segments import sequence_max
+from revit_fast.layers.segments import rows_without_first, sequence_max
 from revit_fast.models.inputs import PatchRows, rows_apart
 from revit_fast.models.spec import Block as BlockSpec
 from revit_fast.models.spec import ViTSpec
@@ -58,10 +59,13 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
     beyond = model.spec.beyond_plain()
     if beyond:
         raise ValueError(f"model: its spec has {beyond}, which the fused forward pass does not run; {OTHERWISE}")
-    for i, block in enumerate(model.spec.blocks):
-        if block.mlp.act.name not in ACTIVATIONS or block.mlp.act.make is not None:
+    mlps = [(f"blocks.{i}", block.mlp) for i, block in enumerate(model.spec.blocks)]
+    if model.spec.head.attention is not None:
+        mlps.append(("attn_pool", model.spec.head.attention.mlp))
+    for name, mlp in mlps:
+        if mlp.act.name not in ACTIVATIONS or mlp.act.make is not None:
             raise ValueError(
-                f"model: blocks.{i}.mlp.act is {block.mlp.act.name}; the fused forward pass has "
+                f"model: {name}.mlp.act is {mlp.act.name}; the fused forward pass has "
                 f"{', '.join(ACTIVATIONS)}; {OTHERWISE}"
             )
 
@@ -116,13 +120,15 @@ class Packed(NamedTuple):
 
     Attributes:
         stem: the convolutional stem with its norms folded in, or None.
-        weights: the packed weights without stem and head.
+        weights: the packed weights without stem, pool and head.
+        pool: the attention pool, or None.
         heads: a function from rows to logits for each head.
         folded: the weights with a normalisation of uint8 rows folded into the embedding; the last one used is kept.
     """
 
     stem: FoldedStem | None
     weights: ViTWeights
+    pool: PackedPool | None
     heads: list[Callable[[Tensor], Tensor]]
     folded: dict[tuple[float, ...], ViTWeights]
 
@@ -233,7 +239,55 @@ def pack_model(
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
-    return Packed(stem, weights, heads, {})
+    return Packed(stem, weights, _pool(model.attn_pool, outer), heads, {})
+
+
+class PackedPool(NamedTuple):
+    """An attention pool on packed weights. A sequence's result is the same bits in every batch.
+
+    Attributes:
+        query: float32 `[1, H, D]`, the same for every image.
+        kv: projection to keys and values.
+        proj: projection of the heads' results.
+        norm: norm before the MLP.
+        fc1: first layer of the MLP.
+        fc2: second layer of the MLP.
+        activation: its activation.
+    """
+
+    query: Tensor
+    kv: PackedWeight
+    proj: PackedWeight
+    norm: TokenNorm
+    fc1: PackedWeight
+    fc2: PackedWeight
+    activation: str
+
+    def __call__(self, rows: Tensor, layout: Layout) -> Tensor:
+        """`[B, C]` of rows `[T, C]`, in float32."""
+        heads, n_sequences = self.query.shape[1:], layout.length_index.shape[0]
+        k, v = packed_linear(rows, self.kv).unflatten(1, (2, *heads)).unbind(1)
+        apart = rows_apart(layout.length_index, layout)
+        query = self.query.expand(n_sequences, -1, -1).contiguous()
+        read = ops.varlen_attention(query, k, v, apart.cu_seqlens, layout.cu_seqlens)
+        pooled = packed_linear(read.flatten(1), self.proj)
+        hidden = pooled
+        if self.norm is not NO_NORM:
+            weight, bias, eps = self.norm
+            affine, op = ((weight, bias), ops.tal_layer_norm) if bias.numel() else ((weight,), ops.tal_rms_norm)
+            hidden = op(pooled, *affine, apart.cu_seqlens, apart.length_index, eps)
+        return pooled + packed_linear(packed_linear(hidden, self.fc1, self.activation), self.fc2)
+
+
+def _pool(pool: AttentionPool | None, dtype: torch.dtype) -> PackedPool | None:
+    if pool is None:
+        return None
+    query = F.linear(pool.latent[0].double(), pool.q.weight.double(), None if pool.q.bias is None else pool.q.bias.double())
+    kv, proj, fc1, fc2 = (
+        pack_weight(layer.weight, layer.bias, dtype) for layer in (pool.kv, pool.proj, pool.mlp.fc1, pool.mlp.fc2)
+    )
+    query = query.float().unflatten(1, (pool.num_heads, -1))
+    return PackedPool(query, kv, proj, _norm(pool.norm), fc1, fc2, activation_name(pool.mlp.act))
 
 
 def _head(head: nn.Module, dtype: torch.dtype):
@@ -269,7 +323,10 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
     if model.aux_head is not None:
         token_labels = 0.5 * sequence_max(packed.heads[1](tokens), layout.cu_seqlens, model.num_prefix_tokens)
         tokens = tokens.index_select(0, layout.cu_seqlens[:-1])
-    if model.global_pool != "token":
+    if packed.pool is not None:
+        n_skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        tokens = packed.pool(*rows_without_first(tokens, layout, n_skipped))
+    elif model.global_pool != "token":
         tokens = model.pool(tokens, layout)
     if isinstance(model.fc_norm, TALNorm):
         own = rows_apart(tokens, layout) if model.global_pool else layout

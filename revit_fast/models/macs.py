@@ -40,10 +40,10 @@ def spec_macs(spec: ViTSpec, n_patches: int) -> int:
         linear += dim * ((2 + attn.gate) * width + 2 * kv_width + (2 + mlp.gated) * mlp.hidden)
         scores += 2 * width
     pooled = 0
-    if head.attention is not None:  # its query is the same for every image
+    if head.attention is not None:
         n_read = n_tokens if head.pool_prefix else n_patches
         mlp = head.attention.mlp
-        pooled = n_read * (2 * dim + 2) * dim + dim * dim + (2 + mlp.gated) * dim * mlp.hidden
+        pooled = n_read * (2 * dim + 2) * dim + 2 * dim * dim + (2 + mlp.gated) * dim * mlp.hidden
     classify = dim * (2 if head.pool == "token_avg" else 1) * head.classes
     if head.token_labels:
         of_a_patch += classify

@@ -323,7 +323,9 @@ class ViTSpec:
         """
         plain = Attention(1, 1), Mlp(1)
         found = [f"embed.{name}" for name in ("rope", "patch_norm") if getattr(self.embed, name) is not None]
-        found += ["head.attention"] if self.head.attention is not None else []
+        pool = self.head.attention
+        if pool is not None and (pool.mlp.gated or pool.mlp.norm is not None):
+            found.append("head.attention.mlp.gated" if pool.mlp.gated else "head.attention.mlp.norm")
         for i, block in enumerate(self.blocks):
             for part, value, usual in zip(("attn", "mlp"), (block.attn, block.mlp), plain, strict=True):
                 for name in ("kv_heads", "qk_norm", "out_norm", "gate", "gated", "norm"):
