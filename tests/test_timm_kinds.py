@@ -1,4 +1,4 @@
-"""Every kind of ViT of timm that `from_timm` takes, built small: the model, its optimised copy and its gradients are timm's."""
+"""Every kind of ViT of timm that `from_timm` takes, built small: model, optimised copy and gradients are timm's."""
 
 import math
 from functools import partial
@@ -205,7 +205,7 @@ def test_other_architectures_are_refused_by_name(name, feature):
 
 class TestRope:
     def test_coordinates_are_augmented_in_training_alone(self):
-        vit = built("vit_base_patch16_sapiens2", rope_rescale_coords=2.0)
+        vit = built("vit_base_patch16_sapiens2", num_kv_heads=(None, 1), rope_rescale_coords=2.0)
         model = rf.ReViT.from_timm(vit, grids=GRIDS)
         images = images_of(vit, SIDES[0])
         with torch.no_grad():
@@ -224,9 +224,12 @@ class TestRope:
         [
             ({"rope": {"kind": "spiral"}}, "rope: expected kind to be one of axial, mixed, interleaved, got 'spiral'"),
             ({"rope": {}, "head_dim": 6}, "rope: expected heads of one size, a multiple of 4 channels, got \\[6\\]"),
-            ({"rope": {"kind": "mixed"}, "num_kv_heads": 1}, "rope: mixed frequencies need blocks of equally many heads"),
+            (
+                {"rope": {"kind": "mixed"}, "num_kv_heads": 1},
+                "rope: mixed frequencies need blocks of equally many heads",
+            ),
             ({"num_kv_heads": 3}, "kv_heads: expected a divisor of 2 heads, got 3"),
-            ({"qkv_bias": "kv"}, 'qkv_bias: expected True, False or "qv", got \'kv\''),
+            ({"qkv_bias": "kv"}, "qkv_bias: expected True, False or \"qv\", got 'kv'"),
             ({"global_pool": "map"}, 'global_pool: "map" needs an attention pool'),
         ],
     )

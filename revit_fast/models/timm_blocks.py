@@ -140,7 +140,9 @@ def pool_of(pool: nn.Module | None) -> AttentionPool | None:
         return None
     require(type(pool).__name__ == "AttentionPoolLatent", f"pooling by {type(pool).__name__} (attn_pool)")
     plain = pool.latent_len == 1 and pool.pos_embed is None and pool.latent.shape[-1] == pool.proj.in_features
-    require(plain and pool.pool == "token" and pool.mlp is not None, "an attention pool other than SigLIP's (attn_pool)")
+    require(
+        plain and pool.pool == "token" and pool.mlp is not None, "an attention pool other than SigLIP's (attn_pool)"
+    )
     normed = norm_of("attn_pool.q_norm", pool.q_norm) or norm_of("attn_pool.k_norm", pool.k_norm)
     require(normed is None, "a norm of queries and keys (attn_pool.q_norm)")
     layers = (pool.q, pool.kv, pool.proj)
