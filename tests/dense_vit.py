@@ -70,11 +70,8 @@ def logits(spec, state, image):
         return F.layer_norm(x, weight.shape, weight, state[f"{name}.bias"][index], norm.eps)
 
     def mlp_of(x, name, mlp):
-        h = linear(x, f"{name}.fc1")
-        if mlp.gated:
-            h = mlp.act.build()(h[:, : mlp.hidden]) * h[:, mlp.hidden :]
-        else:
-            h = mlp.act.build()(h)
+        h, act = linear(x, f"{name}.fc1"), mlp.act.build()
+        h = act(h[:, : mlp.hidden]) * h[:, mlp.hidden :] if mlp.gated else act(h)
         return linear(h if mlp.norm is None else norm(h, f"{name}.norm", mlp.norm), f"{name}.fc2")
 
     def linear(x, name):

@@ -282,9 +282,7 @@ class PackedPool(NamedTuple):
 def _pool(pool: AttentionPool | None, dtype: torch.dtype) -> PackedPool | None:
     if pool is None:
         return None
-    query = F.linear(
-        pool.latent[0].double(), pool.q.weight.double(), None if pool.q.bias is None else pool.q.bias.double()
-    )
+    query = F.linear(pool.latent[0].double(), *(p if p is None else p.double() for p in (pool.q.weight, pool.q.bias)))
     kv, proj, fc1, fc2 = (
         pack_weight(layer.weight, layer.bias, dtype) for layer in (pool.kv, pool.proj, pool.mlp.fc1, pool.mlp.fc2)
     )

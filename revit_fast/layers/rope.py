@@ -180,7 +180,7 @@ class RotaryEmbedding(nn.Module):
         return Rotation(angle.cos(), angle.sin(), self._rope.half)
 
     def _fixed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Frequencies `[2, 1, D / 2]` of a kind that does not learn them. A buffer would be rounded to the model's dtype."""
+        """Frequencies `[2, 1, D / 2]` that are not learned. A buffer would be rounded to the model's dtype."""
         if torch.compiler.is_compiling():
             return self._rope.frequencies(self.head_dim).unsqueeze(1).to(device, dtype)
         if (device, dtype) not in self._placed:

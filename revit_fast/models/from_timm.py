@@ -1,4 +1,4 @@
-"""Reads a timm `VisionTransformer`, `Eva` or `NaFlexVit`. Features that ReViT does not have raise an error that names them."""
+"""Reads a timm `VisionTransformer`, `Eva` or `NaFlexVit`. What ReViT does not have raises an error that names it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def check_untouched(vit: nn.Module) -> None:
 
 
 def weights_from_timm(vit: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model that `config_from_timm` reads; that of a `NaFlexVit` with a `VisionTransformer`'s names."""
+    """The state dict of a model that `config_from_timm` reads; a `NaFlexVit`'s has a `VisionTransformer`'s names."""
     weights = vit.state_dict()
     if not hasattr(vit, "embeds"):
         return weights

@@ -44,7 +44,7 @@ class Attention:
         qkv_bias: whether queries, keys and values have a bias; "qv": queries and values alone (BEiT, EVA).
         out_bias: whether the output projection has one.
         scale: factor of the scores; None for `head_dim ** -0.5`.
-        kv_heads: heads of keys and values, each for `heads / kv_heads` heads of queries (arXiv 2305.13245); None: `heads`.
+        kv_heads: heads of keys and values, each for `heads / kv_heads` of queries (arXiv 2305.13245); None: `heads`.
         qk_norm: norm of every query and key over its channels (arXiv 2302.05442), one for all lengths; None for none.
         out_norm: norm before the output projection; None for none.
         gate: whether a sigmoid of a linear layer multiplies the result before the output projection.

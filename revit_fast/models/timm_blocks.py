@@ -1,4 +1,4 @@
-"""Reads blocks, rotary embeddings and attention pools of timm's ViTs, EVAs and NaFlexViTs, and the names of their weights.
+"""Reads blocks, rotary embeddings and attention pools of timm's ViTs, EVAs and NaFlexViTs, and their weights' names.
 
 What ReViT does not have raises an error that names it.
 """
