@@ -107,8 +107,8 @@ class LoadsWeights:
     ) -> dict[str, Tensor]:
         """Converts the state dict of a plain ViT, or of a model of other grids, to the shapes of this model.
 
-        EVA's names become a `VisionTransformer`'s. Norm parameters of one length are repeated for every length, those of
-        several follow their length, and position embeddings are resampled to the base grid.
+        EVA's names become a `VisionTransformer`'s. Norm parameters of one length are repeated for every length, those
+        of several follow their length, and position embeddings are resampled to the base grid.
 
         Args:
             state_dict: the weights.
