@@ -8,6 +8,7 @@ Needs `pip install "revit-fast[serve]"`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import warnings
@@ -92,6 +93,7 @@ def run(
     port: int = 8000,
     threads: int | None = None,
     on_ready: Callable[[int], None] = lambda port: None,
+    verbose: bool = False,
 ) -> None:
     """Serves on a Ray instance of this machine until SIGINT or SIGTERM, then as `server.Server` says.
 
@@ -104,19 +106,21 @@ def run(
         port: port to listen on; 0 takes a free one.
         threads: compute threads of the replica.
         on_ready: called with the port when the service is ready for requests.
+        verbose: whether the logs of Ray and of the replica are printed; errors always are.
     """
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)  # its import has set INFO
     listening = listening_socket(host, port)
     port = listening.getsockname()[1]
     try:
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", include_dashboard=False, log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server runs, as Ctrl-C
         serve.start(
             proxy_location="Disabled",  # it would bound neither heads nor connections
             http_options={"host": host, "port": port},  # only for Ray's messages, then
-            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+            logging_config={"enable_access_log": False, "log_level": "INFO" if verbose else "WARNING"},
         )
         handle = serve.run(make_app(make_pipe, limits, threads=threads), name="revit-fast", route_prefix="/")
         server = Server(Service(RemoteClassifier(handle), limits), lambda: on_ready(port))
