@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,7 +54,7 @@ def make_app(
         def __init__(self, make_pipe: Callable[[], AdaptivePipeline], limits: Limits) -> None:
             warnings.filterwarnings("ignore", module="PIL")  # unusual files are the client's concern
             torch.set_num_threads(threads)
-            self.service = Service(make_pipe(), limits)
+            self.service = Service(warmed(make_pipe()), limits)
 
         async def __call__(self, request: Request) -> Response:
             """Answers a request that came through a proxy of Ray Serve."""
@@ -83,6 +84,14 @@ def make_app(
                 await self.service.drain()
 
     return Replica.bind(make_pipe, limits)
+
+
+def warmed(pipe: AdaptivePipeline) -> AdaptivePipeline:
+    """The pipeline after an image at every length: the first call packs weights, and the first client would wait."""
+    blank = np.zeros((pipe.model.patch_size, pipe.model.patch_size, 3), np.uint8)
+    for one in (pipe, *(pipe.with_policy(("fixed", grid)) for grid in pipe.prep.grids)):
+        list(one([blank]))
+    return pipe
 
 
 def run(
