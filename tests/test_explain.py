@@ -168,7 +168,7 @@ class TestExplanations:
         assert [(n.grid, n.n_tokens) for n in e.lengths] == [(6, 37), (4, 17), (2, 5)]
         assert [n.macs for n in e.lengths] == list(pipe_of().prep.macs)
 
-    def test_stage_times_are_of_the_fastest_warm_run_of_each_image(self, monkeypatch):
+    def test_stage_times_are_the_fastest_of_warm_runs_of_each_image(self, monkeypatch):
         decode, clock = AdaptivePreprocessor.decode, SimpleNamespace(now=0.0)
         clock.perf_counter = lambda: clock.now
         seconds = iter([1, 5, 3, 2, 4, 9, *[6] * 6])  # the first run of an image does not count
@@ -182,7 +182,7 @@ class TestExplanations:
         first, second = explain(pipe_of(), [STREAM[0], STREAM[2]])
         assert first.stage_ms == dict.fromkeys(STAGES, 0.0) | {"decode": 2000.0}
         assert second.stage_ms["decode"] == 6000.0
-        said = "Time: 2000.00 ms, the fastest of 5 warm runs of this image alone, on 1 thread"
+        said = "Time: 2000.00 ms, each stage the fastest of 5 warm runs of this image alone, on 1 thread"
         assert replace(first, is_busy=False).time == said
         assert replace(first, is_busy=True).time == f"{said}; the machine was busy, which makes times longer"
 

@@ -26,7 +26,7 @@ from revit_fast.streaming.results import Result
 STAGES = ("decode", "assign", "pack", "forward")
 
 N_RUNS = 5
-"""Runs of an image that are timed; the fastest is shown, because other work on the machine only makes a run slower."""
+"""Runs of an image that are timed. Of each stage the fastest is shown: other work on a machine only makes it slower."""
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ class Explanation:
         confidences: probability of the best class at every length that the model ran at, the shortest first. Only a
             cascade runs at more than one length.
         classes: (label, probability) of the best classes; empty where none were asked for.
-        stage_ms: milliseconds of each stage in `STAGES`, for this image alone: those of the fastest of `N_RUNS`
+        stage_ms: milliseconds of each stage in `STAGES`, for this image alone: each the fastest of `N_RUNS`
             warm runs.
         n_threads: compute threads of the runs, those that the pipeline has in this thread.
         is_busy: whether the machine had more to do than it has processors, which makes all runs slow.
@@ -156,10 +156,12 @@ class Explanation:
     @property
     def time(self) -> str:
         """The total of the stages, and how it was measured."""
-        threads = f"{self.n_threads} thread{'s' * (self.n_threads != 1)}"
-        total = sum(self.stage_ms.values())
+        times, threads = (
+            f"Time: {sum(self.stage_ms.values()):.2f} ms",
+            f"{self.n_threads} thread{'s' * (self.n_threads != 1)}",
+        )
         busy = "; the machine was busy, which makes times longer" if self.is_busy else ""
-        return f"Time: {total:.2f} ms, the fastest of {N_RUNS} warm runs of this image alone, on {threads}{busy}"
+        return f"{times}, each stage the fastest of {N_RUNS} warm runs of this image alone, on {threads}{busy}"
 
     @property
     def ran(self) -> tuple[Length, ...]:
@@ -280,7 +282,7 @@ def explain(
     """What the pipeline decides for every image and why; decisions and classes are those of `pipe(sources)`.
 
     Each image runs alone, on the compute threads that the pipeline has in this thread. The first run sets things up and
-    is not timed. The times of the stages are those of the fastest of the `N_RUNS` following ones.
+    is not timed. The time of a stage is the fastest of the `N_RUNS` following ones.
 
     Args:
         pipe: the pipeline.
@@ -335,7 +337,8 @@ def _explanation(
         return _run(pipe, index, kept, times), times
 
     try:
-        run, times = min(repeated(timed), key=lambda timed: sum(timed[1].seconds.values()))
+        runs = repeated(timed)
+        run = runs[-1][0]
     except ImageError as error:
         return Explanation(index, name, error=on_one_line(str(error)))
     if run.probabilities is not None:
@@ -357,7 +360,7 @@ def _explanation(
         entropy=run.entropy,
         confidences=run.confidences,
         classes=tuple((on_one_line(str(entry["label"])), entry["score"]) for entry in top),
-        stage_ms={stage: 1e3 * times.seconds[stage] for stage in STAGES},
+        stage_ms={stage: 1e3 * min(times.seconds[stage] for _, times in runs) for stage in STAGES},
         n_threads=torch.get_num_threads(),
         is_busy=hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1),
         **(_attention(pipe, run, crop) if attention else {}),

@@ -107,7 +107,8 @@ def _facts(axes, e: Explanation) -> float:
     stages = list(e.stage_ms.values())
     ends, total = np.cumsum(stages), sum(stages)
     bars = [Bar(ms / total, f"{ms:.2f} ms", (end - ms) / total) for ms, end in zip(stages, ends, strict=True)]
-    return _table(axes, y + 16, e.time, list(e.stage_ms), [Column("", bars)], NAMES_PX)
+    y = _write(axes, FACTS, y + 16, e.time, FACTS_PX, 14, "soft")
+    return _table(axes, y, "", list(e.stage_ms), [Column("", bars)], NAMES_PX)
 
 
 def _table(axes, y, title, names: Sequence[str], columns: Sequence[Column], names_px: float, chosen=None) -> float:
