@@ -7,13 +7,14 @@ from revit_fast.layers.positions import resample
 from revit_fast.models.spec import Divide, LayerScale
 
 
-def logits(spec, state, image):
+def logits(spec, state, image, maps=None):
     """Logits `[classes]` (of every token `[N, classes]` without pooling) of an image `[C, H, W]`.
 
     Args:
         spec: the architecture, without a convolutional stem and with positions stored as one learned table.
         state: the state dict of a `ReViT` of it.
         image: sides are multiples of the patch size.
+        maps: a list that gets the attention `[heads, N, N]` of every block.
     """
     p, prefix = spec.embed.patch_size, spec.embed.prefix
     grid = (image.shape[1] // p, image.shape[2] // p)
@@ -55,7 +56,10 @@ def logits(spec, state, image):
         h = linear(norm(x, f"{name}.norm1", block.norm1), f"{name}.attn.qkv")
         q, k, v = h.view(-1, 3, attn.heads, attn.head_dim).permute(1, 2, 0, 3)
         scale = attn.head_dim**-0.5 if attn.scale is None else attn.scale
-        h = ((q @ k.transpose(1, 2)) * scale).softmax(dim=-1) @ v
+        attention = ((q @ k.transpose(1, 2)) * scale).softmax(dim=-1)
+        if maps is not None:
+            maps.append(attention)
+        h = attention @ v
         x = x + scaled(linear(h.transpose(0, 1).flatten(1), f"{name}.attn.proj"), "ls1")
         h = block.mlp.act.build()(linear(norm(x, f"{name}.norm2", block.norm2), f"{name}.mlp.fc1"))
         x = x + scaled(linear(h, f"{name}.mlp.fc2"), "ls2")

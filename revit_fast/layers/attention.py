@@ -67,7 +67,7 @@ class Attention(nn.Module):
         """The heads' outputs side by side, `[T, H * D]` or `[Tq, H * D]`: what the output projection reads."""
         of_queries = layout if queries is None else queries.layout
         out = ops.varlen_attention(
-            *self._project(x, queries),
+            *self.project(x, queries),
             of_queries.cu_seqlens,
             layout.cu_seqlens,
             scale=self.scale,
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         )
         return out.flatten(1)
 
-    def _project(self, x: Tensor, queries: Queries | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, queries: Queries | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[Tq, H, D]`, keys and values `[T, H, D]`."""
         heads, width = (self.num_heads, self.head_dim), self.num_heads * self.head_dim
         some_outputs = None if queries is None else outputs_of(self.qkv)

@@ -23,6 +23,7 @@ from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.layers.segments import sequence_max
+from revit_fast.models.attention_maps import AttentionMaps
 from revit_fast.models.hub import Pretrained
 from revit_fast.models.inputs import Inputs, TakesImages, is_uniform, rows_apart
 from revit_fast.models.keywords import keywords_of, spec_of
@@ -42,7 +43,7 @@ fx.wrap("sequence_max")
 STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
-class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
+class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list or nested tensor of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch`
