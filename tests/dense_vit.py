@@ -50,13 +50,14 @@ def frequencies_of(rope, head_dim, learned, like):
     return torch.from_numpy(found).unsqueeze(1).to(like.dtype)
 
 
-def logits(spec, state, image):
+def logits(spec, state, image, maps=None):
     """Logits `[classes]` (of every token `[N, classes]` without pooling) of an image `[C, H, W]`.
 
     Args:
         spec: the architecture, without a convolutional stem and with positions stored as one learned table.
         state: the state dict of a `ReViT` of it.
         image: sides are multiples of the patch size.
+        maps: a list that gets the attention `[heads, N, N]` of every block.
     """
     p, prefix = spec.embed.patch_size, spec.embed.prefix
     grid = (image.shape[1] // p, image.shape[2] // p)
@@ -121,7 +122,10 @@ def logits(spec, state, image):
             q, k = (turned(t, rope, frequencies, grid, prefix.count) for t in (q, k))
         k, v = (t.repeat_interleave(attn.heads // attn.n_kv, dim=0) for t in (k, v))
         scale = attn.head_dim**-0.5 if attn.scale is None else attn.scale
-        h = (((q @ k.transpose(1, 2)) * scale).softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
+        attention = ((q @ k.transpose(1, 2)) * scale).softmax(dim=-1)
+        if maps is not None:
+            maps.append(attention)
+        h = (attention @ v).transpose(0, 1).flatten(1)
         h = h if attn.out_norm is None else norm(h, f"{name}.attn.norm", attn.out_norm)
         h = h * linear(rows, f"{name}.attn.gate").sigmoid() if attn.gate else h
         x = x + scaled(linear(h, f"{name}.attn.proj"), "ls1")

@@ -35,7 +35,7 @@ OTHERS_OPTIONS = {"--nproc-per-node", "--no-build-isolation"}
 OTHERS_KEYWORDS = {"pretrained", "amp"}
 """Arguments of functions of timm, and choices of a run, that messages show."""
 
-PAGES = ("revit_fast.explain.", "revit_fast.deploy.service", "revit_fast.deploy.http")
+PAGES = ("revit_fast.explain.", *(f"revit_fast.deploy.{name}" for name in ("bodies", "http", "openapi", "service")))
 """Modules with texts of HTML and HTTP, which are no messages."""
 
 

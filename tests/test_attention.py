@@ -505,8 +505,8 @@ from pathlib import Path
 from revit_fast import ops
 from revit_fast.packing import cumulative
 
-few, many = torch.randn(16, 1, 8), torch.randn(2_000_000, 1, 8)
-few_rows, many_rows = cumulative([8, 8]), cumulative([1_000_000, 1_000_000])
+few, many = torch.randn(16, 1, 8), torch.randn(6_000_000, 1, 8)
+few_rows, many_rows = cumulative([8, 8]), cumulative([3_000_000, 3_000_000])
 limits = resource.getrlimit(resource.RLIMIT_AS)
 for n_threads in (1, 2):
     torch.set_num_threads(n_threads)
@@ -514,7 +514,7 @@ for n_threads in (1, 2):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), limits[1]))
     try:
-        ops.varlen_attention(few, many, many, few_rows, many_rows)  # a sequence's packed keys alone take 32 MB
+        ops.varlen_attention(few, many, many, few_rows, many_rows)  # packed keys: 96 MB a sequence, more than an arena reserves
     except (MemoryError, RuntimeError) as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -1,10 +1,13 @@
 """The HTTP service: its answers, batches and limits without a server, and the whole command on loopback."""
 
+import ast
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +17,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -25,12 +29,18 @@ from revit_fast.cli import main
 
 pytest.importorskip("starlette", reason='needs starlette: pip install "revit-fast[serve]"')
 pytest.importorskip("prometheus_client", reason='needs prometheus-client: pip install "revit-fast[serve]"')
+pytest.importorskip("python_multipart", reason='needs python-multipart: pip install "revit-fast[serve]"')
 
 from prometheus_client.parser import text_string_to_metric_families
 from small_models import make_model
 from starlette.requests import Request
 
+from revit_fast.deploy import bodies, classifier
+from revit_fast.deploy import server as server_module
+from revit_fast.deploy import service as service_module
+from revit_fast.deploy.bodies import image_of
 from revit_fast.deploy.http import Limits, Service
+from revit_fast.deploy.openapi import CLASSIFY, DESCRIPTION, PAGE
 from revit_fast.io.formats import SERVED
 from revit_fast.io.names import from_text
 
@@ -70,8 +80,9 @@ def serve(model):
         service.close()
 
 
-async def ask(service, body=b"", path="/", method="POST", query=b"", chunks=None, **headers):
-    """Status and JSON of an answer; as text where it is none."""
+async def respond(service, body=b"", content_type="", path="/", method="POST", query=b"", chunks=None, **headers):
+    """The answer of a service to a request."""
+    headers |= {"content_type": content_type} if content_type else {}
     messages = [{"type": "http.request", "body": c, "more_body": True} for c in chunks or [body]]
     messages[-1]["more_body"] = False
     arriving = iter(messages)
@@ -82,9 +93,14 @@ async def ask(service, body=b"", path="/", method="POST", query=b"", chunks=None
     names = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "query_string": query, "headers": names}
     scope |= {"server": ("localhost", 80), "scheme": "http", "root_path": ""}
-    response = await service(Request(scope, receive))
+    return await service(Request(scope, receive))
+
+
+async def ask(service, *args, path="/", **kwargs):
+    """Status and JSON of an answer; as text where it is none."""
+    response = await respond(service, *args, path=path, **kwargs)
     content = bytes(response.body).decode()
-    return response.status_code, content if path == "/metrics" else json.loads(content)
+    return response.status_code, content if path in ("/metrics", "/docs") else json.loads(content)
 
 
 def ask_once(service, *args, **kwargs):
@@ -137,6 +153,55 @@ class TestAnswers:
         assert bad == {"error": f"not an image; expected one of {', '.join(SERVED)}"}
         assert [without_ms(first), without_ms(last)] == expected(pipe_of(model), [images[0], images[2]])
 
+    @pytest.mark.parametrize("path", ["/", "/classify"])
+    def test_forms(self, serve, model, path):
+        service, images = serve(), [png(i) for i in range(3)]
+        wanted = expected(pipe_of(model), images, top_k=2)
+        status, answer = ask_once(service, *form(images[0]), path=path, query=b"top_k=2")
+        assert (status, without_ms(answer)) == (200, wanted[0])
+        body, media = form(*images[:2], b"no image", images[2], top_k=b"2")
+        status, answer = ask_once(
+            service, body, media, path=path, chunks=[body[i : i + 50] for i in range(0, len(body), 50)]
+        )
+        first, second, bad, last = answer["results"]
+        assert bad == {"error": f"not an image; expected one of {', '.join(SERVED)}"}
+        assert [without_ms(a) for a in (first, second, last)] == wanted
+        status, answer = ask_once(service, *form(b"no image"))
+        assert (status, list(answer)) == (422, ["error"])
+        status, answer = ask_once(service, *form(images[0], name="images"))
+        assert len(answer["results"]) == 1
+
+    @pytest.mark.parametrize(
+        "written",
+        [
+            lambda text: text,
+            lambda text: text.rstrip("="),
+            lambda text: text.replace("+", "-").replace("/", "_"),
+            lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\n",
+            lambda text: f"data:image/png;base64,{text}",
+            lambda text: f" DATA:;Base64, {text} ",
+            lambda text: f"data:image/png;base64,{quote(text, safe='')}",
+            lambda text: quote(f"data:image/png;base64,{text.rstrip('=')}", safe=""),
+            lambda text: f"data:image/png,{quote(base64.b64decode(text))}",
+        ],
+        ids=["plain", "unpadded", "url-safe", "lines", "uri", "case", "percent", "all percent", "no base64"],
+    )
+    def test_base64_as_people_send_it(self, written):
+        image = png(3)
+        text = written(base64.b64encode(image).decode())
+        assert image_of(text) == image
+
+    def test_one_image_as_json(self, serve, model):
+        text = base64.b64encode(png(0)).decode()
+        (wanted,) = expected(pipe_of(model), [png(0)], top_k=2)
+        service = serve()
+        for content in ({"image": text, "top_k": 2}, {"images": f"data:image/png;base64,{text}", "top_k": "2"}):
+            _, answer = ask_once(service, json.dumps(content).encode(), content_type="application/json")
+            assert without_ms(answer) == wanted
+        body = json.dumps({"image": [text], "top_k": 2}).encode()
+        _, answer = ask_once(service, body, content_type="application/json")
+        assert [without_ms(a) for a in answer["results"]] == [wanted]
+
     def test_class_names_that_are_no_utf8(self, serve, model):
         prep = rf.AdaptivePreprocessor.for_model(model, policy=("fixed", 6))
         names = [os.fsdecode(b"caf\xe9%d" % i) for i in range(40)]
@@ -165,6 +230,134 @@ class TestAnswers:
         assert found["revit_fast_requests_total", ("200",)] == 40
         assert found["revit_fast_request_seconds_count", ()] == 40
         assert found["revit_fast_waiting_images", ()] == 0
+
+
+def form(*images, name="image", boundary=b"--x", end=b"--\r\n", headers=b"", **fields):
+    """A form with files, and its media type as a keyword of `ask`."""
+    parts = [(b'; name="%s"; filename="caf\xe9.png"%s' % (name.encode(), headers), image) for image in images]
+    parts += [(b'; name="%s"' % os.fsencode(field), value) for field, value in fields.items()]
+    body = b"".join(
+        b"--%s\r\nContent-Disposition: form-data%s\r\n\r\n%s\r\n" % (boundary, head, content) for head, content in parts
+    )
+    return body + b"--" + boundary + end, f"Multipart/Form-Data; boundary={boundary.decode('latin-1')}"
+
+
+def refused(*args, **kwargs):
+    body, media = form(*args, **kwargs)
+    return {"body": body, "content_type": media}
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        ("request_", "status", "reason"),
+        [
+            (refused(b"x", colour=b"red"), 400, "form field 'colour': expected files, as curl -F image=@photo.jpg"),
+            (refused(b"x", **{"\udcff": b"red"}), 400, r"form field '\xff': expected"),
+            (refused(b"x", top_k=b"0"), 400, "top_k: expected a positive integer, got '0'"),
+            (refused(b"x", top_k=b"1" * 65), 400, "'top_k': expected at most 64 bytes"),
+            (refused(top_k=b"1"), 400, "a form without an image"),
+            (refused(), 400, "a form without an image"),
+            (refused(b"x", b"", b"x"), 413, "over 2 images in one request, at most 2"),
+            (refused(b"x", end=b""), 400, "its last boundary is missing"),
+            (refused(b"x" * 2000), 413, "larger than 2000 bytes"),
+            (refused(b"x", headers=b"\r\nA: b" * 9), 400, "malformed form: Maximum header count"),
+            (refused(b"x", headers=b"\r\nA:" + b"b" * 5000), 413, "larger than 2000 bytes"),
+            (
+                refused(b"x", headers=b"\r\nContent-Transfer-Encoding: base64"),
+                415,
+                "Content-Transfer-Encoding 'base64'",
+            ),
+            ({"body": b"x", "content_type": "multipart/form-data"}, 400, "needs the boundary"),
+            ({"body": b"x", "content_type": "multipart/form-data; boundary="}, 400, "needs the boundary"),
+            ({"body": b"x", "content_type": "multipart/form-data; boundary=" + "y" * 999}, 400, "needs the boundary"),
+            ({"body": b"x", "content_type": "multipart/form-data; boundary=y"}, 400, "malformed form"),
+            ({"body": b"x", "content_type": "multipart/mixed; boundary=y"}, 415, "send multipart/form-data"),
+        ],
+    )
+    def test_wrong_ones_are_refused_by_name(self, serve, request_, status, reason):
+        got, answer = ask_once(serve(body_bytes=2000, images=2), **request_)
+        assert (got, list(answer)) == (status, ["error"])
+        assert reason in answer["error"]
+
+    def test_a_header_that_is_too_long_is_refused_before_its_end(self, serve):
+        body, media = form(b"x", headers=b"\r\nA:" + b"b" * 100_000)
+        parts = iter([{"type": "http.request", "body": body[:6000], "more_body": True}])
+
+        async def receive():
+            return next(parts)  # no more is asked for
+
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b""}
+        scope |= {"headers": [(b"content-type", media.encode())], "server": ("localhost", 80), "scheme": "http"}
+        assert asyncio.run(serve()(Request(scope, receive))).status_code == 400
+
+
+def refusals_in_code():
+    """Statuses of every `Refusal` that the service and its server can raise, read from their code."""
+    found = set()
+    for module in (bodies, classifier, server_module, service_module):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) == "Refusal"
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                found.add(node.args[0].value)
+    return found
+
+
+class TestDescription:
+    def test_has_every_route_and_refusal(self, serve):
+        service = serve()
+        _, document = ask_once(service, path="/openapi.json", method="GET")
+        for path, kinds in document["paths"].items():
+            for method in kinds:
+                status, _ = ask_once(service, png(0), path=path, method=method.upper())
+                assert status == 200, path
+        routes = {*CLASSIFY, *service_module.WATCHED, DESCRIPTION, PAGE}
+        assert document["paths"].keys() == routes
+        for path in CLASSIFY:
+            answers = {int(status) for status in document["paths"][path]["post"]["responses"]}
+            # 408, 431 and 501 are h11's hints and the server's
+            assert answers == {200, 431, 501} | refusals_in_code()
+
+    def test_answers_are_as_it_says(self, serve):
+        jsonschema = pytest.importorskip("jsonschema", reason="comes with Ray")
+        service = serve()
+        _, document = ask_once(service, path="/openapi.json", method="GET")
+
+        def check(value, *place):
+            schema = document
+            for key in place:
+                schema = schema[key]
+            jsonschema.Draft202012Validator.check_schema(schema)
+            jsonschema.validate(value, {**schema, "components": document["components"]})
+
+        for request in ({"body": png(0)}, {"body": form(png(0), b"x")[0], "content_type": form()[1]}, {"body": b"no"}):
+            status, answer = ask_once(service, **request)
+            responses = "paths", "/classify", "post", "responses", str(status), "content", "application/json", "schema"
+            check(answer, *responses)
+            with pytest.raises(jsonschema.ValidationError):
+                check({"other": answer}, *responses)
+        sent = "paths", "/classify", "post", "requestBody", "content", "application/json", "schema"
+        for content in ({"image": "AAAA", "top_k": 2}, {"images": ["AAAA"]}, {"image": ["AAAA"]}):
+            check(content, *sent)
+        for content in ({}, {"image": "AAAA", "images": ["AAAA"]}, {"images": []}, {"image": "AAAA", "top_k": 0}):
+            with pytest.raises(jsonschema.ValidationError):
+                check(content, *sent)
+
+    def test_the_page_loads_nothing_and_runs_only_its_own_script(self, serve):
+        response = asyncio.run(respond(serve(), path="/docs", method="GET"))
+        text = response.body.decode()
+        assert not re.search(r"(src|href)=\"(?!openapi.json|healthz|metrics)", text)
+        assert "://" not in text.replace("http://HOST:PORT", "")
+        policy = response.headers["content-security-policy"]
+        for tag in ("script", "style"):
+            (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert "default-src 'none'" in policy
+        assert 'name="images"' in text
+        assert 'fetch("classify"' in text
 
 
 def _flat():
@@ -364,7 +557,7 @@ def fetch(url, data=None):
 
 
 class TestCommand:
-    def test_on_loopback_until_sigterm(self, server):
+    def test_on_loopback_until_sigterm(self, server, tmp_path):
         running, url, weights = server
         fast = rf.optimize(rf.create_model(MODEL, weights=weights).eval(), torch.bfloat16)
         prep = rf.AdaptivePreprocessor.for_model(fast, policy="entropy")
@@ -410,6 +603,12 @@ class TestCommand:
                 assert half.recv(65536).startswith(b"HTTP/1.1 200 "), "what comes now too"
         assert running.wait(timeout=WAIT_S) == 0
         assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+        said = [
+            "--dtype bfloat16: weights in bfloat16",
+            f"listening on {url}; {url}/docs is a page to try it; Ctrl-C stops it",
+            "stopped",
+        ]
+        assert (tmp_path / "log").read_text().splitlines() == said, "nothing of Ray's"
         with pytest.raises(OSError):
             fetch(f"{url}/healthz")
 

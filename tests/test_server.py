@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-for package in ("starlette", "prometheus_client", "uvicorn", "h11"):
+for package in ("starlette", "prometheus_client", "python_multipart", "uvicorn", "h11"):
     pytest.importorskip(package, reason=f'needs {package}: pip install "revit-fast[serve]"')
 
 from bench.fuzz import http as fuzz_http  # noqa: E402 (needs h11)
@@ -159,7 +159,8 @@ class TestRequests:
             (post(target="/%ff/" + "a" * 9000), 404, "POST an image to /"),
             (post(target="/?top_k=" + "9" * 5000), 400, "top_k: expected a positive integer"),
             (post(IMAGE, "Content-Encoding: GZIP"), 415, "Content-Encoding 'gzip'"),
-            (post(IMAGE, "Content-Type: Multipart/Form-Data; boundary=x"), 415, "'multipart/form-data'"),
+            (post(IMAGE, "Content-Type: Multipart/Form-Data; boundary=x"), 400, "malformed form"),
+            (post(IMAGE, "Content-Type: multipart/related; boundary=x"), 415, "'multipart/related'"),
             (post(b"9" * 6000, "Content-Type: APPLICATION/JSON; charset=utf-8"), 400, "base64"),
             (post(b"[" * 90000, "Content-Type: application/json"), 400, "base64"),
             (post(b"\xff", "Content-Type: application/json"), 400, "base64"),
@@ -271,6 +272,7 @@ class TestUnexpectedErrors:
             ("_media_type", post()),
             ("_body", post()),
             ("_images", post(b"{}", "Content-Type: application/json")),
+            ("_images", post(b"x", "Content-Type: multipart/form-data; boundary=x")),
             ("_entry", post(b'{"images": [""]}', "Content-Type: application/json")),
             ("_watched", post(b"").replace(b"POST /", b"GET /metrics")),
             ("_watched", post(b"").replace(b"POST /", b"GET /healthz")),

@@ -162,6 +162,24 @@ def test_gradients_in_float64_are_timms(kind):
     assert not theirs
 
 
+def test_attention_maps_are_timms(kind):
+    """timm's maps are the input of `attn_drop`, where attention is not fused."""
+    vit, model = kind
+    images, seen = images_of(vit, SIDES[0]), []
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            vit(images)
+    finally:
+        for block in vit.blocks:
+            block.attn.fused_attn = True
+            block.attn.attn_drop._forward_pre_hooks.clear()
+    for ours, theirs in zip(model.attention_maps(images, [0, 1]), seen, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5
+
+
 def test_saved_and_loaded(kind, tmp_path):
     vit, model = kind
     model.save_pretrained(tmp_path / "m")

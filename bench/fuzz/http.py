@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import h11
 
@@ -41,7 +42,13 @@ TARGETS = (
     "/healthz",
     "/metrics",
     "/-/routes",
+    "/classify",
+    "/classify?top_k=2",
+    "/openapi.json",
+    "/docs",
 )
+TEXTS = (b"/metrics", b"/docs")
+"""Targets whose right answers are no JSON."""
 TARGETS += ("/%ff%00", "*", "http://[::1/", "//", "/" + "a" * 20000, "/?" + "&" * 3000, "?", "/ /")
 VERSIONS = ("HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "HTTP/1.", "")
 MEDIA_TYPES = ("image/png", "IMAGE/JPEG", "application/json", "Application/JSON; charset=utf-8", "multipart/form-data")
@@ -59,6 +66,24 @@ HEADERS = (
     "X: " + "y" * 20000,
     " folded: line",
     "no colon",
+)
+DISPOSITIONS = (
+    b'form-data; name="image"; filename="x.jpg"',
+    b'form-data; name="images"; filename="caf\xe9.jpg"',
+    b"form-data; name=image",
+    b'form-data; name="images[]"; filename="../../etc/passwd"; filename*=UTF-8\'\'%ff',
+    b'form-data; name="top_k"',
+    b'form-data; name="colour"',
+    b'form-data; name="a\\"b"; filename="' + b"y" * 5000,
+    b"attachment",
+    b"",
+)
+PART_HEADERS = (
+    b"Content-Type: image/jpeg",
+    b"Content-Transfer-Encoding: base64",
+    b"X: y\r\n" * 20,
+    b"no colon",
+    b"\xff: ",
 )
 
 
@@ -84,10 +109,17 @@ def body_of(rng: random.Random, files: dict[str, bytes]) -> tuple[bytes, str | N
     if rng.random() < 0.5:
         image = damaged(rng, image, rng.choice(list(files.values())))
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.4:
         return image, None
     if kind < 0.7:
-        content = {"images": [base64.b64encode(image).decode()] * rng.choice((0, 1, 2, 9))}
+        return form_of(rng, image)
+    if kind < 0.8:
+        content = {"images": [text_of(rng, image)] * rng.choice((0, 1, 2, 9))}
+        if rng.random() < 0.3:
+            content = {
+                rng.choice(("image", "images", "picture")): text_of(rng, image),
+                "top_k": rng.choice((3, "3", 0, {})),
+            }
         return json.dumps(content).encode(), "application/json"
     if kind < 0.9:
         values = (
@@ -97,10 +129,43 @@ def body_of(rng: random.Random, files: dict[str, bytes]) -> tuple[bytes, str | N
             b"\xff",
             b"9" * 6000,
             b'{"images":["\\ud800"]}',
+            b'{"image":"","images":[""]}',
             b"",
         )
         return rng.choice(values), "application/json"
     return rng.randbytes(rng.choice((0, 1, 1000, 300000))), None
+
+
+def form_of(rng: random.Random, image: bytes) -> tuple[bytes, str]:
+    """A form with some parts, right or wrong, and its media type."""
+    boundary = rng.choice((b"x", b"----0123456789", b"\xff", b"b" * 70, b"'b b'"))
+    body = b""
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 9, 300))):
+        right = rng.random() < 0.7
+        head = b"Content-Disposition: " + (DISPOSITIONS[0] if right else rng.choice(DISPOSITIONS))
+        if rng.random() < 0.3:
+            head += b"\r\n" + rng.choice(PART_HEADERS)
+        content = rng.choice((image, image, image, b"3", b"\r\n--" + boundary[:-1], b""))
+        body += b"--" + boundary + b"\r\n" + head + b"\r\n\r\n" + content + b"\r\n"
+    body += b"--" + boundary + rng.choice((b"--\r\n", b"--\r\n", b"--\r\n", b"--", b"", b"\r\n", b"--\r\nepilogue"))
+    if rng.random() < 0.2:
+        body = damaged(rng, body, image)
+    return (
+        body,
+        f"multipart/form-data; boundary={rng.choice((boundary, boundary, boundary, b'other')).decode('latin-1')}",
+    )
+
+
+def text_of(rng: random.Random, image: bytes) -> str:
+    """An image as people put it into JSON: base64 or a data URI, right or wrong."""
+    text = base64.b64encode(image).decode()
+    text = rng.choice(
+        (text, text.rstrip("="), text.replace("+", "-").replace("/", "_"), quote(text), f"{text[:9]}\n {text[9:]}")
+    )
+    return (
+        rng.choice(("", "", "data:image/jpeg;base64,", "DATA:;BASE64,", "data:,", "data:", "data%3A%3Bbase64%2C", "%"))
+        + text
+    )
 
 
 def request_of(rng: random.Random, files: dict[str, bytes]) -> bytes:
@@ -175,7 +240,7 @@ def judged(port: int, rng: random.Random, sent: bytes) -> tuple[str, str | None]
         return "closed", None if not sent.strip() else "closed without an answer"
     status, body = answer
     finding = "an error of the service" if status == 500 else None
-    is_text = status == 200 and b"/metrics" in sent.partition(b"\r\n")[0]
+    is_text = status == 200 and any(target in sent.partition(b"\r\n")[0] for target in TEXTS)
     if method != b"HEAD" and not is_text:
         try:
             json.loads(body)

@@ -63,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output", metavar="FILE", required=True, help="sheet.html or sheet.png (needs matplotlib), all or nothing"
     )
+    p.add_argument(
+        "--attention", action="store_true", help="also draw what the class token reads of each patch in the last block"
+    )
     p.set_defaults(command="explain", batch_tokens=4096)
 
     p = commands.add_parser(
@@ -125,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images that may wait at the same time (default %(default)s)",
     )
+    p.add_argument("--verbose", action="store_true", help="show the logs of Ray and of the process that classifies")
     p.set_defaults(command="serve")
 
     # The modules of these commands add their own options.

@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "int8")
 EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
     **dict.fromkeys(("pyarrow", "ray"), "ray"),
-    **dict.fromkeys(("h11", "prometheus_client", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("h11", "prometheus_client", "python_multipart", "starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("gradio",), "page"),
     **dict.fromkeys(("matplotlib",), "plot"),
     **dict.fromkeys(("scipy", "tensorboard"), "train"),

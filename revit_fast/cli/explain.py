@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
     pipe = build_pipeline(args)
     ignore_pillow_warnings()
-    explanations = explain(pipe, sources, top_k=args.top_k if has_weights(args) else 0)
+    explanations = explain(pipe, sources, top_k=args.top_k if has_weights(args) else 0, attention=args.attention)
     try:
         write(args.output, explanations)
     except ValueError as error:

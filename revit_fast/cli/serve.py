@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def say(port: int) -> None:
-        print(f"listening on http://{args.host}:{port}", file=sys.stderr, flush=True)
+        url = f"http://{args.host}:{port}"
+        print(f"listening on {url}; {url}/docs is a page to try it; Ctrl-C stops it", file=sys.stderr, flush=True)
 
-    serve.run(make_pipe, limits, host=args.host, port=args.port, threads=args.threads, on_ready=say)
+    options = {"host": args.host, "port": args.port, "threads": args.threads, "verbose": args.verbose}
+    serve.run(make_pipe, limits, on_ready=say, **options)
+    print("stopped", file=sys.stderr, flush=True)
     return 0

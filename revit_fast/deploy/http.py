@@ -8,12 +8,14 @@ Needs `pip install "revit-fast[serve]"`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from starlette.requests import Request
 from starlette.responses import Response
@@ -52,7 +54,7 @@ def make_app(
         def __init__(self, make_pipe: Callable[[], AdaptivePipeline], limits: Limits) -> None:
             warnings.filterwarnings("ignore", module="PIL")  # unusual files are the client's concern
             torch.set_num_threads(threads)
-            self.service = Service(make_pipe(), limits)
+            self.service = Service(warmed(make_pipe()), limits)
 
         async def __call__(self, request: Request) -> Response:
             """Answers a request that came through a proxy of Ray Serve."""
@@ -84,6 +86,14 @@ def make_app(
     return Replica.bind(make_pipe, limits)
 
 
+def warmed(pipe: AdaptivePipeline) -> AdaptivePipeline:
+    """The pipeline after an image at every length: the first call packs weights, and the first client would wait."""
+    blank = np.zeros((pipe.model.patch_size, pipe.model.patch_size, 3), np.uint8)
+    for one in (pipe, *(pipe.with_policy(("fixed", grid)) for grid in pipe.prep.grids)):
+        list(one([blank]))
+    return pipe
+
+
 def run(
     make_pipe: Callable[[], AdaptivePipeline],
     limits: Limits = DEFAULT_LIMITS,
@@ -92,6 +102,7 @@ def run(
     port: int = 8000,
     threads: int | None = None,
     on_ready: Callable[[int], None] = lambda port: None,
+    verbose: bool = False,
 ) -> None:
     """Serves on a Ray instance of this machine until SIGINT or SIGTERM, then as `server.Server` says.
 
@@ -104,19 +115,21 @@ def run(
         port: port to listen on; 0 takes a free one.
         threads: compute threads of the replica.
         on_ready: called with the port when the service is ready for requests.
+        verbose: whether the logs of Ray and of the replica are printed; errors always are.
     """
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)  # its import has set INFO
     listening = listening_socket(host, port)
     port = listening.getsockname()[1]
     try:
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", include_dashboard=False, log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server runs, as Ctrl-C
         serve.start(
             proxy_location="Disabled",  # it would bound neither heads nor connections
             http_options={"host": host, "port": port},  # only for Ray's messages, then
-            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+            logging_config={"enable_access_log": False, "log_level": "INFO" if verbose else "WARNING"},
         )
         handle = serve.run(make_app(make_pipe, limits, threads=threads), name="revit-fast", route_prefix="/")
         server = Server(Service(RemoteClassifier(handle), limits), lambda: on_ready(port))

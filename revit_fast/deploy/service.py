@@ -1,28 +1,30 @@
 """The HTTP service: reads requests within limits, answers in JSON, counts every answer.
 
-    POST /           an encoded image -> {"predictions": [{"label", "score"}], "grid", "tokens", "ms"}
-    POST /           application/json {"images": [base64, ...]} -> {"results": [as above, or {"error"}, ...]}
-    GET  /healthz    200, or 503 once the pipeline has failed
-    GET  /metrics    Prometheus text
+    POST /classify      an encoded image -> {"predictions": [{"label", "score"}], "grid", "tokens", "ms"}
+    POST /classify      a form with files, or JSON {"image": text} or {"images": [text, ...]}, see `bodies`
+                        -> as above for one image, or {"results": [as above, or {"error"}, ...]}
+    GET  /healthz       200, or 503 once the pipeline has failed
+    GET  /metrics       Prometheus text
+    GET  /openapi.json  the description of all this, see `openapi`
+    GET  /docs          a page to try it
 
-`?top_k=3` sets the number of classes to return. An error is `{"error": reason}` with a status: 400 (JSON, top_k), 404,
-405, 413 (body too large), 415 (multipart or compressed body), 422 (not an image, or too many pixels), 500 (an error of
-the service), 503 (too many images wait, the pipeline has failed, or the service stops), 504 (took too long).
+`/` takes what `/classify` takes. `?top_k=3` sets the number of classes to return. An error is `{"error": reason}` with
+a status of `openapi.REFUSALS`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from revit_fast.deploy.bodies import FORM, Form, Sent, from_json
 from revit_fast.deploy.classifier import (
     DEFAULT_LIMITS,
     Classifier,
@@ -32,14 +34,23 @@ from revit_fast.deploy.classifier import (
     reason_of,
     without_paths,
 )
+from revit_fast.deploy.openapi import (
+    CLASSIFY,
+    DESCRIPTION,
+    HEALTH,
+    METRICS,
+    PAGE,
+    PAGE_HEADERS,
+    PROMETHEUS_TEXT,
+    document,
+    page,
+)
 from revit_fast.io.names import MOST_DIGITS, dumps, shortened, whole_number
 from revit_fast.streaming.pipeline import AdaptivePipeline
 
 LOG = logging.getLogger(__name__)
 
-PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-
-WATCHED = ("/healthz", "/metrics")
+WATCHED = (HEALTH, METRICS)
 """Paths for those who watch the service; their answers are not counted, unless they are errors of the service."""
 
 
@@ -139,24 +150,28 @@ class Service:
         path = request.scope["path"]
         if path in WATCHED:
             return await self._watched(path)
-        if path != "/":
-            raise Refusal(404, "request", f"there is no {path[:80]}; POST an image to /")
+        if path == DESCRIPTION:
+            return Json(document(self.limits))
+        if path == PAGE:
+            return HTMLResponse(page(self.limits), headers=PAGE_HEADERS)
+        if path not in CLASSIFY:
+            raise Refusal(404, "request", f"there is no {path[:80]}; POST an image to /, or see {PAGE}")
         if request.method != "POST":
-            raise Refusal(405, "request", f"{request.method[:80]}: POST an image")
+            raise Refusal(405, "request", f"{request.method[:80]}: POST an image, or see {PAGE} in a browser")
         if self._stopping:
             raise Refusal(503, "shutdown", "the service stops")
-        top_k = self._top_k(request)
-        media_type = self._media_type(request)
-        body = await self._body(request)
-        if media_type != "application/json":
-            return Json(await self._classified(body, top_k))
+        self._top_k(request.query_params.get("top_k"))
+        sent = await self._images(request, self._media_type(request))
+        top_k = self._top_k(request.query_params.get("top_k") if sent.top_k is None else sent.top_k)
+        if not sent.as_list:
+            return Json(await self._classified(sent.images[0], top_k))
         answers = await asyncio.gather(
-            *(self._classified(image, top_k) for image in self._images(body)), return_exceptions=True
+            *(self._classified(image, top_k) for image in sent.images), return_exceptions=True
         )
         return Json({"results": [self._entry(answer) for answer in answers]})
 
     async def _watched(self, path: str) -> Response:
-        if path == "/metrics":
+        if path == METRICS:
             text = generate_latest(self.metrics.registry) + await self.classifier.metrics_text()
             return Response(text, media_type=PROMETHEUS_TEXT)
         reason = "the service stops" if self._stopping else await self.classifier.failure()
@@ -172,8 +187,9 @@ class Service:
             raise answer
         return answer
 
-    def _top_k(self, request: Request) -> int:
-        text = request.query_params.get("top_k", str(self.limits.top_k))
+    def _top_k(self, text: str | None) -> int:
+        if text is None:
+            return self.limits.top_k
         top_k = whole_number(text)
         if top_k is None or not 1 <= top_k < 10**MOST_DIGITS:
             raise Refusal(400, "request", f"top_k: expected a positive integer, got {shortened(text)}")
@@ -185,44 +201,39 @@ class Service:
         if coding not in ("", "identity"):
             raise Refusal(415, "request", f"Content-Encoding {coding[:80]!r}: send the body as it is, without coding")
         media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if media_type.startswith("multipart/"):
+        if media_type.startswith("multipart/") and media_type != FORM:
             raise Refusal(
-                415, "request", f"Content-Type {media_type[:80]!r}: send the bytes of the image alone as the body"
+                415, "request", f"Content-Type {media_type[:80]!r}: send {FORM}, or the bytes of the image alone"
             )
         return media_type
 
-    async def _body(self, request: Request) -> bytes:
+    async def _images(self, request: Request, media_type: str) -> Sent:
+        """Reads the body of a request."""
+        if media_type == FORM:
+            form = Form(request.headers["content-type"], self.limits)
+            await self._body(request, form.write)
+            return form.close()
+        body = bytearray()
+        await self._body(request, body.extend)
+        return from_json(body, self.limits) if media_type == "application/json" else Sent([bytes(body)])
+
+    async def _body(self, request: Request, write: Callable[[bytes], None]) -> None:
+        """Hands on the body as it comes, at most `limits.body_bytes` of it."""
         limit = self.limits.body_bytes
         too_large = Refusal(413, "body", f"the body is larger than {limit} bytes")
         declared = whole_number(request.headers.get("content-length", ""))
         if declared is not None and declared > limit:
             raise too_large
-        body = bytearray()
+        n_bytes = 0
         self._n_reading += 1
         try:
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
+                n_bytes += len(chunk)
+                if n_bytes > limit:
                     raise too_large
+                write(chunk)
         finally:
             self._n_reading -= 1
-        return bytes(body)
-
-    def _images(self, body: bytes) -> list[bytes]:
-        try:
-            encoded = json.loads(body)["images"]
-            if not isinstance(encoded, list) or len(encoded) == 0:
-                raise ValueError("no list of images")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise _bad_json(error) from error
-        if len(encoded) > self.limits.images:
-            raise Refusal(
-                413, "body", f"{len(encoded)} images in one request, at most {self.limits.images} are allowed"
-            )
-        try:
-            return [base64.b64decode(text, validate=True) for text in encoded]
-        except (TypeError, ValueError) as error:
-            raise _bad_json(error) from error
 
     async def _classified(self, image: bytes, top_k: int) -> dict[str, Any]:
         try:
@@ -236,7 +247,3 @@ class Service:
             raise Refusal(503, "pipeline", reason_of(error)) from error
         self._failed = False
         return answer
-
-
-def _bad_json(error: Exception) -> Refusal:
-    return Refusal(400, "request", f'expected {{"images": [base64, ...]}}: {error}')

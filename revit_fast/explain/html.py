@@ -19,7 +19,7 @@ TITLE = "How many tokens each image gets"
 LEGEND = (
     "The frame is the region that the model sees; what is dimmed is cut away; lines are the borders of its patches. "
     "P is the assigner's probability that a grid is the smallest sufficient one, P(label ≤ grid) that it suffices. "
-    "Times are of each image alone."
+    "Times are of each image alone, in warm runs."
 )
 
 LIGHT = """--page: #f4f5f7; --card: #fff; --text: #1b1f24; --soft: #59636e; --line: #d9dee3; --track: #e6e9ed;
@@ -129,7 +129,7 @@ def _article(e: Explanation) -> str:
     return f"""<article>
 <figure>
 <img src="{_data_uri(e.picture)}" width="{width}" height="{height}" alt="{escape(e.described)}">
-<figcaption>{escape(e.measures)}</figcaption>
+<figcaption>{escape(e.measures)}</figcaption>{_attention(e)}
 </figure>
 <div>
 <h2>{escape(e.name)}</h2>
@@ -140,6 +140,16 @@ def _article(e: Explanation) -> str:
 {_times(e)}
 </div>
 </article>"""
+
+
+def _attention(e: Explanation) -> str:
+    if e.attention is None:
+        return ""
+    width, height = e.attention.size
+    return (
+        f'\n<img src="{_data_uri(e.attention)}" width="{width}" height="{height}" alt="{escape(e.attention_text)}">\n'
+        f"<figcaption>{escape(e.attention_text)}</figcaption>"
+    )
 
 
 def _data_uri(picture: Image.Image) -> str:
@@ -194,6 +204,6 @@ def _times(e: Explanation) -> str:
         for stage, ms in e.stage_ms.items()
     )
     return (
-        f'<p class="soft">Time: {total:.2f} ms</p>\n<div class="time" aria-hidden="true">{bars}</div>\n'
+        f'<p class="soft">{escape(e.time)}</p>\n<div class="time" aria-hidden="true">{bars}</div>\n'
         f'<ul class="times">{items}</ul>'
     )

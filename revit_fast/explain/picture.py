@@ -14,6 +14,9 @@ MAX_ASPECT = 2.5
 """Largest aspect ratio of the part of an image that is shown; a larger one would leave no room for the grid."""
 
 OUTLINE = (255, 176, 0)
+HEAT, HEAT_SHARE = (255, 60, 0), 0.85
+"""Colour of attention, and its share in the patch that gets the most."""
+
 LIGHT, DARK = (255, 255, 255), (0, 0, 0)
 
 OUTLINE_PX = 3
@@ -45,6 +48,31 @@ def draw_grid(image: np.ndarray, crop: tuple[float, float, float, float], grid: 
         crop: the region that the model sees, (left, upper, right, lower) in pixels of the image.
         grid: patches a side.
     """
+    pixels, x, y, is_cut = _placed(image, crop, grid)
+    return Picture(_finished(_with_lines(pixels, x, y)), is_cut)
+
+
+def draw_attention(image: np.ndarray, crop: tuple[float, float, float, float], weights: np.ndarray) -> Image.Image:
+    """The picture of `draw_grid` without lines; patches in grey are coloured by their weight.
+
+    Args:
+        image: see `draw_grid`.
+        crop: see `draw_grid`.
+        weights: `[grid, grid]`, not negative; the largest gets the strongest colour.
+    """
+    pixels, x, y, _ = _placed(image, crop, len(weights))
+    columns, rows = _pixel(x, pixels.shape[1]), _pixel(y, len(pixels))
+    inside = pixels[rows[0] : rows[-1], columns[0] : columns[-1]]
+    share = np.repeat(np.repeat(weights, np.diff(rows), axis=0), np.diff(columns), axis=1)[..., None]
+    share = HEAT_SHARE * share / max(float(weights.max()), np.finfo(np.float32).tiny)
+    inside[:] = (1 - share) * inside.mean(axis=2, keepdims=True) + share * np.array(HEAT, dtype=np.float32)
+    return _finished(pixels)
+
+
+def _placed(
+    image: np.ndarray, crop: tuple[float, float, float, float], grid: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """The scaled image, float32 `[H, W, 3]`, dimmed outside; where patches begin and end; whether it is cut."""
     pixels = np.repeat(
         image.reshape(*image.shape[:2], -1), 3 if image.size == image.shape[0] * image.shape[1] else 1, 2
     )
@@ -62,9 +90,12 @@ def draw_grid(image: np.ndarray, crop: tuple[float, float, float, float], grid: 
             (crop[1], crop[3], upper, size[1], lower - upper),
         )
     )
-    drawn = _with_lines(_dimmed(np.asarray(scaled, dtype=np.float32), x, y), x, y)
     is_cut = window != (0.0, 0.0, float(width), float(height))
-    return Picture(Image.fromarray(drawn.round().astype(np.uint8)), is_cut)
+    return _dimmed(np.asarray(scaled, dtype=np.float32), x, y), x, y, is_cut
+
+
+def _finished(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def _window(width: int, height: int, crop: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

@@ -83,6 +83,12 @@ def _entry(axes, e: Explanation) -> float:
         width, height = e.picture.size
         axes.imshow(e.picture, extent=(LEFT, LEFT + width, PAD + height, PAD), aspect="auto", interpolation="none")
         below = _write(axes, LEFT, PAD + height + 8, e.measures, PICTURE_PX[0], 14, "soft")
+        if e.attention is not None:
+            top, (width, height) = below + 12, e.attention.size
+            axes.imshow(
+                e.attention, extent=(LEFT, LEFT + width, top + height, top), aspect="auto", interpolation="none"
+            )
+            below = _write(axes, LEFT, top + height + 8, e.attention_text, PICTURE_PX[0], 14, "soft")
         bottom = PAD + max(below, _facts(axes, e))
     _box(axes, MARGIN, 0, WIDTH - 2 * MARGIN, bottom, "card", edgecolor=COLOURS["line"], linewidth=1, zorder=-2)
     return bottom + 20
@@ -101,7 +107,8 @@ def _facts(axes, e: Explanation) -> float:
     stages = list(e.stage_ms.values())
     ends, total = np.cumsum(stages), sum(stages)
     bars = [Bar(ms / total, f"{ms:.2f} ms", (end - ms) / total) for ms, end in zip(stages, ends, strict=True)]
-    return _table(axes, y + 16, f"Time: {total:.2f} ms", list(e.stage_ms), [Column("", bars)], NAMES_PX)
+    y = _write(axes, FACTS, y + 16, e.time, FACTS_PX, 14, "soft")
+    return _table(axes, y, "", list(e.stage_ms), [Column("", bars)], NAMES_PX)
 
 
 def _table(axes, y, title, names: Sequence[str], columns: Sequence[Column], names_px: float, chosen=None) -> float:

@@ -357,10 +357,27 @@ def fused_tokens(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRow
     return _tokens(model, derived, images, 0)[1].to(model.pos_embed.dtype)
 
 
-def _tokens(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, n_pooled: int) -> tuple[Packed, Tensor]:
+def fused_queries_and_keys(
+    model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, block: int
+) -> tuple[Tensor, Tensor]:
+    """Float32 queries and keys `[T, H, D]` of a block by the packed weights: the blocks before it run fused."""
+    packed, rows = _tokens(model, derived, images, 0, end=block)
+    weights = packed.weights.blocks[block]
+    heads = weights.n_heads, weights.head_dim
+    qkv = packed_linear(rows, weights.qkv).view(len(rows), 3, weights.qkv.n_out // 3)  # each part ends with a panel
+    q, k = qkv[:, :2, : heads[0] * heads[1]].unflatten(2, heads).unbind(1)
+    return q, k
+
+
+def _tokens(
+    model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, n_pooled: int, end: int | None = None
+) -> tuple[Packed, Tensor]:
+    """The packed weights, and the tokens after the final norm; with `end`, after the first norm of that block."""
     plan = images.plan.for_lengths(model.lengths)
     with derived.of(model) as packed:  # the forward pass itself needs no lock
         weights = packed.weights_for(model, images.normalization)
+    if end is not None:
+        weights = replace(weights, norm=weights.blocks[end].norm1, blocks=weights.blocks[:end])
     known = model._positions.learn(plan.grids)
     table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded, torch.float32)
     pos_offset = torch.tensor(known.first_rows(plan.grids), dtype=torch.int32, device="cpu")

@@ -27,3 +27,4 @@ class ModularReViT(InferenceCopy, ReViT):
     forward_features = in_turn(torch.no_grad()(ReViT.forward_features))
     forward_head = in_turn(torch.no_grad()(ReViT.forward_head))
     forward_intermediates = in_turn(torch.no_grad()(ReViT.forward_intermediates))
+    attention_maps = in_turn(ReViT.attention_maps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial, wraps
 from typing import Any, Literal
 
@@ -115,6 +115,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
     forward_features = in_turn(ReViT.forward_features)
     forward_head = in_turn(ReViT.forward_head)
     forward_intermediates = in_turn(ReViT.forward_intermediates)
+    attention_maps = in_turn(ReViT.attention_maps)
 
     def _logits(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor:
         """Logits as rows, one for every image or, without pooling, for every token."""
@@ -154,6 +155,13 @@ class OptimizedReViT(InferenceCopy, ReViT):
             return super()._normed_tokens(batch)
         with own_modes():
             return cpu.fused_tokens(self, self._packed, self._on_known_device(self._patch_rows(batch)))
+
+    def _queries_and_keys(self, batch: PackedBatch, blocks: Collection[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        if not self._fuses():
+            return super()._queries_and_keys(batch, blocks)
+        with own_modes():
+            images = self._on_known_device(self._patch_rows(batch))
+            return {i: cpu.fused_queries_and_keys(self, self._packed, images, i) for i in blocks}
 
 
 def _packed(model: OptimizedReViT) -> cpu.Packed:

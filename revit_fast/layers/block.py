@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.mlp import Mlp
+from revit_fast.layers.norm import add_and_norm
 from revit_fast.layers.rope import Rotation
 from revit_fast.layers.segments import sequences_of_rows
 from revit_fast.packing import Layout
@@ -110,13 +111,18 @@ class Block(nn.Module):
         if x.dim() == 3:
             rows, delta = self.forward(x.flatten(0, 1), None, layout, None, rotation)
             return (rows + delta).view_as(x)
-        if delta is None:
-            h = self.norm1(x, layout)
-        else:
-            h, x = self.norm1(delta, layout, residual=x)
+        h, x = add_and_norm(self.norm1, x, delta, layout)
         h = self.attn(h, layout, queries, rotation)
         if queries is not None:
             x, layout = x.index_select(0, queries.rows), queries.layout
         delta = self.drop_path1(self.ls1(h), layout)
         h, x = self.norm2(delta, layout, residual=x)
         return x, self.drop_path2(self.ls2(self.mlp(h, layout)), layout)
+
+    def queries_and_keys(
+        self, x: Tensor, delta: Tensor | None, layout: Layout, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries `[T, H, D]` and keys `[T, Hkv, D]` of the stream x + delta `[T, C]`, as they meet each other."""
+        h, _ = add_and_norm(self.norm1, x, delta, layout)
+        q, k, _ = self.attn.project(h)
+        return (q, k) if rotation is None else (rotation.turn(q), rotation.turn(k))

@@ -77,5 +77,10 @@ class TALRMSNorm(TALNorm):
         return (self.weight,)
 
 
+def add_and_norm(norm: TALNorm, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """norm(x + delta) and x + delta; a delta of None means zero."""
+    return (norm(x, layout), x) if delta is None else norm(delta, layout, residual=x)
+
+
 NORMS = {"layer": TALLayerNorm, "rms": TALRMSNorm}
 """Norms by their kind."""

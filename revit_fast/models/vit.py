@@ -23,6 +23,7 @@ from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.layers.rope import Rotation
 from revit_fast.layers.segments import rows_without_first, sequence_max
+from revit_fast.models.attention_maps import AttentionMaps
 from revit_fast.models.build import block_of, norm_of, pool_of, rope_of
 from revit_fast.models.hub import Pretrained
 from revit_fast.models.inputs import Inputs, TakesImages, is_uniform, rows_apart
@@ -43,7 +44,7 @@ IS_NORM = re.compile(r"norm\d?(_pre)?\.weight$")
 STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
-class ReViT(TakesImages, LoadsWeights, TimmInterface, Pretrained, nn.Module):
+class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list or nested tensor of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch`

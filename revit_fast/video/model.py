@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from revit_fast.grids import check_grids
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.mlp import Mlp, make_activation
-from revit_fast.layers.norm import TALLayerNorm
+from revit_fast.layers.norm import TALLayerNorm, add_and_norm
 from revit_fast.layers.patch_embed import PatchEmbed
 from revit_fast.layers.positions import PositionTables, Resampling
 from revit_fast.models.inputs import is_uniform
@@ -97,11 +97,6 @@ class SpaceTimeBlock(nn.Module):
     def _over_time(self, h: Tensor, layout: Layout) -> Tensor:
         """Temporal attention and the linear layer after it."""
         return self.temporal_fc(self.temporal_attn(h, layout))
-
-
-def add_and_norm(norm: TALLayerNorm, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    """norm(x + delta) and x + delta; a delta of None means zero."""
-    return (norm(x, layout), x) if delta is None else norm(delta, layout, residual=x)
 
 
 class TimeSformer(NotScriptable, LoadsWeights, nn.Module):
@@ -298,6 +293,14 @@ class TimeSformer(NotScriptable, LoadsWeights, nn.Module):
         clips = self.pack(x)
         layout = self._layout(clips)
         return self._logits(self._class_tokens(self._embed(clips, layout), layout))
+
+    def attention_maps(self, x: Tensor | Sequence[Tensor] | PackedClips, block: int = -1) -> Any:
+        """Refused: tokens of a clip attend over time and over space in turn, so there is no map of all tokens."""
+        raise NotImplementedError(
+            "attention_maps: a ReViT has them; a TimeSformer attends over time and space in turn, see its blocks"
+        )
+
+    class_attention = attention_maps
 
     def forward_features(self, x: Tensor | Sequence[Tensor] | PackedClips) -> Tensor | list[Tensor]:
         """All tokens after the norm: the class token, then patch after patch, F frames each (Hugging Face's order).
