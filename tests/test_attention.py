@@ -514,7 +514,7 @@ for n_threads in (1, 2):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), limits[1]))
     try:
-        ops.varlen_attention(few, many, many, few_rows, many_rows)  # packed keys: 96 MB a sequence, more than an arena reserves
+        ops.varlen_attention(few, many, many, few_rows, many_rows)  # packed keys: 96 MB a sequence, over an arena's
     except (MemoryError, RuntimeError) as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_AS, limits)
