@@ -505,8 +505,8 @@ from pathlib import Path
 from revit_fast import ops
 from revit_fast.packing import cumulative
 
-few, many = torch.randn(16, 1, 8), torch.randn(6_000_000, 1, 8)
-few_rows, many_rows = cumulative([8, 8]), cumulative([3_000_000, 3_000_000])
+few, many = torch.randn(16, 1, 8), torch.randn(2_000_000, 1, 8)
+few_rows, many_rows = cumulative([8, 8]), cumulative([1_000_000, 1_000_000])
 limits = resource.getrlimit(resource.RLIMIT_AS)
 for n_threads in (1, 2):
     torch.set_num_threads(n_threads)
@@ -514,9 +514,9 @@ for n_threads in (1, 2):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), limits[1]))
     try:
-        ops.varlen_attention(few, many, many, few_rows, many_rows)  # packed keys: 96 MB a sequence, over an arena's
-    except (MemoryError, RuntimeError) as error:
-        print(error)
+        ops.varlen_attention(few, many, many, few_rows, many_rows)  # a sequence's packed keys alone take 32 MB
+    except (MemoryError, RuntimeError):  # torch 2.10 says of one in a thread only which call it came through
+        print("no memory")
     resource.setrlimit(resource.RLIMIT_AS, limits)
     assert torch.equal(ops.varlen_attention(few, few, few, few_rows), expected)
 """
@@ -529,7 +529,7 @@ def test_a_call_that_finds_no_memory_does_not_harm_the_next():
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("bad_alloc") == 2, run.stdout
+    assert run.stdout.splitlines() == ["no memory"] * 2, run.stdout
 
 
 @needs_extension
