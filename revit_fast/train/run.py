@@ -67,18 +67,19 @@ def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
         raise NoSplitError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
 
 
-def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT) -> ImageSet:
+def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT, others: bool = True) -> ImageSet:
     """Opens an evaluation split.
 
     Args:
         path: path of the data.
         *training: training images of the same data: the set, or the parts of it that `split_off` gives.
         split: see `datasets.open_images`.
+        others: see `datasets.open_images`.
 
     Raises:
         NoSplitError: if there is no evaluation split, or the data have no splits at all.
     """
-    found = open_images(path, split, training[0].classes)
+    found = open_images(path, split, training[0].classes, others=others)
     # The first image of a set is the first of one of its parts.
     if found.name(0) in [part.name(0) for part in training]:
         raise NoSplitError(f"split: {path} has no splits: its images are those of training")
@@ -184,6 +185,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     terminal: TextIO | None = None,
+    sets: tuple[ImageSet, ImageSet] | None = None,
     check: Callable[[ReViT, ImageSet, ImageSet], None] = lambda model, images, held_out: None,
 ) -> Accuracy:
     """Trains as configured; writes the files of `Trainer`, and at the end a bundle without an assigner in `bundle/`.
@@ -194,6 +196,7 @@ def train(
         device: "cpu" or "cuda".
         resume: continue from the checkpoint in the folder; without a checkpoint the run starts anew.
         terminal: where progress is printed; None: nowhere.
+        sets: images to train on and those held out; None: those that `open_data` gives.
         check: called before the first update with a copy of the model as it will be deployed, the images to train on
             and those held out. It raises what later stages would refuse.
 
@@ -210,7 +213,7 @@ def train(
         raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")
     world = World(config.mode, len(config.grids), device)
     with closing(world), ExitStack() as stack:
-        images, held_out = open_data(config)
+        images, held_out = sets or open_data(config)
         check_classes(images)
         check_outside(images, folder)
         for some, what in ((images, "training images"), (held_out, "held-out images")):
