@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -152,7 +151,7 @@ def _finished(
     if report is None:
         say("no test split: nothing is evaluated")
     else:
-        _write(report, folder)
+        _write(report, folder, say)
         card = f"Trained by revit-fast on {len(images)} images. On the test split:\n\n{report.table()}"
         save_bundle(folder / BUNDLE, model, tla, policy=policy, card=card, **own)
     say(f"done: revit-fast predict IMAGES --model {folder / BUNDLE}")
@@ -254,9 +253,11 @@ def _evaluated(
     return report
 
 
-def _write(report: Report, folder: Path) -> None:
+def _write(report: Report, folder: Path, say: Callable[[str], None]) -> None:
     report.save(folder / f"{REPORT}.json")
     with replaced(folder / f"{REPORT}.md") as temporary:
         temporary.write_text(report.table(), encoding="utf-8")
-    with suppress(ImportError):  # matplotlib is optional
+    try:
         report.plot(folder / f"{REPORT}.png")
+    except ImportError as error:
+        say(f"{REPORT}.png is left out; {error}")

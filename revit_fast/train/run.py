@@ -67,23 +67,26 @@ def open_data(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
         raise NoSplitError(f"{error}; set held_out_share to evaluate on a part of the training images") from error
 
 
-def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT, others: bool = True) -> ImageSet:
+def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT) -> ImageSet:
     """Opens an evaluation split.
 
     Args:
         path: path of the data.
         *training: training images of the same data: the set, or the parts of it that `split_off` gives.
         split: see `datasets.open_images`.
-        others: see `datasets.open_images`.
 
     Raises:
         NoSplitError: if there is no evaluation split, or the data have no splits at all.
     """
-    found = open_images(path, split, training[0].classes, others=others)
-    # The first image of a set is the first of one of its parts.
-    if found.name(0) in [part.name(0) for part in training]:
+    found = open_images(path, split, training[0].classes)
+    if is_training(found, *training):
         raise NoSplitError(f"split: {path} has no splits: its images are those of training")
     return found
+
+
+def is_training(images: ImageSet, *training: ImageSet) -> bool:
+    """Whether a set is the training set, given whole or in parts: its first image is the first of a part."""
+    return images.name(0) in [part.name(0) for part in training]
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -8,7 +8,7 @@ from revit_fast.train.checks import check_readable
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import VALIDATION_SPLITS, ImageSet, NoSplitError, split_off
 from revit_fast.train.datasets import open_images
-from revit_fast.train.run import TEST_SPLIT, evaluation_images
+from revit_fast.train.run import TEST_SPLIT, is_training
 
 HELD_OUT_SHARE = 0.1
 """Share of the training images that is held out where the data have no validation split."""
@@ -50,14 +50,14 @@ def open_splits(config: TrainConfig) -> Splits:
         FileNotFoundError, ValueError: if the data cannot be read.
     """
     images, share = open_images(config.data, "train"), config.held_out_share
-    validation = None if share else _found(config, images, *VALIDATION_SPLITS)
+    validation = None if share else _found(VALIDATION_SPLITS, config, images)
     if validation is None:
         config = config.with_changes(held_out_share=share or HELD_OUT_SHARE)
         images, held_out = split_off(images, config.held_out_share, config.seed)
         used = f"{len(images)} of train to train on, {len(held_out)} more of it"
-        test = _found(config, images, TEST_SPLIT, *VALIDATION_SPLITS, training=held_out)
+        test = _found((TEST_SPLIT, *VALIDATION_SPLITS), config, images, held_out)
     else:
-        (name, held_out), test = validation, _found(config, images, TEST_SPLIT)
+        (name, held_out), test = validation, _found((TEST_SPLIT,), config, images)
         if test is None:
             held_out, rest = split_off(held_out, REPORT_SHARE, config.seed)
             test = f"the other half of {name}", rest
@@ -79,14 +79,12 @@ def warn_of_few(n_images: int) -> str | None:
     )
 
 
-def _found(
-    config: TrainConfig, images: ImageSet, *names: str, training: ImageSet | None = None
-) -> tuple[str, ImageSet] | None:
-    """The first of the splits that there is, with its name; `training` is another part of the training images."""
-    parts = (images,) if training is None else (images, training)
+def _found(names: tuple[str, ...], config: TrainConfig, *training: ImageSet) -> tuple[str, ImageSet] | None:
+    """The first of the splits that there is, with its name; None if there is none, or the data have no splits."""
     for name in names:
         try:
-            return name, evaluation_images(config.data, *parts, split=name, others=False)
+            found = open_images(config.data, name, training[0].classes, others=False)
         except NoSplitError:
             continue
+        return None if is_training(found, *training) else (name, found)
     return None

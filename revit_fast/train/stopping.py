@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class NotFiniteError(RuntimeError):
@@ -124,16 +124,17 @@ def stoppable(say: Callable[[str], None], where: Callable[[], str] = lambda: "")
 
 def _acknowledge(signals: socket.socket, say: Callable[[str], None]) -> None:
     """Answers the signals whose numbers are written to a socket."""
-    presses, first = _Presses(), True
-    with signals:
-        try:
-            while received := signals.recv(1):
-                number = received[0]
-                if presses.again(number):
-                    say("quitting")
-                    signals.settimeout(GRACE_S)
-                elif first and number in HANDLED:
-                    first = False
-                    say(f"{signal.Signals(number).name}: stopping; a second Ctrl-C quits at once")
-        except TimeoutError:
-            os._exit(128 + signal.SIGINT)
+    presses, first, quits_s = _Presses(), True, math.inf
+    with signals, suppress(TimeoutError):
+        while received := signals.recv(1):
+            number, again = received[0], presses.again(received[0])
+            if again and quits_s == math.inf:
+                say("quitting")
+                quits_s = time.monotonic() + GRACE_S
+            elif first and number in HANDLED:
+                first = False
+                say(f"{signal.Signals(number).name}: stopping; a second Ctrl-C quits at once")
+            if quits_s < math.inf:
+                signals.settimeout(max(quits_s - time.monotonic(), 1e-3))
+        return
+    os._exit(128 + signal.SIGINT)
