@@ -214,8 +214,10 @@ def test_matplotlib_is_optional_at_the_end_of_fit(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = namedtuple("Report", "save table")(lambda path: path.write_text("{}"), lambda: "table\n")
     plot = fit_module.Report.plot
-    fit_module._write(SimpleNamespace(**report._asdict(), plot=lambda path: plot(report, path)), tmp_path)
+    said = []
+    fit_module._write(SimpleNamespace(**report._asdict(), plot=lambda path: plot(report, path)), tmp_path, said.append)
     assert sorted(os.listdir(tmp_path)) == ["report.json", "report.md"]
+    assert said == ['report.png is left out; plot: it needs matplotlib: pip install "revit-fast[plot]"']
 
 
 # Commands on a bundle and labelled images.

@@ -72,6 +72,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     import torch
 
     from revit_fast.streaming.bundle import read_bundle
+    from revit_fast.train.checks import check_readable
     from revit_fast.train.datasets import open_images
 
     if args.threads:
@@ -82,6 +83,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
         if args.limit is not None and args.limit < len(images):
             chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.limit]
             images = images.subset(np.sort(chosen))
+        check_readable(images, "images")
     return bundle, images
 
 

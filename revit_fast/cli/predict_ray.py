@@ -29,7 +29,8 @@ def run_on_cluster(args: argparse.Namespace) -> int:
         check_directory(args.output)
     except ValueError as error:
         raise UsageError.of(error, output="--output") from error
-    import_module("ray.data")  # before the model is loaded; if it is missing, main says what to install
+    for package in ("pyarrow", "ray.data"):  # before the model is loaded; if one is missing, main says what to install
+        import_module(package)
     reported = time.perf_counter()
 
     def show(summary: Summary) -> None:

@@ -111,13 +111,13 @@ def fit(
         if device != "cpu":
             rehearse_predictions(model.cpu())
         write_json(folder / GOAL, _goal(assigner, budget, max_drop))
+        say(text)
+        if (warning := warn_of_few(len(held_out))) is not None:
+            say(warning)
 
     if assigner:
         try_assigner(config.grids, assigner)
     check_outputs(folder, (GOAL, LABELS, *(f"{REPORT}.{suffix}" for suffix in ("json", "md", "png"))), BUNDLE)
-    say(text)
-    if (warning := warn_of_few(len(held_out))) is not None:
-        say(warning)
     train(config, folder / TRAIN, device=device, resume=True, terminal=terminal, sets=(images, held_out), check=check)
     with stoppable(say) as stop, stop.at_once():
         return _finished(config, folder, images, held_out, test, assigner, budget, max_drop, timed_images, say)

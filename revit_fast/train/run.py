@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
@@ -208,9 +209,11 @@ def train(
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is not set, or another process trains in it.
+        ModuleNotFoundError: without safetensors.
         others: see `Trainer.fit`, `open_data`, `build_model` and `checks`: all before the first update, except for what
             only a training can show.
     """
+    import_module("safetensors")  # of the checkpoints; timm does without it
     config = config.resolved()
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")

@@ -211,11 +211,12 @@ class Trainer:
     def _update(self, batches: list[Batch]) -> None:
         """Makes one step of the optimizer with the mean gradient over the batches.
 
-        If the run is asked to stop before the step, everything but the gradients is as before.
+        If the run is asked to stop before the step, everything that a checkpoint holds is as before.
         """
         buffers, meter = [(buffer, buffer.clone()) for buffer in self.model.buffers()], copy.deepcopy(self._meter)
         try:
-            norm = self._gradient(batches)
+            with self._stop.at_once():
+                norm = self._gradient(batches)
         except KeyboardInterrupt:
             for buffer, value in buffers:  # statistics of batch norms
                 buffer.copy_(value)
@@ -229,7 +230,7 @@ class Trainer:
         self._progress.passed(self.step, self.epoch, 0, self._meter)
 
     def _gradient(self, batches: list[Batch]) -> Tensor:
-        """Sets the gradient, pack by pack, and returns its norm; a KeyboardInterrupt comes between packs."""
+        """Sets the gradient, pack by pack, and returns its norm."""
         self.model.train()
         torch.manual_seed(_seed_of(self.config.seed, self.step, self.world.rank))
         if self.schedule is not None:  # it is None for "none"
@@ -238,7 +239,7 @@ class Trainer:
         parts = [(part, len(batch.target)) for batch in batches for part in batch.parts(self._micro_batch)]
         n_passed = 0
         for i, (part, n_images) in enumerate(parts):
-            self._stop.check()
+            self._stop.check()  # where a signal's exception was lost, as in a destructor
             last = i + 1 == len(parts)
             with nullcontext() if last else self.world.without_sync(self._wrapped):
                 loss, _ = self.forward(part)
