@@ -1,7 +1,7 @@
 """Runs commands in processes in which a package cannot be imported: `without_packages.py FOLDER` with cases on stdin.
 
-Cases are `{package: [[argument, ...], ...]}` as JSON; answers are `{package: [[code, stdout, stderr], ...]}`. torch is
-imported once, and each package has a process that is forked from there, before anything is computed.
+Cases are `{package: [[argument, ...], ...]}` as JSON; answers are `{package: [[code, stdout, stderr], ...]}`. What needs
+no optional package is imported once; each package has a process that is forked from there, before anything is computed.
 """
 
 import contextlib
@@ -11,8 +11,10 @@ import os
 import sys
 import traceback
 
-import numpy  # noqa: F401
 import torch
+
+import revit_fast.cli.pipelines  # noqa: F401
+from revit_fast.cli import main
 
 
 class Absent:
@@ -30,8 +32,6 @@ def answers(package, commands):
     assert package not in sys.modules, f"{package} is imported already"
     sys.meta_path.insert(0, Absent(package))
     torch.set_num_threads(1)
-    from revit_fast.cli import main
-
     found = []
     for command in commands:
         out, err = io.StringIO(), io.StringIO()
