@@ -1,7 +1,8 @@
 """Runs commands in processes in which a package cannot be imported: `without_packages.py FOLDER` with cases on stdin.
 
-Cases are `{package: [[argument, ...], ...]}` as JSON; answers are `{package: [[code, stdout, stderr], ...]}`. What needs
-no optional package is imported once; each package has a process that is forked from there, before anything is computed.
+Cases are `{package: [[argument, ...], ...]}` as JSON; answers are `{package: [[code, stdout, stderr], ...]}`. Modules
+that need no optional package are imported once. Each package has a process that is forked from there, before anything
+is computed.
 """
 
 import contextlib
