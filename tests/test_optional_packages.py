@@ -52,10 +52,7 @@ REFUSED = {
         package: {"export ./m --format onnx --output out": NOT_INSTALLED.format(package, "export")}
         for package in ("onnx", "onnxscript")
     },
-    **{
-        package: {"predict data/test --model ./m --engine ray --output out": NOT_INSTALLED.format(package, "ray")}
-        for package in ("pyarrow", "ray")
-    },
+    "ray": {"predict data/test --model ./m --engine ray --output out": NOT_INSTALLED.format("ray", "ray")},
     "starlette": {"serve --model ./m": NOT_INSTALLED.format("starlette", "serve")},
 }
 """For every package: commands that need it, and what they answer."""

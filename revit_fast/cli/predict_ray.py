@@ -29,8 +29,7 @@ def run_on_cluster(args: argparse.Namespace) -> int:
         check_directory(args.output)
     except ValueError as error:
         raise UsageError.of(error, output="--output") from error
-    for package in ("pyarrow", "ray.data"):  # before the model is loaded; if one is missing, main says what to install
-        import_module(package)
+    import_module("ray.data")  # before the model is loaded; if it is missing, main says what to install
     reported = time.perf_counter()
 
     def show(summary: Summary) -> None:
