@@ -106,7 +106,8 @@ def stoppable(say: Callable[[str], None], where: Callable[[], str] = lambda: "")
         return
     reading, writing = socket.socketpair()
     writing.setblocking(False)
-    threading.Thread(target=_acknowledge, args=(reading, say), daemon=True).start()
+    answers = threading.Thread(target=_acknowledge, args=(reading, say), daemon=True)
+    answers.start()
     wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, stop._handle) for number in HANDLED}
     try:
@@ -119,7 +120,8 @@ def stoppable(say: Callable[[str], None], where: Callable[[], str] = lambda: "")
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        writing.close()  # ends the thread
+        writing.close()  # ends the thread, after what it has to say
+        answers.join(GRACE_S)
 
 
 def _acknowledge(signals: socket.socket, say: Callable[[str], None]) -> None:
