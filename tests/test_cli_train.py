@@ -16,6 +16,7 @@ import revit_fast as rf
 from revit_fast.cli import main
 from revit_fast.cli.runs import add_config, field_texts
 from revit_fast.streaming.bundle import read_bundle
+from revit_fast.train import fit as fit_module
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import NoSplitError
 from revit_fast.train.datasets import open_images
@@ -143,6 +144,22 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     assert changed.policy != bundle.policy
     assert changed.tla.widths == (8, 8)
     assert json.loads((out / "fit.json").read_text()) == {"budget": {"mean_tokens": 9}, "assigner": {"widths": [8, 8]}}
+
+
+def test_ctrl_c_in_every_stage_of_fit(folder, tmp_path, capsys, monkeypatch):
+    """It ends the stage at once, and the run goes on from there."""
+    out = tmp_path / "fitted"
+    command = ["fit", str(folder), "--epochs", "1", "--max-drop", "5", *OPTIONS]
+    for stage in ("predict_lengths", "train_assigner", "calibrate_on", "evaluate", "measure"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_module, "MAX_SKEW", 1.0)  # the assigner learns from training images
+            patch.setattr(fit_module, stage, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
+            assert main([*command, "--output", str(out)]) == 130
+        err = capsys.readouterr().err
+        assert "SIGINT: stopping; a second Ctrl-C quits at once\n" in err
+        assert err.endswith(f"revit-fast: stopped by SIGINT; resume to go on: revit-fast fit --output {out} --resume\n")
+        command = ["fit", "--resume"]
+    assert "from update " in err
 
 
 def test_fit_refuses_an_assigner_before_it_trains(folder, tmp_path, capsys):

@@ -15,6 +15,7 @@ from train_helpers import MODEL_KWARGS, noise_images, tiny_config, write_folders
 import revit_fast as rf
 from revit_fast.cli import main
 from revit_fast.streaming.bundle import save_bundle
+from revit_fast.train import checks
 from revit_fast.train import fit as fit_module
 from revit_fast.train import run as run_module
 from revit_fast.train.assigner import train_assigner
@@ -214,8 +215,10 @@ def test_matplotlib_is_optional_at_the_end_of_fit(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = namedtuple("Report", "save table")(lambda path: path.write_text("{}"), lambda: "table\n")
     plot = fit_module.Report.plot
-    fit_module._write(SimpleNamespace(**report._asdict(), plot=lambda path: plot(report, path)), tmp_path)
+    said = []
+    fit_module._write(SimpleNamespace(**report._asdict(), plot=lambda path: plot(report, path)), tmp_path, said.append)
     assert sorted(os.listdir(tmp_path)) == ["report.json", "report.md"]
+    assert said == ['report.png is left out; plot: it needs matplotlib: pip install "revit-fast[plot]"']
 
 
 # Commands on a bundle and labelled images.
@@ -370,7 +373,7 @@ def test_a_threshold_that_cannot_be_found_loses_nothing(monkeypatch, tmp_path):
 def test_sizes(tmp_path):
     assert MODEL_KWARGS["img_size"] == 8, "the grids above are of these images"
     with pytest.raises(ValueError, match="images: none of the first 2 things can be read"):
-        fit_module.check_readable(Unreadable(), "things")
+        checks.check_readable(Unreadable(), "things")
 
 
 class Unreadable(ArrayImages):

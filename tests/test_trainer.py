@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import io
 import json
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from train_helpers import GRIDS, MODEL_KWARGS, noise_images, tiny_config, tiny_trainer
 
+import revit_fast as rf
 from revit_fast.io.images import ImageError
 from revit_fast.train.checkpoint import load_state
 from revit_fast.train.config import TrainConfig
@@ -23,7 +25,7 @@ from revit_fast.train.loader import UnreadableError
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
 from revit_fast.train.run import build_model
 from revit_fast.train.stopping import Interrupted, NotFiniteError
-from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, cached_images
+from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, Trainer, cached_images
 
 
 def losses_of(folder):
@@ -160,7 +162,7 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     def stop_after(batches):
         update(batches)
         if first.step == cut:
-            first._stop = signal.SIGTERM
+            first._stop.number = signal.SIGTERM
 
     first._update = stop_after
     with pytest.raises(Interrupted, match=f"stopped by SIGTERM after update {cut} of {whole.n_updates}"):
@@ -176,6 +178,66 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     # Also where it was cut off between an epoch's last update and its evaluation.
     assert read_rows(tmp_path / "whole" / EPOCHS) == read_rows(tmp_path / "cut" / EPOCHS)
     assert (tmp_path / "whole" / BEST).read_bytes() == (tmp_path / "cut" / BEST).read_bytes()
+
+
+def stemmed_trainer(config, folder):
+    """The trainer of a model whose forward pass changes buffers: statistics of batch norms."""
+    torch.manual_seed(config.seed)
+    size = {"embed_dim": 16, "depth": 1, "num_heads": 2, "hidden_dim": 32, "stem_chans": 4}
+    model = rf.ReViT(grids=GRIDS, patch_size=2, num_classes=3, **size)
+    return Trainer(model, noise_images(), config, folder=folder)
+
+
+@pytest.mark.parametrize("make", [tiny_trainer, stemmed_trainer])
+@pytest.mark.parametrize("lost", [False, True], ids=["at once", "where the exception is lost"])
+def test_a_stop_within_an_update_throws_it_away(tmp_path, make, lost):
+    config = tiny_config(micro_batch=3, log_steps=5)
+    whole = make(config, folder=tmp_path / "whole")
+    whole.fit()
+    first = make(config, folder=tmp_path / "cut")
+    forward, packs = first.forward, []
+
+    def asked_during(batch):
+        packs.append(first.step)
+        result = forward(batch)
+        if packs.count(7) == 2:
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    first.forward = asked_during
+    with pytest.raises(Interrupted, match="stopped by SIGINT after update 7 of 12; resume to go on"):
+        first.fit()
+    assert packs.count(7) == 2, "the third pack of the update was run"
+    second = make(config, folder=tmp_path / "cut")
+    second.resume()
+    assert second.step == 7
+    second.fit()
+    assert_same_weights(whole.weights(), second.weights())
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("split", ["training", "held out"])
+def test_a_stop_while_images_are_read(tmp_path, split):
+    """In the middle of a batch, by code that takes other exceptions for faults of an image."""
+
+    class Asking(ArrayImages):
+        def image(self, i):
+            try:
+                if i == 20:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            except Exception as error:
+                raise ImageError("torn") from error
+            return super().image(i)
+
+    images = Asking([noise_images().image(i) for i in range(48)], noise_images().labels, noise_images().classes)
+    sets = {"images": images} if split == "training" else {"held_out": images}
+    trainer = tiny_trainer(folder=tmp_path, **sets)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after update"):
+        trainer.fit()
+    state = load_state(tmp_path / CHECKPOINT)
+    assert state["step"] == trainer.step
+    assert state["epoch"] == 0
 
 
 def test_a_run_that_was_killed_while_it_evaluated_evaluates_once(tmp_path):

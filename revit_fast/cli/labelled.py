@@ -9,11 +9,12 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, positive
-from revit_fast.io.names import on_one_line
+from revit_fast.io.names import on_one_line, say
 
 if TYPE_CHECKING:
     from revit_fast.streaming.bundle import Bundle
@@ -71,6 +72,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     import torch
 
     from revit_fast.streaming.bundle import read_bundle
+    from revit_fast.train.checks import check_readable
     from revit_fast.train.datasets import open_images
 
     if args.threads:
@@ -81,6 +83,7 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
         if args.limit is not None and args.limit < len(images):
             chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.limit]
             images = images.subset(np.sort(chosen))
+        check_readable(images, "images")
     return bundle, images
 
 
@@ -108,16 +111,10 @@ def check_place(images: ImageSet, option: str, path: str) -> None:
 
 
 def counter(what: str) -> Callable[[int, int], None]:
-    """A function that reports progress on stderr, in at most twenty lines."""
-    reported = 0
+    """A function that reports progress on stderr, by seconds."""
+    from revit_fast.train.pace import Pace
 
-    def report(done: int, total: int) -> None:
-        nonlocal reported
-        if done == total or done - reported >= total / 20:
-            reported = done
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return report
+    return Pace(partial(say, sys.stderr), what)
 
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:

@@ -33,6 +33,7 @@ MAX_WAIT_S = 1.0
 
 def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> AdaptivePipeline:
     """The pipeline that the arguments describe; wrong arguments raise a usage error."""
+    import_module("PIL")  # if it is missing, main says what to install
     if args.threads:
         torch.set_num_threads(args.threads)
     bundle = load_bundle(args) if is_bundle(args.model) else None
@@ -135,7 +136,7 @@ def load_bundle(args: argparse.Namespace) -> Bundle:
 
 def load_model(args: argparse.Namespace) -> ReViT:
     """The model in evaluation mode; a wrong name or wrong weights raise a usage error."""
-    _, timm = (import_module(package) for package in ("PIL", "timm"))  # if one is missing, main says what to install
+    timm = import_module("timm")  # if it is missing, main says what to install
     if not timm.is_model(args.model) and os.path.isdir(args.model):
         raise UsageError(f"--model: timm knows no model {args.model!r}; for the folder here, give ./{args.model}")
     try:

@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             flip=not args.no_flip,
             seed=args.seed,
             progress=show,
+            stage=counter,
         )
         own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
         save_bundle(folder, bundle.model, tla, policy="argmax", **own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,18 +23,20 @@ from revit_fast.train.checks import (
     check_goal,
     check_lengths,
     check_outputs,
-    check_readable,
     rehearse_predictions,
     try_assigner,
 )
 from revit_fast.train.config import TrainConfig
-from revit_fast.train.data import ImageSet, NoSplitError
+from revit_fast.train.data import ImageSet
 from revit_fast.train.evaluate import default_policies, evaluate, threshold_for
 from revit_fast.train.labels import LengthLabels, predict_lengths
 from revit_fast.train.log import percentages
 from revit_fast.train.modes import in_training_modes
+from revit_fast.train.pace import Pace
 from revit_fast.train.report import Report
-from revit_fast.train.run import BUNDLE, evaluation_images, train
+from revit_fast.train.run import BUNDLE, train
+from revit_fast.train.splits import open_splits, warn_of_few
+from revit_fast.train.stopping import stoppable
 from revit_fast.train.timing import measure
 
 TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
@@ -43,7 +44,7 @@ TRAIN, LABELS, REPORT = "train", "labels.csv", "report"
 GOAL = "fit.json"
 """File in the folder with the arguments of `fit` that are not those of the training."""
 
-HELD_OUT_SHARE, MAX_DROP = 0.1, 0.003
+MAX_DROP = 0.003
 ASSIGNER_IMAGES, LEAST_EPOCHS, MOST_EPOCHS = 500_000, 8, 30
 """Total number of thumbnails that an assigner is trained on, and the bounds of its number of epochs."""
 
@@ -67,15 +68,17 @@ def fit(
 ) -> Report | None:
     """Trains a model and its assigner, finds the threshold, evaluates, and writes a bundle.
 
-    The images that `config.held_out_share` keeps from training calibrate the assigner; `fit_assigner` says which images
-    train it. An interrupted run is resumed. The files in `folder` are `train/` (see `trainer.Trainer`), `fit.json` (the
-    arguments that are not those of the training), `labels.csv`, `bundle/` (see `bundle.save_bundle`), and, if the data
-    have a test split, `report.md`, `report.json` and, with matplotlib, `report.png`.
+    `splits.open_splits` says which images train the model, calibrate the assigner and are reported on; `fit_assigner`
+    says which train the assigner. An interrupted run is resumed. The files in `folder` are `train/` (see
+    `trainer.Trainer`), `fit.json` (the arguments that are not those of the training), `labels.csv`, `bundle/` (see
+    `bundle.save_bundle`), and, if there are images for a report, `report.md`, `report.json` and, with matplotlib,
+    `report.png`.
 
     What a later stage would refuse is refused before the training: arguments, test images, places for files.
 
     Args:
-        config: configuration of the model's training; a `held_out_share` of 0 becomes `HELD_OUT_SHARE`.
+        config: configuration of the model's training; a `held_out_share` of 0 holds out the validation split, or
+            `splits.HELD_OUT_SHARE` of the training images if there is none.
         folder: folder for all files.
         assigner: arguments of `TokenLengthAssigner`; by default those that `TokenLengthAssigner.for_model` chooses.
         budget: {"mean_tokens": n} or {"mean_gmacs": g} that the threshold keeps; None: `max_drop` decides.
@@ -85,11 +88,12 @@ def fit(
         terminal: where progress is printed; None: nowhere.
 
     Returns:
-        The evaluation; None if there is no test split.
+        The evaluation; None if there are no images for a report.
 
     Raises:
         ValueError: under torchrun with several processes, because the steps after the training need a single process;
             for arguments, images or places that a later stage would refuse.
+        Interrupted: after SIGINT or SIGTERM; the same call goes on.
         others: see `run.train`, `train_assigner` and `save_bundle`.
     """
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -98,24 +102,40 @@ def fit(
             f"fit: runs as one process, got {n_processes}; start `revit-fast train` with torchrun, then "
             "`train-assigner`, `calibrate` and `evaluate` without"
         )
-    config = config.with_changes(held_out_share=config.held_out_share or HELD_OUT_SHARE).resolved()
-
     say = partial(names.say, terminal)
-    sets: list[ImageSet | None] = []
+    config, images, held_out, test, text = open_splits(config.resolved())
 
     def check(model: ReViT, images: ImageSet, held_out: ImageSet) -> None:
         check_lengths(model, images, held_out)
         check_goal(model, budget, max_drop)
         if device != "cpu":
             rehearse_predictions(model.cpu())
-        sets[:] = images, held_out, _test_images(config.data, images, held_out)
         write_json(folder / GOAL, _goal(assigner, budget, max_drop))
+        say(text)
+        if (warning := warn_of_few(len(held_out))) is not None:
+            say(warning)
 
     if assigner:
         try_assigner(config.grids, assigner)
     check_outputs(folder, (GOAL, LABELS, *(f"{REPORT}.{suffix}" for suffix in ("json", "md", "png"))), BUNDLE)
-    train(config, folder / TRAIN, device=device, resume=True, terminal=terminal, check=check)
-    images, held_out, test = sets
+    train(config, folder / TRAIN, device=device, resume=True, terminal=terminal, sets=(images, held_out), check=check)
+    with stoppable(say) as stop, stop.at_once():
+        return _finished(config, folder, images, held_out, test, assigner, budget, max_drop, timed_images, say)
+
+
+def _finished(
+    config: TrainConfig,
+    folder: Path,
+    images: ImageSet,
+    held_out: ImageSet,
+    test: ImageSet | None,
+    assigner: Mapping[str, Any] | None,
+    budget: dict[str, float] | None,
+    max_drop: float,
+    timed_images: int,
+    say: Callable[[str], None],
+) -> Report | None:
+    """The stages after the training, see `fit`; a signal ends them at once, because all files are written whole."""
     trained = read_bundle(folder / TRAIN / BUNDLE)
     model = trained.model
     tla, right, labels = fit_assigner(model, images, held_out, seed=config.seed, options=assigner, say=say)
@@ -131,7 +151,7 @@ def fit(
     if report is None:
         say("no test split: nothing is evaluated")
     else:
-        _write(report, folder)
+        _write(report, folder, say)
         card = f"Trained by revit-fast on {len(images)} images. On the test split:\n\n{report.table()}"
         save_bundle(folder / BUNDLE, model, tla, policy=policy, card=card, **own)
     say(f"done: revit-fast predict IMAGES --model {folder / BUNDLE}")
@@ -143,16 +163,6 @@ def _goal(assigner: Mapping[str, Any] | None, budget: dict[str, float] | None, m
     given = {"assigner": dict(assigner or {}), "budget": budget}
     given["max_drop"] = None if budget is not None or max_drop == MAX_DROP else max_drop
     return {name: value for name, value in given.items() if value not in (None, {})}
-
-
-def _test_images(path: str, *training: ImageSet) -> ImageSet | None:
-    """The test split, checked as far as possible; None if there is none."""
-    try:
-        test = evaluation_images(path, *training)
-    except NoSplitError:
-        return None
-    check_readable(test, "test images")
-    return test
 
 
 @in_training_modes
@@ -187,7 +197,9 @@ def fit_assigner(
         images that it was trained on.
     """
     say(f"predicting {len(images)} training and {len(held_out)} held-out images at every grid")
-    seen, unseen = predict_lengths(model, images), predict_lengths(model, held_out)
+    stage = partial(Pace, say)
+    seen = predict_lengths(model, images, progress=stage("predicted training images"))
+    unseen = predict_lengths(model, held_out, progress=stage("predicted held-out images"))
     rates = [p.correct(s.labels)[:, p.readable].mean(axis=1) for p, s in ((seen, images), (unseen, held_out))]
     by_grid = "/".join(map(str, model.grids))
     say(f"right at {by_grid}: training images {percentages(rates[0])}, held-out ones {percentages(rates[1])}")
@@ -207,6 +219,7 @@ def fit_assigner(
         objective="suffices",
         epochs=epochs,
         seed=seed,
+        stage=stage,
     )
     best = history.epochs[history.best - 1]
     say(
@@ -216,9 +229,9 @@ def fit_assigner(
     if history.collapsed:
         say("warning: argmax gives every image the same grid; the threshold may still tell them apart")
     right = unseen.probability(held_out.labels)
-    if not learns_from_seen:
-        return tla, right[:, history.held_out], labels
-    places = calibrate_on(tla, held_out, model, unseen)
+    places = history.held_out if not learns_from_seen else calibrate_on(tla, held_out, model, unseen, stage)
+    if (warning := warn_of_few(len(places))) is not None:
+        say(warning)
     return tla, right[:, places], labels
 
 
@@ -231,7 +244,7 @@ def _evaluated(
     say: Callable[[str], None],
 ) -> Report:
     say(f"evaluating on {len(test)} images")
-    predictions = predict_lengths(model, test)
+    predictions = predict_lengths(model, test, progress=Pace(say, "predicted test images"))
     report = evaluate(model, tla, test, policies=[*default_policies(), policy], match=policy, predictions=predictions)
     if timed_images:
         readable = np.flatnonzero(predictions.readable)[:timed_images]
@@ -240,9 +253,11 @@ def _evaluated(
     return report
 
 
-def _write(report: Report, folder: Path) -> None:
+def _write(report: Report, folder: Path, say: Callable[[str], None]) -> None:
     report.save(folder / f"{REPORT}.json")
     with replaced(folder / f"{REPORT}.md") as temporary:
         temporary.write_text(report.table(), encoding="utf-8")
-    with suppress(ImportError):  # matplotlib is optional
+    try:
         report.plot(folder / f"{REPORT}.png")
+    except ImportError as error:
+        say(f"{REPORT}.png is left out; {error}")

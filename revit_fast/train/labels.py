@@ -113,7 +113,8 @@ def predict_lengths(
         images: the set.
         settings: preprocessing that replaces the model's, see `AdaptivePreprocessor.for_model`.
         pack_tokens: approximate number of patch tokens in a forward pass.
-        progress: called with the number of finished images and the number of all images.
+        progress: called after every forward pass with the number of finished images, whose lengths count as parts of
+            an image, and the number of all images.
 
     Returns:
         The predictions. An image that cannot be read is listed and does not affect the others.
@@ -124,14 +125,17 @@ def predict_lengths(
     logits = np.full((len(fast.grids), len(images), fast.num_classes), np.nan, dtype=np.float32)
     unreadable: dict[int, str] = {}
     for places, pixels in decoded_chunks(images, unreadable):
+        first, end = int(places[0]), int(places[-1]) + 1
+        n_tokens, n_passed = len(pixels) * sum(grid * grid for grid in fast.grids), 0
         for length, grid in enumerate(fast.grids):
             per_pack = max(1, pack_tokens // (grid * grid))
             for begin in range(0, len(pixels), per_pack):
                 some = pixels[begin : begin + per_pack]
                 result = pipe.logits(prep.pack(some, [grid] * len(some)))
                 logits[length, places[begin : begin + per_pack]] = result.numpy()
-        if progress is not None:
-            progress(int(places[-1]) + 1 if len(places) else 0, len(images))
+                n_passed += len(some) * grid * grid
+                if progress is not None:
+                    progress(first + (end - first) * n_passed // n_tokens, len(images))
     return Predictions(fast.grids, logits, unreadable)
 
 
