@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "evaluate",
         help="compare a bundle with fixed grids and baselines",
         description="Report accuracy and cost of a bundle's policies beside fixed grids, random, entropy, confidence "
-        "cascade and oracle, on labelled images.",
+        "cascade and oracle, on labelled images; and say whether adaptive lengths pay there.",
     )
     add_data(p, "test")
     p.add_argument(
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.evaluate import THRESHOLDS, default_policies, evaluate
     from revit_fast.train.labels import predict_lengths
     from revit_fast.train.timing import measure
+    from revit_fast.train.verdict import with_verdict
 
     bundle, images = open_both(args)
     if args.plot:
@@ -75,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     policies = default_policies()
     if args.thresholds:
         policies = ["argmax", *(("threshold", threshold) for threshold in args.thresholds)]
-    if bundle.tla is not None and bundle.policy not in policies:
+    bounds = list(args.thresholds or THRESHOLDS)
+    if bundle.policy[0] == "cascade":
+        bounds.append(bundle.policy[1])
+    elif bundle.policy not in policies:
         policies.append(bundle.policy)
     with usage_errors():
         report = evaluate(
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             bundle.tla,
             images,
             policies=policies,
-            cascade=args.thresholds or THRESHOLDS,
+            cascade=bounds,
             predictions=predictions,
             match="argmax" if bundle.tla is None else bundle.policy,
         )
@@ -92,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
             readable = [i for i in range(len(images)) if i not in predictions.unreadable]
             pixels = [images.image(i) for i in readable[: args.time_images]]
             report = measure(report, pipe, pixels, rounds=args.rounds)
+        report = with_verdict(report, taken=bundle.policy)
         if args.json:
             report.save(args.json)
         if args.plot:
