@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
-from pathlib import Path
 
-from revit_fast.cli.arguments import UsageError, check_file, positive
-from revit_fast.cli.labelled import add_data, check_place, counter, open_both, say_unreadable, usage_errors
+from revit_fast.cli.arguments import check_file, positive
+from revit_fast.cli.labelled import (
+    add_data,
+    check_place,
+    check_plot,
+    counter,
+    open_both,
+    say_unreadable,
+    usage_errors,
+)
 
 
 def _numbers(text: str) -> list[float]:
@@ -42,16 +48,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--rounds", type=positive, default=7, metavar="N", help="rounds of the measurement (default %(default)s)"
     )
     p.set_defaults(command="evaluate")
-
-
-def check_plot(path: str) -> None:
-    """Raises a usage error, before anything is computed, for a plot that cannot be drawn or written."""
-    from revit_fast.train.report import PLOTS
-
-    if Path(path).suffix.lower() not in PLOTS:
-        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
-    check_file("--plot", path)
-    import_module("matplotlib")  # if it is missing, main says what to install
 
 
 def run(args: argparse.Namespace) -> int:

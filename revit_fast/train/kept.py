@@ -79,7 +79,7 @@ class Kept:
         try:
             kept = read_json(path)
             if kept["key"] == key:
-                return {name: Time(**values) for name, values in kept["times"].items()}, kept["machine"]
+                return {name: Time.of(values) for name, values in kept["times"].items()}, kept["machine"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         times, machine = measure()

@@ -35,6 +35,11 @@ class Time:
     ratio: float
     ratio_quartiles: tuple[float, float]
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Time:
+        """The time whose values `asdict` gave, as JSON holds them."""
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
 
 @dataclass(frozen=True)
 class Row:
