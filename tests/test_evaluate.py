@@ -419,7 +419,8 @@ class TestCommands:
         rows = {row["name"]: row for row in json.loads((place / "r.json").read_text())["rows"]}
         assert rows["cascade 0.9"]["gmacs"] <= rows["cascade 0.93"]["gmacs"] <= rows["cascade 0.95"]["gmacs"]
 
-    def test_worth_it(self, place, capsys):
+    def test_worth_it(self, place, capsys, monkeypatch):
+        monkeypatch.setattr("revit_fast.train.worth.TIMED_IMAGES", 8)
         options = ["--model", f"{place}/m", "--images", "200", "--json", f"{place}/w.json"]
         assert main(["worth-it", str(place), *options]) == 0
         table = capsys.readouterr().out

@@ -140,6 +140,8 @@ def test_without_a_choice_there_is_no_verdict():
         (("cascade", 0.9), "--policy cascade:0.9"),
         (("assigned-cascade", {"threshold": 0.5, "confidence": 0.25}), "--policy assigned-cascade:0.5,0.25"),
         ("argmax", "--policy argmax"),
+        (("budget", {"mean_gmacs": 2.5}), "--budget 2.5gmacs"),
+        (("budget", {"mean_tokens": 90.0}), "--budget 90"),
     ],
 )
 def test_options(policy, option):
@@ -147,7 +149,7 @@ def test_options(policy, option):
 
     assert option_of(policy) == option
     args = build_parser().parse_args(["predict", "a.png", *option.split()])
-    assert (args.policy or ("fixed", args.grid)) == policy
+    assert (args.policy or (("fixed", args.grid) if args.grid else ("budget", args.budget))) == policy
 
 
 def logits_of(n, seed, gain):

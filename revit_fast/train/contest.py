@@ -30,13 +30,11 @@ class Contest(NamedTuple):
             goal by the assigner, by the model's confidence, and by both.
         policy: the winner, see `choice.winner`.
         timing: times by name, and the machine; None if nothing was measured.
-        report: results on the held-out images, with a verdict.
     """
 
     policies: dict[str, PolicySpec]
     policy: PolicySpec
     timing: Timing | None
-    report: Report
 
 
 def hold(
@@ -90,8 +88,7 @@ def hold(
         options.append(Option(spec, *own, float(spent(costs, first, last).mean()), speed))
     won = winner(options, limit, max_drop).policy
     say(f"held-out images ({len(images)}): {option_of(won)} wins among {', '.join(policies)}")
-    report = report_on(model, tla, images, predictions, Contest(policies, won, timing, None), default=False)
-    return Contest(policies, won, timing, report)
+    return Contest(policies, won, timing)
 
 
 def report_on(
@@ -110,7 +107,7 @@ def report_on(
         tla: see `evaluate`.
         images: see `evaluate`.
         predictions: see `evaluate`.
-        contest: the contest; its report is not read.
+        contest: the contest.
         default: whether `evaluate`'s own thresholds are evaluated, too.
     """
     given = [spec for name, spec in contest.policies.items() if name.startswith("TLA ")]

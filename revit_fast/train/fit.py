@@ -138,18 +138,17 @@ def fit(
     data = f"Trained by revit-fast on {len(images):,} images of {len(trained.classes)} classes."
     report = None
     if test is None:
-        say(f"no test split: nothing else is evaluated. {contest.report.verdict}")
-        of, table = (
-            f"the {len(judge):,} held-out images that chose the policy, which is flattered by them",
-            contest.report.table(),
-        )
+        shown = report_on(fast, tla, judge, predictions, contest, default=False)
+        say(f"no test split: nothing else is evaluated. {shown.verdict}")
+        of = f"the {len(judge):,} held-out images that chose the policy, which flatter it"
     else:
         save_bundle(folder / BUNDLE, model, tla, **own)
         say(f"evaluating on {len(test)} images")
-        report = report_on(fast, tla, test, kept.predictions("test", test), contest, default=True)
+        shown = report = report_on(fast, tla, test, kept.predictions("test", test), contest, default=True)
         _write(report, folder)
-        of, table = f"{len(test):,} test images; the policy was chosen on {len(judge):,} held-out ones", report.table()
-    save_bundle(folder / BUNDLE, model, tla, card=f"{data} The results are of {of}.\n\n{table}", **own)
+        of = f"{len(test):,} test images; the policy was chosen on {len(judge):,} held-out ones"
+    card = f"{data} The results are of {of}.\n\n{shown.table()}"
+    save_bundle(folder / BUNDLE, model, tla, card=card, **own)
     say(f"done: revit-fast predict IMAGES --model {folder / BUNDLE}")
     return report
 

@@ -67,6 +67,9 @@ def option_of(policy: PolicySpec) -> str:
         return f"--policy {name}"
     if name == "fixed":
         return f"--grid {argument}"
+    if name == "budget":
+        ((kind, value),) = argument.items() if isinstance(argument, dict) else [("mean_tokens", argument)]
+        return f"--budget {value:g}{'gmacs' if kind == 'mean_gmacs' else ''}"
     values = argument.values() if isinstance(argument, dict) else [argument]
     return f"--policy {name}:{','.join(f'{value:.6g}' for value in values)}"
 
