@@ -142,8 +142,8 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys, monkeypatch):
     n_passes = [1 if row["kind"] == "fixed" else [4, 3, 2][::-1].index(r.grid) + 1 for r in results]
     tokens = [r.n_tokens - n for r, n in zip(results, n_passes, strict=True)]
     assert row["kind"] not in ("fixed", "cascade") or np.mean(tokens) == pytest.approx(row["tokens"])
-    # Once more: everything is there, nothing is predicted or measured, and nothing changes.
-    for module, name in (("kept", "predict_lengths"), ("fit", "rates")):
+    # Once more: everything is there; nothing is predicted, trained or measured, and nothing changes.
+    for module, name in (("kept", "predict_lengths"), ("fit", "rates"), ("fit", "train_assigner")):
         monkeypatch.setattr(f"revit_fast.train.{module}.{name}", None)
     capsys.readouterr()
     assert main(["fit", "--output", str(out), "--resume"]) == 0

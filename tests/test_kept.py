@@ -122,6 +122,34 @@ def test_what_cannot_be_kept_is_said(tmp_path, data):
     assert said[0].startswith("warning: predictions are not kept, and are made again with --resume: ")
 
 
+def test_an_assigner_is_trained_once(tmp_path, data):
+    images, made = open_images(data), []
+
+    def make():
+        made.append(1)
+        torch.manual_seed(len(made))
+        tla = rf.TokenLengthAssigner((4, 3), thumbnail_px=8, widths=(4, 4)).eval()
+        tla.calibrate([images.image(i) for i in range(9)], [i % 2 for i in range(9)])
+        return tla, np.arange(5)
+
+    def taken(about=("a", 0)):
+        return Kept(tmp_path / "kept", rf.optimize(make_model())).assigner(about, (images,), make)
+
+    tla, places = taken()
+    again, same = taken()
+    assert (len(made), same.tolist()) == (1, places.tolist())
+    pixels = [images.image(i) for i in range(9)]
+    assert torch.equal(tla.predict_proba(pixels), again.predict_proba(pixels))
+    np.testing.assert_array_equal(tla.calibration.suffices, again.calibration.suffices)
+    taken(("a", 1))
+    other = (tmp_path / "kept" / "assigner.safetensors").read_bytes()
+    taken(("a", 0))
+    assert len(made) == 3
+    (tmp_path / "kept" / "assigner.safetensors").write_bytes(other)  # as if a run had been killed between the files
+    taken(("a", 0))
+    assert len(made) == 4
+
+
 def test_times_are_measured_once(tmp_path):
     measured = []
 

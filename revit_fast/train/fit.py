@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
@@ -128,10 +129,16 @@ def fit(
     model = trained.model
     fast = optimize(model)
     kept = Kept(folder / KEPT, fast, say=say)
-    tla, judge, predictions, labels = fit_assigner(
-        model, images, held_out, kept.predictions, seed=config.seed, options=assigner, say=say
-    )
-    labels.save(folder / LABELS)
+
+    def make() -> tuple[TokenLengthAssigner, np.ndarray]:
+        tla, places, labels = fit_assigner(
+            model, images, held_out, kept.predictions, seed=config.seed, options=assigner, say=say
+        )
+        labels.save(folder / LABELS)
+        return tla, places
+
+    tla, places = kept.assigner([assigner, config.seed], (images, held_out), make)
+    judge, predictions = held_out.subset(places), kept.predictions("held-out", held_out).subset(places)
     time = partial(_timed, fast, tla, judge, timed_images, kept) if timed_images else None
     contest = hold(fast, tla, judge, predictions, budget=budget, max_drop=max_drop, time=time, say=say)
     own = {"classes": trained.classes, "settings": trained.settings, "policy": contest.policy}
@@ -180,7 +187,7 @@ def fit_assigner(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[TokenLengthAssigner, ImageSet, Predictions, LengthLabels]:
+) -> tuple[TokenLengthAssigner, np.ndarray, LengthLabels]:
     """Trains an assigner on the labels of one image set and calibrates it on those of another.
 
     The assigner is trained on the model's own training images, which are many, if the model's accuracy on them is at
@@ -200,8 +207,8 @@ def fit_assigner(
         say: function that prints a line of progress.
 
     Returns:
-        The assigner; the images that it was calibrated on; the model's predictions for them; the labels of the images
-        that it was trained on.
+        The assigner; the places in `held_out` of the images that it was calibrated on; the labels of the images that it
+        was trained on.
     """
     say(f"predicting {len(images)} training and {len(held_out)} held-out images at every grid")
     seen, unseen = predict("training", images), predict("held-out", held_out)
@@ -233,7 +240,7 @@ def fit_assigner(
     if history.collapsed:
         say("warning: argmax gives every image the same grid; the threshold may still tell them apart")
     places = calibrate_on(tla, held_out, model, unseen) if learns_from_seen else history.held_out
-    return tla, held_out.subset(places), unseen.subset(places), labels
+    return tla, places, labels
 
 
 def _timed(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.deploy.results_folder import digest_of, module_digest
 from revit_fast.inference.inference_copy import InferenceCopy, dtype_name
 from revit_fast.io.atomic import make_folder, read_json, replaced, write_json
@@ -27,7 +28,7 @@ COMPARED = 256
 
 
 class Kept:
-    """A folder of predictions and times. What is damaged, or follows from something else, is made anew.
+    """A folder of predictions, times and an assigner. What is damaged, or follows from something else, is made anew.
 
     Args:
         folder: the folder; it is made when something is written.
@@ -67,6 +68,31 @@ class Kept:
         except OSError as error:
             self.say(f"warning: predictions are not kept, and are made again with --resume: {error}")
         return made
+
+    def assigner(
+        self, about: Any, sets: Iterable[ImageSet], make: Callable[[], tuple[TokenLengthAssigner, np.ndarray]]
+    ) -> tuple[TokenLengthAssigner, np.ndarray]:
+        """An assigner and the places of its calibration images: those in the folder if they fit, else those of `make`.
+
+        Args:
+            about: arguments of its training, as JSON values.
+            sets: the images of its training and calibration.
+            make: function that trains and calibrates it.
+        """
+        path, record = self.folder / "assigner.safetensors", self.folder / "assigner.json"
+        parts = (part for images in sets for part in _identity(images))
+        key = digest_of([self.model.encode(), dumps(about, default=str).encode(), *parts])
+        try:
+            kept, content = read_json(record), path.read_bytes()
+            if kept["key"] == key and kept["sha256"] == digest_of([content]):
+                return TokenLengthAssigner.load(path, content), np.array(kept["places"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        tla, places = make()
+        make_folder(self.folder)
+        tla.save(path)
+        write_json(record, {"key": key, "sha256": digest_of([path.read_bytes()]), "places": places.tolist()})
+        return tla, places
 
     def times(self, about: Any, measure: Callable[[], tuple[Mapping[str, Time], Mapping[str, Any]]]) -> tuple:
         """Times by name and the machine, from times.json if they were measured for the same `about`; else by `measure`.
