@@ -1,6 +1,7 @@
 """The verdict on adaptive lengths, case by case, on reports whose images are made by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +124,17 @@ def test_what_the_bundle_takes_is_marked_and_said():
     assert "The bundle takes fixed 7x7 (`--grid 7`), which won on the held-out images." in report.verdict
     report = with_verdict(report_of(N, 1800, 1400, HARD, 0.5), taken=["fixed", 7])
     assert report.taken == "TLA threshold 0.5"
+    assert with_verdict(report_of(N, 1800, 1400, HARD, 0.5, cascade=(1800, 0.4))).taken == "cascade 0.9"
     assert "On these images TLA threshold 0.5 did best of 1; on others expect a little less." in report.verdict
+
+
+def test_a_policy_that_gives_every_image_the_same_length_is_not_what_the_verdict_is_about():
+    """The cascade of `report_of` has the shares of the policy; with all at the shortest it is cheapest and as good."""
+    report = report_of(N, 1800, 1800, HARD, 0.5, cascade=(1800, 0.2))
+    *others, cascade = report.rows
+    same = replace(report, rows=(*others, replace(cascade, shares=(0.0, 1.0))))
+    assert " cascade 0.9 gets 90.00% right" in with_verdict(report).verdict
+    assert " TLA threshold 0.5 gets 90.00% right" in with_verdict(same).verdict
 
 
 def test_without_a_choice_there_is_no_verdict():

@@ -43,14 +43,14 @@ def with_verdict(report: Report, *, taken: PolicySpec | None = None, among: Sequ
     adaptive = [r for r in rows if r.kind in ADAPTIVE]
     if not adaptive:
         return report
+    adaptive = [r for r in adaptive if max(r.shares) < 1.0] or adaptive  # others are a fixed length in disguise
     chosen = next((r for r in rows if taken is not None and _same(r.policy, taken)), None)
     judged = chosen if chosen in adaptive else _best(adaptive, report.rows[0])
     outcome, text, take = _judge(report, rows, judged)
-    picked = [r.name for r in dict.fromkeys((judged, take)) if among is None and r in adaptive and r is not chosen]
+    picked = {r.name for r in (judged, take) if among is None and r in adaptive and r is not chosen}
     if picked:
-        text += (
-            f" (On these images {' and '.join(picked)} did best of {len(adaptive)}; on others expect a little less.)"
-        )
+        best = " and ".join(sorted(picked))
+        text += f" (On these images {best} did best of {len(adaptive)}; on others expect a little less.)"
     if among is not None and chosen is not None and take is not chosen:
         text += f" The bundle takes {_said(chosen)}, which won on the held-out images."
     if outcome == "cannot tell" or report.n_images < FEW:
