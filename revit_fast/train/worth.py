@@ -103,7 +103,7 @@ def prospects(report: Report, trained: bool) -> str:
             " This model was not trained at its shorter lengths. Training them raises their accuracy as a rule: take "
             "these numbers as a lower bound of what a trained model gains."
         )
-    low, high = oracle.interval or (0.0, 0.0)
+    low, high = fixed[-1].interval
     if report.n_images < FEW:
         text += f" These are few images: differences below about {50 * (high - low):.1f} points do not show."
     return text
