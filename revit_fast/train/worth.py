@@ -80,7 +80,7 @@ def prospects(report: Report, trained: bool) -> str:
     cascade = min(cascades, key=lambda r: r.gmacs, default=None)
     room = 1 - oracle.gmacs / good.gmacs
     if good is fixed[-1]:
-        said = f"It is not worth it: the shortest length, {good.name}, is as accurate as the longest."
+        said = f"It is not worth it: the shortest length, {good.name}, loses at most half a point to the longest."
     elif cascade is not None and cascade.gmacs <= (1 - WORTH) * good.gmacs and not _slower(cascade, good):
         saved = 1 - cascade.gmacs / good.gmacs
         said = f"It is worth it: {cascade.name} already saves {saved:.0%} of the multiply-adds of {good.name}."
