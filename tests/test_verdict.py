@@ -91,10 +91,19 @@ HARD = (np.arange(N) >= 1400) & (np.arange(N) < 1800)
             r"No difference could be shown .* Until more images tell, take fixed 7x7 .* Few images: 40 do not show "
             r"differences below about \d+\.\d points\.",
         ),
-        # As accurate at all images, but by chance: whoever draws half of them does as well.
-        (report_of(N, 1800, 1780, first(N, N // 2), 0.5), "fixed 7x7", r"(do not pay|No difference could be shown)"),
+        # Better than the shortest length, but whoever draws half of the images does as well.
+        (
+            report_of(N, 1800, 1400, np.arange(N) % 2 == 0, 0.6),
+            "fixed 14x14",
+            r"No difference could be shown .*\+10\.00 .* points from fixed 7x7.* \+0\.00 .* points from random lengths",
+        ),
+        (
+            report_of(40 * N, 72000, 56000, np.arange(40 * N) % 2 == 0, 0.6),
+            "fixed 14x14",
+            r"do not pay here: random lengths with the same shares are as accurate",
+        ),
     ],
-    ids=["wins", "cascade", "worse-cascade", "loses", "costs", "slow", "few", "chance"],
+    ids=["wins", "cascade", "worse-cascade", "loses", "costs", "slow", "few", "chance", "chance-shown"],
 )
 def test_cases(report, taken, said):
     import re

@@ -26,8 +26,8 @@ def with_verdict(report: Report, *, taken: PolicySpec | None = None, among: Sequ
 
     Adaptive lengths pay if a policy is cheaper than the longest length, or shown to be more accurate; is faster where
     that was measured; and is shown to be more accurate than the best fixed length that costs no more and than random
-    lengths with the same shares. They do not pay if it is not cheaper, not faster, or not more accurate than that fixed
-    length by over `EQUAL`. Otherwise the images cannot tell.
+    lengths with the same shares. They do not pay if it is not cheaper, not faster, or not more accurate than one of
+    these two by over `EQUAL`. Otherwise the images cannot tell.
 
     Args:
         report: result of `evaluate`, or a copy with times.
@@ -83,17 +83,18 @@ def _judge(report: Report, rows: list[Row], judged: Row) -> tuple[str, str, Row]
         f"{judged.name} gets {judged.accuracy:.2%} right at {judged.gmacs / longest.gmacs:.0%} of the multiply-adds of "
         f"{longest.name}{_speed(judged)}, {_points(report, judged, longest)} points from it."
     )
-    against = [("random lengths with the same shares", _from_random(report, judged))]
+    over_random = _from_random(report, judged)
+    against, simple = [("random lengths with the same shares", over_random)], longest
     if fixed is not None:
         over_fixed = _of(report, judged, fixed)
         against.insert(0, (f"{fixed.name}, the best fixed length at no more cost{_speed(fixed)}", over_fixed))
+        simple = longest if over_fixed[1][0] > 0 else fixed
     about += f" It is {' and '.join(f'{_signed(*values)} points from {name}' for name, values in against)}."
     is_better = _interval(report, judged, longest)[0] > 0
     is_slower = judged.time is not None and judged.time.ratio <= 1
     if not is_better and (is_slower or judged.gmacs >= longest.gmacs):
-        take = longest if fixed is None or over_fixed[1][0] > 0 else fixed
         why = f"{judged.name} is not {'faster' if is_slower else 'cheaper'} than {longest.name}, nor shown to be better"
-        return "no", f"Adaptive lengths do not pay here: {why}. {about} Take {_said(take)}.", take
+        return "no", f"Adaptive lengths do not pay here: {why}. {about} Take {_said(simple)}.", simple
     if all(interval[0] > 0 for _, (_, interval) in against):
         text, cascade = f"Adaptive lengths pay here. {about}", _cheaper_cascade(rows, judged)
         if cascade is not None:
@@ -102,12 +103,13 @@ def _judge(report: Report, rows: list[Row], judged: Row) -> tuple[str, str, Row]
                 f"{_points(report, cascade, judged)} points from it, and needs no assigner."
             )
         return "yes", f"{text} Take {_said(cascade or judged)}.", cascade or judged
-    take = fixed or longest
+    why = "random lengths with the same shares are as accurate" if over_random[1][1] <= EQUAL else ""
     if fixed is not None and over_fixed[1][1] <= EQUAL:
         why = f"{fixed.name} costs less and is as accurate"
-        return "no", f"Adaptive lengths do not pay here: {why}. {about} Take {_said(take)}.", take
+    if why:
+        return "no", f"Adaptive lengths do not pay here: {why}. {about} Take {_said(simple)}.", simple
     text = f"No difference could be shown that makes adaptive lengths pay here, nor that they do not. {about}"
-    return "cannot tell", f"{text} Until more images tell, take {_said(take)}, which is simpler.", take
+    return "cannot tell", f"{text} Until more images tell, take {_said(simple)}, which is simpler.", simple
 
 
 def _best(adaptive: list[Row], longest: Row) -> Row:
