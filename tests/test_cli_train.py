@@ -107,7 +107,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
 
 
-def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
+def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "fitted"
     options = ["--epochs", "6", "--held-out-share", "0.4", "--max-drop", "5", *OPTIONS]
     assert main(["fit", str(folder), "--output", str(out), *options]) == 0
@@ -116,15 +116,21 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
         "bundle",
         "fit.json",
         "labels.csv",
+        "predictions",
         "report.json",
         "report.md",
         "report.png",
         "train",
     ]
     assert (out / "report.md").read_text() == table
+    assert table.splitlines()[-1].startswith("**Verdict.** ")
     report = json.loads((out / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]
     assert {"fixed 4x4", "TLA argmax", "oracle", "entropy"} <= set(names)
+    card = (out / "bundle" / "README.md").read_text()
+    assert "Trained by revit-fast on 58 images of 3 classes. The results are of 30 test images; " in card
+    assert table.strip() in card
+    assert "images/s" in table
     pipe = rf.load(out / "bundle")
     images = noise_images(30, seed=1)
     results = list(pipe([images.image(i) for i in range(30)]))
@@ -133,15 +139,22 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     right = np.mean([int(r.logits.argmax()) == label for r, label in zip(results, labels, strict=True)])
     (row,) = [row for row in report["rows"] if row["policy"] == list(bundle.policy)][:1]
     assert right == pytest.approx(row["accuracy"])
-    assert np.mean([r.n_tokens for r in results]) - 1 == pytest.approx(row["tokens"])
-    # Once more: everything is there, and nothing changes.
+    assert report["taken"] == row["name"]
+    n_passes = [1 if row["kind"] == "fixed" else [4, 3, 2][::-1].index(r.grid) + 1 for r in results]
+    tokens = [r.n_tokens - n for r, n in zip(results, n_passes, strict=True)]
+    assert row["kind"] not in ("fixed", "cascade") or np.mean(tokens) == pytest.approx(row["tokens"])
+    # Once more: everything is there; nothing is predicted, trained or measured, and nothing changes.
+    for module, name in (("kept", "predict_lengths"), ("fit", "rates"), ("fit", "train_assigner")):
+        monkeypatch.setattr(f"revit_fast.train.{module}.{name}", None)
+    capsys.readouterr()
     assert main(["fit", "--output", str(out), "--resume"]) == 0
+    assert capsys.readouterr().out == table
+    monkeypatch.undo()
     assert read_bundle(out / "bundle").policy == bundle.policy
     assert json.loads((out / "fit.json").read_text()) == {"max_drop": 0.05}
     # With another goal, which is then the one that is kept.
     assert main(["fit", "--output", str(out), "--resume", "--budget", "9", "--assigner", "widths=(8, 8)"]) == 0
     changed = read_bundle(out / "bundle")
-    assert changed.policy != bundle.policy
     assert changed.tla.widths == (8, 8)
     assert json.loads((out / "fit.json").read_text()) == {"budget": {"mean_tokens": 9}, "assigner": {"widths": [8, 8]}}
 

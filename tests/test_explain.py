@@ -120,6 +120,16 @@ class TestExplanations:
             (("cascade", 0.5), r"cascade: the (best class reaches p = 0\.5, with 0\.\d+ at \d|longest; the best)"),
             (("cascade", 0), r"cascade: the best class reaches p = 0, with 0\.\d{3} at 2 × 2\."),
             (("cascade", 1), r"cascade: the longest; .* less than p = 1 \(0\.\d+ at 2 × 2, 0\.\d+ at 4 × 4\)\."),
+            (
+                ("assigned-cascade", (0.6, 0)),
+                r"assigned-cascade: it begins where P\(label ≤ (\d) × \1\) = [01]\.\d{3} reaches θ = 0\.600(; P.* does "
+                r"not)?; the best class reaches p = 0, with 0\.\d{3} at \1 × \1\.",
+            ),
+            (
+                ("assigned-cascade", (0.6, 1)),
+                r"assigned-cascade: it begins where .*; the longest; (none is longer|the best class has "
+                r"less than p = 1 \(0\.\d+ at \d.*\))\.",
+            ),
         ],
     )
     def test_are_what_the_pipeline_does(self, policy, said):

@@ -20,6 +20,7 @@ from small_models import drawn
 from torch import nn
 
 import revit_fast as rf
+from revit_fast.adaptive.policies import suffices
 from revit_fast.io.trace import StageTimes, Trace
 from revit_fast.streaming.results import Result
 from revit_fast.video import TimeSformer
@@ -109,6 +110,34 @@ class TestResults:
         with cascade.session() as session:
             futures = [session.submit(picture) for picture in images]
             assert [f.result().grid for f in futures] == [r.grid for r in results]
+
+    @pytest.mark.parametrize("token_budget", [40, 4096])
+    def test_assigned_cascade(self, model, tla, pipe, token_budget):
+        """Each image from its assigned grid on, until its best class is probable enough."""
+        images = [image(i) for i in range(40)]
+        assigned = tla.predict_proba(images, pipe.prep.seen(images)).numpy()
+        threshold = float(np.median(suffices(assigned)[:, 2]))
+        starts = [r.grid for r in pipe.with_policy(("threshold", threshold)).assign(images)]
+        assert len(set(starts)) > 1
+        alone = {grid: list(pipe.with_policy(("fixed", grid))(images)) for grid in GRIDS}
+        bound = float(np.median([r.top(1)[0]["score"] for r in alone[GRIDS[-1]]]))
+        policy = ("assigned-cascade", {"threshold": threshold, "confidence": bound})
+        both = rf.pipeline(model, tla, policy=policy, token_budget=token_budget)
+        n_passes = []
+        for i, (r, p) in enumerate(zip(both(images), assigned, strict=True)):
+            grids = GRIDS[GRIDS.index(starts[i]) :: -1]
+            tried = next((n for n, g in enumerate(grids) if alone[g][i].top(1)[0]["score"] >= bound), len(grids) - 1)
+            ran = [alone[grid][i] for grid in grids[: tried + 1]]
+            assert r.grid == ran[-1].grid
+            assert torch.equal(r.logits, ran[-1].logits)
+            assert r.n_tokens == sum(one.n_tokens for one in ran)
+            np.testing.assert_array_equal(r.probabilities, p)
+            n_passes.append(len(ran))
+        assert len(set(n_passes)) > 1
+        with pytest.raises(ValueError, match=r"policy: .*assigned-cascade.* decides by the model's own logits"):
+            next(both.assign(images))
+        with pytest.raises(ValueError, match="needs an assigner; give tla"):
+            rf.pipeline(model, policy=policy)
 
     @pytest.mark.parametrize(("bound", "grid"), [(0, 2), (1, 4)])
     def test_cascade_ends(self, model, bound, grid):

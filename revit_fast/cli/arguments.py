@@ -123,6 +123,7 @@ def _policy(text: str) -> str | tuple[str, object]:
     parsers = {
         "threshold": _probability,
         "cascade": _probability,
+        "assigned-cascade": _probabilities,
         "fixed": int,
         "random": lambda seed: {"seed": int(seed)},
         "entropy": lambda bits: [float(b) for b in bits.split(",")],
@@ -131,8 +132,8 @@ def _policy(text: str) -> str | tuple[str, object]:
         return name, parsers[name](argument)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
-            "expected argmax, threshold:THETA or cascade:P (from 0 to 1), fixed:GRID, cycle, random, random:SEED, "
-            f"entropy or entropy:BITS,BITS, got {shortened(text)}"
+            "expected argmax, threshold:THETA, cascade:P or assigned-cascade:THETA,P (from 0 to 1), fixed:GRID, cycle, "
+            f"random, random:SEED, entropy or entropy:BITS,BITS, got {shortened(text)}"
         ) from None
 
 
@@ -148,6 +149,11 @@ def _probability(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError
     return value
+
+
+def _probabilities(text: str) -> dict[str, float]:
+    threshold, p = map(_probability, text.split(","))
+    return {"threshold": threshold, "confidence": p}
 
 
 def add_images(p: argparse.ArgumentParser) -> None:
@@ -171,7 +177,8 @@ def add_choice(p: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policy,
         metavar="POLICY",
-        help="argmax (default with --assigner), threshold:THETA, cascade:P, entropy, random, cycle or fixed:GRID",
+        help="argmax (default with --assigner), threshold:THETA, cascade:P, assigned-cascade:THETA,P, entropy, random, "
+        "cycle or fixed:GRID",
     )
     p.add_argument(
         "--budget",

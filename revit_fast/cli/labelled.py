@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, positive
+from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, check_file, positive
 from revit_fast.io.names import on_one_line, say
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ def usage_errors(**options: str) -> Iterator[None]:
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     """The bundle, and the images with classes in the bundle's order."""
-    import numpy as np
     import torch
 
     from revit_fast.streaming.bundle import read_bundle
@@ -80,11 +80,18 @@ def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     with usage_errors():
         bundle = read_bundle(args.bundle)
         images = open_images(args.data, args.split, bundle.classes)
-        if args.limit is not None and args.limit < len(images):
-            chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.limit]
-            images = images.subset(np.sort(chosen))
+        images = sample(images, args.limit, args.seed)
         check_readable(images, "images")
     return bundle, images
+
+
+def sample(images: ImageSet, n_images: int | None, seed: int) -> ImageSet:
+    """At most `n_images` of the images, drawn at random, in their order; None: all."""
+    import numpy as np
+
+    if n_images is None or n_images >= len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:n_images]))
 
 
 def folder_to_write(args: argparse.Namespace) -> str:
@@ -108,6 +115,16 @@ def check_place(images: ImageSet, option: str, path: str) -> None:
 
     with usage_errors():
         check_outside(images, path, option)
+
+
+def check_plot(path: str) -> None:
+    """Raises a usage error, before anything is computed, for a plot that cannot be drawn or written."""
+    from revit_fast.train.report import PLOTS
+
+    if Path(path).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
+    check_file("--plot", path)
+    import_module("matplotlib")  # if it is missing, main says what to install
 
 
 def counter(what: str) -> Callable[[int, int], None]:

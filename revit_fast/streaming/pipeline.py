@@ -300,7 +300,7 @@ class AdaptivePipeline:
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
         """Runs one packed forward pass and divides its time among the images by their tokens.
 
-        Yields a result for each image, or the image itself if a cascade needs a longer grid for it.
+        Yields a result for each image, or the image itself if a cascade goes on with a longer grid.
         """
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]

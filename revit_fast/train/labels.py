@@ -57,6 +57,10 @@ class Predictions:
         readable[list(self.unreadable)] = False
         return readable
 
+    def subset(self, places: np.ndarray) -> Predictions:
+        """The predictions for the images at `places`, which must be readable ones."""
+        return Predictions(self.grids, self.logits[:, places])
+
     def correct(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
         """Whether the best class is the right one, bool `[n_lengths, N]`; False if the logits are not finite.
 
