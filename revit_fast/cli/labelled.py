@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, positive
+from revit_fast.cli.arguments import UsageError, add_device, add_threads, positive
 from revit_fast.io.names import on_one_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add_data(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("--split", default=split, help="split of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default %(default)s)")
-    add_dtype(p)
+    add_device(p)
     add_threads(p)
 
 
@@ -68,13 +68,12 @@ def usage_errors(**options: str) -> Iterator[None]:
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     """The bundle, and the images with classes in the bundle's order."""
     import numpy as np
-    import torch
 
+    from revit_fast.cli.pipelines import compute_device
     from revit_fast.streaming.bundle import read_bundle
     from revit_fast.train.datasets import open_images
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    compute_device(args)
     with usage_errors():
         bundle = read_bundle(args.bundle)
         images = open_images(args.data, args.split, bundle.classes)
@@ -105,19 +104,6 @@ def check_place(images: ImageSet, option: str, path: str) -> None:
 
     with usage_errors():
         check_outside(images, path, option)
-
-
-def counter(what: str) -> Callable[[int, int], None]:
-    """A function that reports progress on stderr, in at most twenty lines."""
-    reported = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal reported
-        if done == total or done - reported >= total / 20:
-            reported = done
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return report
 
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:

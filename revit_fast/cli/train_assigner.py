@@ -11,12 +11,12 @@ from revit_fast.cli.labelled import (
     add_output,
     add_rules,
     check_place,
-    counter,
     folder_to_write,
     open_both,
     say_unreadable,
     usage_errors,
 )
+from revit_fast.io.progress import Progress
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     code, sufficiency = 0, None
     if kept is None or args.objective == "suffices":
         fast = optimized(args, bundle.model, "BUNDLE")
-        predictions = predict_lengths(fast, images, progress=counter("predicted"))
+        with Progress("images predicted") as progress:
+            predictions = predict_lengths(fast, images, progress=progress)
         code = say_unreadable(images, predictions.unreadable)
         sufficiency = predictions.sufficiency(images.labels) if args.objective == "suffices" else None
         kept = kept or LengthLabels.of(predictions, images, args.rule, args.unsolved)

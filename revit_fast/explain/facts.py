@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.policies import Policy, confidence, suffices
 from revit_fast.explain.picture import draw_grid
 from revit_fast.io.held import held
-from revit_fast.io.images import ImageError, ImageSource, check_sources, is_file, name_of
+from revit_fast.io.images import ImageError, ImageSource, as_sources, is_file, name_of
 from revit_fast.io.names import on_one_line
 from revit_fast.io.trace import StageTimes
 from revit_fast.models.macs import forward_macs
@@ -249,17 +250,19 @@ class Explanation:
         return f"{self.name}, {self.measures}, outlined and cut into {self.chosen.side} patches"
 
 
-def explain(pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: int = 5) -> list[Explanation]:
+def explain(
+    pipe: AdaptivePipeline, sources: Iterable[ImageSource] | str | PathLike, *, top_k: int = 5
+) -> list[Explanation]:
     """What the pipeline decides for every image and why; decisions and classes are those of `pipe(sources)`.
 
     Each image runs alone, and twice. The times of its stages are those of the second run, which has no setup to do.
 
     Args:
         pipe: the pipeline.
-        sources: paths, bytes of encoded files, PIL images, uint8 arrays. A picture of each is kept, about 1 MB.
+        sources: see `AdaptivePipeline.__call__`. A picture of each is kept, about 1 MB.
         top_k: number of classes to list; 0 for none, for weights that are not trained.
     """
-    check_sources(sources)
+    sources = as_sources(sources, pipe.KIND)
     if pipe.prep.aspect != "crop":
         raise ValueError('pipe: explanations show square grids; give a pipeline whose preprocessor has aspect="crop"')
     n_prefix = pipe.model.num_prefix_tokens

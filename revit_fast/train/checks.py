@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.budgets import check_budget
 from revit_fast.adaptive.policies import Calibration
 from revit_fast.io.images import ImageError
 from revit_fast.io.names import on_one_line
 from revit_fast.models.folder import check_replaceable
+from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 from revit_fast.train.assigner import LEAST_IMAGES
 from revit_fast.train.config import TrainConfig
@@ -147,6 +149,8 @@ def check_goal(model: ReViT, budget: Mapping[str, float] | None, max_drop: float
     """Raises a ValueError for a budget that no threshold can keep, or a drop that is no share."""
     if not 0.0 <= max_drop < 1.0:
         raise ValueError(f"max_drop: expected a share of accuracy in [0, 1), got {max_drop}")
+    if budget is not None:
+        check_budget(budget, model.grids, [forward_macs(model, n) for n in model.lengths])
     one_image = np.ones((1, len(model.grids)), dtype=np.float32)
     try:
         threshold_for(model, Calibration(1.0, one_image, ()), one_image.T, budget, max_drop)
