@@ -149,13 +149,13 @@ def check_goal(model: ReViT, budget: Mapping[str, float] | None, max_drop: float
     """Raises a ValueError for a budget that no threshold can keep, or a drop that is no share."""
     if not 0.0 <= max_drop < 1.0:
         raise ValueError(f"max_drop: expected a share of accuracy in [0, 1), got {max_drop}")
-    if budget is not None:
-        check_budget(budget, model.grids, [forward_macs(model, n) for n in model.lengths])
     one_image = np.ones((1, len(model.grids)), dtype=np.float32)
     try:
         threshold_for(model, Calibration(1.0, one_image, ()), one_image.T, budget, max_drop)
     except ValueError as error:
         raise ValueError(f"budget: {str(error).removeprefix('policy: ')}") from error
+    if budget is not None:
+        check_budget(budget, model.grids, [forward_macs(model, n) for n in model.lengths])
 
 
 def try_assigner(grids: tuple[int, ...], options: Mapping[str, Any]) -> None:
