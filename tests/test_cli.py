@@ -571,7 +571,7 @@ class TestProgress:
         shown = b"".join(chunks).decode()
         lines = shown.splitlines()
         assert code == 1
-        assert lines[0].startswith("grid tokens"), "the table begins on a line of its own"
+        assert lines[1].startswith("grid tokens"), "the table begins on a line of its own"
         assert " 0/7" in shown
         last_bar = max(shown.rfind(f" {n}/7") for n in range(8))
         assert "\x1b[2K" in shown[last_bar:], "the bar is cleared"

@@ -584,7 +584,7 @@ class TestArguments:
         assert re.fullmatch(r"Result\(1, '<1 bytes>', error='not an image .*'\)", repr(bad))
         assert len(repr(bad)) < 200
         assert re.fullmatch(
-            r"AdaptivePipeline\(OptimizedReViT of grids 4/3/2, 11 classes, float32 on cpu; policy=.*, token_budget=64\)",
+            r"AdaptivePipeline\(OptimizedReViT of grids 4/3/2, 11 classes, float32 on cpu; policy=.*, token_budget=64.",
             repr(pipe),
         )
 

@@ -112,9 +112,7 @@ def say_classes(args: argparse.Namespace, n_classes: int, own: int | None) -> No
     """Says on stderr that the head of --weights has another number of classes than the `own` ones of --model."""
     if n_classes != own:
         instead = "" if own is None else f", instead of the {own} of {args.model}"
-        print(
-            f"--weights: {n_classes} classes, as the head in {args.weights} has{instead}", file=sys.stderr, flush=True
-        )
+        print(f"--weights: {n_classes} classes, as the head of {args.weights}{instead}", file=sys.stderr, flush=True)
 
 
 def say_dtype(args: argparse.Namespace, copy: InferenceCopy) -> None:
