@@ -226,7 +226,7 @@ def test_a_device_that_there_is_not(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in ("train", "fit"):
         assert main([command, str(folder), "--output", str(tmp_path / "run"), "--device", "cuda"]) == 2
-        assert "--device: PyTorch finds no CUDA device here; give --device cpu" in capsys.readouterr().err
+        assert "--device: expected cpu, got 'cuda'; PyTorch finds no GPU here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

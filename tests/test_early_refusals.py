@@ -120,6 +120,7 @@ def test_fit_refuses_places_and_images_before_it_trains(data, tmp_path, no_updat
 ARGUMENTS = [
     ({"budget": {"mean_tokens": 3}}, {}, "budget: mean_tokens 3 is below the cost of the shortest length; expected 4 "),
     ({"budget": {"mean_gmacs": 1e-9}}, {}, "budget: mean_gmacs 1e-09 is below the cost"),
+    ({"budget": {"mean_tokens": 5000}}, {}, "budget: mean_tokens 5000 is above the cost of the longest length; "),
     ({"budget": {"tokens": 9}}, {}, "budget: expected "),
     ({"max_drop": -0.1}, {}, r"max_drop: expected a share of accuracy in \[0, 1\), got -0.1"),
     ({"assigner": {"thumbnail_px": 30}}, {}, "thumbnail_px: expected a positive multiple of 4, got 30"),
@@ -321,7 +322,8 @@ def test_an_assigner_of_other_grids_is_not_trained(monkeypatch):
 def test_a_sheet_with_too_many_images_is_refused_before_the_model_is_made(tmp_path, capsys, monkeypatch):
     from revit_fast.cli import explain
 
-    monkeypatch.setattr(explain, "find_images", lambda paths: [rf.io.images.Source(f"{i}.png") for i in range(201)])
+    found = [rf.io.images.Source(f"{i}.png") for i in range(201)]
+    monkeypatch.setattr(explain, "find_images", lambda paths, passed: found)
     assert main(["explain", "photos", "--output", str(tmp_path / "sheet.png"), "--model", "no_such_model"]) == 2
     assert "--output: a PNG holds at most 200 images, got 201; write .html, or parts" in capsys.readouterr().err
 

@@ -1,109 +1,92 @@
-"""Lines by seconds: where a run and its stages are, and when they end."""
+"""Progress: lines by a clock that the test sets; the bar is tested with the commands, on a pseudo-terminal."""
 
 import io
-import re
+import os
+import sys
 
 import pytest
-import torch
-from train_helpers import GRIDS, noise_images, tiny_config, tiny_trainer
 
-from revit_fast.train.labels import predict_lengths
-from revit_fast.train.log import RunLog
-from revit_fast.train.meter import Meter
-from revit_fast.train.pace import Pace, ahead, duration
-from revit_fast.train.progress import RunProgress
+from revit_fast.io.progress import Progress
 
 
 class Clock:
-    now = 0.0
+    """A clock that a test moves."""
+
+    def __init__(self):
+        self.seconds = 1000.0
 
     def __call__(self):
-        return self.now
-
-
-def test_a_stage_says_every_ten_seconds_how_far_it_is():
-    said, clock = [], Clock()
-    pace = Pace(said.append, "predicted", clock)
-    for done in range(0, 101):
-        clock.now = 0.25 * done
-        pace(done, 100)
-    assert len(said) == 2
-    assert re.fullmatch(r"predicted: 40 of 100 \(40%\), 0 min 15 s left, until \d\d:\d\d( on .*)?", said[0])
-    assert said[1].startswith("predicted: 80 of 100 (80%), 0 min 05 s left")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (5.9, "0 min 05 s"),
-        (3599, "59 min 59 s"),
-        (3600, "1 h 00 min"),
-        (47 * 3600, "47 h 00 min"),
-        (2e6, "23 days 3 h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-    assert ahead(seconds).startswith(f"{text} left, until ")
-
-
-def test_ends_that_no_calendar_has():
-    assert ahead(1e18).endswith(" left")
+        return self.seconds
 
 
 @pytest.fixture
-def run():
-    """Lines, clock and the reports of a run of 300 updates of 128 images."""
-    stream, clock = io.StringIO(), Clock()
-    config = tiny_config(epochs=3, batch_size=64, grad_accum_steps=2)
-    progress = RunProgress(config, RunLog(None, terminal=stream), 0, 300, 1, clock)
-    return stream, clock, progress
+def clock():
+    return Clock()
 
 
-def test_what_is_ahead_is_said_after_twenty_seconds_of_a_slow_update(run):
-    stream, clock, progress = run
-    for n_images in range(8, 128, 8):  # six seconds for every pack of eight images
-        clock.now += 6.0
-        progress.passed(0, 0, n_images, Meter(len(GRIDS)))
-    first, second, *others = stream.getvalue().splitlines()
-    assert first.startswith("epoch 1/3  update 0/300 and 16 of 128 images  loss ")
-    assert re.match(r"ahead: 300 updates of about 96 s, 7 h 59 min left, until \d\d:\d\d", second)
-    assert len(others) == 5
+def progress_of(clock, total, **options):
+    stream = io.StringIO()
+    return Progress("images", total, stream=stream, clock=clock, now=lambda: clock() - 1000, **options), stream
 
 
-def test_of_fast_updates_two_are_timed_and_short_runs_need_no_word(run):
-    stream, clock, progress = run
-    for step in (1, 2, 3):
-        clock.now = float(step)
-        progress.passed(step, 0, 0, Meter(len(GRIDS)))
-    assert stream.getvalue().startswith("ahead: 298 updates of about 1 s, 4 min 58 s left")
-    assert len(stream.getvalue().splitlines()) == 1
-    stream.truncate(stream.seek(0))
-    short = RunProgress(tiny_config(), RunLog(None, terminal=stream), 0, 9, 1, clock)
-    for step in range(1, 10):
-        clock.now += 1.0
-        short.passed(step, 0, 0, Meter(len(GRIDS)))
-    assert stream.getvalue() == ""
+def test_a_line_every_ten_seconds(clock, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    progress, stream = progress_of(clock, 400)
+    with progress:
+        for second in range(1, 41):
+            clock.seconds += 1
+            progress(second * 5, note="5.0 images/s")
+    assert stream.getvalue().splitlines() == [
+        f"{5 * s} of 400 images ({5 * s / 400:.0%}), 5.0 images/s, ends at {progress_end(80)}, in 0:0{left}"
+        for s, left in ((10, "1:10"), (20, "1:00"), (30, "0:50"), (40, "0:40"))
+    ]
 
 
-def test_a_trainer_reports_every_pack():
-    passed = []
-    trainer = tiny_trainer(tiny_config(micro_batch=3))
-    trainer._progress.passed = lambda step, epoch, n_images, meter: passed.append((step, epoch, n_images))
-    trainer._update([next(trainer.loader.epoch(0))])
-    assert passed == [(0, 0, 3), (0, 0, 6), (1, 0, 0)]
+def progress_end(seconds):
+    from datetime import datetime
+
+    return f"{datetime.fromtimestamp(seconds):%H:%M:%S}"
 
 
-def test_the_mean_loss_between_two_rows():
-    meter = Meter(2)
-    assert meter.loss() == 0.0
-    target = torch.tensor([0, 1])
-    meter.batch([0, 1], torch.tensor([1.0, 3.0]), torch.zeros(2, 2, 3), target)
-    assert meter.loss() == 2.0
+def test_what_nobody_knows_is_left_out(clock):
+    progress, stream = progress_of(clock, None)
+    clock.seconds += 10
+    progress(3)
+    assert stream.getvalue() == "3 images\n"
+    clock.seconds += 10
+    progress(0, 7)
+    assert stream.getvalue() == "3 images\n0 of 7 images (0%)\n"
 
 
-def test_predictions_count_their_passes():
-    done = []
-    trainer = tiny_trainer()
-    predict_lengths(trainer.plain(), noise_images(20), pack_tokens=160, progress=lambda *a: done.append(a))
-    assert done == [(5, 20), (11, 20), (16, 20), (17, 20), (20, 20)]
+def test_the_total_is_counted_once_and_only_for_a_line(clock):
+    counted = []
+    progress, stream = progress_of(clock, lambda: counted.append(1) or 20)
+    progress(1)
+    assert not counted
+    for _ in range(2):
+        clock.seconds += 10
+        progress(10)
+    assert len(counted) == 1
+    assert stream.getvalue().count("10 of 20 images (50%)") == 2
+
+
+@pytest.mark.parametrize("rich", ["there", "missing"])
+def test_a_terminal_gets_a_bar_if_rich_is_there(clock, monkeypatch, rich):
+    if rich == "missing":
+        monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = os.openpty()
+    try:
+        with (
+            open(slave, "w", encoding="utf-8") as stream,
+            Progress("images", 4, stream=stream, clock=clock) as progress,
+        ):
+            progress(1)
+            clock.seconds += 10
+            progress(2)
+        shown = os.read(master, 65536).decode()
+    finally:
+        os.close(master)
+    assert ("2 of 4 images (50%)" in shown) == (rich == "missing")
+    assert ("2/4" in shown) == (rich == "there")
+    assert rich == "missing" or shown.rstrip().endswith("\x1b[2K"), "the bar is cleared"

@@ -5,15 +5,8 @@ from __future__ import annotations
 import argparse
 
 from revit_fast.cli.arguments import check_file, positive
-from revit_fast.cli.labelled import (
-    add_data,
-    check_place,
-    check_plot,
-    counter,
-    open_both,
-    say_unreadable,
-    usage_errors,
-)
+from revit_fast.cli.labelled import add_data, check_place, check_plot, open_both, say_unreadable, usage_errors
+from revit_fast.io.progress import Progress
 
 
 def _numbers(text: str) -> list[float]:
@@ -68,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_place(images, "--plot", args.plot)
     fast = optimized(args, bundle.model, "BUNDLE")
-    predictions = predict_lengths(fast, images, progress=counter("predicted"))
+    with Progress("images predicted") as progress:
+        predictions = predict_lengths(fast, images, progress=progress)
     policies = default_policies()
     if args.thresholds:
         policies = ["argmax", *(("threshold", threshold) for threshold in args.thresholds)]

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, check_file, positive
-from revit_fast.io.names import on_one_line, say
+from revit_fast.cli.arguments import UsageError, add_device, add_threads, check_file, positive
+from revit_fast.io.names import on_one_line
 
 if TYPE_CHECKING:
     from revit_fast.streaming.bundle import Bundle
@@ -31,7 +30,7 @@ def add_data(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("--split", default=split, help="split of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default %(default)s)")
-    add_dtype(p)
+    add_device(p)
     add_threads(p)
 
 
@@ -69,14 +68,13 @@ def usage_errors(**options: str) -> Iterator[None]:
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     """The bundle, and the images with classes in the bundle's order."""
-    import torch
 
+    from revit_fast.cli.pipelines import compute_device
     from revit_fast.streaming.bundle import read_bundle
     from revit_fast.train.checks import check_readable
     from revit_fast.train.datasets import open_images
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    compute_device(args)
     with usage_errors():
         bundle = read_bundle(args.bundle)
         images = open_images(args.data, args.split, bundle.classes)
@@ -125,13 +123,6 @@ def check_plot(path: str) -> None:
         raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
     check_file("--plot", path)
     import_module("matplotlib")  # if it is missing, main says what to install
-
-
-def counter(what: str) -> Callable[[int, int], None]:
-    """A function that reports progress on stderr, by seconds."""
-    from revit_fast.train.pace import Pace
-
-    return Pace(partial(say, sys.stderr), what)
 
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:

@@ -6,9 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, check_file, positive
-from revit_fast.cli.labelled import check_place, check_plot, counter, sample, say_unreadable, usage_errors
+from revit_fast.cli.arguments import UsageError, add_device, add_threads, check_file, positive
+from revit_fast.cli.labelled import check_place, check_plot, sample, say_unreadable, usage_errors
 from revit_fast.cli.runs import KeyValues
+from revit_fast.io.progress import Progress
 
 if TYPE_CHECKING:
     from revit_fast.models.vit import ReViT
@@ -40,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draw (default %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the report there, all or nothing")
     p.add_argument("--plot", metavar="FILE", help="draw accuracy over cost: .png, .svg or .pdf (needs matplotlib)")
-    add_dtype(p)
+    add_device(p)
     add_threads(p)
     p.set_defaults(command="worth_it")
 
@@ -51,14 +52,11 @@ def run(args: argparse.Namespace) -> int:
         check_file("--json", args.json)
     if args.plot:
         check_plot(args.plot)
-    import torch
-
-    from revit_fast.cli.pipelines import optimized
+    from revit_fast.cli.pipelines import compute_device, optimized
     from revit_fast.train.checks import check_lengths
     from revit_fast.train.worth import worth_it
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    compute_device(args)
     with usage_errors(**OPTIONS):
         model, images, trained = _open(args)
         check_lengths(model)
@@ -69,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     fast = optimized(args, model)
     unreadable: dict[int, str] = {}
     with usage_errors(**OPTIONS):
-        report = worth_it(fast, images, trained=trained, unreadable=unreadable, progress=counter("predicted"))
+        with Progress("images predicted") as progress:
+            report = worth_it(fast, images, trained=trained, unreadable=unreadable, progress=progress)
         if args.json:
             report.save(args.json)
         if args.plot:

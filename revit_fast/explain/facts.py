@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.policies import Policy, confidence, suffices
 from revit_fast.explain.picture import draw_attention, draw_grid
 from revit_fast.io.held import held
-from revit_fast.io.images import ImageError, ImageSource, check_sources, is_file, name_of
+from revit_fast.io.images import ImageError, ImageSource, as_sources, is_file, name_of
 from revit_fast.io.names import on_one_line
 from revit_fast.io.trace import StageTimes
 from revit_fast.models.macs import forward_macs
@@ -284,7 +285,11 @@ class Explanation:
 
 
 def explain(
-    pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: int = 5, attention: bool = False
+    pipe: AdaptivePipeline,
+    sources: Iterable[ImageSource] | str | PathLike,
+    *,
+    top_k: int = 5,
+    attention: bool = False,
 ) -> list[Explanation]:
     """What the pipeline decides for every image and why; decisions and classes are those of `pipe(sources)`.
 
@@ -293,14 +298,14 @@ def explain(
 
     Args:
         pipe: the pipeline.
-        sources: paths, bytes of encoded files, PIL images, uint8 arrays. A picture of each is kept, about 1 MB.
+        sources: see `AdaptivePipeline.__call__`. A picture of each is kept, about 1 MB.
         top_k: number of classes to list; 0 for none, for weights that are not trained.
         attention: whether to draw what the class token reads of each patch, see `Explanation.attention`.
 
     Raises:
         ValueError: for a pipeline that keeps proportions, or has no attention to draw.
     """
-    check_sources(sources)
+    sources = as_sources(sources, pipe.KIND)
     if attention and not hasattr(pipe.model, "class_attention"):
         raise ValueError(f"attention: expected a pipeline of a ReViT, got one of a {type(pipe.model).__name__}")
     if pipe.prep.aspect != "crop":

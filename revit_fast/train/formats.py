@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from revit_fast.io.finding import SUFFIXES
 from revit_fast.io.folders import walk
-from revit_fast.io.images import SUFFIXES, ImageError, read_rgb
+from revit_fast.io.images import ImageError, read_rgb
 from revit_fast.train.data import (
     EVAL_SPLITS,
     TRAIN_SPLITS,
