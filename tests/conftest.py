@@ -50,19 +50,30 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("isa", isas if helpers.device == "cpu" else [helpers.device], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what a set that differs in narrow products alone has in common with another: wide weights."""
+    """Leaves out what a set that differs in narrow products alone has in common with another: wide weights.
 
-    def is_new(item):
-        values = getattr(item, "callspec", None) and item.callspec.params
-        if not values or values.get("isa") not in helpers.PRODUCTS_ONLY:
-            return True
-        return item.module.NARROW_PRODUCTS == "all" or values.get("dtype") in (torch.bfloat16, torch.int8)
-
-    known = [item for item in items if not is_new(item)]
+    Of a test of narrow weights, the quick suite runs the first case for each dtype in a set that is emulated: it is
+    slow, and other sets share all but the products.
+    """
+    kept, known, seen = [], [], set()
+    for item in items:
+        values = (getattr(item, "callspec", None) and item.callspec.params) or {}
+        isa, dtype = values.get("isa"), values.get("dtype")
+        is_narrow = dtype in (torch.bfloat16, torch.int8)
+        if isa in helpers.PRODUCTS_ONLY and item.module.NARROW_PRODUCTS != "all" and not is_narrow:
+            known.append(item)
+            continue
+        kept.append(item)
+        if isa in helpers.EMULATED and is_narrow:
+            case = (item.nodeid.partition("[")[0], isa, dtype)
+            if case in seen:
+                item.add_marker(pytest.mark.full)
+            seen.add(case)
     if known:
         config.hook.pytest_deselected(items=known)
-        items[:] = [item for item in items if is_new(item)]
+        items[:] = kept
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import full
 from train_helpers import GRIDS, MODEL_KWARGS, noise_images, tiny_config, tiny_trainer
 
 from revit_fast.io.images import ImageError
@@ -147,7 +148,7 @@ def test_packs_of_a_cpu_are_bounded(monkeypatch):
     ],
     ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "layer decay", "steps counted in groups"],
 )
-@pytest.mark.parametrize("cut", [2, 6, 7])
+@pytest.mark.parametrize("cut", [full(2), 6, full(7)])
 def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     config = tiny_config(**changes)
     whole = tiny_trainer(config, folder=tmp_path / "whole")
