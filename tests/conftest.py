@@ -54,8 +54,9 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Leaves out what a set that differs in narrow products alone has in common with another: wide weights.
 
-    Of a test of narrow weights, the quick suite runs the first case for each dtype in a set that is emulated: it is
-    slow, and other sets share all but the products.
+    Two ways to run are slow. For them the quick suite has some cases of a test, which differ in what is slow there; that
+    all meet all is shown by others. In an instruction set that is emulated it has the first case for each narrow dtype.
+    In Triton's interpreter it has the cases with a value of a parameter that no earlier case had.
     """
     kept, known, seen = [], [], set()
     for item in items:
@@ -66,11 +67,17 @@ def pytest_collection_modifyitems(config, items):
             known.append(item)
             continue
         kept.append(item)
+        test = item.nodeid.partition("[")[0]
         if isa in helpers.EMULATED and is_narrow:
-            case = (item.nodeid.partition("[")[0], isa, dtype)
-            if case in seen:
-                item.add_marker(pytest.mark.full)
-            seen.add(case)
+            met = {(test, isa, dtype)}
+        elif helpers.device == "interpreter" and values:
+            met = {(test, name, str(value)) for name, value in values.items()}
+        else:
+            continue
+        if met <= seen:
+            item.add_marker(pytest.mark.full)
+        elif item.get_closest_marker("full") is None:
+            seen |= met
     if known:
         config.hook.pytest_deselected(items=known)
         items[:] = kept

@@ -37,6 +37,11 @@ def full(*values) -> object:
     return pytest.param(*values, marks=pytest.mark.full)
 
 
+def full_if(rare: bool, *values) -> object:
+    """A case that `make test-full` alone runs where `rare` holds."""
+    return full(*values) if rare else pytest.param(*values)
+
+
 def cut(seqlens: Sequence[int]) -> tuple[int, ...]:
     """The lengths; in the interpreter, which takes milliseconds for each program, long ones are cut.
 
