@@ -15,15 +15,16 @@ demo: build
 test: build
 	$(MAKE) -j2 --output-sync=target test-suite test-interpreter
 
-## Also the machine code of every GPU kernel, dtype, size and schedule, for every chip.
+## Also the tests marked `full`, such as the machine code of every GPU kernel, dtype, size and schedule, for every chip.
 test-full: build
 	$(MAKE) -j2 --output-sync=target test-suite test-interpreter PYTEST_SCOPE='-m ""'
 
 ## What .ci/run runs beside test-full: each but test-abi in an environment that shares PyTorch with it.
 test-beside: test-cluster test-transformers test-page test-abi docs
 
+# Threads that wait sleep: spinning ones would take time from the suite beside it.
 test-suite:
-	$(BIN)/python -m pytest tests $(PYTEST_SCOPE)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests $(PYTEST_SCOPE)
 
 # One thread: waiting ones would take time from the suite beside it.
 test-interpreter:

@@ -54,9 +54,9 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Leaves out what a set that differs in narrow products alone has in common with another: wide weights.
 
-    Two ways to run are slow. For them the quick suite has some cases of a test, which differ in what is slow there; that
-    all meet all is shown by others. In an instruction set that is emulated it has the first case for each narrow dtype.
-    In Triton's interpreter it has the cases with a value of a parameter that no earlier case had.
+    Two ways to run are slow, and the quick suite runs some cases of a test in them; other ways run them all. In an
+    instruction set that is emulated it runs the first case for each narrow dtype. In Triton's interpreter it runs the
+    cases with a value of a parameter that no earlier case had.
     """
     kept, known, seen = [], [], set()
     for item in items:
