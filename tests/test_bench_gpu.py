@@ -52,6 +52,7 @@ def test_a_step_runs_in_the_interpreter(tmp_path):
 
 
 @pytest.mark.full  # minutes
+@pytest.mark.timeout(900)
 def test_the_whole_suite_runs_in_the_interpreter(tmp_path):
     out = tmp_path / "results"
     done = run("--out", out, "--device", "interpreter", "--minutes", 5, TRITON_INTERPRET="1")
