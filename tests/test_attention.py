@@ -10,7 +10,7 @@ import helpers
 import numpy
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, full_if, only_on, randn
+from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, cut, full, full_if, only_on, randn
 
 from revit_fast import ops, reference
 from revit_fast.kernels import launch
@@ -92,8 +92,9 @@ def test_matches_reference_for_every_dtype(isa, dtype, dim):
     check_forward_and_backward(*inputs(SHORT_MIX, SHORT_MIX, dim=dim, dtype=dtype, padding=3), causal=dim == 7)
 
 
-def test_matches_reference_for_every_length(isa):
-    check_forward_and_backward(*inputs(SEQLENS, SEQLENS, heads=(1, 1), dim=20))
+@pytest.mark.parametrize("seqlens", [cut(SEQLENS), full(SEQLENS)] if helpers.device == "interpreter" else [SEQLENS])
+def test_matches_reference_for_every_length(isa, seqlens):
+    check_forward_and_backward(*inputs(seqlens, seqlens, heads=(1, 1), dim=20))
 
 
 @pytest.mark.parametrize("causal", [False, True])
