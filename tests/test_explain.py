@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from contrasting import PATCH, photo, pipe_of, spied_texts
+from helpers import full
 from PIL import Image
 from safetensors.torch import save_file
 from small_models import GRIDS, make_model
@@ -404,7 +405,7 @@ class TestPng:
         starts = [y for y in range(len(column) - height) if (column[y] == picture[0]).all()]
         assert any((column[y : y + height] == picture).all() for y in starts)
 
-    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", "argmax", "cycle"])
+    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", full("argmax"), full("cycle")])
     def test_no_text_leaves_its_place(self, tmp_path, texts, policy):
         """All text lies inside its card, and no two texts overlap, however long and wide a name is."""
         pipe = pipe_of(policy)
