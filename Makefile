@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video gate docs wheel lint format build clean
+.PHONY: demo test test-full test-beside test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video gate docs wheel lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -15,12 +15,16 @@ demo: build
 test: build
 	$(MAKE) -j2 --output-sync=target test-suite test-interpreter
 
-## Also the machine code of every GPU kernel, dtype, size and schedule, for every chip.
+## Also the tests marked `full`, such as the machine code of every GPU kernel, dtype, size and schedule, for every chip.
 test-full: build
 	$(MAKE) -j2 --output-sync=target test-suite test-interpreter PYTEST_SCOPE='-m ""'
 
+## What .ci/run runs beside test-full: each but test-abi in an environment that shares PyTorch with it.
+test-beside: test-cluster test-transformers test-page test-abi docs
+
+# Threads that wait sleep: spinning ones would take time from the suite beside it.
 test-suite:
-	$(BIN)/python -m pytest tests $(PYTEST_SCOPE)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests $(PYTEST_SCOPE)
 
 # One thread: waiting ones would take time from the suite beside it.
 test-interpreter:
@@ -28,16 +32,16 @@ test-interpreter:
 	    tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_on_device.py
 
 ## Runs on a Ray cluster and the HTTP service, in an environment that has Ray; `make test` skips them without it.
-test-cluster: build
-	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[ray,serve]"
-	$(BIN)/python -m pytest tests/test_ray_engine.py tests/test_serve.py tests/test_server.py
+test-cluster: build $(VENV)-cluster/shared
+	$(VENV)-cluster/bin/python -m pip install -q "revit-fast[ray,serve]"
+	$(VENV)-cluster/bin/python -m pytest tests/test_ray_engine.py tests/test_serve.py tests/test_server.py
 
 ## Models of transformers beside ours, and clips, in an environment that has transformers and PyAV: `make test` skips them
 ## without.
-test-transformers: build
-	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[transformers,video]"
-	$(BIN)/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py tests/test_video.py \
-	    tests/test_video_clips.py
+test-transformers: build $(VENV)-transformers/shared
+	$(VENV)-transformers/bin/python -m pip install -q "revit-fast[transformers,video]"
+	$(VENV)-transformers/bin/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py \
+	    tests/test_video.py tests/test_video_clips.py
 
 ## The same extension binary under another torch, make test-abi OTHER_TORCH=torch==2.13.0, and the GPU kernels in the oldest
 ## Triton that they are for.
@@ -55,10 +59,8 @@ test-abi: build
 
 ## The page of `revit-fast demo` in a real browser (apt-get install chromium chromium-driver), in an environment of its own:
 ## gradio wants another Pillow than the tests of resizing.
-test-page: build
-	$(PYTHON) -m venv $(VENV)-page
-	$(VENV)-page/bin/python -m pip install -q "setuptools>=77" $(TORCH) pytest pytest-timeout selenium
-	REVIT_FAST_NO_EXTENSION=1 $(VENV)-page/bin/python -m pip install -q --no-build-isolation -e ".[page]"
+test-page: build $(VENV)-page/shared
+	$(VENV)-page/bin/python -m pip install -q "revit-fast[page]" selenium
 	$(VENV)-page/bin/python -m pytest tests/test_page.py
 
 ## Damaged files through decode and pack, random requests to the HTTP service, in an environment that has it.
@@ -90,9 +92,9 @@ gate:
 	$(PYTHON) -m bench.gate $(ARGS)
 
 ## The documentation as a site, in build/site/.
-docs: $(VENV)/installed
-	REVIT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: $(VENV)-docs/shared
+	$(VENV)-docs/bin/python -m pip install -q "revit-fast[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
 
 WHEEL_PLATFORM ?= manylinux_2_28_x86_64
 
@@ -132,5 +134,13 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
+# An environment that finds the packages of $(VENV), this one among them, after those of its own: PyTorch is installed once.
+PURELIB = import sysconfig; print(sysconfig.get_path("purelib"))
+$(VENV)-%/shared: $(VENV)/installed
+	$(PYTHON) -m venv --clear --without-pip $(VENV)-$*
+	first=$$($(BIN)/python -c '$(PURELIB)') && \
+	    echo "import site; site.addsitedir('$$first')" >"$$($(VENV)-$*/bin/python -c '$(PURELIB)')/shared.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-abi $(VENV)-page build dist *.egg-info revit_fast/_C*.so bench/results
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info revit_fast/_C*.so bench/results

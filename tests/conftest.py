@@ -50,19 +50,37 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("isa", isas if helpers.device == "cpu" else [helpers.device], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what a set that differs in narrow products alone has in common with another: wide weights."""
+    """Leaves out what a set that differs in narrow products alone has in common with another: wide weights.
 
-    def is_new(item):
-        values = getattr(item, "callspec", None) and item.callspec.params
-        if not values or values.get("isa") not in helpers.PRODUCTS_ONLY:
-            return True
-        return item.module.NARROW_PRODUCTS == "all" or values.get("dtype") in (torch.bfloat16, torch.int8)
-
-    known = [item for item in items if not is_new(item)]
+    Two ways to run are slow, and the quick suite runs some cases of a test in them; other ways run them all. In an
+    instruction set that is emulated it runs the first case for each narrow dtype. In Triton's interpreter it runs the
+    cases with a value of a parameter that no earlier case had.
+    """
+    kept, known, seen = [], [], set()
+    for item in items:
+        values = (getattr(item, "callspec", None) and item.callspec.params) or {}
+        isa, dtype = values.get("isa"), values.get("dtype")
+        is_narrow = dtype in (torch.bfloat16, torch.int8)
+        if isa in helpers.PRODUCTS_ONLY and item.module.NARROW_PRODUCTS != "all" and not is_narrow:
+            known.append(item)
+            continue
+        kept.append(item)
+        test = item.nodeid.partition("[")[0]
+        if isa in helpers.EMULATED and is_narrow:
+            met = {(test, isa, dtype)}
+        elif helpers.device == "interpreter" and values:
+            met = {(test, name, str(value)) for name, value in values.items()}
+        else:
+            continue
+        if met <= seen:
+            item.add_marker(pytest.mark.full)
+        elif item.get_closest_marker("full") is None:
+            seen |= met
     if known:
         config.hook.pytest_deselected(items=known)
-        items[:] = [item for item in items if is_new(item)]
+        items[:] = kept
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ ALL_ISAS = _library.cpu_isas() or ["reference"]
 # Sets that differ from another in the products of narrow weights alone; their other kernels are those of the other.
 PRODUCTS_ONLY = ("amx", "avx512_vnni", "avxvnni", "avx2_vnni", "avx2_amx")
 ISAS = [isa for isa in ALL_ISAS if isa not in PRODUCTS_ONLY]
+# Sets whose narrow products are computed in other instructions, tens of times slower, so that all machines test them.
+EMULATED = ("avx2x16", "avx2_vnni", "avx2_amx")
 
 device = "cpu"
 """Where the ops run, by the option --device: cpu, interpreter (CPU tensors, Triton kernels) or cuda."""
@@ -28,6 +30,16 @@ device = "cpu"
 def only_on(*devices: str, reason: str) -> pytest.MarkDecorator:
     """Marks a test, or a parameter of one, that says something about these devices alone."""
     return pytest.mark.skipif(device not in devices, reason=f"{reason} (--device={device})")
+
+
+def full(*values) -> object:
+    """A case of a parametrised test that `make test-full` alone runs: others cover its kind."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def full_if(rare: bool, *values) -> object:
+    """A case that `make test-full` alone runs where `rare` holds."""
+    return full(*values) if rare else pytest.param(*values)
 
 
 def cut(seqlens: Sequence[int]) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def mutations(module, name):
                 yield f"{attribute}={other!r}", lambda m, a=attribute, o=other: setattr(m, a, o)
 
 
-def assert_copies_follow(model, optimize, images, refuses=True):
+def assert_copies_follow(model, optimize, images, refuses=True, left_out=None):
     """Whatever is changed: where the model's result changes, the copy's does too, or the copy refuses by name.
 
     Changes are made to the model before it is copied, and to a copy that has been called.
@@ -56,10 +56,13 @@ def assert_copies_follow(model, optimize, images, refuses=True):
         optimize: makes the copy.
         images: an input of both.
         refuses: whether a copy may refuse; otherwise it must follow every change.
+        left_out: name of a module whose changes are left out, as those of another of its kind are not.
     """
     right = _result(model, images)
     n_effective = n_refused = 0
     for name, module in list(model.named_modules()):
+        if left_out is not None and f"{name}.".startswith(f"{left_out}."):
+            continue
         for what, change in mutations(module, name):
             changed = copy.deepcopy(model)
             try:
@@ -83,8 +86,9 @@ def assert_copies_follow(model, optimize, images, refuses=True):
                     continue
                 assert not isinstance(got, Exception), f"{name}: {what}, {when} the first call: {got!r}"
                 assert not _differs(got, wanted), f"{name}: {what}, {when} the first call, has no effect"
-    assert n_effective > 100
-    assert n_refused > 100 or not refuses
+    least = 100 if left_out is None else 50
+    assert n_effective > least
+    assert n_refused > least or not refuses
 
 
 def _result(model, images):

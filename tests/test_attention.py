@@ -10,7 +10,7 @@ import helpers
 import numpy
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, only_on, randn
+from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, cut, full, full_if, only_on, randn
 
 from revit_fast import ops, reference
 from revit_fast.kernels import launch
@@ -75,9 +75,13 @@ def check_forward_and_backward(q, k, v, cu_q, cu_k, causal=False, scale=None):
         check_op(ours, truth, q.detach(), k.detach(), v.detach(), grad_out, grad_lse)
 
 
+# Head dimensions of each blocking: the interpreter, which takes seconds for each, has these in the quick suite.
+BLOCKINGS = (7, 64, 80, 256)
+
+
 # Every head_dim meets both masks on one mix; dtypes and instruction sets beyond float32 take the odd ones.
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("dim", [full_if(helpers.device == "interpreter" and d not in BLOCKINGS, d) for d in HEAD_DIMS])
 def test_matches_reference_for_every_head_dim(isa, dim, causal):
     check_forward_and_backward(*inputs(SHORT_MIX, SHORT_MIX, dim=dim, padding=3), causal=causal)
 
@@ -88,12 +92,13 @@ def test_matches_reference_for_every_dtype(isa, dtype, dim):
     check_forward_and_backward(*inputs(SHORT_MIX, SHORT_MIX, dim=dim, dtype=dtype, padding=3), causal=dim == 7)
 
 
-def test_matches_reference_for_every_length(isa):
-    check_forward_and_backward(*inputs(SEQLENS, SEQLENS, heads=(1, 1), dim=20))
+@pytest.mark.parametrize("seqlens", [cut(SEQLENS), full(SEQLENS)] if helpers.device == "interpreter" else [SEQLENS])
+def test_matches_reference_for_every_length(isa, seqlens):
+    check_forward_and_backward(*inputs(seqlens, seqlens, heads=(1, 1), dim=20))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("heads", [*(full_if(helpers.device == "interpreter", h) for h in ((4, 4), (4, 2))), (3, 1)])
 def test_different_query_and_key_lengths_and_grouped_heads(isa, heads, causal):
     check_forward_and_backward(*inputs(*zip(*CROSS_MIX, strict=True), heads=heads, dim=40, padding=2), causal=causal)
 
@@ -505,8 +510,8 @@ from pathlib import Path
 from revit_fast import ops
 from revit_fast.packing import cumulative
 
-few, many = torch.randn(16, 1, 8), torch.randn(6_000_000, 1, 8)
-few_rows, many_rows = cumulative([8, 8]), cumulative([3_000_000, 3_000_000])
+few, many = torch.randn(16, 1, 8), torch.randn(2_000_000, 1, 8)
+few_rows, many_rows = cumulative([8, 8]), cumulative([1_000_000, 1_000_000])
 limits = resource.getrlimit(resource.RLIMIT_AS)
 for n_threads in (1, 2):
     torch.set_num_threads(n_threads)
@@ -514,9 +519,9 @@ for n_threads in (1, 2):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), limits[1]))
     try:
-        ops.varlen_attention(few, many, many, few_rows, many_rows)  # packed keys: 96 MB a sequence, more than an arena reserves
-    except (MemoryError, RuntimeError) as error:
-        print(error)
+        ops.varlen_attention(few, many, many, few_rows, many_rows)  # a sequence's packed keys alone take 32 MB
+    except (MemoryError, RuntimeError):  # torch 2.10 says of one in a thread only which call it came through
+        print("no memory")
     resource.setrlimit(resource.RLIMIT_AS, limits)
     assert torch.equal(ops.varlen_attention(few, few, few, few_rows), expected)
 """
@@ -529,7 +534,7 @@ def test_a_call_that_finds_no_memory_does_not_harm_the_next():
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("bad_alloc") == 2, run.stdout
+    assert run.stdout.splitlines() == ["no memory"] * 2, run.stdout
 
 
 @needs_extension

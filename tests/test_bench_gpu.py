@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from bench.gpu_choices import CANDIDATES, Override, chosen, entry, tunable  # noqa: E402
 from bench.gpu_suite import gpu_tests, tables, tuning  # noqa: E402
+from bench.gpu_suite.__main__ import main  # noqa: E402
 from bench.gpu_suite.measure import SPENT, Bench, Case  # noqa: E402
 from bench.gpu_suite.runner import run_steps  # noqa: E402
 from bench.gpu_suite.steps import STEPS, Step  # noqa: E402
@@ -31,6 +32,27 @@ def run(*arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
 
 
+def test_a_step_runs_in_the_interpreter(tmp_path):
+    done = run("--out", tmp_path, "--device", "interpreter", "--steps", "rows", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "suite.json").read_text())["steps"]
+    assert summary.pop("rows")["state"] == "done"
+    assert {step["state"] for step in summary.values()} == {"skipped"}
+    result = json.loads((tmp_path / "rows.json").read_text())
+    assert result["complete"]
+    assert "MEAN NOTHING" in result["warning"]
+    assert result["failures"] == []
+    ours = [row for row in result["results"] if row["candidate"].startswith("ours")]
+    assert ours
+    assert all(row["reason"] is None and row["max_error"] <= row["allowed_error"] for row in ours)
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(tables.MARKS))
+    assert main(["--docs", str(page), "--results", str(tmp_path)]) == 0
+    assert "| rows | done |" in page.read_text()
+
+
+@pytest.mark.full  # minutes
+@pytest.mark.timeout(900)
 def test_the_whole_suite_runs_in_the_interpreter(tmp_path):
     out = tmp_path / "results"
     done = run("--out", out, "--device", "interpreter", "--minutes", 5, TRITON_INTERPRET="1")
@@ -63,7 +85,7 @@ def test_the_whole_suite_runs_in_the_interpreter(tmp_path):
 
     page = tmp_path / "page.md"
     page.write_text("before\n" + "\n".join(tables.MARKS) + "\nafter\n")
-    assert run("--docs", page, "--results", out).returncode == 0
+    assert main(["--docs", str(page), "--results", str(out)]) == 0
     text = page.read_text()
     assert text.startswith(f"before\n{tables.MARKS[0]}\n")
     assert text.endswith(f"{tables.MARKS[1]}\nafter\n")
@@ -74,18 +96,21 @@ def test_the_whole_suite_runs_in_the_interpreter(tmp_path):
     assert "tiny, forward: torch.nn.attention.varlen | float32 |  | NotImplementedError" in text
 
 
-def test_a_machine_without_a_gpu_is_told_what_to_run(tmp_path):
+def test_a_machine_without_a_gpu_is_told_what_to_run(tmp_path, monkeypatch, capsys):
     done = run("--out", tmp_path, "--steps", "rows", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     step = json.loads((tmp_path / "suite.json").read_text())["steps"]["rows"]
     assert step["state"] == "failed"
     assert "TRITON_INTERPRET=1 python -m bench.gpu_suite --device interpreter" in "\n".join(step["last_lines"])
-    assert "needs TRITON_INTERPRET=1" in run("--out", tmp_path, "--device", "interpreter").stderr
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--device", "interpreter"])
+    assert "needs TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
-def test_the_list_of_steps_fits_a_quarter_of_an_hour():
-    done = run("--list")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [*(step.name for step in STEPS), "sum"]
+def test_the_list_of_steps_fits_a_quarter_of_an_hour(capsys):
+    assert main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*(step.name for step in STEPS), "sum"]
     assert sum(step.minutes for step in STEPS) <= 12
     page = (ROOT / "docs" / "gpu.md").read_text()
     for step in STEPS:

@@ -104,6 +104,7 @@ def test_openvino_leaves_signal_handlers_a_stack():
     assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr[-2000:]
 
 
+@pytest.mark.full  # it takes a quarter of a minute; short models in both precisions are among the peers
 def test_openvino_at_full_length():
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")

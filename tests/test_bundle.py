@@ -368,6 +368,9 @@ class TestCommands:
 
         assert grids() == [r.grid for r in rf.load(folder)(IMAGES)]
         assert grids("--grid", 3) == [3] * 6
+        policy = ("assigned-cascade", {"threshold": 0.5, "confidence": 0.5})
+        expected = [r.grid for r in rf.load(folder, policy=policy)(IMAGES)]
+        assert grids("--policy", "assigned-cascade:0.5,0.5") == expected
         assert grids("--policy", "threshold:1") == [r.grid for r in rf.load(folder, policy=("threshold", 1))(IMAGES)]
         other = make_assigner()
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """The command line as a user runs it: real files, the real model (DeiT-Ti), stdout, stderr and exit codes."""
 
+import argparse
 import csv
 import functools
 import importlib.util
@@ -24,7 +25,9 @@ from safetensors.torch import save_file
 import revit_fast as rf
 from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
-from revit_fast.cli import arguments, main, pipelines, report
+from revit_fast.cli import arguments, build_parser, main, pipelines, report, serve
+from revit_fast.io import progress
+from revit_fast.models.classes import class_names
 from revit_fast.ops.linear import cpu_integer_depths, cpu_multiplies_bf16
 from revit_fast.streaming.decoding import CHUNK, MORE_SMALL
 
@@ -122,7 +125,7 @@ def assert_predicts(record, model, path, grid, top_k=5):
     got = torch.tensor([entry["probability"] for entry in record["top"]])
     assert len(got) == top_k
     torch.testing.assert_close(got, expected.topk(top_k).values, rtol=1e-3, atol=1e-6)
-    classes = [entry["class"] for entry in record["top"]]
+    classes = [class_names(model).index(entry["class"]) for entry in record["top"]]
     torch.testing.assert_close(got, expected[classes], rtol=1e-3, atol=1e-6)
 
 
@@ -206,12 +209,13 @@ class TestErrors:
         for record, path in zip(read, good, strict=True):
             assert_predicts(record, model, path, 7)
         assert "13 images (6 failed)" in err
+        assert "passed over 1 file: 1 .txt\n" in err
 
     def test_a_file_that_vanishes_is_one_error(self, capsys, photos, monkeypatch):
         real = report.find_images
 
-        def vanishing(paths, kind):
-            for source in real(paths, kind):
+        def vanishing(*args):
+            for source in real(*args):
                 if source.path.endswith("2.webp"):
                     os.unlink(source.path)
                 yield source
@@ -238,6 +242,14 @@ class TestErrors:
             (["--grid", "large"], "--grid"),
             (["--top-k", "0"], "--top-k"),
             (["--batch-tokens", "-5"], "--batch-tokens"),
+            (
+                ["--batch-tokens", "10"],
+                "--batch-tokens: expected at least 197, the tokens of one image at grid 14",
+            ),
+            (["--batch-tokens", "49", "--grid", "7"], "--batch-tokens: expected at least 50, the tokens of one image"),
+            (["--device", "cuda"], "--device: expected cpu, got 'cuda'; PyTorch finds no GPU here"),
+            (["--device", "mps"], "--device: expected cpu, got 'mps'; there are kernels for CPUs and CUDA GPUs"),
+            (["--device", "cuda", "--engine", "ray", "--output", "x"], "--device cuda: --engine ray computes on"),
             (["--threads", "0"], "--threads"),
             (["--threads", "100000"], "--threads: expected 1 to 1024, got 100000"),
             (["--workers", "2"], "--workers: everything runs in this process; give --engine ray"),
@@ -246,6 +258,9 @@ class TestErrors:
             (["--policy", "threshold"], "--policy: expected argmax, threshold:THETA"),
             (["--policy", "threshold:1.5"], "from 0 to 1"),
             (["--policy", "cascade:nan"], "from 0 to 1"),
+            (["--policy", "assigned-cascade:0.5"], "--policy: expected argmax, threshold:THETA"),
+            (["--policy", "assigned-cascade:0.5,2"], "from 0 to 1"),
+            (["--policy", "assigned-cascade:0.5,0.5"], "needs an assigner"),
             (["--policy", "fixed"], "--policy: expected argmax, threshold:THETA"),
             (["--policy", "fixed:13"], "--policy: fixed: expected one of the model's [14, 10, 7], got 13"),
             (["--policy", "random:-1"], "--policy: expected a seed from 0"),
@@ -264,11 +279,17 @@ class TestErrors:
             (["--colour"], "--colour"),
         ],
     )
-    def test_usage(self, capsys, photos, args, named):
+    def test_usage(self, capsys, photos, monkeypatch, args, named):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert main(["predict", str(photos), "--model", MODEL, *args]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert named in err.splitlines()[-1]
+        *before, last = err.splitlines()
+        assert named in last
+        assert "random weights" not in err, "errors come before warnings"
+        assert not before or last.startswith("revit-fast predict: error: argument") or "unrecognized" in last, (
+            "only what the parser refuses comes with the usage"
+        )
 
     @pytest.mark.parametrize("args", [[], ["predict"], ["predikt", "x"]])
     def test_usage_of_the_command(self, capsys, args):
@@ -324,12 +345,6 @@ class TestBatches:
         run(capsys, photos, "--grid", 7, "--batch-tokens", 3 * 49)
         assert batches == [(50, 50)] * 3 + [(50,)]
 
-    def test_an_image_larger_than_the_limit_goes_alone(self, capsys, photos, batches):
-        code, records = run_json(capsys, photos, "--batch-tokens", 10)
-        assert code == 0
-        assert batches == [(197,)] * 7
-        assert len(records) == 7
-
     def test_one_forward_where_all_fit(self, capsys, photos, batches):
         run(capsys, photos, "--grid", "mixed")
         assert batches == [(197, 101, 50, 197, 101, 50, 197)]
@@ -337,7 +352,7 @@ class TestBatches:
     def test_the_batches_do_not_change_the_result(self, capsys, photos, weights):
         args = (photos, "--weights", weights, "--grid", "mixed")
         _, together = run_json(capsys, *args)
-        _, alone = run_json(capsys, *args, "--batch-tokens", 1)
+        _, alone = run_json(capsys, *args, "--batch-tokens", 197)
         for a, b in zip(together, alone, strict=True):
             assert [e["class"] for e in a["top"]] == [e["class"] for e in b["top"]]
             assert a["top"][0]["probability"] == pytest.approx(b["top"][0]["probability"], rel=1e-4)
@@ -397,7 +412,7 @@ class TestFormats:
             assert float(row["ms"]) > 0
             assert line.split()[:2] == [str(record["grid"]), str(record["tokens"])]
             for rank, entry in enumerate(record["top"], start=1):
-                assert int(row[f"class_{rank}"]) == entry["class"]
+                assert row[f"class_{rank}"] == entry["class"]
                 assert float(row[f"prob_{rank}"]) == pytest.approx(entry["probability"], rel=1e-4)
                 assert f"{entry['class']} {entry['probability']:.3f}" in line
         assert len({line.index("  /") for line in lines[1:]}) == 1, "paths are aligned"
@@ -408,7 +423,7 @@ class TestFormats:
         args = (photos / "1.png", "--weights", weights, "--top-k", 1)
         _, (plain) = run_json(capsys, *args)
         _, named = run_json(capsys, *args, "--labels", labels)
-        name = f"class, {plain[0]['top'][0]['class']}"
+        name = f"class, {class_names(create_model_once(MODEL)).index(plain[0]['top'][0]['class'])}"
         assert named[0]["top"][0]["class"] == name
         _, out, _ = run(capsys, *args, "--labels", labels, "--format", "csv")
         assert next(csv.DictReader(io.StringIO(out)))["class_1"] == name
@@ -503,17 +518,12 @@ class TestProgress:
         assert "random" not in run(capsys, photos, "--grid", 7, "--weights", weights)[2]
 
     def test_plain_lines(self, capsys, photos, monkeypatch):
-        monkeypatch.setattr(report.Progress, "EVERY_IMAGES", 3)
+        monkeypatch.setattr(progress, "EVERY_S", 0.0)
         _, _, err = run(capsys, photos, "--grid", 7, "--batch-tokens", 50)
-        lines = [line for line in err.splitlines() if "images/s" in line]
-        assert [line.split(" images")[0] for line in lines] == ["3", "6", "7"]
-        assert all("tokens/s" in line for line in lines)
-        assert "7 images (0 failed) in" in lines[-1]
-
-    def test_plain_lines_by_time(self, capsys, photos, monkeypatch):
-        monkeypatch.setattr(report.Progress, "EVERY_S", 0.0)
-        _, _, err = run(capsys, photos, "--grid", 7, "--batch-tokens", 50)
-        assert sum("images/s" in line for line in err.splitlines()) == 8
+        *lines, last = [line for line in err.splitlines() if "images" in line]
+        assert [line.split(" images")[0] for line in lines] == [f"{n} of 7" for n in range(8)]
+        assert all("images/s" in line and "tokens/s" in line and "ends at" in line for line in lines[1:])
+        assert "7 images (0 failed) in" in last
 
     def test_threads(self, capsys, photos):
         code, records = run_json(capsys, photos, "--grid", 7, "--threads", 2)
@@ -561,8 +571,13 @@ class TestProgress:
             monkeypatch.setattr(sys, "stdout", stream)
             code = main(["predict", str(photos), "--model", MODEL, "--grid", "7", "--batch-tokens", "100"])
             monkeypatch.undo()
-        lines = b"".join(chunks).decode().splitlines()
+        shown = b"".join(chunks).decode()
+        lines = shown.splitlines()
         assert code == 1
+        assert lines[1].startswith("grid tokens"), "the table begins on a line of its own"
+        last_bar = max(shown.rfind(f"{n}/7") for n in range(8))
+        assert last_bar > 0
+        assert "\x1b[2K" in shown[last_bar:], "the bar is cleared"
         for name in ("0.jpg", "3.JPEG", "6.png"):
             (line,) = [line for line in lines if str(photos / name) in line]
             assert "  7     50 " in line
@@ -626,3 +641,121 @@ class TestProcess:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == rf.__version__
         assert tuple(report.FORMATS) == arguments.RESULT_FORMATS
+
+
+class TestHeads:
+    """A file of weights brings its classes: their number, and their names if it has them."""
+
+    @pytest.fixture
+    def of_five(self, weights, tmp_path):
+        from safetensors.torch import load_file
+
+        state = load_file(weights)
+        state |= {name: state[name][10:15].contiguous() for name in ("head.weight", "head.bias")}
+        folder = tmp_path / "tuned"
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+        return folder / "model.safetensors"
+
+    def test_another_number_is_said_in_one_line(self, capsys, photos, of_five):
+        code, out, err = run(capsys, photos / "1.png", "--weights", of_five, "--grid", 7, "--format", "json")
+        assert code == 0
+        assert {entry["class"] for entry in json.loads(out)[0]["top"]} == set(range(5))
+        said = f"--weights: 5 classes, as the head of {of_five}, instead of the 1000 of {MODEL}"
+        assert [line for line in err.splitlines() if "classes" in line] == [said]
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"id2label": {str(i): f"kind {i}" for i in range(5)}},
+            {"architecture": MODEL, "label_names": [f"kind {i}" for i in range(5)]},
+            {
+                "pretrained_cfg": {
+                    "label_names": list("01234"),
+                    "label_descriptions": {str(i): f"kind {i}" for i in range(5)},
+                }
+            },
+            {"classes": [f"kind {i}" for i in range(5)]},
+        ],
+    )
+    def test_names_come_from_the_configuration_beside_it(self, capsys, photos, of_five, tmp_path, config):
+        (of_five.parent / "config.json").write_text(json.dumps(config))
+        args = (photos / "1.png", "--weights", of_five, "--grid", 7)
+        _, records = run_json(capsys, *args)
+        assert {entry["class"] for entry in records[0]["top"]} == {f"kind {i}" for i in range(5)}
+        (tmp_path / "own.txt").write_text("".join(f"own {i}\n" for i in range(5)))
+        _, records = run_json(capsys, *args, "--labels", tmp_path / "own.txt")
+        assert {entry["class"] for entry in records[0]["top"]} == {f"own {i}" for i in range(5)}, "--labels wins"
+
+    def test_explain_and_a_bundle_follow_too(self, capsys, photos, of_five, tmp_path):
+        rf.save_bundle(tmp_path / "bundle", create_model_once(MODEL), classes=map(str, range(N_CLASSES)))
+        sheet = tmp_path / "sheet.html"
+        model = ["--model", f"{tmp_path}/bundle", "--weights", str(of_five), "--grid", "7"]
+        assert main(["explain", str(photos / "1.png"), *model, "--output", str(sheet)]) == 0
+        assert f"--weights: 5 classes, as the head of {of_five}, instead of the 1000 of" in capsys.readouterr().err
+        assert sheet.read_text().count('class="name"') == 5
+
+
+class TestDevice:
+    def test_the_model_and_its_packs_go_there(self, monkeypatch):
+        """The meta device stands for a GPU, which there need not be."""
+        monkeypatch.setattr(pipelines, "checked_device", lambda name: torch.device("meta"))
+        monkeypatch.setattr(pipelines, "create_model", rf.create_model)
+        args = build_parser().parse_args(["predict", "x", "--model", MODEL, "--device", "cuda"])
+        pipe = pipelines.build_pipeline(args)
+        assert pipe.model.pos_embed.device.type == "meta"
+        assert pipe.prep.options["dtype"] == torch.uint8, "rows are normalised there"
+        own = create_model_once(MODEL)
+        assert pipelines.optimized(args, own).pos_embed.device.type == "meta"
+        assert own.pos_embed.device.type == "cpu", "a command that saves the model again leaves it where it is"
+
+    @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+    def test_those_that_are_there(self, monkeypatch, name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert pipelines.checked_device(name) == torch.device(name)
+        with pytest.raises(arguments.UsageError, match="expected cpu or cuda:0 or cuda:1, got 'cuda:2'"):
+            pipelines.checked_device("cuda:2")
+
+    def test_a_server_sees_one_gpu(self, monkeypatch):
+        for seen, device, expected in ((None, "cuda:1", "1"), (None, "cuda", "0"), ("4,7", "cuda:1", "7")):
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            if seen is not None:
+                monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+            args = argparse.Namespace(device=device)
+            assert (serve.see_one_gpu(args), os.environ["CUDA_VISIBLE_DEVICES"], args.device) == (1, expected, "cuda")
+        assert serve.see_one_gpu(argparse.Namespace(device="cpu")) == 0
+
+
+class TestSources:
+    def test_stdin_and_lists(self, capsys, photos, tmp_path, monkeypatch):
+        named = [photos / "3.JPEG", photos / "0.jpg"]
+        text = "".join(f"{path}\n" for path in named)
+        (tmp_path / "list.txt").write_text(text)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        for source in (f"@{tmp_path}/list.txt", "-"):
+            code, records = run_json(capsys, source, "--grid", 7)
+            assert (code, [r["path"] for r in records]) == (0, list(map(str, named)))
+
+
+def test_theta_stands_beside_the_probabilities(capsys, photos):
+    args = ["predict", str(photos / "1.png"), "--model", "fashion-mnist", "--policy", "threshold:0.8125"]
+    assert main(args) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[3:7] == ["P(14)", "P(10)", "P(7)", "θ"]
+    assert row.split()[6] == "0.812"
+    assert main([*args, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["threshold"] == 0.8125
+    assert main([*args, "--format", "csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out), strict=True)
+    assert float(row["threshold"]) == 0.8125
+    assert main([*args[:-1], "argmax"]) == 0
+    assert "θ" not in capsys.readouterr().out, "argmax compares with none"
+
+
+@pytest.mark.parametrize("budget", ["5000", "3gmacs"])
+def test_a_budget_that_no_image_can_spend(capsys, photos, budget):
+    assert main(["predict", str(photos), "--model", "fashion-mnist", "--budget", budget]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--budget: mean_" in line
+    assert "is above the cost of the longest length; expected" in line

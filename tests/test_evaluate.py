@@ -247,6 +247,9 @@ class TestThresholdForDrop:
             threshold_for_drop(calibration, correct[:, :5], 0.1)
 
 
+ASSIGNED_CASCADE = ("assigned-cascade", {"threshold": 0.4, "confidence": 0.9})
+
+
 def make_assigner():
     torch.manual_seed(0)
     return rf.TokenLengthAssigner(GRIDS, thumbnail_px=16, widths=(8, 8)).eval()
@@ -258,7 +261,7 @@ def whole():
     model, tla = tiny_training.trained(), make_assigner()
     images = tiny_training.synthetic(300, 8)[0]
     tla.calibrate([images.image(i) for i in range(300)], [i % 3 for i in range(300)])
-    policies = ["argmax", ("threshold", 0.4), ("budget", 25), ("budget", {"mean_gmacs": 0.0006})]
+    policies = ["argmax", ("threshold", 0.4), ("budget", 25), ("budget", {"mean_gmacs": 0.0006}), ASSIGNED_CASCADE]
     return model, tla, images, evaluate(model, tla, images, policies=policies, cascade=(0.9,))
 
 
@@ -270,7 +273,7 @@ class TestWhole:
         pixels = [images.image(i) for i in range(300)]
         checked = 0
         for row in report.rows:
-            if row.kind in ("random", "cascade"):
+            if row.kind in ("random", "cascade", "assigned-cascade"):
                 continue
             results = list(pipe.with_policy(row.policy)(pixels))
             assert np.mean([r.grid**2 for r in results]) == pytest.approx(row.tokens, rel=1e-12), row.name
@@ -283,22 +286,31 @@ class TestWhole:
         assert checked == 3 + 4 + 1 + 1
         assert report.row("TLA budget 25").tokens <= 25
 
-    def test_the_cascade_that_is_timed_is_the_one_reported(self, whole):
+    @pytest.mark.parametrize("name", ["cascade 0.9", "TLA assigned-cascade threshold 0.4, confidence 0.9"])
+    def test_the_cascade_that_is_timed_is_the_one_reported(self, whole, name):
         model, tla, images, report = whole
-        pixels, row = [images.image(i) for i in range(300)], report.row("cascade 0.9")
+        pixels, row = [images.image(i) for i in range(300)], report.row(name)
         pipe = rf.pipeline(model, tla)
         logits = run(pipe, row.policy, pixels)
         right = np.argmax(logits, axis=1) == images.labels
         assert right.mean() == row.accuracy
         results = list(pipe.with_policy(row.policy)(pixels))
         assert row.shares == tuple(np.mean([r.grid == g for r in results]) for g in GRIDS)
-        n_ran = [sum(g <= r.grid for g in GRIDS) for r in results]
+        starts = [GRIDS[-1]] * 300
+        if row.kind == "assigned-cascade":
+            starts = [r.grid for r in pipe.with_policy(("threshold", 0.4)).assign(pixels)]
+        n_ran = [sum(start <= g <= r.grid for g in GRIDS) for r, start in zip(results, starts, strict=True)]
         n_tokens = [r.n_tokens - n * model.num_prefix_tokens for r, n in zip(results, n_ran, strict=True)]
         assert row.tokens == pytest.approx(np.mean(n_tokens), rel=1e-12)
+        macs = [
+            sum(forward_macs(model, g * g) for g in GRIDS if start <= g <= r.grid)
+            for r, start in zip(results, starts, strict=True)
+        ]
+        assert row.gmacs == pytest.approx((np.mean(macs) + (row.kind != "cascade") * tla.macs) / 1e9, rel=1e-12)
 
     def test_the_same_every_time(self, whole, tmp_path):
         model, tla, images, report = whole
-        policies = [row.policy for row in report.rows if row.kind == "assigner"]
+        policies = [row.policy for row in report.rows if row.kind in ("assigner", "assigned-cascade")]
         again = evaluate(model, tla, images, policies=policies, cascade=(0.9,))
         report.save(tmp_path / "a.json")
         again.save(tmp_path / "b.json")
@@ -396,7 +408,43 @@ class TestCommands:
         assert mine["difference"] >= -0.03 - 1e-9
         assert mine["tokens"] < 49
         assert mine["name"] in table
+        assert table.splitlines()[-1].startswith("**Verdict.** ")
+        assert read["verdict"] in table
+        assert read["taken"] in table
         assert read["machine"] is None
+
+    def test_a_cascade_that_a_bundle_has_is_reported_as_it_runs(self, place, capsys):
+        save_bundle(place / "m", tiny_training.trained(), classes=list("0123"), policy=("cascade", 0.93))
+        assert main(["evaluate", f"{place}/m", str(place), "--json", f"{place}/r.json", "--limit", "60"]) == 0
+        rows = {row["name"]: row for row in json.loads((place / "r.json").read_text())["rows"]}
+        assert rows["cascade 0.9"]["gmacs"] <= rows["cascade 0.93"]["gmacs"] <= rows["cascade 0.95"]["gmacs"]
+
+    def test_worth_it(self, place, capsys, monkeypatch):
+        monkeypatch.setattr("revit_fast.train.worth.TIMED_IMAGES", 8)
+        options = ["--model", f"{place}/m", "--images", "200", "--json", f"{place}/w.json"]
+        assert main(["worth-it", str(place), *options]) == 0
+        table = capsys.readouterr().out
+        read = json.loads((place / "w.json").read_text())
+        assert read["n_images"] == 200
+        assert table.splitlines()[-1] == f"**Verdict.** {read['verdict']}"
+        assert "lower bound" not in read["verdict"], "the bundle was trained at its lengths"
+        assert [row["name"] for row in read["rows"] if row["time"]][:3] == ["fixed 7x7", "fixed 5x5", "fixed 4x4"]
+        assert main(["worth-it", str(place), *options, "--grids", "7", "6", "3"]) == 0
+        assert "lower bound" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--model", "vit_tiny_patch16_224"], "--weights: give those of vit_tiny_patch16_224; random weights say"),
+            (["--model", "no_such"], "--weights: give those of no_such"),
+            (["--model", "no_such", "--weights", "none.pth"], "--model: timm knows no model 'no_such'"),
+            (["--model", "{}/m", "--grids", "7"], "--grids: an assigner chooses between at least two"),
+            (["--model", "{}/m", "--split", "odd"], "--split: "),
+        ],
+    )
+    def test_worth_it_refuses(self, place, capsys, options, message):
+        assert main(["worth-it", str(place), *(option.format(place) for option in options)]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
 
     def test_budget_and_limit_and_time(self, place, capsys):
         bundle, data = f"{place}/m", str(place)

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from contrasting import PATCH, photo, pipe_of, spied_texts
+from helpers import full
 from PIL import Image
 from safetensors.torch import save_file
 from small_models import GRIDS, make_model
@@ -120,6 +121,16 @@ class TestExplanations:
             (("cascade", 0.5), r"cascade: the (best class reaches p = 0\.5, with 0\.\d+ at \d|longest; the best)"),
             (("cascade", 0), r"cascade: the best class reaches p = 0, with 0\.\d{3} at 2 × 2\."),
             (("cascade", 1), r"cascade: the longest; .* less than p = 1 \(0\.\d+ at 2 × 2, 0\.\d+ at 4 × 4\)\."),
+            (
+                ("assigned-cascade", (0.6, 0)),
+                r"assigned-cascade: it begins where P\(label ≤ (\d) × \1\) = [01]\.\d{3} reaches θ = 0\.600(; P.* does "
+                r"not)?; the best class reaches p = 0, with 0\.\d{3} at \1 × \1\.",
+            ),
+            (
+                ("assigned-cascade", (0.6, 1)),
+                r"assigned-cascade: it begins where .*; the longest; (none is longer|the best class has "
+                r"less than p = 1 \(0\.\d+ at \d.*\))\.",
+            ),
         ],
     )
     def test_are_what_the_pipeline_does(self, policy, said):
@@ -394,7 +405,7 @@ class TestPng:
         starts = [y for y in range(len(column) - height) if (column[y] == picture[0]).all()]
         assert any((column[y : y + height] == picture).all() for y in starts)
 
-    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", "argmax", "cycle"])
+    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", full("argmax"), full("cycle")])
     def test_no_text_leaves_its_place(self, tmp_path, texts, policy):
         """All text lies inside its card, and no two texts overlap, however long and wide a name is."""
         pipe = pipe_of(policy)

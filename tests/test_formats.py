@@ -20,7 +20,7 @@ from small_models import make_model
 import revit_fast as rf
 from revit_fast.cli import build_parser
 from revit_fast.explain import explain
-from revit_fast.io import formats
+from revit_fast.io import finding, formats
 from revit_fast.io.held import held
 from revit_fast.io.images import (
     ORIENTATION_TAG,
@@ -228,7 +228,8 @@ class TestWhatMayBeRead:
         with pytest.raises(ImageError, match="has pixels for 48x32 of 48x64: truncated, or damaged"):
             read_rgb(tiff(BLOCKS, 2, t257=64, t278=32))
 
-    def test_files_in_folders(self, tmp_path):
+    def test_files_in_folders(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(finding, "reads_heif", lambda: True)
         for name in ("a.gif", "b.TIFF", "c.avif", "d.bmp", "e.heic", "f.eps", "g.txt"):
             (tmp_path / name).write_bytes(b"x")
         assert [os.path.basename(s.path)[0] for s in find_images([str(tmp_path)])] == list("abcde")

@@ -1,5 +1,7 @@
+import io
 import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from revit_fast.io import images
+from revit_fast.io import finding, images
+from revit_fast.io.finding import PassedOver
 from revit_fast.io.images import ImageError, Source, find_images, name_of, read_rgb
 
 RNG = np.random.default_rng(0)
@@ -273,6 +276,37 @@ class TestFindImages:
         paths = [source.path for source in self.found(tree)]
         assert len(paths) == 6
         assert str(tree / "broken.jpg") in paths
+
+    def test_lists_name_files_and_folders(self, tree, monkeypatch):
+        named = [str(tree / "b.png"), str(tree / "a"), str(tree / "absent.jpg")]
+        expected = self.found(*named)
+        (tree / "list.txt").write_bytes("\r\n".join([*named, "", ""]).encode())
+        assert self.found(f"@{tree}/list.txt") == expected
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(named).encode())))
+        assert self.found("-") == expected
+        assert self.found("-") == [Source("-", "it names no file; give one path a line")]
+        (absent,) = self.found("@absent.txt")
+        assert absent.error == "this list cannot be read: no such file or directory"
+        monkeypatch.chdir(tree)
+        for name in ("-", "@2x.png"):
+            save(RGB, tree / "x.png").rename(tree / name)
+            assert self.found(name) == [Source(name)], "a file of this name is meant first"
+
+    @pytest.mark.parametrize("has_heif", [False, True])
+    def test_other_files_are_counted_by_type(self, tree, monkeypatch, has_heif):
+        monkeypatch.setattr(finding, "reads_heif", lambda: has_heif)
+        for name in ("1.HEIC", "2.heic", "a/3.txt", "README", ".DS_Store"):
+            (tree / name).write_bytes(b"x")
+        passed = PassedOver()
+        found = list(find_images([str(tree)], passed=passed))
+        assert sum(source.path.lower().endswith(".heic") for source in found) == 2 * has_heif
+        assert passed == {".txt": 2, "": 1} | ({} if has_heif else {".heic": 2})
+        heif = 'passed over 5 files: 2 .heic, 2 .txt, 1 without a suffix; to read .heic: pip install "revit-fast[heif]"'
+        assert passed.line() == ("passed over 3 files: 2 .txt, 1 without a suffix" if has_heif else heif)
+        (tree / "empty" / "only.heic").write_bytes(b"x")
+        (only,) = find_images([str(tree / "empty")], passed=passed)
+        assert (only.error is None) == has_heif
+        assert has_heif or 'passed over 1 file: 1 .heic; to read .heic: pip install "revit-fast[heif]"' in only.error
 
     def test_files_are_found_while_they_are_consumed(self, tree):
         sources = find_images([str(tree / "b.png"), str(tree / "late")])

@@ -509,17 +509,71 @@ class TestTraining:
 
     def test_ctrl_c_twice(self, monkeypatch):
         """The first asks to stop, the second ends at once; the first may arrive twice; SIGTERM only asks."""
-        asked = []
-        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
-            with stopping.signals_call(asked.append):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with stopping.stoppable(lambda text: None) as stop:
                 os.kill(os.getpid(), number)
                 os.kill(os.getpid(), number)
-        assert asked == [signal.SIGINT] * 4 + [signal.SIGTERM] * 4
+            assert (stop.number, stop.asked) == (number, True)
         monkeypatch.setattr(stopping, "SAME_S", -1.0)
-        with stopping.signals_call(asked.append):
+        with stopping.stoppable(lambda text: None) as stop:
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.asked
+        with pytest.raises(KeyboardInterrupt), stopping.stoppable(lambda text: None), stop.at_once():
+            pytest.fail("it was asked before")
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_at_once(self, number):
+        """Also in code that takes any exception for a fault of an image; it comes once, and cleaning up is not cut."""
+        cleaned = []
+
+        def run():
+            with stopping.stoppable(lambda text: None, lambda: " in the test") as stop, stop.at_once():
+                try:
+                    with contextlib.suppress(Exception):
+                        os.kill(os.getpid(), number)
+                        cleaned.append("not reached")
+                finally:
+                    os.kill(os.getpid(), number)
+                    cleaned.append(True)
+
+        with pytest.raises(stopping.Interrupted, match=f"^stopped by {number.name} in the test; resume to go on$"):
+            run()
+        assert cleaned == [True]
+
+    def test_handlers_and_threads_are_given_back(self):
+        before = [signal.getsignal(number) for number in stopping.HANDLED]
+        running = set(threading.enumerate())
+        with stopping.stoppable(lambda text: None), stopping.stoppable(lambda text: None):
+            assert len(set(threading.enumerate()) - running) == 2
+        assert [signal.getsignal(number) for number in stopping.HANDLED] == before
+        assert signal.set_wakeup_fd(-1) == -1
+        assert set(threading.enumerate()) == running
+
+
+BUSY = """
+import hashlib
+from revit_fast.train import stopping
+
+stopping.SAME_S = stopping.GRACE_S = 0.3
+with stopping.stoppable(lambda text: print(text, flush=True)):
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour in C, without the lock of the interpreter
+"""
+
+
+def test_ctrl_c_is_answered_while_the_main_thread_is_in_c():
+    """Where no handler in Python runs: the first is acknowledged, the second ends the process."""
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout.readline() == "busy\n"
+        command.send_signal(signal.SIGINT)
+        assert command.stdout.readline() == "SIGINT: stopping; a second Ctrl-C quits at once\n"
+        while command.poll() is None:  # the first ones count as the same
+            command.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        assert command.stdout.read() == "quitting\n"
+    assert command.returncode == 130
 
 
 COMMAND = """

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 import sys
 import threading
 import time
@@ -14,13 +15,17 @@ import weakref
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from small_models import drawn
 from torch import nn
 
 import revit_fast as rf
+from revit_fast.adaptive.policies import suffices
 from revit_fast.io.trace import StageTimes, Trace
+from revit_fast.models.classes import class_names
 from revit_fast.streaming.results import Result
 from revit_fast.video import TimeSformer
 
@@ -109,6 +114,34 @@ class TestResults:
         with cascade.session() as session:
             futures = [session.submit(picture) for picture in images]
             assert [f.result().grid for f in futures] == [r.grid for r in results]
+
+    @pytest.mark.parametrize("token_budget", [40, 4096])
+    def test_assigned_cascade(self, model, tla, pipe, token_budget):
+        """Each image from its assigned grid on, until its best class is probable enough."""
+        images = [image(i) for i in range(40)]
+        assigned = tla.predict_proba(images, pipe.prep.seen(images)).numpy()
+        threshold = float(np.median(suffices(assigned)[:, 2]))
+        starts = [r.grid for r in pipe.with_policy(("threshold", threshold)).assign(images)]
+        assert len(set(starts)) > 1
+        alone = {grid: list(pipe.with_policy(("fixed", grid))(images)) for grid in GRIDS}
+        bound = float(np.median([r.top(1)[0]["score"] for r in alone[GRIDS[-1]]]))
+        policy = ("assigned-cascade", {"threshold": threshold, "confidence": bound})
+        both = rf.pipeline(model, tla, policy=policy, token_budget=token_budget)
+        n_passes = []
+        for i, (r, p) in enumerate(zip(both(images), assigned, strict=True)):
+            grids = GRIDS[GRIDS.index(starts[i]) :: -1]
+            tried = next((n for n, g in enumerate(grids) if alone[g][i].top(1)[0]["score"] >= bound), len(grids) - 1)
+            ran = [alone[grid][i] for grid in grids[: tried + 1]]
+            assert r.grid == ran[-1].grid
+            assert torch.equal(r.logits, ran[-1].logits)
+            assert r.n_tokens == sum(one.n_tokens for one in ran)
+            np.testing.assert_array_equal(r.probabilities, p)
+            n_passes.append(len(ran))
+        assert len(set(n_passes)) > 1
+        with pytest.raises(ValueError, match=r"policy: .*assigned-cascade.* decides by the model's own logits"):
+            next(both.assign(images))
+        with pytest.raises(ValueError, match="needs an assigner; give tla"):
+            rf.pipeline(model, policy=policy)
 
     @pytest.mark.parametrize(("bound", "grid"), [(0, 2), (1, 4)])
     def test_cascade_ends(self, model, bound, grid):
@@ -546,7 +579,7 @@ class TestArguments:
             rf.pipeline(model, rf.TokenLengthAssigner().eval())
 
     @pytest.mark.parametrize(
-        "source", ["x.png", b"x", bytearray(b"x"), np.zeros((2, 2, 3), np.uint8), Image.new("RGB", (2, 2))], ids=type
+        "source", [b"x", bytearray(b"x"), np.zeros((2, 2, 3), np.uint8), Image.new("RGB", (2, 2))], ids=type
     )
     def test_one_image_is_not_a_stream(self, pipe, source):
         for call in (pipe, pipe.assign, pipe.classify):
@@ -554,6 +587,50 @@ class TestArguments:
                 call(source)
         with pytest.raises(TypeError, match="wrap it"):
             asyncio.run(anext(pipe.stream(source)))
+
+    def test_one_path_stands_for_the_files_there(self, pipe, tmp_path):
+        (tmp_path / "photos").mkdir()
+        paths = [str(tmp_path / "photos" / f"{i}.png") for i in range(3)]
+        for i, path in enumerate(paths):
+            Image.fromarray(image(i)).save(path)
+        (tmp_path / "list.txt").write_text("\n".join(paths))
+        expected = [r.logits for r in pipe(paths)]
+        for named in (f"{tmp_path}/photos", tmp_path / "photos", f"{tmp_path}/photos/*.png", f"@{tmp_path}/list.txt"):
+            results = list(pipe(named))
+            assert [r.source for r in results] == paths, "sources are paths"
+            assert all(torch.equal(r.logits, e) for r, e in zip(results, expected, strict=True))
+        assert [r.source for r in pipe.assign(paths[0])] == paths[:1]
+        assert len(pipe.classify(f"{tmp_path}/photos")) == 3
+        assert asyncio.run(anext(pipe.stream(f"{tmp_path}/photos"))).source == paths[0]
+        (missing,) = pipe(f"{tmp_path}/none/*.png")
+        assert missing.reason == "no file matches this pattern"
+
+    def test_representations_are_short(self, pipe):
+        good, bad = pipe([image(0), b"x"])
+        assert re.fullmatch(
+            r"Result\(0, '<array [x\d]+>', grid=\d, n_tokens=\d+, top=\d+ at 0\.\d{3}, ms=[\d.]+\)", repr(good)
+        )
+        assert re.fullmatch(r"Result\(1, '<1 bytes>', error='not an image .*'\)", repr(bad))
+        assert len(repr(bad)) < 200
+        assert re.fullmatch(
+            r"AdaptivePipeline\(OptimizedReViT of grids 4/3/2, 11 classes, float32 on cpu; policy=.*, token_budget=64.",
+            repr(pipe),
+        )
+
+    def test_names_of_the_classes(self, tmp_path):
+        vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+        names = rf.pipeline(rf.ReViT.from_timm(vit)).classes
+        assert (names[1], names[134], len(set(names))) == ("goldfish, Carassius auratus", "crane (n02012849)", 1000)
+        assert rf.pipeline(rf.ReViT.from_timm(vit), labels=range(1000)).classes == tuple(range(1000))
+        save_file(timm.create_model("vit_tiny_patch16_224", num_classes=5).state_dict(), tmp_path / "x.safetensors")
+        assert rf.pipeline("vit_tiny_patch16_224", weights=tmp_path / "x.safetensors").model.num_classes == 5
+        with pytest.raises(ValueError, match="they are of 5 classes, the model of 7"):
+            rf.create_model("vit_tiny_patch16_224", weights=tmp_path / "x.safetensors", num_classes=7)
+        model = rf.ReViT.from_timm(vit)
+        model.reset_classifier(1000)
+        assert class_names(model) is None, "a new head knows no classes"
+        model.pretrained_cfg["label_names"] = [str(i) for i in range(1000)]
+        assert class_names(model)[7] == "7"
 
     def test_pickled_it_gives_the_same(self, pipe):
         images = [image(i) for i in range(20)]

@@ -11,6 +11,7 @@ from revit_fast.adaptive.policies import (
     Evidence,
     confidence,
     grey_entropy,
+    last_length,
     make_policy,
     smallest_sufficient,
     suffices,
@@ -114,11 +115,32 @@ def test_cascade_begins_with_the_shortest():
     make_policy(("threshold", 0.9), GRIDS).decides_before("anything")
 
 
+def test_an_assigned_cascade_begins_as_its_threshold():
+    spec = ("assigned-cascade", {"threshold": 0.6, "confidence": 0.9})
+    policy = make_policy(spec, GRIDS)
+    assert policy.choose(Evidence(INDEX, PROBABILITIES)).tolist() == chosen(("threshold", 0.6)).tolist()
+    assert (policy.needs, policy.threshold, policy.bound) == ("probabilities", 0.6, 0.9)
+    for pair in (0.6, 0.9), [0.6, 0.9]:
+        other = make_policy(("assigned-cascade", pair), GRIDS)
+        assert (other.threshold, other.bound) == (0.6, 0.9)
+
+
+def test_where_a_cascade_ends():
+    rng = np.random.default_rng(0)
+    first, sureness = rng.integers(0, 3, 200), rng.random((3, 200)).round(1)
+    for i, got in enumerate(last_length(first, sureness, 0.6)):
+        length = first[i]
+        while length > 0 and sureness[length, i] < 0.6:
+            length -= 1
+        assert got == length
+
+
 EVERY = [
     "argmax",
     ("threshold", 0.8),
     ("budget", 90),
     ("cascade", 0.9),
+    ("assigned-cascade", {"threshold": 0.8, "confidence": 0.9}),
     ("fixed", 10),
     ("fixed", [14, 7] * 250),
     "cycle",
@@ -179,6 +201,11 @@ class TestEntropy:
         ("threshold", r"\[0, 1\]"),
         ("cascade", r"probability p in \[0, 1\]"),
         (("cascade", -0.1), r"probability p in \[0, 1\]"),
+        ("assigned-cascade", r"θ and p in \[0, 1\], got None"),
+        (("assigned-cascade", 0.5), r"θ and p in \[0, 1\], got 0\.5"),
+        (("assigned-cascade", (0.5, 1.5)), r"θ and p in \[0, 1\]"),
+        (("assigned-cascade", {"threshold": 0.5}), r"θ and p in \[0, 1\]"),
+        (("assigned-cascade", {"threshold": 0.5, "confidence": float("nan")}), r"θ and p in \[0, 1\]"),
         (("fixed", 8), r"\[8\] are not among"),
         (("fixed", [14, 9]), r"\[9\] are not among"),
         (("random", {"share": [1]}), "shares"),

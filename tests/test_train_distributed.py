@@ -2,9 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,16 +22,23 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 TESTS = Path(__file__).parent
 
 
-def run_ranks(n: int, task: str, folder: Path, timeout: float = 240, **settings) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    command += [str(TESTS / "train_ranks.py"), task, str(folder), json.dumps(settings)]
+def start(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts says where
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def assert_done(done: subprocess.CompletedProcess) -> None:
+def run_torchrun(n: int, task: str, folder: Path, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    return start([*command, str(TESTS / "train_ranks.py"), task, str(folder), json.dumps(settings)], 240)
+
+
+def run_forked(*jobs: tuple[int, str, Path, dict]) -> tuple[list[list[int | None]], str]:
+    """Exit codes of the processes of every job (number of processes, task, folder, settings), and what they wrote."""
+    jobs = [(n, task, str(folder), settings) for n, task, folder, settings in jobs]
+    done = start([sys.executable, str(TESTS / "train_ranks.py"), "--forked", json.dumps(jobs)], 280)
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr[-3000:]
 
 
 def relative_difference(a: dict, b: dict) -> float:
@@ -44,77 +51,102 @@ def relative_difference(a: dict, b: dict) -> float:
     return worst
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bound", "settings"),
-    [
-        ("float64", 1e-10, {}),
-        ("float32", 1e-5, {}),
-        ("float64", 1e-10, {"augment": {"mixup": 0.8}, "temperature": 4.0}),
-        ("float64", 1e-10, {"distill_weight": 0.0}),
-        ("float64", 1e-10, {"micro_batch": 3, "augment": {"mixup": 0.8}}),
-    ],
-    ids=["float64", "float32", "mixup", "no distillation", "micro-batches"],
-)
-def test_length_parallel_gradients_are_the_packed_ones(tmp_path, dtype, bound, settings):
+LENGTHS = {"mode": "length-parallel"}
+GRADIENTS = {
+    "float64": (3, LENGTHS | {"dtype": "float64"}),
+    "float32": (3, LENGTHS),
+    "mixup": (3, LENGTHS | {"dtype": "float64", "augment": {"mixup": 0.8}, "temperature": 4.0}),
+    "no distillation": (3, LENGTHS | {"dtype": "float64", "distill_weight": 0.0}),
+    "micro-batches": (3, LENGTHS | {"dtype": "float64", "micro_batch": 3, "augment": {"mixup": 0.8}}),
+    "groups": (4, LENGTHS | {"dtype": "float64", "grids": [4, 3], "batch_size": 6, "augment": {"preset": "none"}}),
+    "packed": (2, {"dtype": "float64", "batch_size": 6, "augment": {"preset": "none"}}),
+}
+"""Number of processes, and their settings."""
+# Not Adam, which makes whole steps of rounding errors.
+TRAINING = LENGTHS | {"grids": [4, 3], "epochs": 1, "opt": "sgd", "lr": 0.05}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: tmp_path_factory.mktemp("job") for name in (*GRADIENTS, "trained", "died")}
+
+
+@pytest.fixture(scope="module")
+def trained(folders):
+    """A run under torchrun to its end, and its last checkpoint."""
+    done = run_torchrun(2, "train", folders["trained"], **TRAINING)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (folders["trained"] / CHECKPOINT).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def exits(folders, trained):
+    """Exit codes of the processes of every other job, which one process starts, and what they wrote."""
+    jobs = {name: (n, "gradients", folders[name], settings) for name, (n, settings) in GRADIENTS.items()}
+    jobs["trained"] = 2, "resume", folders["trained"], TRAINING
+    jobs["died"] = 3, "die", folders["died"], LENGTHS
+    codes, written = run_forked(*jobs.values())
+    return dict(zip(jobs, codes, strict=True)), written
+
+
+@pytest.fixture(scope="module")
+def parallel_gradients(folders, exits):
+    """For every name in `GRADIENTS` the gradients of all its processes."""
+    codes, written = exits
+    assert not any(any(codes[name]) for name in GRADIENTS), f"{codes}: {written}"
+    return {
+        name: [torch.load(folders[name] / f"gradients_{rank}.pt", weights_only=True) for rank in range(n)]
+        for name, (n, _) in GRADIENTS.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "mixup", "no distillation", "micro-batches"])
+def test_length_parallel_gradients_are_the_packed_ones(parallel_gradients, name):
     """Three processes with a length each, against one with all of them in a pack."""
-    assert_done(run_ranks(3, "gradients", tmp_path, mode="length-parallel", dtype=dtype, **settings))
-    packed = gradients(tiny_config(**settings | {"micro_batch": None}), getattr(torch, dtype))
-    for rank in range(3):
-        parallel = torch.load(tmp_path / f"gradients_{rank}.pt", weights_only=True)
+    settings = GRADIENTS[name][1] | {"mode": "packed", "micro_batch": None}
+    dtype = settings.pop("dtype", "float32")
+    packed = gradients(tiny_config(**settings), getattr(torch, dtype))
+    for rank, parallel in enumerate(parallel_gradients[name]):
         difference = relative_difference(parallel, packed)
-        assert difference <= bound, f"rank {rank}: {difference:.2e}"
+        assert difference <= (1e-10 if dtype == "float64" else 1e-5), f"rank {rank}: {difference:.2e}"
     norms = [g for name, g in packed.items() if name.endswith("norm1.weight")]
     assert all((g.norm(dim=1) > 0).all() for g in norms), "a length had no gradient of its own"
 
 
-def test_groups_of_lengths_share_the_images(tmp_path):
-    """Four processes are two groups of two lengths: the mean over both groups' images."""
-    settings = {"grids": [4, 3], "batch_size": 6, "augment": {"preset": "none"}, "dtype": "float64"}
-    assert_done(run_ranks(4, "gradients", tmp_path, mode="length-parallel", **settings))
-    parallel = torch.load(tmp_path / "gradients_0.pt", weights_only=True)
+@pytest.mark.parametrize("name", ["groups", "packed"])
+def test_groups_of_processes_share_the_images(parallel_gradients, name):
+    """The mean over the images of both groups: of two lengths in two processes each, or of one process with all."""
+    settings = GRADIENTS[name][1] | {"mode": "packed", "batch_size": 12}
     dtype = getattr(torch, settings.pop("dtype"))
-    packed = gradients(tiny_config(**settings | {"batch_size": 12}), dtype)
-    assert relative_difference(parallel, packed) <= 1e-10
+    packed = gradients(tiny_config(**settings), dtype)
+    for rank, parallel in enumerate(parallel_gradients[name]):
+        assert relative_difference(parallel, packed) <= 1e-10, f"rank {rank}"
 
 
-def test_packed_processes_share_the_images(tmp_path):
-    settings = {"batch_size": 6, "augment": {"preset": "none"}, "dtype": "float64"}
-    assert_done(run_ranks(2, "gradients", tmp_path, **settings))
-    parallel = torch.load(tmp_path / "gradients_1.pt", weights_only=True)
-    packed = gradients(tiny_config(batch_size=12, augment={"preset": "none"}), torch.float64)
-    assert relative_difference(parallel, packed) <= 1e-10
-
-
-def test_a_whole_run_of_three_processes_and_its_resumption(tmp_path):
+def test_a_whole_run_of_two_processes_and_its_resumption(tmp_path, folders, trained, exits):
     """Losses as of the packed run; files as of one process; a second start goes on where the first ended."""
-    # Not Adam, which makes whole steps of rounding errors.
-    settings = {"mode": "length-parallel", "epochs": 1, "opt": "sgd", "lr": 0.05}
-    assert_done(run_ranks(3, "train", tmp_path, **settings))
-    alone = tmp_path / "alone"
-    config = tiny_config(**settings | {"mode": "packed"})
-    trainer = trainer_of(config, World("packed", 3), folder=alone)
+    folder = folders["trained"]
+    trainer = trainer_of(tiny_config(**TRAINING | {"mode": "packed"}), World("packed", 2), folder=tmp_path)
     expected = trainer.fit()
-    rows, wanted = read_rows(tmp_path / STEPS), read_rows(alone / STEPS)
+    rows, wanted = read_rows(folder / STEPS), read_rows(tmp_path / STEPS)
     assert len(rows) == len(wanted) == 6
     for row, want in zip(rows, wanted, strict=True):
         for column in set(want) - {"images_per_s"}:
             assert row[column] == pytest.approx(want[column], rel=2e-3, abs=1e-4), f"{column} at {want['step']}"
-    got = json.loads((tmp_path / "accuracy_2.json").read_text())
+    got = json.loads((folder / "accuracy_1.json").read_text())
     assert got["accuracy"] == pytest.approx(expected.accuracy, abs=1 / 24 + 1e-9)
     assert got["n_images"] == 24
-    assert (tmp_path / FINAL).exists()
-    before = (tmp_path / CHECKPOINT).read_bytes()
-    assert_done(run_ranks(3, "resume", tmp_path, **settings))
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert (folder / FINAL).exists()
+    codes, written = exits
+    assert codes["trained"] == [0, 0], written
+    assert (folder / CHECKPOINT).read_bytes() == trained
 
 
-def test_a_process_that_dies_ends_the_job(tmp_path):
-    begin = time.monotonic()
-    done = run_ranks(3, "die", tmp_path, mode="length-parallel", timeout=120)
-    assert done.returncode != 0
-    assert time.monotonic() - begin < 100
-    assert "Signal 9 (SIGKILL) received by PID" in done.stderr, done.stderr[-3000:]
-    assert not (tmp_path / FINAL).exists()
+def test_a_process_that_dies_ends_the_others(folders, exits):
+    codes, written = exits
+    assert codes["died"] == [1, -signal.SIGKILL, 1], written
+    assert "Connection" in written, "the others say why"
+    assert not (folders["died"] / FINAL).exists()
 
 
 def test_processes_that_make_no_whole_group_are_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Labels: rules against brute force, predictions against the pipeline, files, cross-fitting."""
 
+import csv
 import json
 
 import numpy as np
@@ -13,8 +14,10 @@ from tiny_training import GRIDS, PATCH, SETTINGS
 
 import revit_fast as rf
 from revit_fast.io.images import ImageError
+from revit_fast.io.names import csv_line
 from revit_fast.train.data import ArrayImages
 from revit_fast.train.labels import (
+    FORMAT,
     LengthLabels,
     Predictions,
     cross_fit,
@@ -145,10 +148,24 @@ class TestFile:
         np.testing.assert_array_equal(read.correct, labels.correct)
         assert [p.name for p in tmp_path.iterdir()] == ["labels.csv"]
         text = (tmp_path / "labels.csv").read_text(encoding="utf-8").splitlines()
-        assert json.loads(text[0][2:])["grids"] == list(GRIDS)
-        assert text[1] == "name,label,grid,right_7,right_5,right_4"
+        assert text[0] == "name,label,grid,right_7,right_5,right_4,rule,unsolved,images"
         shuffled = images.subset([5, 0, 3])
         np.testing.assert_array_equal(read.of_images(shuffled), labels.labels[[5, 0, 3]])
+
+    def test_files_of_versions_before(self, labels, tmp_path):
+        path = tmp_path / "labels.csv"
+        labels[0].save(path)
+        rows = list(csv.reader(path.open(newline="", encoding="utf-8")))
+        head = {"format": FORMAT, "grids": GRIDS, "rule": "stable", "unsolved": "drop", "images": 9}
+        text = f"# {json.dumps(head)}\n" + "".join(csv_line(row[:-3]) for row in rows)
+        path.write_text(text, encoding="utf-8", newline="")
+        read = LengthLabels.load(path)
+        assert (read.grids, read.names, read.rule, read.unsolved) == (GRIDS, labels[0].names, "stable", "drop")
+        np.testing.assert_array_equal(read.labels, labels[0].labels)
+        for broken in ("{}", '{"format": "revit-fast length labels 9", "grids": [2], "rule": "stable"}'):
+            path.write_text(f"# {broken}\n" + text.split("\n", 1)[1], encoding="utf-8", newline="")
+            with pytest.raises(ValueError, match="line 1: not a file that `revit-fast label` wrote"):
+                LengthLabels.load(path)
 
     def test_summary(self, labels):
         labels, _ = labels
@@ -161,14 +178,14 @@ class TestFile:
     @pytest.mark.parametrize(
         ("line", "text", "message"),
         [
-            (0, "# {}", "line 1: not a file"),
-            (0, '# {"format": "revit-fast length labels 9", "grids": [2], "rule": "stable"}', "line 1: .*labels 9"),
-            (1, "name,label", r"line 2: expected name,label,grid and right_GRID for \(7, 5, 4\)"),
-            (2, "plain,3,2,1,1,1", r"line 3: expected a name, an index into \[7, 5, 4\]"),
-            (2, "plain,1,7,1,1,1", "line 3: .*got 'plain,1,7,1,1,1'"),
-            (3, "plain,1,5,1,1", "line 4"),
-            (3, "plain,,,1,1,yes", "line 4"),
-            (3, "plain", "line 4"),
+            (0, "name,label", "line 1: expected name,label,grid and right_GRID for every grid"),
+            (0, "name,label,grid,right_7,right_5", r"line 1: expected name,label,grid and right_GRID"),
+            (1, "plain,3,2,1,1,1,stable,drop,9", r"line 2: expected a name, an index into \[7, 5, 4\]"),
+            (1, "plain,1,7,1,1,1,stable,drop,9", "line 2: .*got 'plain,1,7,1,1,1'"),
+            (2, "plain,1,5,1,1,stable,drop,9", "line 3"),
+            (2, "plain,,,1,1,yes,stable,drop,9", "line 3"),
+            (2, "plain", "line 3"),
+            (2, "plain,1,5,1,1,1,stable,drop,8", "expected one rule, unsolved, images in all lines"),
         ],
     )
     def test_damage_is_named(self, labels, tmp_path, line, text, message):

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import io
 import json
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import full
 from train_helpers import GRIDS, MODEL_KWARGS, noise_images, tiny_config, tiny_trainer
 
+import revit_fast as rf
 from revit_fast.io.images import ImageError
 from revit_fast.train.checkpoint import load_state
 from revit_fast.train.config import TrainConfig
@@ -23,7 +26,7 @@ from revit_fast.train.loader import UnreadableError
 from revit_fast.train.log import EPOCHS, STEPS, read_rows
 from revit_fast.train.run import build_model
 from revit_fast.train.stopping import Interrupted, NotFiniteError
-from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, cached_images
+from revit_fast.train.trainer import BEST, CHECKPOINT, FINAL, Trainer, cached_images
 
 
 def losses_of(folder):
@@ -147,7 +150,7 @@ def test_packs_of_a_cpu_are_bounded(monkeypatch):
     ],
     ids=["plain", "average, muon", "dropout, mixup", "accumulated, 16 bit", "layer decay", "steps counted in groups"],
 )
-@pytest.mark.parametrize("cut", [2, 6, 7])
+@pytest.mark.parametrize("cut", [full(2), 6, full(7)])
 def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     config = tiny_config(**changes)
     whole = tiny_trainer(config, folder=tmp_path / "whole")
@@ -160,7 +163,7 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     def stop_after(batches):
         update(batches)
         if first.step == cut:
-            first._stop = signal.SIGTERM
+            first._stop.number = signal.SIGTERM
 
     first._update = stop_after
     with pytest.raises(Interrupted, match=f"stopped by SIGTERM after update {cut} of {whole.n_updates}"):
@@ -176,6 +179,66 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, changes, cut):
     # Also where it was cut off between an epoch's last update and its evaluation.
     assert read_rows(tmp_path / "whole" / EPOCHS) == read_rows(tmp_path / "cut" / EPOCHS)
     assert (tmp_path / "whole" / BEST).read_bytes() == (tmp_path / "cut" / BEST).read_bytes()
+
+
+def stemmed_trainer(config, folder):
+    """The trainer of a model whose forward pass changes buffers: statistics of batch norms."""
+    torch.manual_seed(config.seed)
+    size = {"embed_dim": 16, "depth": 1, "num_heads": 2, "hidden_dim": 32, "stem_chans": 4}
+    model = rf.ReViT(grids=GRIDS, patch_size=2, num_classes=3, **size)
+    return Trainer(model, noise_images(), config, folder=folder)
+
+
+@pytest.mark.parametrize("make", [tiny_trainer, stemmed_trainer])
+@pytest.mark.parametrize("lost", [False, True], ids=["at once", "where the exception is lost"])
+def test_a_stop_within_an_update_throws_it_away(tmp_path, make, lost):
+    config = tiny_config(micro_batch=3, log_steps=5)
+    whole = make(config, folder=tmp_path / "whole")
+    whole.fit()
+    first = make(config, folder=tmp_path / "cut")
+    forward, packs = first.forward, []
+
+    def asked_during(batch):
+        packs.append(first.step)
+        result = forward(batch)
+        if packs.count(7) == 2:
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    first.forward = asked_during
+    with pytest.raises(Interrupted, match="stopped by SIGINT after update 7 of 12; resume to go on"):
+        first.fit()
+    assert packs.count(7) == 2, "the third pack of the update was run"
+    second = make(config, folder=tmp_path / "cut")
+    second.resume()
+    assert second.step == 7
+    second.fit()
+    assert_same_weights(whole.weights(), second.weights())
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("split", ["training", "held out"])
+def test_a_stop_while_images_are_read(tmp_path, split):
+    """In the middle of a batch, by code that takes other exceptions for faults of an image."""
+
+    class Asking(ArrayImages):
+        def image(self, i):
+            try:
+                if i == 20:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            except Exception as error:
+                raise ImageError("torn") from error
+            return super().image(i)
+
+    images = Asking([noise_images().image(i) for i in range(48)], noise_images().labels, noise_images().classes)
+    sets = {"images": images} if split == "training" else {"held_out": images}
+    trainer = tiny_trainer(folder=tmp_path, **sets)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after update"):
+        trainer.fit()
+    state = load_state(tmp_path / CHECKPOINT)
+    assert state["step"] == trainer.step
+    assert state["epoch"] == 0
 
 
 def test_a_run_that_was_killed_while_it_evaluated_evaluates_once(tmp_path):
@@ -205,7 +268,7 @@ RUN = """
 import sys
 from pathlib import Path
 from train_helpers import tiny_config, tiny_trainer
-trainer = tiny_trainer(tiny_config(checkpoint_steps=1, epochs=4), folder=Path(sys.argv[1]))
+trainer = tiny_trainer(tiny_config(checkpoint_steps=1, epochs=3), folder=Path(sys.argv[1]))
 if (Path(sys.argv[1]) / "checkpoint.safetensors").exists():
     trainer.resume()
 trainer.fit()
@@ -214,7 +277,7 @@ trainer.fit()
 
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
     """SIGKILL again and again, at moments that do not depend on the run."""
-    whole = tiny_trainer(tiny_config(epochs=4), folder=tmp_path / "whole")
+    whole = tiny_trainer(tiny_config(epochs=3), folder=tmp_path / "whole")
     whole.fit()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     folder, kills = tmp_path / "killed", 0
@@ -225,7 +288,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             # Let it get some updates further, and then to anywhere within one.
-            if (folder / CHECKPOINT).exists() and load_state(folder / CHECKPOINT)["step"] >= before + 5:
+            if (folder / CHECKPOINT).exists() and load_state(folder / CHECKPOINT)["step"] >= before + 7:
                 time.sleep(rng.uniform(0, 0.05))
                 process.kill()
                 kills += 1
@@ -235,7 +298,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
         assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()[-2000:]
         process.stderr.close()
     assert kills >= 2, "it ended before it was killed"
-    resumed = tiny_trainer(tiny_config(epochs=4), folder=folder)
+    resumed = tiny_trainer(tiny_config(epochs=3), folder=folder)
     resumed.resume()
     assert_same_weights(whole.weights(), resumed.weights())
     assert losses_of(tmp_path / "whole") == losses_of(folder)

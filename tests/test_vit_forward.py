@@ -240,7 +240,7 @@ def test_blocks_that_differ(isa, order, dtype):
         channels=40, pre_norm=True, outer_eps=(0.3, 1e-4), blocks=[MIXED_BLOCKS[i] for i in order], n_prefix=2,
         dtype=dtype,
     )  # fmt: skip
-    for seqlens in ((60, 0, 49, 17, 2), (290, 17, 250, 196, 3)):
+    for seqlens in ((60, 0, 49, 17, 2), (290, 17, 3)):
         net.check(seqlens, 0, str(seqlens))
         net.check_pooled(seqlens, 2, str(seqlens))
 

@@ -1,10 +1,16 @@
-"""What each process of the tests of distributed training runs: `train_ranks.py TASK ARGUMENTS` under torchrun."""
+"""What each process of the tests of distributed training runs: `train_ranks.py TASK FOLDER SETTINGS` under torchrun.
+
+`train_ranks.py --forked JOBS` runs many such jobs as processes that it forks: they share one import of PyTorch, which
+takes longer than the job.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -69,9 +75,40 @@ def main(task: str, folder: Path, settings: str) -> None:
     world.close()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+def process(task: str, folder: Path, settings: str) -> None:
+    """A process under torchrun, to its end."""
+    main(task, folder, settings)
     # The threads of gloo outlive the group, because DistributedDataParallel keeps a reference to it. If one of them
     # needs the interpreter while that ends, PyTorch aborts the process (pytorch/pytorch#190489). All results are
     # written by now.
     os._exit(0)
+
+
+def forked(n: int, task: str, folder: str, settings: dict) -> list[int | None]:
+    """Exit codes of n processes with the environment that torchrun gives; None of one that does not end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+    def ranked(rank: int) -> None:
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        process(task, Path(folder), json.dumps(settings))
+
+    processes = [multiprocessing.get_context("fork").Process(target=ranked, args=(rank,)) for rank in range(n)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(120)
+    codes = [each.exitcode for each in processes]
+    for each in processes:
+        each.kill()
+    return codes
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--forked":
+        gradients(tiny_config(), torch.float32)  # imports all that a job needs
+        print(json.dumps([forked(*job) for job in json.loads(sys.argv[2])]))
+    else:
+        process(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

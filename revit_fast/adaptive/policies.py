@@ -13,7 +13,10 @@ import numpy as np
 
 from revit_fast.grids import check_grids
 
-POLICIES = ("argmax", "threshold", "budget", "cascade", "fixed", "cycle", "random", "entropy")
+POLICIES = ("argmax", "threshold", "budget", "cascade", "assigned-cascade", "fixed", "cycle", "random", "entropy")
+ASSIGNED_CASCADE = ("threshold", "confidence")
+"""The two numbers of an assigned cascade: θ of the assigner, and p of the model."""
+
 BUDGETS = ("mean_tokens", "mean_gmacs")
 
 PolicySpec = str | tuple[str, Any]
@@ -106,6 +109,20 @@ def smallest_sufficient(suffices: np.ndarray, threshold: float) -> np.ndarray:
     return n_lengths - 1 - (suffices[:, ::-1] >= threshold).argmax(axis=1)
 
 
+def last_length(first: np.ndarray, sureness: np.ndarray, bound: float) -> np.ndarray:
+    """Index `[B]` of the length at which a cascade ends: the first one, from `first` to longer ones, that is sure.
+
+    Args:
+        first: index `[B]` of the length that the cascade begins with.
+        sureness: the largest class probability at each length, `[n_lengths, B]`, the longest length first.
+        bound: probability from which on the model is sure; an image that reaches it nowhere ends at the longest length.
+    """
+    ends = sureness >= bound
+    ends[0] = True
+    ends &= np.arange(len(ends))[:, None] <= first
+    return len(ends) - 1 - ends[::-1].argmax(axis=0)
+
+
 def confidence(logits: np.ndarray) -> np.ndarray:
     """The largest class probability `[...]` of logits `[..., n_classes]`; 0 if the logits are not numbers."""
     logits = logits.astype(np.float64)
@@ -145,7 +162,7 @@ class Policy:
         spec: the specification that the policy was made from.
         needs: the evidence that the policy uses: "probabilities", "entropy" or None.
         choose: function from `Evidence` to int `[B]`, indices of lengths; 0 is the longest.
-        threshold: value that P(label <= length) must reach, given or found for a budget; None for other policies.
+        threshold: value that P(label <= length) must reach, given or found for a budget; None for policies without one.
         bits: decreasing entropies that separate the lengths; None for other policies.
         bound: confidence at which a cascade stops; `choose` returns the length that it starts with. None for other
             policies, which decide before the model runs.
@@ -185,6 +202,8 @@ def make_policy(
             ("cascade", p): the shortest length first, then longer ones, each in its own pass, until the largest class
             probability is at least p. It needs no assigner, and the cost includes every pass (as Wang et al., arXiv
             2105.15075, without their reuse of features);
+            ("assigned-cascade", {"threshold": θ, "confidence": p}), or ("assigned-cascade", (θ, p)): a cascade that
+            begins with the length of ("threshold", θ) and goes on as ("cascade", p);
             ("fixed", grid): one grid for all images, or ("fixed", [grid, ...]): one for each image of a stream;
             "cycle": the grids in turn;
             "random", or ("random", {"seed": s, "shares": [p, ...]}): depends only on the image's place in its stream;
@@ -216,6 +235,9 @@ def make_policy(
         if not isinstance(argument, Real) or not 0.0 <= argument <= 1.0:
             raise ValueError(f'policy: expected ("cascade", p) with a probability p in [0, 1], got {spec!r}')
         return Policy(spec, None, partial(_the_same, chosen=n_lengths - 1), bound=float(argument))
+    if name == "assigned-cascade":
+        θ, p = _assigned_cascade(argument)
+        return Policy(spec, "probabilities", partial(_by_threshold, threshold=θ), threshold=θ, bound=p)
     if name == "random":
         return Policy(spec, None, _random(argument, n_lengths))
     if name == "entropy":
@@ -271,6 +293,18 @@ def _fixed(argument, grids: tuple[int, ...]):
         raise ValueError(f"policy: fixed grids {unknown} are not among the configured {list(grids)}")
     index = np.array([grids.index(int(g)) for g in given])
     return partial(_one_each, chosen=index) if given is argument else partial(_the_same, chosen=index[0])
+
+
+def _assigned_cascade(argument) -> tuple[float, float]:
+    if isinstance(argument, Mapping) and set(argument) == set(ASSIGNED_CASCADE):
+        argument = [argument[name] for name in ASSIGNED_CASCADE]
+    pair = argument if isinstance(argument, (tuple, list)) and len(argument) == 2 else (None, None)
+    if not all(isinstance(value, Real) and 0.0 <= value <= 1.0 for value in pair):
+        raise ValueError(
+            'policy: expected ("assigned-cascade", {"threshold": θ, "confidence": p}) with θ and p in [0, 1], got '
+            f"{argument!r}"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 def _random(argument, n_lengths: int):

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_images(p)
     add_results(p)
-    p.set_defaults(command="assign", weights=None, labels=None, dtype=None, batch_tokens=4096)
+    p.set_defaults(command="assign", weights=None, labels=None, device="cpu", dtype=None, batch_tokens=None)
 
     p = commands.add_parser(
         "explain",
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attention", action="store_true", help="also draw what the class token reads of each patch in the last block"
     )
-    p.set_defaults(command="explain", batch_tokens=4096)
+    p.set_defaults(command="explain", batch_tokens=None)
 
     p = commands.add_parser(
         "demo",
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_threads(p)
     p.add_argument("--port", type=port, default=7860, help="port of the page (default %(default)s)")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")
-    p.set_defaults(command="demo", policy=None, budget=None, grid=None, draft=False, formats=None, batch_tokens=4096)
+    p.set_defaults(command="demo", policy=None, budget=None, grid=None, draft=False, formats=None, batch_tokens=None)
 
     p = commands.add_parser("serve", help="classify images that are sent by HTTP", description="Serve a model by HTTP.")
     add_choice(p)
@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     # The modules of these commands add their own options.
-    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "export"):
+    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "worth_it", "export"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

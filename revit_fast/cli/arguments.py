@@ -22,7 +22,10 @@ from revit_fast.io.names import MOST_DIGITS, on_one_line, shortened, whole_numbe
 RESULT_FORMATS = ("table", "json", "csv")
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
-"""Values of --dtype: the dtypes of `revit_fast.optimize` that the CPU serves, where the commands run."""
+"""Values of --dtype: dtypes of `revit_fast.optimize`."""
+
+BATCH_TOKENS = 4096
+"""Default of --batch-tokens."""
 
 EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
@@ -123,6 +126,7 @@ def _policy(text: str) -> str | tuple[str, object]:
     parsers = {
         "threshold": _probability,
         "cascade": _probability,
+        "assigned-cascade": _probabilities,
         "fixed": int,
         "random": lambda seed: {"seed": int(seed)},
         "entropy": lambda bits: [float(b) for b in bits.split(",")],
@@ -131,8 +135,8 @@ def _policy(text: str) -> str | tuple[str, object]:
         return name, parsers[name](argument)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
-            "expected argmax, threshold:THETA or cascade:P (from 0 to 1), fixed:GRID, cycle, random, random:SEED, "
-            f"entropy or entropy:BITS,BITS, got {shortened(text)}"
+            "expected argmax, threshold:THETA, cascade:P or assigned-cascade:THETA,P (from 0 to 1), fixed:GRID, cycle, "
+            f"random, random:SEED, entropy or entropy:BITS,BITS, got {shortened(text)}"
         ) from None
 
 
@@ -150,9 +154,19 @@ def _probability(text: str) -> float:
     return value
 
 
+def _probabilities(text: str) -> dict[str, float]:
+    threshold, p = map(_probability, text.split(","))
+    return {"threshold": threshold, "confidence": p}
+
+
 def add_images(p: argparse.ArgumentParser) -> None:
     """Arguments of the commands that read image files and choose their grids."""
-    p.add_argument("paths", nargs="+", metavar="PATH", help="file, folder (searched recursively) or quoted glob")
+    p.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="file, folder (searched recursively), quoted glob, @list.txt with a path a line, or - for those of stdin",
+    )
     add_choice(p)
 
 
@@ -171,7 +185,8 @@ def add_choice(p: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policy,
         metavar="POLICY",
-        help="argmax (default with --assigner), threshold:THETA, cascade:P, entropy, random, cycle or fixed:GRID",
+        help="argmax (default with --assigner), threshold:THETA, cascade:P, assigned-cascade:THETA,P, entropy, random, "
+        "cycle or fixed:GRID",
     )
     p.add_argument(
         "--budget",
@@ -208,13 +223,20 @@ def add_threads(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's)")
 
 
-def add_dtype(p: argparse.ArgumentParser) -> None:
-    """The option of the commands that run an optimised copy of a model; `pipelines.optimized` reads it."""
+def add_device(p: argparse.ArgumentParser) -> None:
+    """Where a model runs, and in which dtype; `pipelines.compute_device` and `pipelines.optimized` read it."""
+    p.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="cpu, cuda, or cuda:N for one of several GPUs (default %(default)s)",
+    )
     p.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of the weights: auto is bfloat16 where the CPU multiplies in bfloat16, else float32; int8 is "
-        "faster and less accurate (default: the model's own, float32 unless a bundle has another)",
+        help="dtype of the weights: auto is bfloat16 where the device multiplies in bfloat16, else float32 (float16 on "
+        "a GPU); int8, on a CPU only, is faster and less accurate (default: the model's own, float32 unless a bundle "
+        "has another)",
     )
 
 
@@ -232,7 +254,7 @@ def add_classes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
     p.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to report (default %(default)s)")
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
-    add_dtype(p)
+    add_device(p)
 
 
 def add_batches(p: argparse.ArgumentParser) -> None:
@@ -240,9 +262,8 @@ def add_batches(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--batch-tokens",
         type=positive,
-        default=4096,
         metavar="N",
-        help="tokens of a packed batch at most, prefix tokens counted (default %(default)s)",
+        help=f"tokens of a packed batch at most, prefix tokens counted (default {BATCH_TOKENS})",
     )
 
 

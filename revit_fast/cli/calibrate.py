@@ -9,12 +9,12 @@ from revit_fast.cli.labelled import (
     add_data,
     add_output,
     check_place,
-    counter,
     folder_to_write,
     open_both,
     say_unreadable,
     usage_errors,
 )
+from revit_fast.io.progress import Progress
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     check_place(images, "--output", folder)
     with usage_errors(budget="--budget"):
         check_goal(model, args.budget)
-    predictions = predict_lengths(optimized(args, model, "BUNDLE"), images, progress=counter("predicted"))
+    with Progress("images predicted") as progress:
+        predictions = predict_lengths(optimized(args, model, "BUNDLE"), images, progress=progress)
     with usage_errors(policy="--budget", drop="--max-drop"):
         places = calibrate_on(tla, images, model, predictions)
         correct, right = (of(images.labels)[:, places] for of in (predictions.correct, predictions.probability))

@@ -11,7 +11,7 @@ from threading import Event
 import numpy as np
 
 from revit_fast.cli.arguments import UsageError, check_free
-from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
+from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings, warn_of_random_weights
 from revit_fast.explain import page
 from revit_fast.io.names import on_one_line
 from revit_fast.models.hub import SHIPPED, shipped_names
@@ -27,14 +27,13 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("GRADIO_SHARE", "").lower() == "true":
         raise UsageError("GRADIO_SHARE: this page is for this machine alone and never shared; unset it")
     check_free(page.HOST, args.port, "--port")
-    if not has_weights(args):
-        print("warning: random weights: the page shows no classes; give --weights FILE", file=sys.stderr)
     ignore_pillow_warnings()
     pipe = build_pipeline(args)
     try:
         budget = page.first_budget(pipe)
     except ValueError as error:
         raise UsageError(f"--assigner: {error}") from error
+    warn_of_random_weights(args, "the page shows no classes")
     served = page.served(
         pipe,
         args.port,

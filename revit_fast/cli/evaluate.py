@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
-from pathlib import Path
 
-from revit_fast.cli.arguments import UsageError, check_file, positive
-from revit_fast.cli.labelled import add_data, check_place, counter, open_both, say_unreadable, usage_errors
+from revit_fast.cli.arguments import check_file, positive
+from revit_fast.cli.labelled import add_data, check_place, check_plot, open_both, say_unreadable, usage_errors
+from revit_fast.io.progress import Progress
 
 
 def _numbers(text: str) -> list[float]:
@@ -26,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "evaluate",
         help="compare a bundle with fixed grids and baselines",
         description="Report accuracy and cost of a bundle's policies beside fixed grids, random, entropy, confidence "
-        "cascade and oracle, on labelled images.",
+        "cascade and oracle, on labelled images; and say whether adaptive lengths pay there.",
     )
     add_data(p, "test")
     p.add_argument(
@@ -44,16 +43,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(command="evaluate")
 
 
-def check_plot(path: str) -> None:
-    """Raises a usage error, before anything is computed, for a plot that cannot be drawn or written."""
-    from revit_fast.train.report import PLOTS
-
-    if Path(path).suffix.lower() not in PLOTS:
-        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
-    check_file("--plot", path)
-    import_module("matplotlib")  # if it is missing, main says what to install
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast evaluate`; returns 0, or 1 if any image could not be read."""
     if args.json:
@@ -66,16 +55,21 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.evaluate import THRESHOLDS, default_policies, evaluate
     from revit_fast.train.labels import predict_lengths
     from revit_fast.train.timing import measure
+    from revit_fast.train.verdict import with_verdict
 
     bundle, images = open_both(args)
     if args.plot:
         check_place(images, "--plot", args.plot)
     fast = optimized(args, bundle.model, "BUNDLE")
-    predictions = predict_lengths(fast, images, progress=counter("predicted"))
+    with Progress("images predicted") as progress:
+        predictions = predict_lengths(fast, images, progress=progress)
     policies = default_policies()
     if args.thresholds:
         policies = ["argmax", *(("threshold", threshold) for threshold in args.thresholds)]
-    if bundle.tla is not None and bundle.policy not in policies:
+    bounds = list(args.thresholds or THRESHOLDS)
+    if bundle.policy[0] == "cascade":
+        bounds.append(bundle.policy[1])
+    elif bundle.policy not in policies:
         policies.append(bundle.policy)
     with usage_errors():
         report = evaluate(
@@ -83,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             bundle.tla,
             images,
             policies=policies,
-            cascade=args.thresholds or THRESHOLDS,
+            cascade=bounds,
             predictions=predictions,
             match="argmax" if bundle.tla is None else bundle.policy,
         )
@@ -92,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             readable = [i for i in range(len(images)) if i not in predictions.unreadable]
             pixels = [images.image(i) for i in readable[: args.time_images]]
             report = measure(report, pipe, pixels, rounds=args.rounds)
+        report = with_verdict(report, taken=bundle.policy)
         if args.json:
             report.save(args.json)
         if args.plot:

@@ -10,22 +10,23 @@ from importlib import import_module
 from pathlib import Path
 
 from revit_fast.cli.arguments import UsageError, check_file
-from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings
+from revit_fast.cli.pipelines import build_pipeline, has_weights, ignore_pillow_warnings, warn_of_random_weights
+from revit_fast.cli.report import say_passed
 from revit_fast.explain import WRITERS, write
 from revit_fast.explain.facts import explain
 from revit_fast.explain.png import MAX_IMAGES
-from revit_fast.io.images import Source, find_images
+from revit_fast.io.finding import PassedOver, Source, find_images
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast explain`; returns 0, or 1 if any image failed."""
-    sources = list(find_images(args.paths))
+    passed = PassedOver()
+    sources = list(find_images(args.paths, passed=passed))
     check_output(args.output, sources)
     if Path(args.output).suffix.lower() == ".png":
         import_module("matplotlib")  # if it is missing, main says what to install
-    if not has_weights(args):
-        print("warning: random weights: the sheet shows no classes; give --weights FILE", file=sys.stderr)
     pipe = build_pipeline(args)
+    warn_of_random_weights(args, "the sheet shows no classes")
     ignore_pillow_warnings()
     explanations = explain(pipe, sources, top_k=args.top_k if has_weights(args) else 0, attention=args.attention)
     try:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     failed = [e for e in explanations if e.error is not None]
     for e in failed:
         print(f"error: {e.name}: {e.error}", file=sys.stderr)
+    say_passed(passed)
     print(f"{args.output}: {len(explanations)} images ({len(failed)} failed)", file=sys.stderr)
     return 1 if failed else 0
 

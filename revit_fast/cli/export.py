@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
 
     from revit_fast.cli.pipelines import warn_of_random_weights
 
-    warn_of_random_weights(args)
     bundle = open_model(args)
     if args.grid is not None and args.grid not in bundle.model.grids:
         raise UsageError(f"--grid: expected one of the model's {list(bundle.model.grids)}, got {args.grid}")
+    warn_of_random_weights(args)
     try:
         WRITERS[args.format](args, bundle)
     except (TypeError, ValueError) as error:
@@ -88,6 +88,7 @@ def check_output(args: argparse.Namespace) -> None:
 def open_model(args: argparse.Namespace) -> Bundle:
     """The bundle to export: the one that is given, or a timm model without an assigner."""
     from revit_fast.cli.pipelines import load_bundle, load_model, read_labels
+    from revit_fast.models.classes import class_names
     from revit_fast.models.folder import default_policy
     from revit_fast.models.hub import is_bundle
     from revit_fast.models.settings import input_settings
@@ -97,7 +98,7 @@ def open_model(args: argparse.Namespace) -> Bundle:
         bundle = load_bundle(args)
     else:
         model = load_model(args)
-        bundle = Bundle(model, None, (), input_settings(model), default_policy(model, None))
+        bundle = Bundle(model, None, class_names(model) or (), input_settings(model), default_policy(model, None))
     if args.labels:
         bundle = bundle._replace(classes=tuple(read_labels(args.labels, bundle.model.num_classes)))
     return bundle

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from revit_fast.cli.arguments import check_file
-from revit_fast.cli.labelled import add_data, add_rules, counter, open_both, say_unreadable, usage_errors
+from revit_fast.cli.labelled import add_data, add_rules, open_both, say_unreadable, usage_errors
+from revit_fast.io.progress import Progress
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     check_file("--output", args.output)
     bundle, images = open_both(args)
-    predictions = predict_lengths(optimized(args, bundle.model, "BUNDLE"), images, progress=counter("predicted"))
+    with Progress("images predicted") as progress:
+        predictions = predict_lengths(optimized(args, bundle.model, "BUNDLE"), images, progress=progress)
     labels = LengthLabels.of(predictions, images, args.rule, args.unsolved)
     with usage_errors():
         labels.save(args.output)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_dtype, add_threads, positive
+from revit_fast.cli.arguments import UsageError, add_device, add_threads, check_file, positive
 from revit_fast.io.names import on_one_line
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_data(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("--split", default=split, help="split of DATA (default %(default)s)")
     p.add_argument("--limit", type=positive, metavar="N", help="images, drawn at random (default: all)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default %(default)s)")
-    add_dtype(p)
+    add_device(p)
     add_threads(p)
 
 
@@ -67,21 +68,28 @@ def usage_errors(**options: str) -> Iterator[None]:
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
     """The bundle, and the images with classes in the bundle's order."""
-    import numpy as np
-    import torch
 
+    from revit_fast.cli.pipelines import compute_device
     from revit_fast.streaming.bundle import read_bundle
+    from revit_fast.train.checks import check_readable
     from revit_fast.train.datasets import open_images
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    compute_device(args)
     with usage_errors():
         bundle = read_bundle(args.bundle)
         images = open_images(args.data, args.split, bundle.classes)
-        if args.limit is not None and args.limit < len(images):
-            chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.limit]
-            images = images.subset(np.sort(chosen))
+        images = sample(images, args.limit, args.seed)
+        check_readable(images, "images")
     return bundle, images
+
+
+def sample(images: ImageSet, n_images: int | None, seed: int) -> ImageSet:
+    """At most `n_images` of the images, drawn at random, in their order; None: all."""
+    import numpy as np
+
+    if n_images is None or n_images >= len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:n_images]))
 
 
 def folder_to_write(args: argparse.Namespace) -> str:
@@ -107,17 +115,14 @@ def check_place(images: ImageSet, option: str, path: str) -> None:
         check_outside(images, path, option)
 
 
-def counter(what: str) -> Callable[[int, int], None]:
-    """A function that reports progress on stderr, in at most twenty lines."""
-    reported = 0
+def check_plot(path: str) -> None:
+    """Raises a usage error, before anything is computed, for a plot that cannot be drawn or written."""
+    from revit_fast.train.report import PLOTS
 
-    def report(done: int, total: int) -> None:
-        nonlocal reported
-        if done == total or done - reported >= total / 20:
-            reported = done
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return report
+    if Path(path).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
+    check_file("--plot", path)
+    import_module("matplotlib")  # if it is missing, main says what to install
 
 
 def say_unreadable(images: ImageSet, unreadable: dict[int, str]) -> int:

@@ -7,20 +7,23 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from importlib import import_module
 
 import torch
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.budgets import check_budget
 from revit_fast.adaptive.policies import PolicySpec
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
-from revit_fast.cli.arguments import UsageError
+from revit_fast.cli.arguments import BATCH_TOKENS, UsageError
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.inference.inference_copy import InferenceCopy, dtype_name
 from revit_fast.inference.optimize import OptimizedReViT, optimize
-from revit_fast.io.images import IMAGES, Kind
-from revit_fast.io.names import read_names
-from revit_fast.models.create import create_model
+from revit_fast.io.finding import IMAGES, Kind
+from revit_fast.io.names import read_names, shortened
+from revit_fast.models.classes import class_names
+from revit_fast.models.create import create_model, load_with_head
 from revit_fast.models.hub import is_bundle
 from revit_fast.models.vit import ReViT
 from revit_fast.streaming.bundle import Bundle, read_bundle
@@ -33,23 +36,43 @@ MAX_WAIT_S = 1.0
 
 def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> AdaptivePipeline:
     """The pipeline that the arguments describe; wrong arguments raise a usage error."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    import_module("PIL")  # if it is missing, main says what to install
+    device = compute_device(args)
     bundle = load_bundle(args) if is_bundle(args.model) else None
     model = bundle.model if bundle else load_model(args)
     if model.num_classes < 1:
         raise UsageError(f"--model: {args.model} has no classifier to predict with")
-    labels = read_labels(args.labels, model.num_classes) if args.labels else bundle and bundle.classes
+    labels = read_labels(args.labels, model.num_classes) if args.labels else class_names(model)
+    model = model.to(device)
     prep = build_preprocessor(args, model, bundle)
+    token_budget = batch_tokens(args, prep, model)
     fast = optimized(args, model)
     try:
-        return AdaptivePipeline(fast, prep, token_budget=args.batch_tokens, labels=labels, max_wait_s=max_wait_s)
+        return AdaptivePipeline(fast, prep, token_budget=token_budget, labels=labels, max_wait_s=max_wait_s)
     except ValueError as error:
         raise UsageError.of(error, model="--model") from error
 
 
+def compute_device(args: argparse.Namespace) -> torch.device:
+    """Sets the number of CPU threads; returns the device of --device, or raises a usage error if it is not there."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return checked_device(args.device)
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of this name; a usage error says what there is instead."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if name == "cpu" or (gpus and name in ("cuda", *gpus)):
+        return torch.device(name)
+    reason = "there are kernels for CPUs and CUDA GPUs"
+    if name.startswith("cuda"):
+        reason = f"PyTorch finds {len(gpus) or 'no'} GPU{'s' * (len(gpus) > 1)} here"
+    raise UsageError(f"--device: expected {' or '.join(['cpu', *gpus])}, got {shortened(name)}; {reason}")
+
+
 def optimized(args: argparse.Namespace, model: ReViT, option: str = "--model") -> OptimizedReViT:
-    """An optimised copy of `model` in the dtype of --dtype.
+    """An optimised copy of `model` on the device of --device, in the dtype of --dtype.
 
     Args:
         args: the arguments.
@@ -57,15 +80,40 @@ def optimized(args: argparse.Namespace, model: ReViT, option: str = "--model") -
         option: name of the argument that the model comes from.
 
     Raises:
-        UsageError: if the dtype cannot be served, or the model cannot be optimised.
+        UsageError: if the dtype cannot be served there, or the model cannot be optimised.
     """
+    device = compute_device(args)
     dtype = args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    if model.pos_embed.device.type != device.type:  # commands save the model where it is
+        model = deepcopy(model).to(device)
     try:
         copy = optimize(model, dtype)
     except ValueError as error:
         raise UsageError.of(error, model=option, dtype="--dtype") from error
     say_dtype(args, copy)
     return copy
+
+
+def batch_tokens(args: argparse.Namespace, prep: AdaptivePreprocessor, model: torch.nn.Module) -> int:
+    """The tokens of --batch-tokens; a usage error if the longest image that may come does not fit."""
+    if args.batch_tokens is None:
+        return BATCH_TOKENS
+    name, argument = prep.policy.spec if isinstance(prep.policy.spec, tuple) else (prep.policy.spec, None)
+    grid = argument if name == "fixed" else prep.grids[0]
+    longest = prep.n_patches((grid, grid)) + model.num_prefix_tokens
+    if args.batch_tokens < longest:
+        raise UsageError(
+            f"--batch-tokens: expected at least {longest}, the tokens of one {'clip' if prep.CLIPS else 'image'} at "
+            f"grid {grid}, got {args.batch_tokens}"
+        )
+    return args.batch_tokens
+
+
+def say_classes(args: argparse.Namespace, n_classes: int, own: int | None) -> None:
+    """Says on stderr that the head of --weights has another number of classes than the `own` ones of --model."""
+    if n_classes != own:
+        instead = "" if own is None else f", instead of the {own} of {args.model}"
+        print(f"--weights: {n_classes} classes, as the head of {args.weights}{instead}", file=sys.stderr, flush=True)
 
 
 def say_dtype(args: argparse.Namespace, copy: InferenceCopy) -> None:
@@ -81,7 +129,10 @@ def build_preprocessor(args: argparse.Namespace, model: ReViT, bundle: Bundle | 
     try:
         assigner = TokenLengthAssigner.load(args.assigner) if args.assigner else bundle and bundle.tla
         options = {"policy": policy, "draft": args.draft, "formats": args.formats}
-        return AdaptivePreprocessor.for_model(model, assigner, **options)
+        prep = AdaptivePreprocessor.for_model(model, assigner, **options)
+        if args.budget is not None:
+            check_budget(args.budget, prep.grids, prep.macs)
+        return prep
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError.of(error, **choice_options(args)) from error
 
@@ -90,6 +141,7 @@ def choice_options(args: argparse.Namespace) -> dict[str, str]:
     """The options that the arguments of a preprocessor come from."""
     return {
         "assigner": "--assigner",
+        "budget": "--budget",
         "formats": "--formats",
         "tla": "--assigner",
         "policy": "--policy" if args.budget is None else "--budget",
@@ -127,7 +179,11 @@ def load_bundle(args: argparse.Namespace) -> Bundle:
     try:
         bundle = read_bundle(args.model)
         if args.weights:
-            bundle.model.load_checkpoint(args.weights)
+            own = bundle.model.num_classes
+            load_with_head(bundle.model, args.weights)
+            say_classes(args, bundle.model.num_classes, own)
+            classes = class_names(bundle.model) or range(bundle.model.num_classes)
+            bundle = bundle._replace(classes=tuple(map(str, classes)))
     except (ImportError, OSError, ValueError) as error:
         raise UsageError.of(error, "--model", bundle="--model", weights="--weights") from error
     return bundle
@@ -135,11 +191,14 @@ def load_bundle(args: argparse.Namespace) -> Bundle:
 
 def load_model(args: argparse.Namespace) -> ReViT:
     """The model in evaluation mode; a wrong name or wrong weights raise a usage error."""
-    _, timm = (import_module(package) for package in ("PIL", "timm"))  # if one is missing, main says what to install
+    timm = import_module("timm")  # if it is missing, main says what to install
     if not timm.is_model(args.model) and os.path.isdir(args.model):
         raise UsageError(f"--model: timm knows no model {args.model!r}; for the folder here, give ./{args.model}")
     try:
-        return create_model(args.model, weights=args.weights).eval()
+        model = create_model(args.model, weights=args.weights).eval()
+        if args.weights:
+            say_classes(args, model.num_classes, timm.models.get_pretrained_cfg_value(args.model, "num_classes"))
+        return model
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UsageError.of(error, "--model", name="--model", vit="--model", weights="--weights") from error
 
@@ -171,10 +230,10 @@ def has_weights(args: argparse.Namespace) -> bool:
     return args.weights is not None or is_bundle(args.model)
 
 
-def warn_of_random_weights(args: argparse.Namespace) -> None:
-    """Warns on stderr if the arguments name no weights."""
+def warn_of_random_weights(args: argparse.Namespace, effect: str = "predictions are meaningless") -> None:
+    """Warns on stderr if the arguments name no weights; for a command to call once nothing is left to refuse."""
     if not has_weights(args):
-        print("warning: random weights: predictions are meaningless; give --weights FILE", file=sys.stderr)
+        print(f"warning: random weights: {effect}; give --weights FILE", file=sys.stderr, flush=True)
 
 
 def ignore_pillow_warnings() -> None:

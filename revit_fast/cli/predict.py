@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--frames: --model {args.model} takes images; leave it out, or give a folder of a TimeSformer"
         )
-    warn_of_random_weights(args)
     if args.engine == "ray":
         return import_module("revit_fast.cli.predict_ray").run_on_cluster(args)
     refuse_cluster_options(args)
     with open_results(args) as stream:
         pipe = build_pipeline(args)
+        warn_of_random_weights(args)
         return write_results(args, stream, pipe, pipe.__call__, min(args.top_k, pipe.model.num_classes))

@@ -6,19 +6,20 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
-from revit_fast.cli.arguments import UsageError, refuse_cluster_options
+from revit_fast.adaptive.budgets import check_budget
+from revit_fast.cli.arguments import BATCH_TOKENS, UsageError, refuse_cluster_options
 from revit_fast.cli.pipelines import (
+    batch_tokens,
     check_fixed,
     choice_options,
+    compute_device,
     policy_of,
     read_labels,
     refuse_files_of,
     say_dtype,
 )
 from revit_fast.cli.report import open_results, write_results
-from revit_fast.io.images import IMAGES
+from revit_fast.io.finding import IMAGES
 from revit_fast.models.weights import read_checkpoint
 from revit_fast.video.checkpoints import read_folder
 from revit_fast.video.pipeline import ClipPipeline, pipeline
@@ -41,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
     """The pipeline that the arguments describe; wrong arguments raise a usage error."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = compute_device(args)
     try:
         model, classes = read_folder(args.model)
     except (OSError, ValueError) as error:
@@ -54,14 +54,18 @@ def build_pipeline(args: argparse.Namespace) -> ClipPipeline:
         raise UsageError.of(error, "--weights", weights="--weights") from error
     if model.num_classes < 1:
         raise UsageError(f"--model: {args.model} has no classifier to predict with")
+    model = model.to(device)
     policy = policy_of(args, longest=model.grids[0])
     check_fixed(args, policy, model.grids)
     labels = read_labels(args.labels, model.num_classes) if args.labels else classes
     options = {"policy": policy, "draft": args.draft, "formats": args.formats}
     options["n_frames"] = args.frames or model.num_frames
     try:
-        pipe = pipeline(model, args.assigner, labels=labels, token_budget=args.batch_tokens, **options)
+        pipe = pipeline(model, args.assigner, labels=labels, token_budget=args.batch_tokens or BATCH_TOKENS, **options)
+        if args.budget is not None:
+            check_budget(args.budget, pipe.prep.grids, pipe.prep.macs)
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError.of(error, **choice_options(args)) from error
+    batch_tokens(args, pipe.prep, pipe.model)
     say_dtype(args, pipe.model)
     return pipe

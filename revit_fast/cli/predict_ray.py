@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from importlib import import_module
 
 from revit_fast.cli.arguments import UsageError
-from revit_fast.cli.pipelines import build_pipeline
+from revit_fast.cli.pipelines import build_pipeline, warn_of_random_weights
+from revit_fast.cli.report import say_passed
 from revit_fast.deploy.ray_dataset import EngineError, Summary, predict_dataset
 from revit_fast.deploy.results_folder import check_directory
-from revit_fast.io.images import find_images
-
-EVERY_S = 5.0
-"""Seconds between two lines of progress."""
+from revit_fast.io.finding import PassedOver, find_images
+from revit_fast.io.progress import Progress
 
 
 def run_on_cluster(args: argparse.Namespace) -> int:
@@ -23,6 +21,8 @@ def run_on_cluster(args: argparse.Namespace) -> int:
         raise UsageError("--engine ray: give --output DIR, a folder that all workers see")
     if args.format != "table":
         raise UsageError(f"--format {args.format}: --engine ray writes parts, see --part-format parquet or jsonl")
+    if args.device != "cpu":
+        raise UsageError(f"--device {args.device}: --engine ray computes on the workers' CPUs; leave it out")
     if args.trace:
         raise UsageError("--trace: --engine ray runs in other processes, which keep no trace")
     try:
@@ -30,30 +30,27 @@ def run_on_cluster(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError.of(error, output="--output") from error
     import_module("ray.data")  # before the model is loaded; if it is missing, main says what to install
-    reported = time.perf_counter()
-
-    def show(summary: Summary) -> None:
-        nonlocal reported
-        if time.perf_counter() - reported >= EVERY_S:
-            reported = time.perf_counter()
-            print(_line(summary), file=sys.stderr, flush=True)
-
+    pipe, passed = build_pipeline(args), PassedOver()
+    sources = list(find_images(args.paths, passed=passed))
+    warn_of_random_weights(args)
     try:
-        summary = predict_dataset(
-            build_pipeline(args),
-            find_images(args.paths),
-            args.output,
-            workers=args.workers,
-            threads=args.threads,
-            address=args.address,
-            part_images=args.part_images,
-            part_format=args.part_format,
-            top_k=args.top_k,
-            on_part=show,
-            on_damage=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
-        )
+        with Progress("images", len(sources)) as progress:
+            summary = predict_dataset(
+                pipe,
+                sources,
+                args.output,
+                workers=args.workers,
+                threads=args.threads,
+                address=args.address,
+                part_images=args.part_images,
+                part_format=args.part_format,
+                top_k=args.top_k,
+                on_part=lambda summary: progress(summary.images),
+                on_damage=lambda text: progress.say(f"warning: {text}"),
+            )
     except (EngineError, FileExistsError, ValueError) as error:
         raise UsageError.of(error, output="--output", workers="--workers", address="--address") from error
+    say_passed(passed)
     print(_line(summary), file=sys.stderr)
     return 1 if summary.errors else 0
 

@@ -13,8 +13,10 @@ from typing import Any, TextIO
 from revit_fast.cli.arguments import UsageError, check_file
 from revit_fast.cli.pipelines import ignore_pillow_warnings
 from revit_fast.io.atomic import replaced
-from revit_fast.io.images import IMAGES, Kind, find_images, name_of
+from revit_fast.io.finding import IMAGES, STDIN, Kind, PassedOver, find_images
+from revit_fast.io.images import name_of
 from revit_fast.io.names import csv_line, dumps, on_one_line, write
+from revit_fast.io.progress import Progress
 from revit_fast.io.trace import StageTimes, Trace
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.streaming.results import Result
@@ -48,21 +50,23 @@ class TableFormat:
     Args:
         top_k: number of classes per image.
         grids: grids for which the assigner gives probabilities.
+        threshold: θ that P(label <= grid), a sum of these probabilities, must reach; None for other policies.
     """
 
-    def __init__(self, top_k: int, grids: Sequence[int] = ()):
+    def __init__(self, top_k: int, grids: Sequence[int] = (), threshold: float | None = None):
         self.top_k, self.grids = top_k, grids
+        self.theta = "" if threshold is None else f"  {threshold:<6.3f}"
 
     def header(self) -> str:
-        lengths = "".join(f"  P({grid})".ljust(8) for grid in self.grids)
+        lengths = "".join(f"  P({grid})".ljust(8) for grid in self.grids) + ("  θ     " if self.theta else "")
         return f"{'grid':>4} {'tokens':>6} {'ms':>8}{lengths}  {'path':<40}  {f'top-{self.top_k}' * (self.top_k > 0)}\n"
 
     def row(self, p: Prediction) -> str:
         path = on_one_line(p.path)
         if p.error is not None:
-            lengths = f"  {'-':<6}" * len(self.grids)
+            lengths = f"  {'-':<6}" * (len(self.grids) + bool(self.theta))
             return f"{'-':>4} {'-':>6} {'-':>8}{lengths}  {path:<40}  error: {on_one_line(p.error)}\n"
-        lengths = "".join(f"  {probability:<6.3f}" for probability in p.lengths or ())
+        lengths = "".join(f"  {probability:<6.3f}" for probability in p.lengths or ()) + self.theta
         top = ", ".join(f"{entry['label']} {entry['score']:.3f}" for entry in p.top)
         return f"{p.grid:>4} {p.n_tokens:>6} {p.ms:>8.1f}{lengths}  {path:<40}  {on_one_line(top)}\n"
 
@@ -73,8 +77,8 @@ class TableFormat:
 class JsonFormat:
     """One JSON array with one object per line, which is valid even if the run ends early."""
 
-    def __init__(self, top_k: int, grids: Sequence[int] = ()):
-        self.top_k, self.grids, self.comma = top_k, grids, " "
+    def __init__(self, top_k: int, grids: Sequence[int] = (), threshold: float | None = None):
+        self.top_k, self.grids, self.threshold, self.comma = top_k, grids, threshold, " "
 
     def header(self) -> str:
         return "[\n"
@@ -88,6 +92,8 @@ class JsonFormat:
             if p.lengths is not None:
                 named = zip(self.grids, p.lengths, strict=True)
                 record["lengths"] = {str(grid): round(probability, 6) for grid, probability in named}
+            if self.threshold is not None:
+                record["threshold"] = self.threshold
             if self.top_k:
                 record["top"] = [{"class": entry["label"], "probability": entry["score"]} for entry in p.top]
         comma, self.comma = self.comma, ","
@@ -100,18 +106,18 @@ class JsonFormat:
 class CsvFormat:
     """A header and one row per image, with errors in the last column."""
 
-    def __init__(self, top_k: int, grids: Sequence[int] = ()):
-        self.top_k, self.grids = top_k, grids
+    def __init__(self, top_k: int, grids: Sequence[int] = (), threshold: float | None = None):
+        self.top_k, self.grids, self.threshold = top_k, grids, [] if threshold is None else [threshold]
 
     def header(self) -> str:
-        lengths = [f"p_{grid}" for grid in self.grids]
+        lengths = [*(f"p_{grid}" for grid in self.grids), *["threshold"] * len(self.threshold)]
         classes = [f"{kind}_{rank}" for rank in range(1, self.top_k + 1) for kind in ("class", "prob")]
         return csv_line(["path", "grid", "tokens", "ms", *lengths, *classes, "error"])
 
     def row(self, p: Prediction) -> str:
         if p.error is not None:
-            return csv_line([p.path, *[""] * (3 + len(self.grids) + 2 * self.top_k), p.error])
-        lengths = [round(probability, 6) for probability in p.lengths or ()]
+            return csv_line([p.path, *[""] * (3 + len(self.grids) + len(self.threshold) + 2 * self.top_k), p.error])
+        lengths = [*(round(probability, 6) for probability in p.lengths or ()), *self.threshold]
         top = [value for entry in p.top for value in (entry["label"], entry["score"])]
         return csv_line([p.path, p.grid, p.n_tokens, round(p.ms, 3), *lengths, *top, ""])
 
@@ -137,33 +143,23 @@ def open_output(path: str | None) -> Iterator[TextIO]:
         yield file
 
 
-class Progress:
-    """Counts images and tokens, and reports them as plain lines every 100 images or 5 seconds.
+class Counts:
+    """The images that are finished, their tokens and their rates.
 
     Args:
         noun: word for the images.
     """
 
-    EVERY_IMAGES, EVERY_S = 100, 5.0
-
     def __init__(self, noun: str = "images"):
         self.noun = noun
         self.n_images = self.n_errors = self.n_tokens = 0
         self.begin = time.perf_counter()
-        self._reported = (0, self.begin)
 
-    def update(self, p: Prediction) -> None:
+    def add(self, p: Prediction) -> None:
         """Counts a finished image."""
         self.n_images += 1
         self.n_errors += p.error is not None
         self.n_tokens += p.n_tokens
-        self._show()
-
-    def _show(self) -> None:
-        count, now = self.n_images, time.perf_counter()
-        if count - self._reported[0] >= self.EVERY_IMAGES or now - self._reported[1] >= self.EVERY_S:
-            self._reported = (count, now)
-            self.say(f"{count} {self.noun}, {self.rates()}")
 
     def rates(self) -> str:
         """Throughput so far, without errors."""
@@ -175,54 +171,11 @@ class Progress:
         seconds = time.perf_counter() - self.begin
         return f"{self.n_images} {self.noun} ({self.n_errors} failed) in {seconds:.1f} s: {self.rates()}"
 
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        print(text, file=sys.stderr, flush=True)
 
-    def aside(self):
-        """Context in which something else may print to the terminal."""
-        return nullcontext()
-
-    def close(self) -> None:
-        """Ends the report; plain lines need nothing."""
-
-
-class BarProgress(Progress):
-    """Reports progress as a bar on a terminal."""
-
-    def __init__(self, n_total: int, noun: str = "images"):
-        super().__init__(noun)
-        from rich import progress
-        from rich.console import Console
-
-        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.description}"))
-        # By default rich redirects stdout to this console, even if stdout is a file.
-        self.bar = progress.Progress(
-            *columns,
-            progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self.task = self.bar.add_task("", total=n_total)
-        self.bar.start()
-
-    def _show(self) -> None:
-        self.bar.update(self.task, completed=self.n_images, description=self.rates())
-
-    def say(self, text: str) -> None:
-        with self.aside():
-            super().say(text)
-
-    @contextmanager
-    def aside(self):
-        self.bar.stop()
-        yield
-        self.bar.start()
-
-    def close(self) -> None:
-        self.bar.stop()
+def say_passed(passed: PassedOver, kind: Kind = IMAGES) -> None:
+    """Says on stderr which files in folders were passed over."""
+    if passed:
+        print(on_one_line(passed.line(kind)), file=sys.stderr, flush=True)
 
 
 def open_results(args: argparse.Namespace) -> AbstractContextManager[TextIO]:
@@ -242,27 +195,33 @@ def write_results(
 ) -> int:
     """Writes the results of a pipeline's method for the files of the arguments; returns 0, or 1 if any file failed."""
     ignore_pillow_warnings()
-    asks_assigner = pipe.prep.policy.needs == "probabilities"
-    text = FORMATS[args.format](top_k, pipe.prep.grids if asks_assigner else ())
+    policy, passed = pipe.prep.policy, PassedOver()
+    text = FORMATS[args.format](top_k, pipe.prep.grids if policy.needs == "probabilities" else (), policy.threshold)
     times = Trace() if args.trace else StageTimes()
     is_shown = stream.isatty()
-    n_files = sum(1 for _ in find_images(args.paths, kind)) if sys.stderr.isatty() else 0
-    progress = BarProgress(n_files, kind.many) if sys.stderr.isatty() else Progress(kind.many)
-    results = stage(find_images(args.paths, kind), times=times)
+
+    def n_files() -> int | None:
+        return None if STDIN in args.paths else sum(1 for _ in find_images(args.paths, kind))
+
+    write(stream, text.header())
+    counts, progress = Counts(kind.many), Progress(kind.many, n_files)
+    progress(0)
+    results = stage(find_images(args.paths, kind, passed), times=times)
     try:
-        write(stream, text.header())
         for result in results:
             p = prediction_of(result, top_k)
             with progress.aside() if is_shown else nullcontext():
                 write(stream, text.row(p))
-            progress.update(p)
+            counts.add(p)
+            progress(counts.n_images, note=counts.rates())
             if p.error is not None and not (is_shown and args.format == "table"):
                 progress.say(f"error: {on_one_line(p.path)}: {on_one_line(p.error)}")
     finally:
         results.close()
         progress.close()
         write(stream, text.footer())
-        progress.say(progress.summary())
+        say_passed(passed, kind)
+        progress.say(counts.summary())
         if args.trace:
             times.save(args.trace)
-    return 1 if progress.n_errors else 0
+    return 1 if counts.n_errors else 0

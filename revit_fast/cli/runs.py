@@ -33,6 +33,7 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
     """
     import torch
 
+    from revit_fast.cli.pipelines import checked_device
     from revit_fast.train.loader import UnreadableError
     from revit_fast.train.stopping import Interrupted, NotFiniteError
 
@@ -40,8 +41,7 @@ def exit_code(args: argparse.Namespace, work: Callable[[], None]) -> int:
         torch.set_num_threads(args.threads)
     if Path(args.output).exists() and not Path(args.output).is_dir():
         raise UsageError(f"--output: {args.output} is a file; give a folder")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: PyTorch finds no CUDA device here; give --device cpu")
+    checked_device(args.device)
     try:
         work()
     except Interrupted as stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from revit_fast.cli.arguments import UsageError, positive
 from revit_fast.cli.labelled import (
@@ -11,12 +12,13 @@ from revit_fast.cli.labelled import (
     add_output,
     add_rules,
     check_place,
-    counter,
     folder_to_write,
     open_both,
     say_unreadable,
     usage_errors,
 )
+from revit_fast.io.names import say
+from revit_fast.io.progress import Progress
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from revit_fast.train.assigner import check_choices, train_assigner
     from revit_fast.train.checks import check_lengths
     from revit_fast.train.labels import LengthLabels, predict_lengths
+    from revit_fast.train.pace import Pace
 
     folder = folder_to_write(args)
     bundle, images = open_both(args)
@@ -89,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     code, sufficiency = 0, None
     if kept is None or args.objective == "suffices":
         fast = optimized(args, bundle.model, "BUNDLE")
-        predictions = predict_lengths(fast, images, progress=counter("predicted"))
+        with Progress("images predicted") as progress:
+            predictions = predict_lengths(fast, images, progress=progress)
         code = say_unreadable(images, predictions.unreadable)
         sufficiency = predictions.sufficiency(images.labels) if args.objective == "suffices" else None
         kept = kept or LengthLabels.of(predictions, images, args.rule, args.unsolved)
@@ -116,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
             flip=not args.no_flip,
             seed=args.seed,
             progress=show,
+            stage=partial(Pace, partial(say, sys.stderr)),
         )
         own = {"classes": bundle.classes, "settings": bundle.settings, "card": bundle.card}
         save_bundle(folder, bundle.model, tla, policy="argmax", **own)

@@ -151,9 +151,12 @@ def assigner_settings(
         macs: multiply-adds of the model at each grid, for budgets of mean_gmacs.
 
     Returns:
-        The settings. `threshold` is set for the policies threshold and budget: they choose the smallest grid whose
-        P(label <= length), the sum of the probabilities from the longest length down to this grid, reaches it.
+        The settings. `threshold` is set for the policies threshold, budget and assigned-cascade: they choose the
+        smallest grid whose P(label <= length), the sum of the probabilities from the longest length down to this grid,
+        reaches it. `confidence` is set for cascade and assigned-cascade: the caller runs the next longer grid, until
+        the model's largest class probability reaches it.
     """
+    chosen = make_policy(policy, tla.grids, calibration=tla.calibration, macs=macs)
     return {
         "grids": list(tla.grids),
         "thumbnail_px": tla.thumbnail_px,
@@ -161,7 +164,8 @@ def assigner_settings(
         "std": list(tla.std),
         "interpolation": "bilinear",
         "policy": policy,
-        "threshold": make_policy(policy, tla.grids, calibration=tla.calibration, macs=macs).threshold,
+        "threshold": chosen.threshold,
+        "confidence": chosen.bound,
     }
 
 

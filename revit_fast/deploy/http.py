@@ -27,7 +27,11 @@ from revit_fast.streaming.pipeline import AdaptivePipeline
 
 
 def make_app(
-    make_pipe: Callable[[], AdaptivePipeline], limits: Limits = DEFAULT_LIMITS, *, threads: int | None = None
+    make_pipe: Callable[[], AdaptivePipeline],
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    threads: int | None = None,
+    gpus: int = 0,
 ) -> Any:
     """Makes the Ray Serve application, for `ray.serve.run`.
 
@@ -38,6 +42,7 @@ def make_app(
         make_pipe: makes the pipeline in the replica, so that no weights travel through Ray's control plane.
         limits: limits of requests.
         threads: compute threads of the replica; by default all of this machine.
+        gpus: 1 if the pipeline runs on "cuda": Ray hides the GPUs from a replica that asks for none.
     """
     from ray import serve
 
@@ -48,7 +53,11 @@ def make_app(
         name="revit-fast",
         num_replicas=1,
         max_ongoing_requests=2 * limits.waiting,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        },
     )
     class Replica:
         def __init__(self, make_pipe: Callable[[], AdaptivePipeline], limits: Limits) -> None:
@@ -101,6 +110,7 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8000,
     threads: int | None = None,
+    gpus: int = 0,
     on_ready: Callable[[int], None] = lambda port: None,
     verbose: bool = False,
 ) -> None:
@@ -114,6 +124,7 @@ def run(
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         threads: compute threads of the replica.
+        gpus: see `make_app`.
         on_ready: called with the port when the service is ready for requests.
         verbose: whether the logs of Ray and of the replica are printed; errors always are.
     """
@@ -131,7 +142,7 @@ def run(
             http_options={"host": host, "port": port},  # only for Ray's messages, then
             logging_config={"enable_access_log": False, "log_level": "INFO" if verbose else "WARNING"},
         )
-        handle = serve.run(make_app(make_pipe, limits, threads=threads), name="revit-fast", route_prefix="/")
+        handle = serve.run(make_app(make_pipe, limits, threads=threads, gpus=gpus), name="revit-fast", route_prefix="/")
         server = Server(Service(RemoteClassifier(handle), limits), lambda: on_ready(port))
         asyncio.run(server.serve([listening]))
     except KeyboardInterrupt:

@@ -364,9 +364,9 @@ def _manifest(layout: Layout, pipe: AdaptivePipeline, inputs: dict[str, Any]) ->
     return {
         "format": FORMAT,
         "revit_fast": __version__,
-        "model": _module_digest(pipe.model),
+        "model": module_digest(pipe.model),
         "dtype": dtype_name(pipe.model),
-        "assigner": None if tla is None else _module_digest(tla, repr(_calibration(tla)).encode()),
+        "assigner": None if tla is None else module_digest(tla, repr(_calibration(tla)).encode()),
         "policy": prep.policy.spec,
         "preprocessing": settings,
         "labels": labels,
@@ -384,17 +384,18 @@ def _calibration(tla: Any) -> tuple | None:
 
 
 def _digest(*parts: bytes) -> str:
-    return _digest_of(parts)
+    return digest_of(parts)
 
 
-def _digest_of(parts: Iterable[bytes]) -> str:
+def digest_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 of the parts, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
 
-def _module_digest(module: nn.Module, more: bytes = b"") -> str:
+def module_digest(module: nn.Module, more: bytes = b"") -> str:
     """Digest of the parameters, buffers and plain settings (heads, epsilons, pooling) of a module and its children."""
 
     def parts() -> Iterator[bytes]:
@@ -406,7 +407,7 @@ def _module_digest(module: nn.Module, more: bytes = b"") -> str:
             yield f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
             yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
-    return _digest_of(parts())
+    return digest_of(parts())
 
 
 def _is_plain(value: Any) -> bool:

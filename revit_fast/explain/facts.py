@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from revit_fast.adaptive.crops import eval_box
 from revit_fast.adaptive.policies import Policy, confidence, suffices
 from revit_fast.explain.picture import draw_attention, draw_grid
 from revit_fast.io.held import held
-from revit_fast.io.images import ImageError, ImageSource, check_sources, is_file, name_of
+from revit_fast.io.images import ImageError, ImageSource, as_sources, is_file, name_of
 from revit_fast.io.names import on_one_line
 from revit_fast.io.trace import StageTimes
 from revit_fast.models.macs import forward_macs
@@ -122,8 +123,8 @@ class Explanation:
         lengths: all lengths that it could choose, the longest first.
         chosen: the length that it chose.
         entropy: entropy of the grey values in bits; None where the policy does not need it.
-        confidences: probability of the best class at every length that the model ran at, the shortest first. Only a
-            cascade runs at more than one length.
+        confidences: probability of the best class at every length that the model ran at, the shortest first. Only
+            cascades run at more than one length.
         classes: (label, probability) of the best classes; empty where none were asked for.
         stage_ms: milliseconds of each stage in `STAGES`, for this image alone: each the fastest of `N_RUNS`
             warm runs.
@@ -180,6 +181,8 @@ class Explanation:
     def reason(self) -> str:
         """Why the policy chose this length."""
         name, argument = self._spec
+        if name == "assigned-cascade":
+            return f"assigned-cascade: it begins where {self._reached_threshold()}; {self._ended_cascade()}."
         if self.policy.threshold is not None:
             return self._reason_of_threshold(name, argument)
         if name == "argmax":
@@ -187,7 +190,7 @@ class Explanation:
         if name == "entropy":
             return self._reason_of_entropy()
         if name == "cascade":
-            return self._reason_of_cascade()
+            return f"cascade: {self._ended_cascade()}."
         if name == "cycle":
             return f"cycle: the grids take turns; this is the one of place {self.index} in the stream."
         if name == "random":
@@ -202,26 +205,31 @@ class Explanation:
         return (spec, None) if isinstance(spec, str) else tuple(spec)
 
     def _reason_of_threshold(self, name: str, argument: object) -> str:
-        threshold = self.policy.threshold
-        own, theta = _apart(self.chosen.suffices, threshold)
-        text = f"P(label ≤ {self.chosen.side}) = {own} reaches θ = {theta}"
-        place = self.lengths.index(self.chosen)
-        if place + 1 < len(self.lengths):
-            shorter = self.lengths[place + 1]
-            text = f"{text}; P(label ≤ {shorter.side}) = {_apart(shorter.suffices, threshold)[0]} does not"
+        text = self._reached_threshold()
         if name == "threshold":
             return f"threshold: {text}."
         kind, budget = next(iter(argument.items())) if isinstance(argument, Mapping) else ("mean_tokens", argument)
         unit = {"mean_tokens": "patch tokens", "mean_gmacs": "GMACs"}[kind]
         return f"budget: {text}. This θ costs the held-out images at most {budget:g} {unit} on average."
 
-    def _reason_of_cascade(self) -> str:
+    def _reached_threshold(self) -> str:
+        threshold, first = self.policy.threshold, self.ran[-1]
+        own, theta = _apart(first.suffices, threshold)
+        text = f"P(label ≤ {first.side}) = {own} reaches θ = {theta}"
+        place = self.lengths.index(first)
+        if place + 1 < len(self.lengths):
+            shorter = self.lengths[place + 1]
+            text = f"{text}; P(label ≤ {shorter.side}) = {_apart(shorter.suffices, threshold)[0]} does not"
+        return text
+
+    def _ended_cascade(self) -> str:
         bound, (*before, last) = self.policy.bound, self.confidences
         tried = [f"{_apart(p, bound)[0]} at {length.side}" for p, length in zip(before, self.ran[:0:-1], strict=True)]
         if last < bound:
-            return f"cascade: the longest; the best class has less than p = {bound:g} ({', '.join(tried)})."
-        text = f"cascade: the best class reaches p = {bound:g}, with {_apart(last, bound)[0]} at {self.chosen.side}"
-        return f"{text}, after {', '.join(tried)}." if tried else f"{text}."
+            shorter = f"the best class has less than p = {bound:g} ({', '.join(tried)})" if tried else "none is longer"
+            return f"the longest; {shorter}"
+        text = f"the best class reaches p = {bound:g}, with {_apart(last, bound)[0]} at {self.chosen.side}"
+        return f"{text}, after {', '.join(tried)}" if tried else text
 
     def _reason_of_entropy(self) -> str:
         place, bits = self.lengths.index(self.chosen), self.policy.bits
@@ -277,7 +285,11 @@ class Explanation:
 
 
 def explain(
-    pipe: AdaptivePipeline, sources: Iterable[ImageSource], *, top_k: int = 5, attention: bool = False
+    pipe: AdaptivePipeline,
+    sources: Iterable[ImageSource] | str | PathLike,
+    *,
+    top_k: int = 5,
+    attention: bool = False,
 ) -> list[Explanation]:
     """What the pipeline decides for every image and why; decisions and classes are those of `pipe(sources)`.
 
@@ -286,14 +298,14 @@ def explain(
 
     Args:
         pipe: the pipeline.
-        sources: paths, bytes of encoded files, PIL images, uint8 arrays. A picture of each is kept, about 1 MB.
+        sources: see `AdaptivePipeline.__call__`. A picture of each is kept, about 1 MB.
         top_k: number of classes to list; 0 for none, for weights that are not trained.
         attention: whether to draw what the class token reads of each patch, see `Explanation.attention`.
 
     Raises:
         ValueError: for a pipeline that keeps proportions, or has no attention to draw.
     """
-    check_sources(sources)
+    sources = as_sources(sources, pipe.KIND)
     if attention and not hasattr(pipe.model, "class_attention"):
         raise ValueError(f"attention: expected a pipeline of a ReViT, got one of a {type(pipe.model).__name__}")
     if pipe.prep.aspect != "crop":

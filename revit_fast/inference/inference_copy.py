@@ -27,6 +27,11 @@ def dtype_name(model: nn.Module) -> str:
     return str(used).removeprefix("torch.")
 
 
+def device_name(model: nn.Module) -> str:
+    """Name of the device of a model's first parameter, such as "cpu"; "unknown" for a model without parameters."""
+    return str(next((p.device for p in model.parameters()), "unknown"))
+
+
 class Turns:
     """Lets calls run together, and a change of the model alone: it waits for the calls, and later calls wait for it."""
 

@@ -109,7 +109,7 @@ def _in_turn(formats: tuple[str, ...] | None, start: bytes) -> Iterator[tuple[st
 
     yield tuple(filter(allowed, COMMON))
     if _is_heif(start) and allowed(HEIF):
-        _add_heif()
+        reads_heif()
     others = [name for name in _all_formats() if name not in COMMON and allowed(name)]
     yield tuple(sorted(others, key=lambda name: name not in SERVED))
 
@@ -118,8 +118,8 @@ def _is_heif(start: bytes) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
 
 
-def _add_heif() -> bool:
-    """Lets Pillow read HEIC; False if pillow-heif is not installed."""
+def reads_heif() -> bool:
+    """Whether Pillow reads HEIC images, for which it needs pillow-heif; from then on it does."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -134,7 +134,7 @@ def _why_not(start: bytes, formats: tuple[str, ...] | None) -> str:
     from PIL import Image
 
     legal = f"; expected one of {', '.join(formats)}" if formats is not None else ""
-    if _is_heif(start) and (formats is None or HEIF in formats) and not _add_heif():
+    if _is_heif(start) and (formats is None or HEIF in formats) and not reads_heif():
         return 'a HEIC image; reading it needs pillow-heif: pip install "revit-fast[heif]"'
     for name, (_, accept) in Image.OPEN.items():
         known = accept(start.ljust(16, b"\0")) if accept is not None else False

@@ -1,4 +1,4 @@
-"""Images: finds files, and decodes every kind of image source to an upright uint8 RGB array.
+"""Images: decodes every kind of image source to an upright uint8 RGB array. `finding` finds the files.
 
 Which formats are read, see `formats`; what becomes of samples that have not eight bits, see `samples`.
 
@@ -8,7 +8,6 @@ faster, to the same pixels (see `jpeg`).
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import stat
@@ -16,24 +15,18 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
 from revit_fast.io import jpeg
-from revit_fast.io.folders import matches
+from revit_fast.io.finding import IMAGES, Kind, Source, find_images, os_reason
 from revit_fast.io.formats import check_formats, largest_part, open_image
 from revit_fast.io.samples import in_eight_bits
 
 if TYPE_CHECKING:  # arrays need no Pillow, so it is imported only when it is needed
     from PIL import Image
-
-SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
-"""Suffixes of file names that count as images inside a folder, in upper or lower case."""
 
 ORIENTATION_TAG = 0x0112
 
@@ -42,36 +35,8 @@ _LOADING = tuple(threading.Lock() for _ in range(64))
 two threads that load one image spoil it; two that read one file get a part each."""
 
 
-class Kind(NamedTuple):
-    """A kind of file to find in folders.
-
-    Attributes:
-        one: the singular with its article, for messages.
-        many: the plural, for messages.
-        suffixes: suffixes, in lower case, of file names that count as this kind inside a folder.
-    """
-
-    one: str
-    many: str
-    suffixes: tuple[str, ...]
-
-    def has_name(self, path: str) -> bool:
-        """Whether the name of a file or folder has one of the suffixes."""
-        return path.lower().endswith(self.suffixes)
-
-
-IMAGES = Kind("an image", "images", SUFFIXES)
-
-
 class ImageError(Exception):
     """A source that cannot be read as an image; the text is the reason, without the source's name."""
-
-
-class Source(NamedTuple):
-    """A file to read, or the reason why there is none at this path."""
-
-    path: str
-    error: str | None = None
 
 
 ImageSource = "str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | Tensor | Source"
@@ -81,64 +46,16 @@ An open file is any object with a method `read` that gives bytes: it is read fro
 back to where it stood if it can seek."""
 
 
-def find_images(paths: Iterable[str], kind: Kind = IMAGES) -> Iterator[Source]:
-    """Finds the image files that the given paths name, one by one as the result is consumed.
+def as_sources(sources: object, kind: Kind = IMAGES, name: str = "sources") -> Iterable[ImageSource]:
+    """The sources of the argument `name`: a text or path stands for what `find_images` finds there.
 
-    Args:
-        paths: a file is accepted with any suffix. A folder stands for the files below it that end in one of the kind's
-            suffixes, sorted by name. Names that start with a dot are left out, and links to other folders are not
-            followed. A glob pattern (`**` descends) stands for its sorted matches, as if the shell had expanded it.
-        kind: kind of the files: images or others.
-
-    Yields:
-        One `Source` per file in the order of the paths. A path without any image gives a `Source` with an error. So
-        does a folder with the suffix of an image, unless it is given with a trailing slash; it is not entered.
+    Raises:
+        TypeError: for a single image of another form.
     """
-    for path in map(os.fspath, paths):
-        if not os.path.lexists(path) and glob.has_magic(path):
-            # A pattern with `**` matches folders as well as the files in them.
-            found = [m for m in matches(path) if "**" not in path or kind.has_name(m) or not os.path.isdir(m)]
-            if not found:
-                yield Source(path, "no file matches this pattern")
-            for match in found:
-                yield from _find_in_path(match, kind)
-        else:
-            yield from _find_in_path(path, kind)
-
-
-def _find_in_path(path: str, kind: Kind) -> Iterator[Source]:
-    if not os.path.isdir(path):
-        yield Source(path)
-    elif kind.has_name(path):
-        yield _folder_like(path, kind)
-    else:
-        found = False
-        for source in _find_in_folder(path, kind):
-            found = True
-            yield source
-        if not found:
-            yield Source(path, f"no {kind.many} in this folder (looked for {', '.join(kind.suffixes)})")
-
-
-def _find_in_folder(folder: str, kind: Kind) -> Iterator[Source]:
-    try:
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        yield Source(folder, os_reason(error))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            like = kind.has_name(entry.name)
-            yield from [_folder_like(entry.path, kind)] if like else _find_in_folder(entry.path, kind)
-        elif kind.has_name(entry.name):
-            yield Source(entry.path)
-
-
-def _folder_like(path: str, kind: Kind) -> Source:
-    return Source(path, f"is a folder, not {kind.one}; to read the {kind.many} in it, give {path}{os.sep}")
+    if isinstance(sources, (str, os.PathLike)):
+        return (source if source.error else source.path for source in find_images([sources], kind))
+    check_sources(sources, name)
+    return sources
 
 
 def name_of(source: ImageSource) -> str:
@@ -345,11 +262,6 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or 0 in array.shape:
         raise ImageError(f"expected shape [H, W, 3], [H, W, 1] or [H, W], got {list(array.shape)}")
     return array
-
-
-def os_reason(error: OSError) -> str:
-    """The message of an OSError in lower case, without the path."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def _rgb(image: Image.Image, turn: Image.Transpose | None) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 from revit_fast.grids import DEFAULT_GRIDS
 from revit_fast.models.vit import ReViT
+from revit_fast.models.weights import named_classes, read_checkpoint
 
 
 def create_model(
@@ -19,8 +20,9 @@ def create_model(
     Args:
         name: timm's name of a ViT or DeiT, for instance "deit_small_patch16_224".
         grids: configured token grids, strictly decreasing.
-        weights: `.safetensors` or `.pth` of a plain ViT or of a ReViT; None: random weights.
-        kwargs: passed on to `timm.create_model`.
+        weights: `.safetensors` or `.pth` of a plain ViT or of a ReViT; None: random weights. The head follows the file:
+            it has as many classes, under the names that the file or the `config.json` beside it gives them.
+        kwargs: passed on to `timm.create_model`. With `num_classes` the head has that many, and weights must fit it.
 
     Raises:
         ImportError: where timm is not installed.
@@ -42,5 +44,28 @@ def create_model(
         )
     model = ReViT.from_timm(timm.create_model(name, pretrained=False, **kwargs), grids=grids)
     if weights is not None:
-        model.load_checkpoint(weights)
+        load_with_head(model, weights, follow="num_classes" not in kwargs)
     return model
+
+
+def load_with_head(model: ReViT, weights: str | Path, *, follow: bool = True) -> None:
+    """Loads a file of weights into a model, which takes the names of its classes, and their number.
+
+    Args:
+        model: the model, which is changed.
+        weights: see `create_model`.
+        follow: whether a head of another number of classes replaces the model's.
+
+    Raises:
+        FileNotFoundError, ValueError: see `ReViT.load_checkpoint`.
+    """
+    path = Path(weights)
+    state_dict = read_checkpoint(path, model.state_dict())
+    head = state_dict.get("head.weight")
+    if follow and head is not None and head.dim() == 2 and len(head) not in (0, model.num_classes):
+        model.reset_classifier(len(head))
+        model.pretrained_cfg["num_classes"] = len(head)
+    model.load_weights(state_dict, weights)
+    names = named_classes(path)
+    if names is not None and len(names) == model.num_classes:
+        model.pretrained_cfg["label_names"] = names

@@ -29,6 +29,7 @@ from revit_fast.grids import check_grids
 from revit_fast.io.atomic import is_empty, read_json, replaced_folder
 from revit_fast.io.names import dumps, on_one_line, to_text
 from revit_fast.io.verified import files_in, read_file, read_together
+from revit_fast.models.classes import class_names
 from revit_fast.models.loading import MadeFor
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.settings import SETTINGS, input_settings
@@ -87,7 +88,8 @@ def write_folder(
     """
     folder = Path(folder)
     check_replaceable(folder)
-    classes = tuple(map(str, _class_names(model) if classes is None else classes))
+    classes = class_names(model) or range(model.num_classes) if classes is None else classes
+    classes = tuple(map(str, classes))
     if len(classes) != model.num_classes:
         raise ValueError(f"classes: the model has {model.num_classes} classes, got {len(classes)} names")
     config = {
@@ -247,12 +249,6 @@ def _made_for(revit: Mapping[str, Any]) -> MadeFor | None:
     """What the norms and positions beside a model's constructor arguments stand for; None if these name no grids."""
     grids = revit.get("grids")
     return MadeFor(tuple(revit.get("base_grid") or grids[:1] * 2), check_grids(grids)) if grids else None
-
-
-def _class_names(model: nn.Module) -> Sequence[str]:
-    """Names of the model's classes, or their numbers if it has no names."""
-    names = model.pretrained_cfg.get("label_names") or ()
-    return names if len(names) == model.num_classes else range(model.num_classes)
 
 
 def _as_json(policy: Any) -> Any:

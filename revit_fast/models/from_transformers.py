@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.models.from_timm import check_untouched, require
+from revit_fast.models.weights import names_by_id
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -203,10 +204,9 @@ INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 """Names of the interpolations that revit-fast has, by Pillow's numbers."""
 
 
-def class_names(vit: nn.Module) -> list[str] | None:
+def class_names(vit: nn.Module) -> tuple[str, ...] | None:
     """Names of the classes in the order of the logits; None for the placeholders LABEL_0, LABEL_1, ..."""
-    names = [str(vit.config.id2label.get(i, f"LABEL_{i}")) for i in range(vit.config.num_labels)]
-    return None if _n_classes(vit) != len(names) or names == [f"LABEL_{i}" for i in range(len(names))] else names
+    return names_by_id(vit.config.id2label, _n_classes(vit))
 
 
 def _renamed(name: str) -> str:

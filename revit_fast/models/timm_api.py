@@ -16,6 +16,10 @@ from revit_fast.packing import PackedBatch
 NORM_PARAMETER = re.compile(r"(^|\.)(norm1|norm2|norm_pre|fc_norm|norm)\.(weight|bias)$")
 
 
+OF_CLASSES = ("label_names", "label_descriptions", "num_classes")
+"""Entries of timm's configuration that say which classes the head of the weights is for."""
+
+
 class TimmInterface:
     """The methods of a `ReViT` that timm's training, feature extraction and fine-tuning call."""
 
@@ -57,7 +61,7 @@ class TimmInterface:
         self._spec = replace(self._spec, head=head)
         self.num_classes, self.global_pool = num_classes, pool
         # A new head knows no classes: names of the old one's would be written beside it where the number is the same.
-        self.pretrained_cfg = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
+        self.pretrained_cfg = {name: value for name, value in self.pretrained_cfg.items() if name not in OF_CLASSES}
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.head = self._linear_head().to(**like).train(self.training)
         if self.distilled:

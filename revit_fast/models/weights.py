@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ EXTRA_STATE = "_extra_state"
 
 CLASSES = "classes"
 """Where the metadata of a file of weights, or a saved model's `config.json`, name the classes."""
+
+SAVED = ("model.safetensors", "pytorch_model.bin")
+"""Names of files of weights that a `config.json` beside them describes."""
 
 CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
@@ -120,17 +124,44 @@ def state_dict_of(content: object, source: str | Path, own: Collection[str] = ()
 def named_classes(path: Path) -> tuple[str, ...] | None:
     """Names of the classes that the head in a file of weights is for, in the order of its rows; None if it names none.
 
-    They are in the file's own metadata, or in the `config.json` of the saved model that it is a part of.
+    They are in the file's own metadata, or in the `config.json` of the saved model that it is a part of: a bundle, or a
+    folder of timm or transformers.
     """
     names = None
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             names = loads(metadata_of(file).get(CLASSES, "null"))
     config = path.parent / "config.json"
-    if names is None and path.name == "model.safetensors" and config.is_file():
+    if names is None and path.name in SAVED and config.is_file():
         content = read_json(config)
-        names = content.get(CLASSES) if isinstance(content, dict) else None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+        if isinstance(content, dict):
+            own = content.get("pretrained_cfg")
+            names = (
+                content.get(CLASSES) or label_names(content) or (label_names(own) if isinstance(own, dict) else None)
+            )
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
+
+
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the classes in a configuration of timm (`label_names`) or transformers (`id2label`); None without any.
+
+    timm's names are explained by its `label_descriptions`, where it has them. transformers' LABEL_0, LABEL_1, ... are
+    placeholders, not names.
+    """
+    names = config.get("label_names")
+    if names:
+        texts = config.get("label_descriptions") or {}
+        return tuple(str(texts.get(name, name)) if isinstance(texts, Mapping) else str(name) for name in names)
+    ids = config.get("id2label") or {}
+    return names_by_id(ids, len(ids))
+
+
+def names_by_id(id2label: Mapping[Any, Any], n_classes: int) -> tuple[str, ...] | None:
+    """The names of so many classes in transformers' `id2label`; None for another number, or placeholders alone."""
+    placeholders = tuple(f"LABEL_{i}" for i in range(n_classes))
+    by_id = {str(i): str(name) for i, name in id2label.items()}
+    names = tuple(by_id.get(str(i), placeholder) for i, placeholder in enumerate(placeholders))
+    return None if len(by_id) != n_classes or names == placeholders else names
 
 
 def load_fitting(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:

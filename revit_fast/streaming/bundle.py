@@ -64,8 +64,8 @@ def save_bundle(
             its other files: processes may stand in it, it may be a mount point or a link, its parent may be read-only.
         model: the ReViT.
         tla: the model's assigner, calibrated if the policy needs it; None if the model has no assigner yet.
-        classes: a name for each class, in the order of the logits; default: the `label_names` of the model's
-            `pretrained_cfg`, else their numbers.
+        classes: a name for each class, in the order of the logits; default: the model's own, see
+            `models.classes.class_names`, else their numbers.
         settings: mean, std, crop_pct and interpolation that the model was trained with; default: those of the model's
             `pretrained_cfg`, else DeiT's.
         policy: the policy that the bundle runs with; default "argmax", or the longest grid without an assigner.

@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.adaptive.policies import PolicySpec, confidence
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
+from revit_fast.inference.inference_copy import device_name, dtype_name
 from revit_fast.inference.optimize import optimize as optimized_copy
-from revit_fast.io.images import ImageSource, check_sources, name_of
+from revit_fast.io.finding import IMAGES
+from revit_fast.io.images import ImageSource, as_sources, name_of
 from revit_fast.io.memory import keep_freed_pages, release_freed_pages
+from revit_fast.io.names import shortened
 from revit_fast.io.threads import check_compute_threads
 from revit_fast.io.trace import StageTimes
+from revit_fast.models.classes import class_names
 from revit_fast.models.create import create_model
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import PackedBatch
@@ -88,6 +92,18 @@ class AdaptivePipeline:
         self._make_batcher = partial(TokenBudgetBatcher, token_budget, **options)
         self._make_batcher()  # checks its arguments
 
+    KIND = IMAGES
+    """Kind of the files that a text or path as `sources` stands for."""
+
+    def __repr__(self) -> str:
+        model, prep = self.model, self.prep
+        grids = "/".join(map(str, model.grids))
+        return (
+            f"{type(self).__name__}({type(model).__name__} of grids {grids}, {model.num_classes} classes"
+            f"{'' if self.labels is None else ' with names'}, {dtype_name(model)} on {device_name(model)}; "
+            f"policy={shortened(prep.policy.spec)}, token_budget={self.token_budget})"
+        )
+
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Names of the classes; None if the pipeline has none."""
@@ -101,7 +117,7 @@ class AdaptivePipeline:
 
     def __call__(
         self,
-        sources: Iterable[ImageSource],
+        sources: Iterable[ImageSource] | str | PathLike,
         *,
         times: StageTimes | None = None,
         first_index: int = 0,
@@ -111,7 +127,9 @@ class AdaptivePipeline:
 
         Args:
             sources: paths, bytes of encoded files, PIL images, uint8 arrays; may be endless. A thread iterates them,
-                unless they are a list or tuple. A generator is closed when the results end or are left.
+                unless they are a list or tuple. A generator is closed when the results end or are left. A single text
+                or path is a file, a folder, a glob pattern or a list of them (see `io.finding.find_images`), such as
+                "photos/", "photos/*.jpg" or "@list.txt".
             times: collects the time of each stage; a `Trace` also keeps the spans.
             first_index: place of the first source in its stream, for `Result.index` and for policies that depend on the
                 place. A part of a stream then gives the same results as in the whole stream.
@@ -120,15 +138,15 @@ class AdaptivePipeline:
                 results. What is in a list or tuple is never copied and must stay unchanged. Files are read later.
 
         Raises:
-            TypeError: for a single image.
+            TypeError: for a single image that is no path.
             RuntimeError: while the results are consumed, in a process that was forked since they began, or from one
                 that had computed on several threads.
         """
-        check_sources(sources)
+        sources = as_sources(sources, self.KIND)
         return self._run(sources, times or StageTimes(), first_index, copy)
 
     def assign(
-        self, sources: Iterable[ImageSource], *, times: StageTimes | None = None, copy: bool = True
+        self, sources: Iterable[ImageSource] | str | PathLike, *, times: StageTimes | None = None, copy: bool = True
     ) -> Iterator[Result]:
         """Decides without running the model; yields results without logits as soon as they are known.
 
@@ -140,11 +158,13 @@ class AdaptivePipeline:
         Raises:
             ValueError: if the policy is a cascade, which needs the logits.
         """
-        check_sources(sources)
+        sources = as_sources(sources, self.KIND)
         self.prep.policy.decides_before("assign")
         return self._assign(sources, times or StageTimes(), copy)
 
-    def classify(self, images: Iterable[ImageSource], top_k: int = 5, *, copy: bool = True) -> list[dict]:
+    def classify(
+        self, images: Iterable[ImageSource] | str | PathLike, top_k: int = 5, *, copy: bool = True
+    ) -> list[dict]:
         """A list of `{"predictions": [{"label", "score"}, ...], "grid", "tokens", "error"}`, one per image.
 
         Args:
@@ -167,7 +187,7 @@ class AdaptivePipeline:
         return Session(self, times, copy=copy)
 
     def stream(
-        self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource], *, copy: bool = True
+        self, sources: AsyncIterable[ImageSource] | Iterable[ImageSource] | str | PathLike, *, copy: bool = True
     ) -> AsyncIterator[Result]:
         """Yields the results of a stream in order, without blocking the event loop; waits for its consumer.
 
@@ -179,7 +199,7 @@ class AdaptivePipeline:
                 are taken ahead of the consumer.
             copy: see `__call__`.
         """
-        check_sources(sources)
+        sources = as_sources(sources, self.KIND)
         return streamed(partial(self.session, copy=copies(sources, copy)), sources, MAX_BEHIND)
 
     def _run(self, sources: Iterable[ImageSource], times: StageTimes, first_index: int, copy: bool) -> Iterator[Result]:
@@ -300,7 +320,7 @@ class AdaptivePipeline:
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
         """Runs one packed forward pass and divides its time among the images by their tokens.
 
-        Yields a result for each image, or the image itself if a cascade needs a longer grid for it.
+        Yields a result for each image, or the image itself if a cascade goes on with a longer grid.
         """
         begin = time.perf_counter()
         grids = [ready.grid for ready in pack]
@@ -353,9 +373,9 @@ def pipeline(
     Args:
         model: a `ReViT`, or the timm name of a model to create (needs timm).
         assigner: a `TokenLengthAssigner`, or the file that one was saved to.
-        weights: weight file for a model created by name: .safetensors or .pth, of a plain ViT or of a ReViT.
+        weights: weight file for a model created by name, see `create_model`.
         policy: see `policies.make_policy`; by default "argmax", or the longest grid without an assigner.
-        labels: names of the classes.
+        labels: names of the classes; by default the model's own, see `models.classes.class_names`.
         device: device of the model; by default its present one.
         dtype: type of the model's weights, see `optimize`; "auto" and int8 are for an optimised copy.
         token_budget: largest number of tokens in a pack.
@@ -380,4 +400,5 @@ def pipeline(
     own = {name: options.pop(name) for name in ("max_wait_s", "n_decoders") if name in options}
     policy = policy or ("argmax" if assigner is not None else ("fixed", fast.grids[0]))
     prep = AdaptivePreprocessor.for_model(fast, assigner, policy=policy, **options)
+    labels = class_names(fast) if labels is None else labels
     return AdaptivePipeline(fast, prep, token_budget=token_budget, labels=labels, **own)

@@ -12,7 +12,7 @@ from torch import Tensor
 from revit_fast.io.images import ImageSource, Source, is_file, name_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The result of a source.
 
@@ -37,7 +37,17 @@ class Result:
     error: str | None = None
     probabilities: np.ndarray | None = None
     ms: float = 0.0
-    labels: Sequence[str] | None = field(default=None, repr=False)
+    labels: Sequence[str] | None = None
+
+    def __repr__(self) -> str:
+        parts = [f"{self.index}, {name_of(self.source)!r}"]
+        if self.error is not None:
+            parts.append(f"error={self.reason!r}")
+        else:
+            parts += [f"grid={self.grid}, n_tokens={self.n_tokens}"]
+            parts += [f"top={best['label']!r} at {best['score']:.3f}" for best in self.top(1)]
+            parts.append(f"ms={self.ms:.1f}")
+        return f"Result({', '.join(parts)})"
 
     @property
     def reason(self) -> str | None:
@@ -73,7 +83,7 @@ class Ready:
         n_tokens_before: tokens of all passes before that one.
     """
 
-    image: np.ndarray
+    image: np.ndarray = field(repr=False)
     index: int
     source: ImageSource
     probabilities: np.ndarray | None

@@ -28,6 +28,14 @@ OBJECTIVES = ("label", "suffices")
 LEAST_IMAGES = 4
 """Least number of images that an assigner is trained on."""
 
+Stage = Callable[[str], Callable[[int, int], None]]
+"""Makes, for a stage named in words, the function that is called with the number of its finished parts and of all."""
+
+
+def untold(stage: str) -> Callable[[int, int], None]:
+    """The `Stage` that tells nobody."""
+    return lambda done, total: None
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -94,6 +102,7 @@ def train_assigner(
     held_out_share: float = 0.2,
     seed: int = 0,
     progress: Callable[[Epoch], None] | None = None,
+    stage: Stage = untold,
 ) -> History:
     """Trains an assigner in place, keeps its best epoch, and calibrates it on the held-out images.
 
@@ -119,6 +128,7 @@ def train_assigner(
         held_out_share: share of the images for choosing the epoch and for calibration.
         seed: seed of the split, the order and the flips.
         progress: called after every epoch.
+        stage: see `Stage`.
 
     Returns:
         The course of training. The assigner is in evaluation mode.
@@ -132,7 +142,7 @@ def train_assigner(
         check_assigner(tla, model.grids)
     check_choices(epochs, batch_size, lr, weight_decay, held_out_share)
     keep_freed_pages()
-    places, thumbnails = make_thumbnails(tla, images, model, np.flatnonzero(labels >= 0))
+    places, thumbnails = make_thumbnails(tla, images, model, np.flatnonzero(labels >= 0), stage)
     if len(places) < LEAST_IMAGES:
         raise ValueError(f"images: expected at least {LEAST_IMAGES} readable ones with a label, got {len(places)}")
     targets = torch.from_numpy(labels[places])
@@ -153,13 +163,13 @@ def train_assigner(
     optimizer = torch.optim.AdamW(groups, lr)
     per_epoch = max(len(training) // batch_size, 1)  # a small last batch would distort the norms' statistics
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
-    history: list[Epoch] = []
+    told, history = stage("steps of the assigner"), []
     best_state, best = None, 0
     for epoch in range(1, epochs + 1):
         tla.train()
         shuffled = training[torch.randperm(len(training), generator=generator, dtype=torch.int64, device="cpu")]
         total = 0.0
-        for batch in shuffled[: per_epoch * batch_size].split(batch_size)[:per_epoch]:
+        for step, batch in enumerate(shuffled[: per_epoch * batch_size].split(batch_size)[:per_epoch], 1):
             x = _inputs(tla, thumbnails[batch])
             if flip:
                 mirrored = torch.rand(len(batch), generator=generator, dtype=torch.float32, device="cpu") < 0.5
@@ -170,6 +180,7 @@ def train_assigner(
             optimizer.step()
             schedule.step()
             total += loss.item() / per_epoch
+            told((epoch - 1) * per_epoch + step, epochs * per_epoch)
         history.append(_judge(tla.eval(), epoch, total, thumbnails, targets, enough, held_out, loss_of))
         if not math.isfinite(total + history[-1].held_out_loss):
             raise ValueError(
@@ -201,7 +212,7 @@ def check_choices(
 
 
 def make_thumbnails(
-    tla: TokenLengthAssigner, images: ImageSet, model: ReViT | None, places: np.ndarray
+    tla: TokenLengthAssigner, images: ImageSet, model: ReViT | None, places: np.ndarray, stage: Stage = untold
 ) -> tuple[np.ndarray, Tensor]:
     """Raw thumbnails of the images at `places` that can be read.
 
@@ -209,16 +220,19 @@ def make_thumbnails(
         Their places, int64 `[n]`, and uint8 patch rows `[n, (S/4)², 48]`.
     """
     prep = None if model is None else AdaptivePreprocessor.for_model(model, policy=("fixed", model.grids[0]))
-    found, rows = [np.empty(0, np.int64)], []
+    found, rows, told = [np.empty(0, np.int64)], [], stage("read images for the assigner")
     for where, pixels in decoded_chunks(images.subset(places), {}) if len(places) else ():
         boxes = None if prep is None else prep.seen(pixels)
         side = tla.thumbnail_px // STEM_PATCH
         rows.append(tla.thumbnails(pixels, boxes, torch.uint8).view(len(pixels), side**2, -1))
         found.append(places[where])
+        told(int(where[-1]) + 1, len(places))
     return np.concatenate(found), torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
-def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predictions: Predictions) -> np.ndarray:
+def calibrate_on(
+    tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predictions: Predictions, stage: Stage = untold
+) -> np.ndarray:
     """Calibrates an assigner with its model's predictions for held-out images.
 
     Only a few images are in memory at a time. The label of an image that no length classifies correctly is the shortest
@@ -229,6 +243,7 @@ def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predi
         images: images that neither the model nor the assigner was trained on.
         model: the assigner's model.
         predictions: the model's predictions for these images.
+        stage: see `Stage`.
 
     Returns:
         Places of the readable images, in the order of the calibration.
@@ -237,7 +252,7 @@ def calibrate_on(tla: TokenLengthAssigner, images: ImageSet, model: ReViT, predi
         ValueError: if no image is readable.
     """
     check_assigner(tla, model.grids)
-    places, rows = make_thumbnails(tla, images, model, np.flatnonzero(predictions.readable))
+    places, rows = make_thumbnails(tla, images, model, np.flatnonzero(predictions.readable), stage)
     if len(places) == 0:
         raise ValueError(f"images: expected held-out images to calibrate on, but none of {len(images)} can be read")
     labels = length_labels(predictions.correct(images.labels)[:, places], unsolved="shortest")

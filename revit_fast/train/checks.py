@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
+from revit_fast.adaptive.budgets import check_budget
 from revit_fast.adaptive.policies import Calibration
 from revit_fast.io.images import ImageError
 from revit_fast.io.names import on_one_line
 from revit_fast.models.folder import check_replaceable
+from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
 from revit_fast.train.assigner import LEAST_IMAGES
 from revit_fast.train.config import TrainConfig
@@ -152,6 +154,8 @@ def check_goal(model: ReViT, budget: Mapping[str, float] | None, max_drop: float
         threshold_for(model, Calibration(1.0, one_image, ()), one_image.T, budget, max_drop)
     except ValueError as error:
         raise ValueError(f"budget: {str(error).removeprefix('policy: ')}") from error
+    if budget is not None:
+        check_budget(budget, model.grids, [forward_macs(model, n) for n in model.lengths])
 
 
 def try_assigner(grids: tuple[int, ...], options: Mapping[str, Any]) -> None:

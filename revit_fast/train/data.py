@@ -10,7 +10,8 @@ import numpy as np
 from revit_fast.io.names import on_one_line
 
 TRAIN_SPLITS = ("train", "training")
-EVAL_SPLITS = ("val", "validation", "valid", "test")
+VALIDATION_SPLITS = ("val", "validation", "valid")
+EVAL_SPLITS = (*VALIDATION_SPLITS, "test")
 
 
 class NoSplitError(ValueError):

@@ -10,7 +10,9 @@ from revit_fast.train import formats, shards
 from revit_fast.train.data import ImageSet, check_classes, split_names
 
 
-def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None) -> ImageSet:
+def open_images(
+    path: str | os.PathLike, split: str = "train", classes: Sequence[str] | None = None, *, others: bool = True
+) -> ImageSet:
     """Opens a set of labelled images. The format is recognised from the files.
 
     - Folders of classes: `path/SPLIT/CLASS/*.jpg` or, if `path` has no splits, `path/CLASS/*.jpg`. The class is the
@@ -30,6 +32,7 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
         classes: class names in the order of their labels, for example those of the training set for its test set. A set
             with its own class names must have the same ones, and its labels are renumbered to this order. A set without
             class names gets these.
+        others: whether another split, as described above, is opened where this one is missing.
 
     Returns:
         The set. Images are decoded on access, except those of idx files, which are held in memory.
@@ -37,16 +40,17 @@ def open_images(path: str | os.PathLike, split: str = "train", classes: Sequence
     Raises:
         FileNotFoundError: if there is nothing at `path`.
         OSError: if a folder cannot be read.
-        ValueError: if the format is not recognised, the split is missing, files are damaged or contradict each
-            other, or labels or classes do not match. The message names the file, sample or class.
+        NoSplitError: if the split is missing.
+        ValueError: if the format is not recognised, files are damaged or contradict each other, or labels or classes do
+            not match. The message names the file, sample or class.
         ImportError: if `datasets` is needed and not installed.
     """
-    path, names = str(Path(path).absolute()), split_names(split)
+    path, names = str(Path(path).absolute()), split_names(split) if others else (split,)
     classes = None if classes is None else check_classes(classes)
     if os.path.isdir(path):
         entries = os.listdir(path)
         if any(map(formats.IDX_NAME.match, entries)):
-            return formats.open_idx(path, split, classes)
+            return formats.open_idx(path, names, classes)
         if "dataset_dict.json" in entries or {"dataset_info.json", "state.json"} <= set(entries):
             return formats.open_saved(path, names, classes)
         found = shards.find_in_folder(path, names)

@@ -11,11 +11,21 @@ from typing import Any
 import numpy as np
 
 from revit_fast.adaptive.assigner import TokenLengthAssigner
-from revit_fast.adaptive.policies import Calibration, Evidence, PolicySpec, confidence, make_policy, smallest_sufficient
+from revit_fast.adaptive.policies import (
+    Calibration,
+    Evidence,
+    Policy,
+    PolicySpec,
+    confidence,
+    last_length,
+    make_policy,
+    smallest_sufficient,
+)
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.models.macs import forward_macs
 from revit_fast.models.vit import ReViT
+from revit_fast.train.choice import candidates, spent
 from revit_fast.train.data import ImageSet
 from revit_fast.train.labels import UNSOLVED, Predictions, decoded_chunks, length_labels, predict_lengths
 from revit_fast.train.report import Report, Row
@@ -26,9 +36,6 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 N_RANDOM = 10
 """Number of seeds of the random baseline."""
-
-MAX_CANDIDATES = 1000
-"""Largest number of thresholds that are tried for an accuracy drop."""
 
 
 def evaluate(
@@ -59,7 +66,7 @@ def evaluate(
         model: the `ReViT`, of which an optimised copy is made, or such a copy.
         tla: its assigner; None: only baselines are reported, random and entropy with equal shares.
         images: labelled images that neither the model nor the assigner was trained on.
-        policies: policies of the assigner, see `policies.make_policy`; by default `default_policies`.
+        policies: policies of the assigner and others, see `policies.make_policy`; by default `default_policies`.
         cascade: bounds of the confidence cascade.
         settings: preprocessing that replaces the model's.
         predictions: result of `predict_lengths` for this model and these images, if it is known already.
@@ -95,22 +102,29 @@ def evaluate(
         raise ValueError(f"images: none of {len(images)} can be read; the first: {predictions.unreadable[0]}")
     evidence = gather_evidence(prep, images)
     tally = _Tally(model, predictions.correct(images.labels)[:, keep], 0 if tla is None else tla.macs)
-    rows = [tally.row(f"fixed {g}x{g}", "fixed", tally.all_at(i), ("fixed", g)) for i, g in enumerate(model.grids)]
-    shares = np.full(len(model.grids), 1 / len(model.grids))
-    for policy in made:
-        chosen, asks = policy.choose(evidence), policy.needs == "probabilities"
-        rows.append(tally.row(name_of_policy(policy.spec, asks), "assigner", chosen, policy.spec, asks))
-    if matched is not None:
-        shares = np.bincount(matched.choose(evidence), minlength=len(model.grids)) / len(evidence.index)
-    rows.append(tally.random_row(shares, n_random, model.grids))
-    by_entropy, bits = matched_entropy(evidence.entropy, shares)
-    rows.append(tally.row("entropy", "entropy", by_entropy, ("entropy", bits)))
     sureness = confidence(predictions.logits[:, keep])
-    rows += [tally.cascade_row(bound, sureness) for bound in cascade]
+    for i, grid in enumerate(model.grids):
+        tally.add(name_of_policy(("fixed", grid)), "fixed", tally.all_at(i), ("fixed", grid))
+    shares = np.full(len(model.grids), 1 / len(model.grids))
+    cascades = [make_policy(("cascade", float(bound)), model.grids) for bound in cascade]
+    for policy in made:
+        if policy.bound is not None and policy.threshold is None:
+            cascades.append(policy)
+        else:
+            tally.add_policy(policy, *_lengths(policy, evidence, sureness))
+    if matched is not None:
+        shares = np.bincount(_lengths(matched, evidence, sureness)[1], minlength=len(shares)) / len(evidence.index)
+    tally.add_random(shares, n_random, model.grids)
+    by_entropy, bits = matched_entropy(evidence.entropy, shares)
+    tally.add("entropy", "entropy", by_entropy, ("entropy", bits))
+    for policy in cascades:
+        tally.add_policy(policy, *_lengths(policy, evidence, sureness))
     oracle = length_labels(tally.correct, "smallest", "longest" if unsolved == "drop" else unsolved)
-    rows.append(tally.row("oracle", "oracle", oracle, ("fixed", [model.grids[i] for i in oracle])))
+    tally.add("oracle", "oracle", oracle, ("fixed", [model.grids[i] for i in oracle]))
     return Report(
-        rows=tuple(rows),
+        rows=tuple(tally.rows.values()),
+        right=tally.right,
+        correct=tally.correct,
         grids=model.grids,
         n_images=int(keep.sum()),
         n_unreadable=len(predictions.unreadable),
@@ -127,14 +141,24 @@ def default_policies() -> list[PolicySpec]:
     return ["argmax", *(("threshold", θ) for θ in THRESHOLDS)]
 
 
-def name_of_policy(spec: PolicySpec, asks_assigner: bool) -> str:
+def name_of_policy(spec: PolicySpec, asks_assigner: bool = False) -> str:
     """The name of a policy in a report."""
     name, argument = spec if isinstance(spec, (tuple, list)) else (spec, None)
+    if name == "cascade":
+        return f"cascade {argument:g}"
+    if name == "fixed" and isinstance(argument, (int, np.integer)):
+        return f"fixed {argument}x{argument}"
     if isinstance(argument, Mapping):
         argument = ", ".join(f"{key} {value:g}" for key, value in argument.items() if isinstance(value, (int, float)))
     if isinstance(argument, float):
         argument = f"{argument:.6g}"
     return ("TLA " if asks_assigner else "policy ") + (name if argument is None else f"{name} {argument}")
+
+
+def _lengths(policy: Policy, evidence: Evidence, sureness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index `[N]` of the lengths at which a policy begins and ends; only cascades go on after the first."""
+    first = policy.choose(evidence)
+    return first, first if policy.bound is None else last_length(first, sureness, policy.bound)
 
 
 def gather_evidence(prep: AdaptivePreprocessor, images: ImageSet) -> Evidence:
@@ -193,7 +217,8 @@ def threshold_for(
 def threshold_for_drop(calibration: Calibration, right: np.ndarray, drop: float) -> float:
     """The smallest θ for which, as for all larger θ, accuracy is at most `drop` below that of the longest length.
 
-    Up to `MAX_CANDIDATES` values are tried. The condition on larger θ rejects a θ that keeps the accuracy by chance.
+    Up to `choice.MAX_CANDIDATES` values are tried. The condition on larger θ rejects a θ that keeps the accuracy by
+    chance.
 
     Args:
         calibration: calibration of the assigner on these images.
@@ -210,12 +235,9 @@ def threshold_for_drop(calibration: Calibration, right: np.ndarray, drop: float)
             f"assigner was calibrated on, got {list(right.shape)}"
         )
     right = right.astype(np.float64)
-    candidates = np.unique(np.concatenate([[0.0, 1.0], calibration.suffices[:, 1:].ravel()]))
-    if len(candidates) > MAX_CANDIDATES:
-        candidates = candidates[np.linspace(0, len(candidates) - 1, MAX_CANDIDATES).round().astype(int)]
     columns, kept = np.arange(right.shape[1]), None
     least = right[0].mean() - drop - 1e-12
-    for θ in candidates[::-1]:
+    for θ in candidates(calibration.suffices[:, 1:])[::-1]:
         if right[smallest_sufficient(calibration.suffices, θ), columns].mean() < least:
             break
         kept = float(θ)
@@ -227,12 +249,16 @@ def threshold_for_drop(calibration: Calibration, right: np.ndarray, drop: float)
 
 
 class _Tally:
-    """Computes the cost and the accuracy of choices of lengths.
+    """Computes the cost and the accuracy of choices of lengths, and collects their rows by name.
 
     Args:
         model: model whose costs are counted.
         correct: bool `[n_lengths, N]`, whether a length classifies an image correctly.
         assigner_macs: multiply-adds of the assigner for one image.
+
+    Attributes:
+        rows: rows by name; one that is there already is not computed again.
+        right: whether each image is classified correctly, bool `[N]`, by the row's name.
     """
 
     def __init__(self, model: ReViT, correct: np.ndarray, assigner_macs: int) -> None:
@@ -241,49 +267,59 @@ class _Tally:
         self.gmacs = np.array([forward_macs(model, n) / 1e9 for n in model.lengths])
         self.images = np.arange(correct.shape[1])
         self.solvable = correct.any(axis=0).mean()
+        self.rows: dict[str, Row] = {}
+        self.right: dict[str, np.ndarray] = {}
 
     def all_at(self, length: int) -> np.ndarray:
         return np.full(len(self.images), length)
 
-    def row(
-        self, name: str, kind: str, chosen: np.ndarray, policy: PolicySpec | None, asks_assigner: bool = False
-    ) -> Row:
-        """The row of a choice, int `[N]`, whose cost is that of the chosen lengths alone."""
-        gmacs = self.gmacs[chosen].mean() + asks_assigner * self.assigner_gmacs
-        return self._row(name, kind, chosen, self.tokens[chosen].mean(), gmacs, policy)
+    def add_policy(self, policy: Policy, first: np.ndarray, last: np.ndarray) -> None:
+        """Adds the row of a policy; `first` and `last` as `_lengths` returns them."""
+        asks = policy.needs == "probabilities"
+        kind = "assigner" if policy.bound is None else "cascade" if policy.threshold is None else "assigned-cascade"
+        self.add(name_of_policy(policy.spec, asks), kind, last, policy.spec, first=first, asks_assigner=asks)
 
-    def cascade_row(self, bound: float, sureness: np.ndarray) -> Row:
-        """The row of a cascade from the shortest length up; its cost includes all lengths that it ran."""
-        stops = sureness >= bound
-        stops[0] = True
-        chosen = len(stops) - 1 - stops[::-1].argmax(axis=0)
-        spent = [costs[::-1].cumsum()[::-1][chosen].mean() for costs in (self.tokens, self.gmacs)]
-        return self._row(f"cascade {bound:g}", "cascade", chosen, *spent, ("cascade", float(bound)))
+    def add(
+        self,
+        name: str,
+        kind: str,
+        last: np.ndarray,
+        policy: PolicySpec | None,
+        *,
+        first: np.ndarray | None = None,
+        asks_assigner: bool = False,
+    ) -> None:
+        """Adds the row of a choice: int `[N]`, the lengths that decide, and those that ran first if they differ."""
+        if name not in self.rows:
+            self.rows[name] = self._row(name, kind, last, last if first is None else first, policy, asks_assigner)
+            self.right[name] = self.correct[last, self.images]
 
-    def random_row(self, shares: np.ndarray, n_seeds: int, grids: tuple[int, ...]) -> Row:
-        """The mean over seeds. There is no test against the longest length: a test would be one of a single draw."""
+    def add_random(self, shares: np.ndarray, n_seeds: int, grids: tuple[int, ...]) -> None:
+        """Adds the mean over seeds. It is not tested against the longest length: that would test a single draw."""
         drawn = []
         for seed in range(n_seeds):
             policy = make_policy(("random", {"seed": seed, "shares": shares.tolist()}), grids)
-            drawn.append(self.row("random", "random", policy.choose(Evidence(self.images)), policy.spec))
+            chosen = policy.choose(Evidence(self.images))
+            drawn.append(self._row("random", "random", chosen, chosen, policy.spec, False))
         means = {name: float(np.mean([getattr(r, name) for r in drawn])) for name in ("accuracy", "tokens", "gmacs")}
         mean_shares = tuple(np.mean([r.shares for r in drawn], axis=0).tolist())
         difference = means["accuracy"] - float(self.correct[0].mean())
-        return Row("random", "random", **means, shares=mean_shares, difference=difference, policy=drawn[0].policy)
+        policy = drawn[0].policy
+        self.rows["random"] = Row("random", "random", **means, shares=mean_shares, difference=difference, policy=policy)
 
-    def _row(self, name, kind, chosen, tokens, gmacs, policy) -> Row:
-        right = self.correct[chosen, self.images]
-        shares = np.bincount(chosen, minlength=len(self.tokens)) / len(chosen)
+    def _row(self, name, kind, last, first, policy, asks_assigner) -> Row:
+        right = self.correct[last, self.images]
+        shares = np.bincount(last, minlength=len(self.tokens)) / len(last)
         by_chance = shares @ self.correct.mean(axis=1)
         room = self.solvable - by_chance
-        itself = bool((chosen == 0).all())
+        itself = bool((last == 0).all())
         gain = None if kind == "fixed" or room <= 0 else float((right.mean() - by_chance) / room)
         return Row(
             name,
             kind,
             float(right.mean()),
-            float(tokens),
-            float(gmacs),
+            float(spent(self.tokens, first, last).mean()),
+            float(spent(self.gmacs, first, last).mean() + asks_assigner * self.assigner_gmacs),
             tuple(shares.tolist()),
             float(right.mean() - self.correct[0].mean()),
             interval=None if itself else paired_interval(right, self.correct[0]),

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from revit_fast.io.finding import SUFFIXES
 from revit_fast.io.folders import walk
-from revit_fast.io.images import SUFFIXES, ImageError, read_rgb
+from revit_fast.io.images import ImageError, read_rgb
 from revit_fast.train.data import (
     EVAL_SPLITS,
     TRAIN_SPLITS,
     ArrayImages,
     ImageSet,
+    NoSplitError,
     check_same_classes,
     pick_split,
     renumbered,
@@ -108,11 +110,12 @@ def _is_split(folder: str) -> bool:
     return any(e.is_dir() for e in entries) and not any(e.name.lower().endswith(SUFFIXES) for e in entries)
 
 
-def open_idx(path: str, split: str, classes: tuple[str, ...] | None) -> ImageSet:
+def open_idx(path: str, names: Sequence[str], classes: tuple[str, ...] | None) -> ImageSet:
     """Opens a set in the idx files of MNIST."""
-    prefix = "train" if split in TRAIN_SPLITS else "t10k"
-    if split not in TRAIN_SPLITS + EVAL_SPLITS:
-        raise ValueError(f"split: idx files hold 'train' and 'test', got {split!r}")
+    found = [name for name in names if name in (*TRAIN_SPLITS, "test")]
+    if not found:
+        raise NoSplitError(f"split: idx files hold 'train' and 'test', got {names[0]!r}")
+    prefix = "train" if found[0] in TRAIN_SPLITS else "t10k"
     files = {}
     for kind, n_dims in (("images", 3), ("labels", 1)):
         matches = sorted(glob.glob(os.path.join(glob.escape(path), f"{prefix}-{kind}[-.]idx{n_dims}-ubyte*")))

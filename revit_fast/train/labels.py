@@ -19,7 +19,7 @@ from revit_fast.inference.inference_copy import InferenceCopy
 from revit_fast.inference.optimize import optimize
 from revit_fast.io.atomic import replaced
 from revit_fast.io.images import ImageError
-from revit_fast.io.names import csv_line, decoded, from_text, shortened
+from revit_fast.io.names import csv_line, decoded, from_text, shortened, whole_number
 from revit_fast.models.vit import ReViT
 from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.train.data import ImageSet, k_folds
@@ -28,6 +28,10 @@ RULES = ("smallest", "stable")
 UNSOLVED = ("longest", "shortest", "drop")
 
 FORMAT = "revit-fast length labels 1"
+"""What the first line of a file of versions before says."""
+
+SAID = ("rule", "unsolved", "images")
+"""Columns of a file of labels that are the same in every line."""
 
 CHUNK = 256
 """Number of images that are decoded at a time."""
@@ -56,6 +60,10 @@ class Predictions:
         readable = np.ones(self.logits.shape[1], dtype=bool)
         readable[list(self.unreadable)] = False
         return readable
+
+    def subset(self, places: np.ndarray) -> Predictions:
+        """The predictions for the images at `places`, which must be readable ones."""
+        return Predictions(self.grids, self.logits[:, places])
 
     def correct(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
         """Whether the best class is the right one, bool `[n_lengths, N]`; False if the logits are not finite.
@@ -113,7 +121,8 @@ def predict_lengths(
         images: the set.
         settings: preprocessing that replaces the model's, see `AdaptivePreprocessor.for_model`.
         pack_tokens: approximate number of patch tokens in a forward pass.
-        progress: called with the number of finished images and the number of all images.
+        progress: called after every forward pass with the number of finished images, whose lengths count as parts of
+            an image, and the number of all images.
 
     Returns:
         The predictions. An image that cannot be read is listed and does not affect the others.
@@ -124,14 +133,17 @@ def predict_lengths(
     logits = np.full((len(fast.grids), len(images), fast.num_classes), np.nan, dtype=np.float32)
     unreadable: dict[int, str] = {}
     for places, pixels in decoded_chunks(images, unreadable):
+        first, end = int(places[0]), int(places[-1]) + 1
+        n_tokens, n_passed = len(pixels) * sum(grid * grid for grid in fast.grids), 0
         for length, grid in enumerate(fast.grids):
             per_pack = max(1, pack_tokens // (grid * grid))
             for begin in range(0, len(pixels), per_pack):
                 some = pixels[begin : begin + per_pack]
                 result = pipe.logits(prep.pack(some, [grid] * len(some)))
                 logits[length, places[begin : begin + per_pack]] = result.numpy()
-        if progress is not None:
-            progress(int(places[-1]) + 1 if len(places) else 0, len(images))
+                n_passed += len(some) * grid * grid
+                if progress is not None:
+                    progress(first + (end - first) * n_passed // n_tokens, len(images))
     return Predictions(fast.grids, logits, unreadable)
 
 
@@ -250,22 +262,20 @@ class LengthLabels:
         return self.labels[[place[name] for name in names]]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a CSV file, all or nothing: a line `# {JSON}` with grids, rule and count, then one line per image.
+        """Writes a CSV file, all or nothing, with a header and one line per image.
 
-        Columns are name, label (empty for images left out), grid, and `right_GRID` (0 or 1) for every grid.
+        Columns are name, label (empty for images left out), grid, and `right_GRID` (0 or 1) for every grid; then, the
+        same in every line, rule, unsolved, and images, their number, by which a file that is cut short is noticed.
         """
-        head = {"format": FORMAT, "grids": self.grids, "rule": self.rule, "unsolved": self.unsolved}
-        head["images"] = len(self.names)
         with replaced(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(f"# {json.dumps(head)}\n")
-            file.write(csv_line(["name", "label", "grid", *(f"right_{grid}" for grid in self.grids)]))
+            file.write(csv_line(_columns(self.grids)))
             for name, label, right in zip(self.names, self.labels.tolist(), self.correct.T, strict=True):
                 chosen = [label, self.grids[label]] if label >= 0 else ["", ""]
-                file.write(csv_line([name, *chosen, *map(int, right)]))
+                file.write(csv_line([name, *chosen, *map(int, right), self.rule, self.unsolved, len(self.names)]))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LengthLabels:
-        """Reads a file that `save` wrote.
+        """Reads a file that `save` wrote, also one of versions before, which begins with a line `# {JSON}`.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -277,23 +287,55 @@ class LengthLabels:
             file = io.StringIO(decoded(Path(path).read_bytes()), newline="")
         except ValueError as error:
             raise ValueError(f"labels: {path}: {error}") from error
-        grids, rule, unsolved, n_images = _read_head(file.readline(), path)
-        rows = csv.reader(file)
-        names, labels, correct = [], [], []
+        head = _read_head(file.readline(), path) if file.getvalue()[:1] in ("", "#") else None
+        rows, n_before = csv.reader(file), int(head is not None)  # lines before those that `rows` counts
+        names, labels, correct, said = [], [], [], set()
         try:
-            if next(rows, None) != ["name", "label", "grid", *(f"right_{grid}" for grid in grids)]:
-                raise ValueError(f"labels: {path}, line 2: expected name,label,grid and right_GRID for {grids}")
+            header = next(rows, [])
+            grids = _grids_in(header) if head is None else head[0]
+            if header != _columns(grids)[: None if head is None else -len(SAID)]:
+                raise ValueError(
+                    f"labels: {path}, line {1 + n_before}: expected name,label,grid and right_GRID for "
+                    f"{grids or 'every grid'}"
+                )
             for row in rows:
-                label, right = _read_row(row, grids, f"{path}, line {rows.line_num + 1}")
+                own = row if head is not None else row[: -len(SAID)]
+                label, right = _read_row(own, grids, f"{path}, line {rows.line_num + n_before}")
                 names.append(from_text(row[0]))
                 labels.append(label)
                 correct.append(right)
+                said.add(tuple(row[len(own) :]))
+            rule, unsolved, n_images = _read_said(said, path) if head is None else head[1:]
         except csv.Error as error:
-            raise ValueError(f"labels: {path}, line {rows.line_num + 1}: no CSV: {error}") from error
+            raise ValueError(f"labels: {path}, line {rows.line_num + n_before}: no CSV: {error}") from error
         if n_images not in (None, len(names)):
             raise ValueError(f"labels: {path} is cut short: it holds {len(names)} of {n_images} images; make it again")
         correct = np.array(correct, dtype=bool).reshape(-1, len(grids)).T
         return cls(grids, tuple(names), np.array(labels, dtype=np.int64), correct, rule, unsolved)
+
+
+def _columns(grids: Sequence[int]) -> list[str]:
+    return ["name", "label", "grid", *(f"right_{grid}" for grid in grids), *SAID]
+
+
+def _grids_in(header: Sequence[str]) -> tuple[int, ...]:
+    """The grids that a header names, as far as they are numbers."""
+    named = (whole_number(column.removeprefix("right_")) for column in header[3 : -len(SAID)])
+    return tuple(grid for grid in named if grid)
+
+
+def _read_said(said: set[tuple[str, ...]], path: str | os.PathLike) -> tuple[str, str, int]:
+    """Rule, unsolved and number of images, of which every line must say the same."""
+    if not said:
+        raise ValueError(f"labels: {path} is cut short: it holds no image; make it again")
+    rule, unsolved, n_images = found = min(said)
+    legal = rule in RULES and unsolved in UNSOLVED and whole_number(n_images) is not None
+    if len(said) > 1 or not legal:
+        raise ValueError(
+            f"labels: {path}: expected one {', '.join(SAID)} in all lines, of {', '.join(RULES)} and "
+            f"{', '.join(UNSOLVED)}, got {shortened(','.join(found))}; make it again"
+        )
+    return rule, unsolved, int(n_images)
 
 
 def _read_head(line: str, path: str | os.PathLike) -> tuple[tuple[int, ...], str, str, int | None]:

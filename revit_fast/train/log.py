@@ -31,7 +31,8 @@ class RunLog:
         _drop_rows_after(folder / EPOCHS, evaluated)
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # an optional package
+        except ImportError:
+            self.say('tensorboard/ is left out; it needs tensorboard: pip install "revit-fast[train]"')
             return
         try:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

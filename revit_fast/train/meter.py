@@ -46,6 +46,10 @@ class Meter:
         n = sums[2].clamp(min=1)
         return Means(sums[0] / n, sums[1] / n, norm / max(updates, 1.0))
 
+    def loss(self) -> float:
+        """Mean loss of this process over all lengths."""
+        return (self.sums[0].sum() / self.sums[2].sum().clamp(min=1)).item()
+
     def images_per_s(self) -> float:
         """Throughput of this process since the meter was made."""
         return self._images / max(time.perf_counter() - self._since, 1e-9)

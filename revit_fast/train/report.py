@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from revit_fast.adaptive.policies import PolicySpec
 from revit_fast.io.atomic import replaced, write_json
@@ -33,6 +35,11 @@ class Time:
     ratio: float
     ratio_quartiles: tuple[float, float]
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Time:
+        """The time whose values `asdict` gave, as JSON holds them."""
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,7 +47,7 @@ class Row:
 
     Attributes:
         name: name of the policy or baseline.
-        kind: "fixed", "assigner", "random", "entropy", "cascade" or "oracle".
+        kind: "fixed", "assigner", "random", "entropy", "cascade", "assigned-cascade" or "oracle".
         accuracy: share of the images that are classified correctly.
         tokens: mean patch tokens per image, summed over all lengths that were run.
         gmacs: mean multiply-adds per image, in billions; they include the assigner's if the policy uses it.
@@ -83,6 +90,10 @@ class Report:
         assigner_gmacs: multiply-adds of the assigner per image, in billions.
         dtype: name of the dtype of the weights that the model multiplied with, such as "bfloat16".
         machine: setup in which times were measured; None without times.
+        verdict: whether adaptive lengths pay here, and what to take (`verdict.with_verdict`); None if it was not asked.
+        taken: name of the row to take; None without a verdict.
+        right: whether each image is classified correctly, bool `[N]`, by the row's name; not saved.
+        correct: whether each length classifies an image correctly, bool `[n_lengths, N]`; not saved.
     """
 
     rows: tuple[Row, ...]
@@ -95,6 +106,10 @@ class Report:
     assigner_gmacs: float
     dtype: str
     machine: Mapping[str, Any] | None = None
+    verdict: str | None = None
+    taken: str | None = None
+    right: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    correct: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def row(self, name: str) -> Row:
         """The row with this name."""
@@ -106,7 +121,7 @@ class Report:
         return replace(self, rows=rows, machine=dict(machine))
 
     def table(self) -> str:
-        """A Markdown table, with a description of the images above it and of the columns below it."""
+        """A Markdown table, a description of the images above it, and of the columns below it; then the verdict."""
         timed = any(row.time for row in self.rows)
         heads = ["policy", "accuracy", "to longest", "95 % interval", "p", "tokens", "GMACs", "gain", *_shares(self)]
         heads += ["images/s", "quartiles", "ratio"] if timed else []
@@ -130,12 +145,16 @@ class Report:
         if timed:
             machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
             foot += ["", f"Decoded pixels to logits, medians of rounds in turns; {machine}."]
+        if self.verdict is not None:
+            foot += ["", f"**Verdict.** {self.verdict}"]
         return "\n".join([*head, *table, *foot]) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """All values as JSON, except for the oracle's choice for every image."""
+        """All values as JSON, except for the results of single images."""
         rows = [asdict(row) | ({"policy": None} if row.kind == "oracle" else {}) for row in self.rows]
-        return {"format": FORMAT, **asdict(self), "rows": rows}
+        values = asdict(replace(self, rows=(), right={}, correct=None))
+        del values["right"], values["correct"]
+        return {"format": FORMAT, **values, "rows": rows}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, all or nothing."""
@@ -167,15 +186,24 @@ class Report:
                 figure.savefig(temporary, format=suffix[1:], metadata=metadata)
 
     def _draw(self, axes, cost: str) -> None:
-        styles = {"fixed": "s-", "assigner": "o-", "cascade": "^-", "random": "x", "entropy": "+", "oracle": "*"}
+        styles = {"fixed": "s-", "assigner": "o-", "cascade": "^-", "assigned-cascade": "D-"}
+        styles |= {"random": "x", "entropy": "+", "oracle": "*"}
         names = {"fixed": "fixed length", "assigner": "assigner (TLA)", "cascade": "confidence cascade"}
+        names["assigned-cascade"] = "assigner, then cascade"
+        base = self.rows[0].accuracy
         for kind, style in styles.items():
             rows = sorted((r for r in self.rows if r.kind == kind), key=lambda r: getattr(r, cost))
             if rows:
                 x, y = [getattr(r, cost) for r in rows], [100 * r.accuracy for r in rows]
-                axes.plot(x, y, style, label=names.get(kind, kind), markersize=6, linewidth=1)
+                (line,) = axes.plot(x, y, style, label=names.get(kind, kind), markersize=6, linewidth=1)
+                ends = [[100 * (base + end) for end in r.interval or (r.difference,) * 2] for r in rows]
+                axes.vlines(x, *zip(*ends, strict=True), color=line.get_color(), linewidth=0.8, alpha=0.6)
+        if self.taken is not None:
+            row = self.row(self.taken)
+            label = f"to take: {row.name}"
+            axes.plot(getattr(row, cost), 100 * row.accuracy, "o", ms=14, mfc="none", mec="black", label=label)
         axes.set_xlabel("GMACs an image, mean" if cost == "gmacs" else "patch tokens an image, mean")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel("accuracy, % (bars: 95 % interval of the difference to the longest)")
         axes.set_title(f"{self.n_images} images, {self.n_classes} classes")
         axes.grid(alpha=0.3)
         axes.legend()

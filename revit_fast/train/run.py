@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
@@ -79,10 +80,14 @@ def evaluation_images(path: str, *training: ImageSet, split: str = TEST_SPLIT) -
         NoSplitError: if there is no evaluation split, or the data have no splits at all.
     """
     found = open_images(path, split, training[0].classes)
-    # The first image of a set is the first of one of its parts.
-    if found.name(0) in [part.name(0) for part in training]:
+    if is_training(found, *training):
         raise NoSplitError(f"split: {path} has no splits: its images are those of training")
     return found
+
+
+def is_training(images: ImageSet, *training: ImageSet) -> bool:
+    """Whether a set is the training set, given whole or in parts: its first image is the first of a part."""
+    return images.name(0) in [part.name(0) for part in training]
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -184,6 +189,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     terminal: TextIO | None = None,
+    sets: tuple[ImageSet, ImageSet] | None = None,
     check: Callable[[ReViT, ImageSet, ImageSet], None] = lambda model, images, held_out: None,
 ) -> Accuracy:
     """Trains as configured; writes the files of `Trainer`, and at the end a bundle without an assigner in `bundle/`.
@@ -194,6 +200,7 @@ def train(
         device: "cpu" or "cuda".
         resume: continue from the checkpoint in the folder; without a checkpoint the run starts anew.
         terminal: where progress is printed; None: nowhere.
+        sets: images to train on and those held out; None: those that `open_data` gives.
         check: called before the first update with a copy of the model as it will be deployed, the images to train on
             and those held out. It raises what later stages would refuse.
 
@@ -202,15 +209,17 @@ def train(
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is not set, or another process trains in it.
+        ModuleNotFoundError: without safetensors.
         others: see `Trainer.fit`, `open_data`, `build_model` and `checks`: all before the first update, except for what
             only a training can show.
     """
+    import_module("safetensors")  # of the checkpoints; timm does without it
     config = config.resolved()
     if not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(f"{folder} holds a run already; resume it, or give another folder")
     world = World(config.mode, len(config.grids), device)
     with closing(world), ExitStack() as stack:
-        images, held_out = open_data(config)
+        images, held_out = sets or open_data(config)
         check_classes(images)
         check_outside(images, folder)
         for some, what in ((images, "training images"), (held_out, "held-out images")):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from revit_fast.io.images import SUFFIXES, ImageError, read_rgb
+from revit_fast.io.finding import SUFFIXES
+from revit_fast.io.images import ImageError, read_rgb
 from revit_fast.io.names import read_names, shortened, whole_number
 from revit_fast.train.data import EVAL_SPLITS, TRAIN_SPLITS, ImageSet, pick_split, renumbered
 

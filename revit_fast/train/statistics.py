@@ -38,6 +38,17 @@ def paired_interval(right: np.ndarray, reference: np.ndarray) -> tuple[float, fl
     return max(float(low), -1.0), min(float(high), 1.0)
 
 
+def mean_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences `[N]` (normal); from -inf to inf if there are fewer than two."""
+    if len(differences) < 2:
+        return -math.inf, math.inf
+    mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
+    if error == 0:
+        return float(mean), float(mean)
+    low, high = norm.interval(0.95, mean, error)
+    return float(low), float(high)
+
+
 def _only_one_right(right: np.ndarray, reference: np.ndarray) -> tuple[int, int]:
     """The number of images where only the first is right, and the number where only the second is right."""
     return int((right & ~reference).sum()), int((reference & ~right).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from revit_fast.train.report import Report, Time
 
 ROUNDS = 7
 
+LEAST_TIMED = 64
+"""Least number of images of a round, if there are as many."""
+
 
 def measure(
     report: Report,
@@ -26,37 +29,66 @@ def measure(
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
-    """The report with the times of its rows.
-
-    Policies take turns in a different order every round, so that other load on the machine slows all of them alike. A
-    first round, which packs weights and warms caches, is not counted. The oracle's time excludes its decisions.
+    """The report with the times of its rows, see `rates`. The oracle's time excludes its decisions.
 
     Args:
         report: report of `evaluate`.
+        pipe: see `rates`.
+        pixels: see `rates`; the oracle needs the first of the evaluated images.
+        rounds: see `rates`.
+        clock: see `rates`.
+    """
+    policies = {row.name: row.policy for row in report.rows if row.policy is not None}
+    return report.with_times(*rates(policies, pipe, pixels, rounds=rounds, clock=clock))
+
+
+def rates(
+    policies: Mapping[str, PolicySpec],
+    pipe: AdaptivePipeline,
+    pixels: Sequence[np.ndarray],
+    *,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    seconds: float | None = None,
+) -> tuple[dict[str, Time], dict[str, Any]]:
+    """Times of policies, by name, and the setup of the measurement.
+
+    Policies take turns in a different order every round, so that other load on the machine slows all of them alike. A
+    first round, which packs weights and warms caches, is not counted.
+
+    Args:
+        policies: policies by name; the first is the one that ratios are to.
         pipe: pipeline of an optimised model, with the assigner.
-        pixels: decoded images, uint8 `[H, W, 3]` or `[H, W]`; the oracle needs the first of the evaluated images.
+        pixels: decoded images, uint8 `[H, W, 3]` or `[H, W]`.
         rounds: number of rounds that are counted, at least 1.
         clock: function that gives the time in seconds.
+        seconds: about how long all rounds may take: the first round runs `LEAST_TIMED` images, and later ones as many
+            more as the time allows; None: all rounds run all images.
     """
     if rounds < 1 or len(pixels) == 0:
         raise ValueError(f"rounds, pixels: expected at least one of each, got {rounds} and {len(pixels)}")
-    rows = [row for row in report.rows if row.policy is not None]
-    seconds = {row.name: [] for row in rows}
+    names, n_images = list(policies), len(pixels)
+    taken = {name: [] for name in names}
     rng = np.random.default_rng(0)
+    begun = clock()
     for n in range(rounds + 1):
-        for i in rng.permutation(len(rows)):
+        some = pixels[: min(n_images, LEAST_TIMED) if n == 0 and seconds is not None else n_images]
+        for i in rng.permutation(len(names)):
             begin = clock()
-            run(pipe, rows[i].policy, pixels)
+            run(pipe, policies[names[i]], some)
             if n:
-                seconds[rows[i].name].append(clock() - begin)
-    longest = np.array(seconds[report.rows[0].name])
+                taken[names[i]].append(clock() - begin)
+        if n == 0 and seconds is not None:
+            a_round = max(clock() - begun, 1e-9) * n_images / len(some)
+            n_images = min(n_images, max(LEAST_TIMED, int(n_images * seconds / (rounds * a_round))))
+    longest = np.array(taken[names[0]])
     times = {}
-    for name, taken in seconds.items():
-        rates, ratios = len(pixels) / np.array(taken), longest / np.array(taken)
-        low, median, high = np.quantile(rates, (0.25, 0.5, 0.75)).tolist()
+    for name, values in taken.items():
+        rate, ratios = n_images / np.array(values), longest / np.array(values)
+        low, median, high = np.quantile(rate, (0.25, 0.5, 0.75)).tolist()
         low_ratio, ratio, high_ratio = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         times[name] = Time(median, (low, high), ratio, (low_ratio, high_ratio))
-    return report.with_times(times, machine(len(pixels), rounds))
+    return times, machine(n_images, rounds)
 
 
 def run(pipe: AdaptivePipeline, policy: PolicySpec, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -6,32 +6,32 @@ import copy
 import hashlib
 import itertools
 import math
-import signal
-from collections.abc import Iterable
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from revit_fast.inference.optimize import optimize
 from revit_fast.io.atomic import make_folder
 from revit_fast.io.memory import keep_freed_pages
-from revit_fast.io.names import on_one_line
+from revit_fast.io.names import on_one_line, say
 from revit_fast.models.vit import ReViT
+from revit_fast.train.accuracy import Accuracy, accuracy_on
 from revit_fast.train.checkpoint import load_state, save_state, save_weights
 from revit_fast.train.checks import updates_per_epoch
 from revit_fast.train.config import TrainConfig, absolute_paths
 from revit_fast.train.data import ImageSet
 from revit_fast.train.distributed import World
-from revit_fast.train.loader import Batch, EvalLoader, TrainLoader
-from revit_fast.train.log import EPOCHS, STEPS, RunLog, percentages
+from revit_fast.train.loader import Batch, TrainLoader
+from revit_fast.train.log import RunLog
 from revit_fast.train.losses import length_loss, tlsd_loss
 from revit_fast.train.meter import Meter
 from revit_fast.train.modes import check_trainable, in_training_modes
 from revit_fast.train.optimizers import create_optimizer
-from revit_fast.train.stopping import Interrupted, NotFiniteError, signals_call
+from revit_fast.train.progress import RunProgress
+from revit_fast.train.stopping import NotFiniteError, Stop, stoppable
 
 CACHED_ACTIVATIONS, FEWEST_ROWS = 2**20, 2048
 """Largest number of values in one activation of a pack on a CPU, and number of rows that a pack may have in any case.
@@ -42,21 +42,6 @@ Packs of 700 rows take 1.05 times as long; packs of 1,400 rows take the same tim
 """
 
 CHECKPOINT, FINAL, BEST, CONFIG = "checkpoint.safetensors", "model.safetensors", "best.safetensors", "train.json"
-EVAL_BATCH = 256
-
-
-class Accuracy(NamedTuple):
-    """Accuracy and loss of a model on an image set.
-
-    Attributes:
-        accuracy: share of the images that are classified correctly, `[n_lengths]`, the longest length first.
-        loss: mean cross-entropy, `[n_lengths]`.
-        n_images: number of readable images.
-    """
-
-    accuracy: list[float]
-    loss: list[float]
-    n_images: int
 
 
 class Trainer:
@@ -149,7 +134,8 @@ class Trainer:
         self._micro_batch = config.micro_batch or (cached_images(model) if on_cpu else config.batch_size)
         self._wrapped = self.world.wrap(model)
         self._terminal = terminal if self.world.is_first else None
-        self._stop: int | None = None
+        self._stop = Stop()
+        self._progress = RunProgress(config, RunLog(None), 0, self.n_updates, self.world.n_groups)  # silent
 
     @in_training_modes
     def fit(self) -> Accuracy | None:
@@ -159,7 +145,8 @@ class Trainer:
 
         Raises:
             NotFiniteError: if the loss is NaN or infinite.
-            Interrupted: after SIGINT or SIGTERM (with one process); the checkpoint is written first.
+            Interrupted: after SIGINT or SIGTERM (with one process). The unfinished update is thrown away, and the state
+                after the last finished one is written first.
             KeyboardInterrupt: after a second SIGINT, at once; the last checkpoint is kept.
             UnreadableError: if too many images are unreadable.
             OSError: if a file cannot be written.
@@ -170,19 +157,34 @@ class Trainer:
             make_folder(folder)
             self.config.save(folder / CONFIG)
         self.log = RunLog(folder, self.step, self.epoch * self.updates_per_epoch, self._terminal)
-        accuracy = None
+        self._progress = RunProgress(self.config, self.log, self.step, self.n_updates, self.world.n_groups)
         try:
             # Several processes could stop at different updates, so they keep the default handling of signals.
-            with nullcontext() if self.world.size > 1 else signals_call(self._stop_after_update):
-                while self.epoch < self.config.epochs:
-                    accuracy = self._epoch()
+            several = self.world.size > 1
+            with nullcontext(Stop()) if several else stoppable(self.log.say, self._where) as self._stop:
+                return self._to_the_end(folder)
+        finally:
+            self.log.close()
+
+    def _to_the_end(self, folder: Path | None) -> Accuracy | None:
+        """Trains all epochs, and writes a checkpoint if it is asked to stop before their end."""
+        accuracy = None
+        try:
+            while self.epoch < self.config.epochs:
+                accuracy = self._epoch()
             if accuracy is None and self.held_out is not None:
                 accuracy = self.evaluate()
             if folder is not None:
                 save_weights(folder / FINAL, self.weights(), self.loader.images.classes)
-        finally:
-            self.log.close()
+            self._stop.check()
+        except KeyboardInterrupt:
+            if self._stop.asked:
+                self.save_checkpoint()
+            raise
         return accuracy
+
+    def _where(self) -> str:
+        return f" after update {self.step} of {self.n_updates}"
 
     def _epoch(self) -> Accuracy | None:
         """Trains the rest of the current epoch, evaluates, and writes a checkpoint."""
@@ -190,13 +192,11 @@ class Trainer:
         accumulate = self.config.grad_accum_steps
         with closing(self.loader.epoch(epoch, done * accumulate)) as batches:
             for _ in range(done, self.updates_per_epoch):
-                self._update(list(itertools.islice(batches, accumulate)))
+                with self._stop.at_once():
+                    some = list(itertools.islice(batches, accumulate))
+                self._update(some)
                 if self.step % self.config.log_steps == 0:
                     self._report(epoch)
-                if self._stop is not None:
-                    self.save_checkpoint()
-                    stopped = f"stopped by {signal.Signals(self._stop).name} after update {self.step}"
-                    raise Interrupted(f"{stopped} of {self.n_updates}; resume to go on")
                 if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                     self.save_checkpoint()
         if self.unreadable:
@@ -209,29 +209,51 @@ class Trainer:
         return accuracy
 
     def _update(self, batches: list[Batch]) -> None:
-        """Makes one step of the optimizer with the mean gradient over the batches."""
+        """Makes one step of the optimizer with the mean gradient over the batches.
+
+        If the run is asked to stop before the step, everything that a checkpoint holds is as before.
+        """
+        buffers, meter = [(buffer, buffer.clone()) for buffer in self.model.buffers()], copy.deepcopy(self._meter)
+        try:
+            with self._stop.at_once():
+                norm = self._gradient(batches)
+        except KeyboardInterrupt:
+            for buffer, value in buffers:  # statistics of batch norms
+                buffer.copy_(value)
+            self._meter = meter
+            raise
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.step)
+        self._meter.gradient(norm)
+        self._progress.passed(self.step, self.epoch, 0, self._meter)
+
+    def _gradient(self, batches: list[Batch]) -> Tensor:
+        """Sets the gradient, pack by pack, and returns its norm."""
         self.model.train()
         torch.manual_seed(_seed_of(self.config.seed, self.step, self.world.rank))
         if self.schedule is not None:  # it is None for "none"
             self.schedule.step_update(self.step)
         self.model.zero_grad()
         parts = [(part, len(batch.target)) for batch in batches for part in batch.parts(self._micro_batch)]
+        n_passed = 0
         for i, (part, n_images) in enumerate(parts):
+            self._stop.check()  # where a signal's exception was lost, as in a destructor
             last = i + 1 == len(parts)
             with nullcontext() if last else self.world.without_sync(self._wrapped):
                 loss, _ = self.forward(part)
                 if not torch.isfinite(loss.detach()).item():
                     raise NotFiniteError(self._not_finite(loss, part))
                 (loss * (len(part.target) / n_images / len(batches))).backward()
+            n_passed += len(part.target)
+            if not last:
+                self._progress.passed(self.step, self.epoch, n_passed, self._meter)
         limit = math.inf if self.config.clip_grad is None else self.config.clip_grad
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not torch.isfinite(norm).item():
             raise NotFiniteError(self._not_finite(norm, batches[-1], "norm of the gradient"))
-        self.optimizer.step()
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.model, step=self.step)
-        self._meter.gradient(norm)
+        return norm
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss and the logits `[n_views, B, K]` of a batch.
@@ -270,65 +292,25 @@ class Trainer:
         """Writes a line of the log with the means since the last line."""
         means, rate = self._meter.means(self.world), self._meter.images_per_s() * self.world.n_groups
         self._meter = Meter(len(self.config.grids))
-        if not self.world.is_first:
-            return
-        lr = self._lr()
-        row = {"step": self.step, "epoch": epoch + 1, "lr": lr, "loss": means.loss.mean().item()}
-        for grid, loss, accuracy in zip(self.config.grids, means.loss.tolist(), means.accuracy.tolist(), strict=True):
-            row |= {f"loss_{grid}": loss, f"accuracy_{grid}": accuracy}
-        self.log.add(STEPS, row | {"gradient_norm": means.gradient_norm, "images_per_s": rate})
-        left = (self.n_updates - self.step) * self.config.batch_size * self.config.grad_accum_steps
-        self.log.say(
-            f"epoch {epoch + 1}/{self.config.epochs}  update {self.step}/{self.n_updates}  loss {row['loss']:.4f}  "
-            f"accuracy at {'/'.join(map(str, self.config.grids))}: {percentages(means.accuracy.tolist())}  "
-            f"lr {lr:.2e}  {rate:.0f} images/s  {_duration(left * self.world.n_groups / rate)} left"
-        )
+        if self.world.is_first:
+            self._progress.updated(self.step, epoch, self._lr(), means, rate)
 
     def _end_epoch(self, epoch: int) -> Accuracy:
         accuracy = self.evaluate()
         if self.world.is_first:
-            row = {"step": self.step, "epoch": epoch + 1}
-            for grid, share, loss in zip(self.config.grids, accuracy.accuracy, accuracy.loss, strict=True):
-                row |= {f"accuracy_{grid}": share, f"loss_{grid}": loss}
-            self.log.add(EPOCHS, row)
-            unreadable = len(self.held_out) - accuracy.n_images
-            self.log.say(
-                f"epoch {epoch + 1}/{self.config.epochs}  held out at {'/'.join(map(str, self.config.grids))}: "
-                f"{percentages(accuracy.accuracy)} of {accuracy.n_images} images"
-                + (f", {unreadable} more could not be read" if unreadable else "")
-            )
+            n_unreadable = len(self.held_out) - accuracy.n_images
+            self._progress.evaluated(self.step, epoch, *accuracy, n_unreadable)
         if accuracy.accuracy[0] > self.best:
             self.best = accuracy.accuracy[0]
             if self.folder is not None and self.world.is_first:
                 save_weights(self.folder / BEST, self.weights(), self.loader.images.classes)
         return accuracy
 
-    @torch.no_grad()
     def evaluate(self) -> Accuracy:
         """Accuracy at every length on the held-out images, which are divided among the processes."""
-        model = self.plain()
-        if self.world.device.type == "cpu":
-            model = optimize(model)
-        n_lengths = len(model.grids)
-        totals = torch.zeros(2 * n_lengths + 1, dtype=torch.float64, device="cpu")
-        for batch in self._held_out_batches():
-            logits = model(batch.images.to(self.world.device)).view(n_lengths, len(batch.target), -1).double().cpu()
-            right = ((logits.argmax(dim=2) == batch.target) & logits.isfinite().all(dim=2)).sum(dim=1)
-            losses = [torch.nn.functional.cross_entropy(z, batch.target, reduction="sum") for z in logits]
-            totals += torch.cat([right.double(), torch.stack(losses), right.new_tensor([len(batch.target)]).double()])
-        totals = self.world.sum(totals).cpu()
-        n = max(int(totals[-1]), 1)
-        return Accuracy((totals[:n_lengths] / n).tolist(), (totals[n_lengths:-1] / n).tolist(), int(totals[-1]))
-
-    def _held_out_batches(self) -> Iterable[Batch]:
-        """Batches of this process's share of the held-out images; the images may be fewer than the processes."""
-        places = range(self.world.rank, len(self.held_out), self.world.size)
-        if not places:
-            return ()
-        # As in training, every process allows as many unreadable images as the whole set may have.
-        allowed = min(self.config.max_unreadable * len(self.held_out) / len(places), 1.0)
-        options = {"batch_size": EVAL_BATCH, "max_unreadable": allowed, **self._eval_settings}
-        return EvalLoader(self.held_out.subset(places), **options)
+        options = {"max_unreadable": self.config.max_unreadable, "settings": self._eval_settings}
+        with self._stop.at_once():
+            return accuracy_on(self.held_out, self.plain(), self.world, partial(say, self._terminal), **options)
 
     @property
     def unreadable(self) -> dict[str, str]:
@@ -420,9 +402,6 @@ class Trainer:
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(values)
 
-    def _stop_after_update(self, signal_number: int) -> None:
-        self._stop = signal_number
-
 
 MAY_CHANGE = {"workers", "checkpoint_steps", "log_steps", "max_unreadable"}
 """Choices that may change when a run is resumed, because they do not change its results."""
@@ -438,8 +417,3 @@ def _seed_of(*numbers: int) -> int:
     """A different seed for every tuple of numbers."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"

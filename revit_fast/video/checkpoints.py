@@ -20,7 +20,7 @@ from revit_fast.grids import DEFAULT_GRIDS, scaled_grids
 from revit_fast.io.atomic import is_empty, read_json, replaced_folder
 from revit_fast.io.names import dumps, loads
 from revit_fast.io.verified import files_in, read_file, read_together
-from revit_fast.models.weights import read_checkpoint
+from revit_fast.models.weights import names_by_id, read_checkpoint
 from revit_fast.video.model import SETTINGS, TimeSformer
 from revit_fast.video.transformers_import import config_from_transformers, config_to_transformers
 
@@ -83,9 +83,7 @@ def read_folder(folder: str | os.PathLike) -> Checkpoint:
     if PROCESSOR in contents:
         processor = _parsed(contents[PROCESSOR], folder / PROCESSOR)
         model.pretrained_cfg = _settings(processor, folder / PROCESSOR)
-    names = config.get("id2label") or {}
-    known = len(names) == model.num_classes and all(str(i) in names for i in range(len(names)))
-    return Checkpoint(model, tuple(str(names[str(i)]) for i in range(len(names))) if known else None)
+    return Checkpoint(model, names_by_id(config.get("id2label") or {}, model.num_classes))
 
 
 def save_folder(folder: str | os.PathLike, model: TimeSformer, classes: Sequence[str] | None = None) -> None:

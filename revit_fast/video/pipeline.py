@@ -18,7 +18,7 @@ from revit_fast.streaming.pipeline import AdaptivePipeline
 from revit_fast.video.clips import PackedClips
 from revit_fast.video.engine import optimize as optimized_copy
 from revit_fast.video.model import TimeSformer
-from revit_fast.video.reader import ClipSource, read_clip
+from revit_fast.video.reader import CLIPS, ClipSource, read_clip
 
 
 def clip_macs(model: TimeSformer, n_patches: int, n_frames: int) -> int:
@@ -132,6 +132,8 @@ class ClipPipeline(AdaptivePipeline):
     The same as `AdaptivePipeline`, over a `TimeSformer` and a `ClipPreprocessor`; sources are paths, bytes or uint8
     frames `[F, H, W, 3]`.
     """
+
+    KIND = CLIPS
 
 
 def pipeline(
