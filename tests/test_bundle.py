@@ -362,15 +362,23 @@ class TestCommands:
             assert record["grid"] == result.grid
             assert record["top"][0] == {"class": result.top(1)[0]["label"], "probability": result.top(1)[0]["score"]}
 
+    def test_an_assigned_cascade_is_kept_and_runs(self, capsys, folder, photos, tmp_path):
+        policy = ("assigned-cascade", {"threshold": 0.5, "confidence": 1.0})
+        save_bundle(tmp_path / "both", make_model(), make_assigner(), classes=CLASSES, settings=SETTINGS, policy=policy)
+        assert read_bundle(tmp_path / "both").policy == policy
+        expected = [(r.grid, r.n_tokens) for r in rf.load(folder, policy=policy)(IMAGES)]
+        assert {r.grid for r in rf.load(folder, policy=("threshold", 0.5)).assign(IMAGES)} == {3}
+        assert set(expected) == {(4, 10 + 17)}, "the assigned grid, then the next longer one"
+        for options in ((tmp_path / "both",), (folder, "--policy", "assigned-cascade:0.5,1")):
+            found = self.run(capsys, "predict", photos, "--model", *options)[1]
+            assert [(r["grid"], r["tokens"]) for r in found] == expected
+
     def test_explicit_options_win(self, capsys, folder, photos, tmp_path):
         def grids(*options):
             return [r["grid"] for r in self.run(capsys, "assign", photos, "--model", folder, *options)[1]]
 
         assert grids() == [r.grid for r in rf.load(folder)(IMAGES)]
         assert grids("--grid", 3) == [3] * 6
-        policy = ("assigned-cascade", {"threshold": 0.5, "confidence": 0.5})
-        expected = [r.grid for r in rf.load(folder, policy=policy)(IMAGES)]
-        assert grids("--policy", "assigned-cascade:0.5,0.5") == expected
         assert grids("--policy", "threshold:1") == [r.grid for r in rf.load(folder, policy=("threshold", 1))(IMAGES)]
         other = make_assigner()
         with torch.no_grad():

@@ -124,6 +124,11 @@ class TestWinner:
         won = winner(self.options(Option(("cascade", 0.5), right, 6.0, 6.0)), 7.0, 0.0)
         assert won.policy == {"cascade": ("cascade", 0.5), "fixed": ("fixed", 7)}[expected]
 
+    @pytest.mark.parametrize(("gmacs", "expected"), [(4.9, "cascade"), (4.7, "threshold")])
+    def test_a_cascade_that_costs_little_more(self, gmacs, expected):
+        more = [Option(("threshold", 0.5), RIGHT, gmacs), Option(("cascade", 0.9), RIGHT, 5.0)]
+        assert winner(self.options(*more), None, 0.0).policy[0] == expected
+
     def test_the_cheapest_of_several(self):
         more = [Option(("threshold", 0.5), RIGHT, 5.0), Option(("cascade", 0.9), RIGHT, 3.0)]
         more += [Option(("cascade", 0.1), LESS, 1.0)]

@@ -148,7 +148,8 @@ def winner(options: Sequence[Option], budget: float | None, max_drop: float) -> 
 
     Without a budget: the fixed length with the fewest multiply-adds that loses at most `max_drop` of the mean of
     `right` at the longest length. A choice for every image wins against it if it, too, loses no more, saves
-    `LEAST_SAVING` of the multiply-adds, and is faster where that was measured.
+    `LEAST_SAVING` of the multiply-adds, and is faster where that was measured. Of several the cheapest wins, or a
+    cascade, which needs no assigner, if the cheapest one does not save `LEAST_SAVING` against it.
 
     With a budget: the fixed length with the largest mean of `right` within the budget. A choice for every image within
     the budget wins against it if the 95 % interval of its lead lies above zero.
@@ -164,6 +165,8 @@ def winner(options: Sequence[Option], budget: float | None, max_drop: float) -> 
         fixed = next(o for o in kept if o.is_fixed)
         rivals = [o for o in kept if not o.is_fixed and o.gmacs <= (1 - LEAST_SAVING) * fixed.gmacs]
         rivals = [o for o in rivals if o.images_per_s is None or o.images_per_s > fixed.images_per_s]
+        near = [o for o in rivals if rivals[0].gmacs > (1 - LEAST_SAVING) * o.gmacs]
+        rivals = [o for o in near if o.policy[0] == "cascade"] or rivals
     else:
         kept = [o for o in options if o.cost <= budget * (1 + 1e-12)]
         kept.sort(key=lambda o: -o.right.mean())

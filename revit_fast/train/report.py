@@ -203,8 +203,9 @@ class Report:
             label = f"to take: {row.name}"
             axes.plot(getattr(row, cost), 100 * row.accuracy, "o", ms=14, mfc="none", mec="black", label=label)
         axes.set_xlabel("GMACs an image, mean" if cost == "gmacs" else "patch tokens an image, mean")
-        axes.set_ylabel("accuracy, % (bars: 95 % interval of the difference to the longest)")
-        axes.set_title(f"{self.n_images} images, {self.n_classes} classes")
+        axes.set_ylabel("accuracy, %")
+        bars = "bars: 95 % interval of the difference to the longest length"
+        axes.set_title(f"{self.n_images} images, {self.n_classes} classes; {bars}", fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend()
 
