@@ -82,11 +82,13 @@ def printed(code: str, *arguments: str, **environment: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Each use runs in a fork of one process, which has imported the package and done nothing else.
+# Each use runs in a fork of one process, which has imported the package and what it loads later, and done nothing else.
 USES = """
 import multiprocessing, pickle
 import numpy as np
+import timm.optim, timm.scheduler
 import torch
+import torch._dynamo
 import revit_fast as rf
 import revit_fast.video
 from revit_fast.cli import main

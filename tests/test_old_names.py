@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import full
 
 import revit_fast as rf
 from revit_fast._importing import MOVED
@@ -143,10 +144,10 @@ class TestLazyRoot:
         [
             ("import revit_fast", "import torch"),
             ("import torch", "import revit_fast"),
-            ("from revit_fast.packing import PackedBatch", "import torch, revit_fast.ops"),
+            full(("from revit_fast.packing import PackedBatch", "import torch, revit_fast.ops")),
             ("from revit_fast.engine import optimize", "import torch"),
-            ("import revit_fast.timm_models", "import torch"),
-            ("from revit_fast import flash_attn_compat", "import torch"),
+            full(("import revit_fast.timm_models", "import torch")),
+            full(("from revit_fast import flash_attn_compat", "import torch")),
         ],
     )
     def test_operators_are_there_whatever_comes_first(self, lines):
