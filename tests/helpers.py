@@ -26,6 +26,14 @@ EMULATED = ("avx2x16", "avx2_vnni", "avx2_amx")
 device = "cpu"
 """Where the ops run, by the option --device: cpu, interpreter (CPU tensors, Triton kernels) or cuda."""
 
+quick = True
+"""Whether tests marked `full` are left out."""
+
+
+def examples(n: int) -> int:
+    """Examples of a property of dear ops: `n`, of which the quick suite tries a third."""
+    return -(-n // 3) if quick else n
+
 
 def only_on(*devices: str, reason: str) -> pytest.MarkDecorator:
     """Marks a test, or a parameter of one, that says something about these devices alone."""

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -92,7 +93,7 @@ def batches(draw):
     return images, sizes, patch, boxes, draw(st.sampled_from(list(FILTERS)))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=batches())
 def test_equals_pillow_bitwise(isa, batch):
     images, sizes, patch, boxes, interpolation = batch
@@ -102,7 +103,7 @@ def test_equals_pillow_bitwise(isa, batch):
     assert packed.grids == tuple((h // patch, w // patch) for h, w in sizes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(batch=batches())
 def test_reference_equals_pillow_bitwise(batch):
     images, sizes, patch, boxes, interpolation = batch

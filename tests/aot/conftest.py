@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections import Counter
 
+import helpers
 import pytest
 
 COMPILES = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
@@ -37,7 +38,7 @@ if COMPILES:
             return
         sample = _sample()
         found = [pytest.param(c, id=str(c)) for c in sample]
-        if metafunc.config.option.markexpr != "not full":
+        if not helpers.quick:
             keys = {(c.target, gpu_launches.asked_of_compiler(c.launch)) for c in sample}
             for c in gpu_launches.compilations(gpu_launches.cases()):
                 if (c.target, gpu_launches.asked_of_compiler(c.launch)) not in keys:
