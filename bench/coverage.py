@@ -2,9 +2,9 @@
 
 Run: python -m bench.coverage [--families eva deit] [--docs docs/models.md]
 
-Every model of timm's registry in these families is made without memory (on the meta device) and converted. `--docs` writes
-the table into the page, between its two marks. The exit code is 1 if a model ends in another error than a refusal that
-names the feature.
+Every model of timm's registry in these families is made without memory (on the meta device) and converted. `--docs`
+writes the table into the page, between its two marks. The exit code is 1 if a model ends in another error than a refusal
+that names the feature.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with replaced(args.docs) as temporary:
             temporary.write_text(f"{head}{MARKS[0]}{table}{end}{rest.partition(end)[2]}", encoding="utf-8")
     print(table, end="")
-    raw = [name for outcomes in found.values() for o, names in outcomes.items() if o.startswith("error") for name in names]
+    raw = [name for outcomes in found.values() for o in outcomes if o.startswith("error") for name in outcomes[o]]
     if raw:
         print(f"raw errors: {', '.join(raw)}")
     return int(bool(raw))
