@@ -3,8 +3,8 @@
 Run: python -m bench.coverage [--families eva deit] [--docs docs/models.md]
 
 Every model of timm's registry in these families is made without memory (on the meta device) and converted. `--docs`
-writes the table into the page, between its two marks. The exit code is 1 if a model ends in another error than a refusal
-that names the feature.
+writes the table into the page, between its two marks. The exit code is 1 if a model ends in another error than one that
+names the feature.
 """
 
 from __future__ import annotations
