@@ -275,7 +275,7 @@ class TestErrors:
             (["--labels", "absent.txt"], "--labels"),
             (["--output", "absent/x.json"], "--output"),
             (["--model", "no_such_model"], "--model: timm knows no model 'no_such_model'"),
-            (["--model", "resnet18"], "--model: expected a timm VisionTransformer or NaFlexVit, got ResNet"),
+            (["--model", "resnet18"], "--model: expected a timm VisionTransformer, Eva or NaFlexVit, got ResNet"),
             (["--colour"], "--colour"),
         ],
     )

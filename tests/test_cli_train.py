@@ -17,6 +17,7 @@ from revit_fast.cli import main
 from revit_fast.cli.runs import add_config, field_texts
 from revit_fast.streaming.bundle import read_bundle
 from revit_fast.train import fit as fit_module
+from revit_fast.train import kept as kept_module
 from revit_fast.train.config import TrainConfig
 from revit_fast.train.data import NoSplitError
 from revit_fast.train.datasets import open_images
@@ -164,10 +165,11 @@ def test_ctrl_c_in_every_stage_of_fit(folder, tmp_path, capsys, monkeypatch):
     """It ends the stage at once, and the run goes on from there."""
     out = tmp_path / "fitted"
     command = ["fit", str(folder), "--epochs", "1", "--max-drop", "5", *OPTIONS]
-    for stage in ("predict_lengths", "train_assigner", "calibrate_on", "evaluate", "measure"):
+    for stage in ("predict_lengths", "train_assigner", "calibrate_on", "hold", "rates", "report_on"):
         with monkeypatch.context() as patch:
             patch.setattr(fit_module, "MAX_SKEW", 1.0)  # the assigner learns from training images
-            patch.setattr(fit_module, stage, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
+            place = kept_module if stage == "predict_lengths" else fit_module
+            patch.setattr(place, stage, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
             assert main([*command, "--output", str(out)]) == 130
         err = capsys.readouterr().err
         assert "SIGINT: stopping; a second Ctrl-C quits at once\n" in err

@@ -225,10 +225,6 @@ class TestExplanations:
         with pytest.raises(ValueError, match="attention: expected a pipeline of a ReViT, got one of a Linear"):
             explain(other, [photo(1)], attention=True)
 
-    def test_one_image_is_no_stream(self):
-        with pytest.raises(TypeError, match="wrap it"):
-            explain(pipe_of(), "photo.jpg")
-
     def test_output_that_is_no_number_is_an_error(self):
         model = make_model(patch_size=PATCH, grids=GRIDS)
         with torch.no_grad():

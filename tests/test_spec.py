@@ -311,7 +311,7 @@ class TestMutations:
 def test_spec_refuses_what_cannot_be():
     spec = spec_of(embed_dim=8, num_heads=2, depth=1)
     with pytest.raises(ValueError, match='global_pool: expected "token", "avg"'):
-        replace(spec, head=replace(spec.head, pool="map"))
+        replace(spec, head=replace(spec.head, pool="max"))
     with pytest.raises(ValueError, match='"token" needs a class token'):
         replace(spec, embed=replace(spec.embed, prefix=replace(spec.embed.prefix, cls=False)))
     with pytest.raises(ValueError, match="residual_scale: expected a positive divisor, got 0"):

@@ -63,7 +63,8 @@ def usage_errors(**options: str) -> Iterator[None]:
     except ModuleNotFoundError:
         raise  # main says what to install
     except (OSError, TypeError, ValueError, ImportError) as error:
-        raise UsageError.of(error, bundle="BUNDLE", path="DATA", split="--split", **options) from error
+        named = {"bundle": "BUNDLE", "path": "DATA", "split": "--split"} | options
+        raise UsageError.of(error, **named) from error
 
 
 def open_both(args: argparse.Namespace) -> tuple[Bundle, ImageSet]:
