@@ -71,6 +71,7 @@ ELSEWHERE = {
 UNTRIED = {
     "rich": "the bar of a terminal",
     "h11": "of uvicorn",
+    "python_multipart": "imported with the service, after starlette",
     "uvicorn": "imported after starlette",
     "prometheus_client": "imported after starlette",
     "skimage": "of the shipped images' script",
