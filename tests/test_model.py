@@ -396,16 +396,13 @@ def test_from_timm_keeps_float64():
 @pytest.mark.parametrize(
     ("arguments", "feature"),
     [
-        ({"qk_norm": True}, "qk_norm"),
         ({"attn_drop_rate": 0.1}, "attn_drop_rate=0.1"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
-        ({"global_pool": "map"}, "global_pool='map'"),
         ({"global_pool": "max"}, "global_pool='max'"),
-        ({"pos_embed": "none"}, "position embedding"),
         ({"norm_layer": "simplenorm"}, "LayerNorm and RMSNorm"),
-        ({"mlp_layer": timm.layers.SwiGLU}, "SwiGLU"),
+        ({"mlp_layer": timm.layers.GluMlp}, "gate_last"),
+        ({"mlp_layer": timm.layers.GatedMlp}, "GatedMlp"),
         ({"patch_size": (16, 8)}, "non-square patches"),
-        ({"scale_mlp_norm": True}, "scale_mlp_norm"),
     ],
 )
 def test_from_timm_refuses_by_name(arguments, feature):
@@ -415,9 +412,9 @@ def test_from_timm_refuses_by_name(arguments, feature):
 
 
 def test_from_timm_refuses_other_models():
-    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer or NaFlexVit, got Linear"):
+    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer, Eva or NaFlexVit, got Linear"):
         ReViT.from_timm(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer or NaFlexVit, got str"):
+    with pytest.raises(TypeError, match="vit: expected a timm VisionTransformer, Eva or NaFlexVit, got str"):
         ReViT.from_timm("deit_tiny_patch16_224")
     with pytest.raises(ValueError, match="grids: expected strictly decreasing"):
         ReViT.from_timm(make_vit("deit_tiny", depth=1), grids=(7, 14))

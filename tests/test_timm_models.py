@@ -325,7 +325,7 @@ class TestArguments:
             ({"attn_drop_rate": 0.1}, ValueError, "attn_drop_rate: not supported"),
             ({"patch_drop_rate": 0.1}, ValueError, "patch_drop_rate: not supported"),
             ({"qk_norm": True}, ValueError, "qk_norm: not supported"),
-            ({"global_pool": "map"}, ValueError, "global_pool: expected"),
+            ({"global_pool": "map"}, ValueError, "needs an attention pool"),
             ({"class_token": False}, ValueError, "global_pool: .* class token"),
             ({"patch_size": (16, 8)}, ValueError, "patch_size: expected square"),
             ({"norm_layer": torch.nn.LayerNorm}, ValueError, "norm_layer: expected"),
