@@ -116,11 +116,12 @@ def _attention(name: str, attn: nn.Module) -> dict[str, Any]:
 def _mlp(name: str, mlp: nn.Module) -> dict[str, Any]:
     kind = type(mlp).__name__
     require(kind in ("Mlp", "GluMlp", "SwiGLU"), f"an MLP of type {kind} ({name})")
-    first = (mlp.fc1_g, mlp.fc1_x) if kind == "SwiGLU" else (mlp.fc1,)
-    for layer in (*first, mlp.fc2):
-        require(type(layer) is nn.Linear, f"{name} with a layer of type {type(layer).__name__}, which")
+    first = ("fc1_g", "fc1_x") if kind == "SwiGLU" else ("fc1",)
+    layers = {part: getattr(mlp, part) for part in (*first, "fc2")}
+    for part, layer in layers.items():
+        require(type(layer) is nn.Linear, f"{name}.{part} is {type(layer).__name__} instead of Linear, which")
     require(not getattr(mlp, "gate_last", False), f"a gated MLP whose second half is the gate (gate_last, {name})")
-    biases = {layer.bias is not None for layer in (*first, mlp.fc2)}
+    biases = {layer.bias is not None for layer in layers.values()}
     require(len(biases) == 1, f"a bias in some layers of the MLP alone ({name})")
     act = activation_of(mlp.act)
     require(act is not None, f"the activation {type(mlp.act).__name__} ({name}.act)")
