@@ -26,6 +26,7 @@ from PIL import Image
 
 import revit_fast as rf
 from revit_fast.cli import main
+from revit_fast.models.classes import class_names
 
 pytest.importorskip("starlette", reason='needs starlette: pip install "revit-fast[serve]"')
 pytest.importorskip("prometheus_client", reason='needs prometheus-client: pip install "revit-fast[serve]"')
@@ -562,7 +563,7 @@ class TestCommand:
         fast = rf.optimize(rf.create_model(MODEL, weights=weights).eval(), torch.bfloat16)
         prep = rf.AdaptivePreprocessor.for_model(fast, policy="entropy")
         images = [png(i, 60 + i, 90 - i) for i in range(23)] + [_flat()]
-        wanted = expected(rf.AdaptivePipeline(fast, prep), images)
+        wanted = expected(rf.AdaptivePipeline(fast, prep, labels=class_names(fast)), images)
         assert len({w["grid"] for w in wanted}) > 1
 
         assert fetch(f"{url}/healthz") == (200, '{"status":"ok"}')
