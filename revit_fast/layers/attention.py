@@ -80,7 +80,9 @@ class Attention(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for name in ("num_kv_heads", "q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate"):
+        if not hasattr(self, "num_kv_heads"):
+            self.num_kv_heads = self.num_heads
+        for name in ("q_bias", "v_bias", "q_norm", "k_norm", "norm", "gate"):
             if not hasattr(self, name):  # pickled before there was a choice
                 setattr(self, name, None)
 
@@ -122,7 +124,6 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, queries: Queries | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[Tq, H, D]`, keys and values `[T, Hkv, D]`, after their norms and before their rotation."""
-        n_kv = self.num_kv_heads or self.num_heads
         width = self.num_heads * self.head_dim
         some_outputs = None if queries is None else outputs_of(self.qkv)
         if some_outputs is None:
@@ -136,7 +137,7 @@ class Attention(nn.Module):
             q = q + self.q_bias
             kv = kv + torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         q = q.unflatten(1, (self.num_heads, self.head_dim))
-        k, v = kv.unflatten(1, (2, n_kv, self.head_dim)).unbind(1)
+        k, v = kv.unflatten(1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
         q, k = (t if norm is None else norm(t) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         return q, k, v
 

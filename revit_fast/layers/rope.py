@@ -98,7 +98,7 @@ class Rope:
         frequency = 2 * math.pi / power.double() if self.coords == "centered" else (1.0 / power).double()
         if self.kind == "axial":
             return torch.block_diag(frequency, frequency)
-        pair = torch.arange(n, device="cpu")
+        pair = torch.arange(n, dtype=torch.int64, device="cpu")
         turns = [(pair % 3 == axis) & (pair < 3 * section) for axis, section in enumerate(self.sections, start=1)]
         return torch.stack([torch.where(turning, frequency, 0.0) for turning in turns])
 
@@ -154,7 +154,7 @@ class RotaryEmbedding(nn.Module):
         if self._rope.kind != "mixed":
             return
         steps = torch.arange(0, self.head_dim, 4, dtype=torch.float32, device="cpu") / self.head_dim
-        angle = 2 * math.pi * torch.rand(*self.freqs.shape[1:3], 1, device="cpu")
+        angle = 2 * math.pi * torch.rand(*self.freqs.shape[1:3], 1, dtype=torch.float32, device="cpu")
         directions = torch.stack([angle.cos(), angle.sin()]), torch.stack([-angle.sin(), angle.cos()])
         new = [self._rope.temperature**-steps * direction for direction in directions]
         with torch.no_grad():

@@ -101,11 +101,12 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained,
         self.dist_token = nn.Parameter(torch.empty(1, 1, spec.dim)) if prefix.dist else None
         self.reg_token = nn.Parameter(torch.empty(1, prefix.registers, spec.dim)) if prefix.registers else None
         self.resampling = resampling_of(positions, self.base_grid)
-        pos_embed = torch.empty(1, self._n_prefix_embedded + self.resampling.n_stored, spec.dim)
         if positions is None:  # without rows; it still has the model's device and dtype
-            self.register_buffer("pos_embed", pos_embed, persistent=False)
+            none = self.patch_embed.proj.weight.detach().new_empty(1, 0, spec.dim)
+            self.register_buffer("pos_embed", none, persistent=False)
         else:
-            self.pos_embed = nn.Parameter(pos_embed)
+            n_embedded = self._n_prefix_embedded + self.resampling.n_stored
+            self.pos_embed = nn.Parameter(torch.empty(1, n_embedded, spec.dim))
         self.pos_drop = nn.Dropout(0.0 if positions is None else positions.drop)
         self.rope = rope_of(spec)
         self.norm_pre = norm(embed.norm)
