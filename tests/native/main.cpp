@@ -1,5 +1,6 @@
 // Runs the kernels of the instruction sets that its argument names, by default of all that this machine can execute, on
-// ragged sizes, on heap buffers of exact size. Built with AddressSanitizer and UndefinedBehaviorSanitizer, it fails on any access outside of them.
+// ragged sizes, on heap buffers of exact size. Built with AddressSanitizer and UndefinedBehaviorSanitizer, it fails on
+// any access outside of them.
 #include <set>
 #include <sstream>
 #include <string>
