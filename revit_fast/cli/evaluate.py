@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from revit_fast.cli.arguments import check_file, positive
-from revit_fast.cli.labelled import add_data, check_place, check_plot, open_both, say_unreadable, usage_errors
+from revit_fast.cli.arguments import positive
+from revit_fast.cli.labelled import add_data, check_place, check_report_files, open_both, say_unreadable, usage_errors
 from revit_fast.io.progress import Progress
 
 
@@ -45,10 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast evaluate`; returns 0, or 1 if any image could not be read."""
-    if args.json:
-        check_file("--json", args.json)
-    if args.plot:
-        check_plot(args.plot)
+    check_report_files(args)
     from revit_fast.adaptive.preprocess import AdaptivePreprocessor
     from revit_fast.cli.pipelines import optimized
     from revit_fast.streaming.pipeline import AdaptivePipeline

@@ -116,13 +116,17 @@ def check_place(images: ImageSet, option: str, path: str) -> None:
         check_outside(images, path, option)
 
 
-def check_plot(path: str) -> None:
-    """Raises a usage error, before anything is computed, for a plot that cannot be drawn or written."""
+def check_report_files(args: argparse.Namespace) -> None:
+    """Raises a usage error, before anything is computed, for files of --json and --plot that cannot be made."""
+    if args.json:
+        check_file("--json", args.json)
+    if not args.plot:
+        return
     from revit_fast.train.report import PLOTS
 
-    if Path(path).suffix.lower() not in PLOTS:
-        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {path!r}")
-    check_file("--plot", path)
+    if Path(args.plot).suffix.lower() not in PLOTS:
+        raise UsageError(f"--plot: expected a name that ends in {' or '.join(PLOTS)}, got {args.plot!r}")
+    check_file("--plot", args.plot)
     import_module("matplotlib")  # if it is missing, main says what to install
 
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from revit_fast.cli.arguments import UsageError, add_device, add_threads, check_file, positive
-from revit_fast.cli.labelled import check_place, check_plot, sample, say_unreadable, usage_errors
+from revit_fast.cli.arguments import UsageError, add_device, add_threads, positive
+from revit_fast.cli.labelled import check_place, check_report_files, sample, say_unreadable, usage_errors
 from revit_fast.cli.runs import KeyValues
 from revit_fast.io.progress import Progress
 
@@ -48,10 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `revit-fast worth-it`; returns 0, or 1 if any image could not be read."""
-    if args.json:
-        check_file("--json", args.json)
-    if args.plot:
-        check_plot(args.plot)
+    check_report_files(args)
     from revit_fast.cli.pipelines import compute_device, optimized
     from revit_fast.train.checks import check_lengths
     from revit_fast.train.worth import worth_it
