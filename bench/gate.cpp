@@ -97,10 +97,15 @@ struct Case {
 };
 
 struct Vit {
-  int64_t n_channels, n_heads;  // head_dim is 64 and `hidden` four times n_channels
+  int64_t n_channels, n_heads;  // head_dim is 64
+  int64_t hidden;
+  bool rotary = false;  // heads turn
+  bool modern = false;  // RMSNorms, norms of the heads, and a gated MLP
 };
 
-constexpr Vit kDeitTiny = {192, 3}, kDeitSmall = {384, 6};
+constexpr Vit kDeitTiny = {192, 3, 768}, kDeitSmall = {384, 6, 1536};
+// Without rotation it is DeiT-S. The other has as many multiply-adds: a gated MLP has three matrices.
+constexpr Vit kDinov3Small = {384, 6, 1536, true}, kModernSmall = {384, 6, 1024, true, true};
 constexpr int64_t kHeadDim = 64, kPatchDepth = 16 * 16 * 3;
 
 // Whole blocks of rows, an odd number of cache lines apart, as the engine lays them out.
@@ -125,42 +130,49 @@ PackedWeight packed_weight(Arena& arena, WeightType type, int64_t n_out, int64_t
   return weight;
 }
 
-TokenNorm token_norm(Arena& arena, int64_t n_channels) {
-  return {arena.random(n_channels), arena.random(n_channels), 1e-6};
+TokenNorm token_norm(Arena& arena, int64_t n_channels, bool rms = false) {
+  return {arena.random(n_channels), rms ? nullptr : arena.random(n_channels), 1e-6};
 }
 
 // Everything between two attentions. Useful work: the four matrix products.
 Call block_tile(Arena& arena, const Vit& vit, WeightType type, int64_t n_rows) {
-  const int64_t n_channels = vit.n_channels, width = vit.n_heads * kHeadDim, hidden = 4 * n_channels;
-  BlockShape* shape = arena.zeros<BlockShape>(1);
-  shape->n_channels = n_channels;
-  shape->width = width;
-  shape->hidden = hidden;
-  shape->activation = Activation::kGelu;
+  const int64_t n_channels = vit.n_channels, width = vit.n_heads * kHeadDim, hidden = vit.hidden;
+  const int64_t n_hidden = (vit.modern ? 2 : 1) * hidden;
+  BlockWeights* block = arena.zeros<BlockWeights>(1);
+  block->n_channels = n_channels;
+  block->n_heads = vit.n_heads;
+  block->head_dim = kHeadDim;
+  block->hidden = hidden;
+  block->activation = vit.modern ? Activation::kSilu : Activation::kGelu;
+  block->gated_mlp = vit.modern;
   BlockTile tile = {};
-  tile.shape = shape;
+  tile.block = tile.next = block;
   tile.attended = rows(arena, n_rows, width);
   tile.x = rows(arena, n_rows, n_channels);
   tile.length = arena.zeros<int32_t>(n_rows);
+  tile.position = arena.zeros<int32_t>(n_rows);
   tile.n_rows = n_rows;
-  tile.proj = packed_weight(arena, type, n_channels, width);
-  tile.norm2 = token_norm(arena, n_channels);
-  tile.fc1 = packed_weight(arena, type, hidden, n_channels);
-  tile.fc2 = packed_weight(arena, type, n_channels, hidden);
-  tile.next_norm = token_norm(arena, n_channels);
-  tile.next = packed_weight(arena, type, 3 * width, n_channels);
-  tile.end_panel = tile.next.n_panels;
+  block->proj = packed_weight(arena, type, n_channels, width);
+  block->norm2 = token_norm(arena, n_channels, vit.modern);
+  block->fc1 = packed_weight(arena, type, n_hidden, n_channels);
+  block->fc2 = packed_weight(arena, type, n_channels, hidden);
+  block->norm1 = token_norm(arena, n_channels, vit.modern);
+  if (vit.modern) block->q_norm = block->k_norm = token_norm(arena, kHeadDim, true);
+  if (vit.rotary) block->rotary = {arena.random(kHeadDim), 1};
+  block->qkv = packed_weight(arena, type, 3 * width, n_channels);
+  tile.end_panel = block->qkv.n_panels;
   tile.projected = rows(arena, n_rows, 3 * width);
   const auto kernel = counted.block.tile[static_cast<int>(type)];
-  return {[=] { kernel(tile); }, 2 * n_rows * n_channels * (width + 2 * hidden + 3 * width)};
+  return {[=] { kernel(tile); }, 2 * n_rows * n_channels * (width + n_hidden + hidden + 3 * width)};
 }
 
 // Useful work: the matrix product.
 Call embed_tile(Arena& arena, const Vit& vit, bool bytes, int64_t n_rows) {
-  int64_t *position = arena.zeros<int64_t>(n_rows), *token = arena.zeros<int64_t>(n_rows);
+  int32_t* position = arena.zeros<int32_t>(n_rows + 1);
+  int64_t* token = arena.zeros<int64_t>(n_rows);
   for (int64_t i = 0; i < n_rows; ++i) {
-    position[i] = i;
     token[i] = i + 1;  // behind a class token
+    position[token[i]] = static_cast<int32_t>(i);
   }
   EmbedTile tile = {};
   tile.rows = bytes ? static_cast<const void*>(arena.random_bytes(n_rows * kPatchDepth))
@@ -319,6 +331,8 @@ std::vector<Case> all_cases() {
     }
   }
   add_block("deit-ti", kDeitTiny, WeightType::kFloat32, 72);
+  add_block("dinov3-s", kDinov3Small, WeightType::kFloat32, 72);
+  add_block("rotary, gated, rms", kModernSmall, WeightType::kFloat32, 72);
   for (const bool bytes : {false, true}) {
     add(std::string("embed deit-s ") + (bytes ? "uint8" : "float32") + " 72 rows", "FLOP",
         [=](Arena& arena) { return embed_tile(arena, kDeitSmall, bytes, 72); });

@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
   m.def("packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor");
   m.def(
       "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
-      "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled) -> Tensor");
+      "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled, Tensor? rope=None) -> Tensor");
   m.def("cpu_panel() -> int");
   m.def("cpu_multiplies_bf16() -> bool");
   m.def("cpu_integer_depths() -> int");

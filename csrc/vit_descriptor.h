@@ -1,7 +1,8 @@
 // The descriptor of a ViT: the numbers that its forward pass needs beside the weights, in one float64 vector.
 //
-//   version, n_lengths, n_blocks, norm_pre.eps, norm.eps,
-//   and for each block: n_heads, head_dim, hidden, activation, norm1.eps, norm2.eps, scale
+//   version, n_lengths, n_blocks, norm_pre.eps, norm.eps, patch_norm.eps,
+//   and for each block: n_heads, head_dim, hidden, activation, gated_mlp, gated_attention, scale, and the eps of norm1,
+//   norm2, q_norm, k_norm, out_norm and mlp_norm
 //
 // ViTWeights.descriptor in revit_fast/ops/vit.py writes it, and decode_descriptor reads it. A change of this layout
 // needs a new version in both, and no change of the op's schema.
@@ -20,13 +21,14 @@ namespace revit {
 struct BlockDescriptor {
   int64_t n_heads, head_dim, hidden;
   cpu::Activation activation;
-  double norm1_eps, norm2_eps;
+  bool gated_mlp, gated_attention;
   double scale;  // factor on the scores
+  double norm1_eps, norm2_eps, q_norm_eps, k_norm_eps, out_norm_eps, mlp_norm_eps;
 };
 
 struct ViTDescriptor {
   int64_t n_lengths;
-  double norm_pre_eps, norm_eps;
+  double norm_pre_eps, norm_eps, patch_norm_eps;
   std::vector<BlockDescriptor> blocks;
 };
 
@@ -65,7 +67,7 @@ class DescriptorReader {
 };
 
 inline ViTDescriptor decode_descriptor(const Tensor& descriptor) {
-  constexpr int64_t kVersion = 1, kBeforeBlocks = 5, kPerBlock = 7;
+  constexpr int64_t kVersion = 2, kBeforeBlocks = 6, kPerBlock = 13;
   constexpr int64_t kMost = INT32_MAX;  // sizes computed from such numbers do not overflow
   STD_TORCH_CHECK(descriptor.is_cpu() && descriptor.scalar_type() == ScalarType::Double && descriptor.dim() == 1 &&
                       descriptor.is_contiguous(),
@@ -85,6 +87,7 @@ inline ViTDescriptor decode_descriptor(const Tensor& descriptor) {
                   kPerBlock, " for each of its n_blocks = ", n_blocks, " blocks, got ", size);
   decoded.norm_pre_eps = reader.not_negative("norm_pre.eps");
   decoded.norm_eps = reader.not_negative("norm.eps");
+  decoded.patch_norm_eps = reader.not_negative("patch_norm.eps");
   for (int64_t i = 0; i < n_blocks; ++i) {
     reader.enter_block(i);
     BlockDescriptor block = {};
@@ -92,9 +95,15 @@ inline ViTDescriptor decode_descriptor(const Tensor& descriptor) {
     block.head_dim = reader.whole("head_dim", 1, 256);
     block.hidden = reader.whole("hidden", 1, kMost);
     block.activation = static_cast<cpu::Activation>(reader.whole("activation", 0, cpu::kActivations - 1));
+    block.gated_mlp = reader.whole("gated_mlp", 0, 1) == 1;
+    block.gated_attention = reader.whole("gated_attention", 0, 1) == 1;
+    block.scale = reader.finite("scale");
     block.norm1_eps = reader.not_negative("norm1.eps");
     block.norm2_eps = reader.not_negative("norm2.eps");
-    block.scale = reader.finite("scale");
+    block.q_norm_eps = reader.not_negative("q_norm.eps");
+    block.k_norm_eps = reader.not_negative("k_norm.eps");
+    block.out_norm_eps = reader.not_negative("out_norm.eps");
+    block.mlp_norm_eps = reader.not_negative("mlp_norm.eps");
     decoded.blocks.push_back(block);
   }
   return decoded;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -34,30 +35,23 @@ constexpr int64_t kBlocksPerThread = 12;
 constexpr int64_t kLeastTileBlocks = 3;
 constexpr int64_t kNormTaskRows = 16;
 
-constexpr int64_t kTensorsBeforeBlocks = 6, kTensorsPerBlock = 12;
+constexpr int64_t kTensorsBeforeBlocks = 8, kTensorsPerBlock = 20;
 
 int64_t n_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-struct Block {
-  cpu::BlockShape shape;
-  int64_t n_heads, head_dim;
-  double scale;  // factor on the scores
-  cpu::TokenNorm norm1;
-  cpu::PackedWeight qkv, proj;  // queries, keys and values each begin at a panel of their own
-  cpu::TokenNorm norm2;
-  cpu::PackedWeight fc1, fc2;
+using cpu::BlockWeights;
 
-  // Panels of the queries, and as many of the keys and of the values.
-  int64_t panels_of_width() const { return divide_up(shape.width, cpu::kernels().linear.panel); }
-};
+// Panels of each part of `qkv`.
+int64_t panels_of_part(const BlockWeights& block) { return divide_up(block.width(), cpu::kernels().linear.panel); }
 
 struct Model {
   int64_t n_channels;
   int64_t largest_width, largest_hidden;  // of all blocks
+  int64_t most_parts;                     // of qkv: 3, or 4 with gates
   cpu::WeightType type;                   // of the blocks' weights, except for the first block's qkv
   cpu::PackedWeight embed;
-  cpu::TokenNorm norm_pre, norm;
-  std::vector<Block> blocks;
+  cpu::TokenNorm patch_norm, norm_pre, norm;
+  std::vector<BlockWeights> blocks;
   const float* prefix;
   int64_t n_prefix;
   const float* table;
@@ -121,19 +115,19 @@ class Workspace {
 // The arrays that a group's stages work on. They are constructed twice: first to learn the size, then in the memory.
 struct Activations {
   Rows x, qkv, attended, pooled, pooled_attended, pooled_queries, normed, hidden;
-  int32_t *cu_seqlens, *pooled_cu_seqlens, *length, *pooled_length;
-  int64_t *token, *position, *pooled_token;
+  int32_t *cu_seqlens, *pooled_cu_seqlens, *length, *pooled_length, *position;
+  int64_t *token, *pooled_token;
 
   Activations(Workspace& space, const Model& model, int64_t n_sequences, int64_t n_patches, int64_t n_pooled_rows,
               int64_t few_rows) {
     const int64_t n_rows = n_patches + n_sequences * model.n_prefix;
     const int64_t panel = cpu::kernels().linear.panel, width = divide_up(model.largest_width, panel) * panel;
     x = space.rows(n_rows, model.n_channels);
-    qkv = space.rows(n_rows, 3 * width);
+    qkv = space.rows(n_rows, model.most_parts * width);
     attended = space.rows(n_rows, width);
     pooled = space.rows(n_pooled_rows, model.n_channels);
     pooled_attended = space.rows(n_pooled_rows, width);
-    pooled_queries = space.rows(n_pooled_rows, width);
+    pooled_queries = space.rows(n_pooled_rows, (model.most_parts - 2) * width);
     const int64_t shared_rows = std::min(n_rows, few_rows);
     normed = space.rows(shared_rows, model.n_channels);
     hidden = space.rows(shared_rows, model.largest_hidden);
@@ -141,8 +135,8 @@ struct Activations {
     pooled_cu_seqlens = space.array<int32_t>(n_sequences + 1);
     length = space.array<int32_t>(n_rows);
     pooled_length = space.array<int32_t>(n_pooled_rows);
+    position = space.array<int32_t>(n_rows);
     token = space.array<int64_t>(n_patches);
-    position = space.array<int64_t>(n_patches);
     pooled_token = space.array<int64_t>(n_pooled_rows);
   }
 };
@@ -172,17 +166,12 @@ class RowStages {
   // rows.
   void block(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
     if (whole.n_rows < few_rows()) return block_by_columns(whole, normed, hidden);
-    const int type = static_cast<int>(whole.attended.data != nullptr ? whole.proj.type : whole.next.type);
-    const std::vector<int64_t> begins = tile_begins(whole.n_rows, kernels_.block.max_rows[type](*whole.shape));
+    const bool second = whole.attended.data != nullptr;
+    const int type = static_cast<int>(second ? whole.block->proj.type : whole.next->qkv.type);
+    const std::vector<int64_t> begins =
+        tile_begins(whole.n_rows, kernels_.block.max_rows[type](second ? *whole.block : *whole.next));
     for_each_task(static_cast<int64_t>(begins.size()) - 1, [&](int64_t task) {
-      const int64_t row = begins[task];
-      cpu::BlockTile tile = whole;
-      if (tile.attended.data != nullptr) tile.attended = whole.attended.from(row);
-      if (tile.projected.data != nullptr) tile.projected = whole.projected.from(row);
-      tile.x = whole.x.from(row);
-      tile.length += row;
-      tile.n_rows = begins[task + 1] - row;
-      kernels_.block.tile[type](tile);
+      kernels_.block.tile[type](whole.part(begins[task], begins[task + 1] - begins[task]));
     });
   }
 
@@ -202,26 +191,44 @@ class RowStages {
 
   // Computes one layer after another, each shared by rows and columns, with the same sums in the same order.
   void block_by_columns(const cpu::BlockTile& whole, const Rows& normed, const Rows& hidden) const {
-    const cpu::BlockShape& shape = *whole.shape;
     const auto linear = [&](const cpu::PackedWeight& weight, const Rows& in, const Rows& out, cpu::Finish finish) {
-      return cpu::LinearTile{in.data,         in.stride, whole.n_rows,     weight,   0,
-                             weight.n_panels, finish,    shape.activation, out.data, out.stride};
+      const cpu::Activation activation = whole.block != nullptr ? whole.block->activation : cpu::Activation::kNone;
+      return cpu::LinearTile{in.data,         in.stride, whole.n_rows, weight,   0,
+                             weight.n_panels, finish,    activation,   out.data, out.stride};
     };
-    const auto norm_of_x = [&](const cpu::TokenNorm& parameters) {
-      norm({whole.x, normed, whole.length, whole.n_rows, parameters, shape.n_channels});
+    const auto norm_of = [&](const Rows& in, const Rows& out, const cpu::TokenNorm& parameters, int64_t n) {
+      norm({in, out, whole.length, whole.n_rows, parameters, n});
+    };
+    const auto for_parts = [&](void (*kernel)(const cpu::BlockTile&)) {
+      for_each_task(divide_up(whole.n_rows, kNormTaskRows), [&](int64_t task) {
+        const int64_t row = task * kNormTaskRows;
+        kernel(whole.part(row, std::min(kNormTaskRows, whole.n_rows - row)));
+      });
     };
     if (whole.attended.data != nullptr) {
-      share_linear(linear(whole.proj, whole.attended, whole.x, cpu::Finish::kAdd));
-      norm_of_x(whole.norm2);
-      share_linear(linear(whole.fc1, normed, hidden, cpu::Finish::kActivate));
-      share_linear(linear(whole.fc2, hidden, whole.x, cpu::Finish::kAdd));
+      const BlockWeights& block = *whole.block;
+      if (block.finishes_attended()) for_parts(kernels_.block.finish_attended);
+      share_linear(linear(block.proj, whole.attended, whole.x, cpu::Finish::kAdd));
+      norm_of(whole.x, normed, block.norm2, block.n_channels);
+      cpu::LinearTile fc1 = linear(block.fc1, normed, hidden, cpu::Finish::kActivate);
+      fc1.end_panel = divide_up(block.hidden, kernels_.linear.panel);
+      share_linear(fc1);
+      if (block.gated_mlp) {
+        fc1.first_panel = fc1.end_panel;
+        fc1.end_panel *= 2;
+        fc1.finish = cpu::Finish::kMultiply;
+        share_linear(fc1);
+      }
+      if (block.mlp_norm.weight != nullptr) norm_of(hidden, hidden, block.mlp_norm, block.hidden);
+      share_linear(linear(block.fc2, hidden, whole.x, cpu::Finish::kAdd));
     }
     if (whole.projected.data != nullptr) {
-      norm_of_x(whole.next_norm);
-      cpu::LinearTile next = linear(whole.next, normed, whole.projected, cpu::Finish::kStore);
+      norm_of(whole.x, normed, whole.next->norm1, whole.next->n_channels);
+      cpu::LinearTile next = linear(whole.next->qkv, normed, whole.projected, cpu::Finish::kStore);
       next.first_panel = whole.first_panel;
       next.end_panel = whole.end_panel;
       share_linear(next);
+      if (whole.next->finishes_heads()) for_parts(kernels_.block.finish_heads);
     }
   }
 
@@ -254,7 +261,7 @@ class Forward {
     int64_t planned_heads = 0;
     project(at, n_rows, 0, pools && depth == 1);
     for (size_t i = 0; i < depth; ++i) {
-      const Block& block = model_.blocks[i];
+      const BlockWeights& block = model_.blocks[i];
       const bool last = i + 1 == depth;
       if (last && pools) break;
       if (block.n_heads != planned_heads) {
@@ -262,7 +269,7 @@ class Forward {
         planned_heads = block.n_heads;
       }
       attend(block, at.qkv, at.attended, at, items);
-      cpu::BlockTile tile = second_part(block, at.attended, at.x, at.length, n_rows);
+      cpu::BlockTile tile = second_part(block, at.attended, at.qkv, at.x, at.length, n_rows);
       if (!last) add_projection(&tile, at, i + 1, pools && i + 2 == depth);
       stages_.block(tile, at.normed, at.hidden);
     }
@@ -297,7 +304,8 @@ class Forward {
       }
       std::fill_n(at.length + row, n_prefix + n, batch_.length_index[b]);
       std::iota(at.token + patch, at.token + patch + n, row + n_prefix);
-      std::iota(at.position + patch, at.position + patch + n, int64_t{batch_.pos_offset[b]});
+      std::fill_n(at.position + row, n_prefix, -1);
+      std::iota(at.position + row + n_prefix, at.position + row + n_prefix + n, batch_.pos_offset[b]);
       std::fill_n(at.pooled_length + pooled, n_pooled_, batch_.length_index[b]);
       std::iota(at.pooled_token + pooled, at.pooled_token + pooled + n_pooled_, row);
     }
@@ -311,9 +319,10 @@ class Forward {
     const char* rows = batch_.rows + batch_.patches[group.first] * batch_.row_bytes;
     for_each_task(divide_up(n_patches, tile_rows), [&](int64_t task) {
       const int64_t row = task * tile_rows;
-      kernels.embed[static_cast<int>(model_.embed.type)](
-          {rows + row * batch_.row_bytes, batch_.dtype, batch_.bytes, std::min(tile_rows, n_patches - row),
-           model_.embed, model_.n_channels, model_.table, at.position + row, at.token + row, at.x});
+      kernels.embed[static_cast<int>(model_.embed.type)]({rows + row * batch_.row_bytes, batch_.dtype, batch_.bytes,
+                                                          std::min(tile_rows, n_patches - row), model_.embed,
+                                                          model_.patch_norm, model_.n_channels, model_.table, at.length,
+                                                          at.position, at.token + row, at.x});
     });
   }
 
@@ -321,29 +330,27 @@ class Forward {
     stages_.norm({x, y, length, n_rows, norm, model_.n_channels});
   }
 
-  cpu::BlockTile second_part(const Block& block, const Rows& attended, const Rows& x, const int32_t* length,
-                             int64_t n_rows) const {
+  // `queries` are the rows with the queries, behind which the gates are.
+  cpu::BlockTile second_part(const BlockWeights& block, const Rows& attended, const Rows& queries, const Rows& x,
+                             const int32_t* length, int64_t n_rows) const {
     cpu::BlockTile tile = {};
-    tile.shape = &block.shape;
+    tile.block = &block;
     tile.attended = attended;
+    tile.gates = {queries.data + panels_of_part(block) * cpu::kernels().linear.panel, queries.stride};
     tile.x = x;
     tile.length = length;
     tile.n_rows = n_rows;
-    tile.proj = block.proj;
-    tile.norm2 = block.norm2;
-    tile.fc1 = block.fc1;
-    tile.fc2 = block.fc2;
     return tile;
   }
 
-  // Adds queries, keys and values of block i; with `keys_only` no queries, because only pooled tokens need them.
+  // Adds the first part of block i; with `keys_only` keys and values alone, because only pooled tokens need the others.
   void add_projection(cpu::BlockTile* tile, const Activations& at, size_t i, bool keys_only) const {
-    const Block& block = model_.blocks[i];
-    const int64_t width = block.panels_of_width();
-    tile->next_norm = block.norm1;
-    tile->next = block.qkv;
-    tile->first_panel = keys_only ? width : 0;
-    tile->end_panel = 3 * width;
+    const BlockWeights& block = model_.blocks[i];
+    const int64_t panels = panels_of_part(block), parts = block.parts_before_keys();
+    tile->position = at.position;
+    tile->next = &block;
+    tile->first_panel = keys_only ? parts * panels : 0;
+    tile->end_panel = (parts + 2) * panels;
     tile->projected = at.qkv;
     tile->projected.data += tile->first_panel * cpu::kernels().linear.panel;
   }
@@ -351,7 +358,6 @@ class Forward {
   void project(const Activations& at, int64_t n_rows, size_t i, bool keys_only) const {
     if (i >= model_.blocks.size()) return;
     cpu::BlockTile tile = {};
-    tile.shape = &model_.blocks[i].shape;
     tile.x = at.x;
     tile.length = at.length;
     tile.n_rows = n_rows;
@@ -364,13 +370,13 @@ class Forward {
     return plan_attention(queries, keys, n_sequences, n_heads, cpu::kernels().attention.row_tile);
   }
 
-  void attend(const Block& block, const Rows& queries, const Rows& out, const Activations& at,
+  void attend(const BlockWeights& block, const Rows& queries, const Rows& out, const Activations& at,
               const std::vector<cpu::AttentionItem>& items) const {
-    const int64_t width = block.panels_of_width() * cpu::kernels().linear.panel;
+    const int64_t width = panels_of_part(block) * cpu::kernels().linear.panel, parts = block.parts_before_keys();
     cpu::AttentionForward args;
     args.q = {queries.data, queries.stride, block.head_dim};
-    args.k = {at.qkv.data + width, at.qkv.stride, block.head_dim};
-    args.v = {at.qkv.data + 2 * width, at.qkv.stride, block.head_dim};
+    args.k = {at.qkv.data + parts * width, at.qkv.stride, block.head_dim};
+    args.v = {at.qkv.data + (parts + 1) * width, at.qkv.stride, block.head_dim};
     args.n_heads = block.n_heads;
     args.head_dim = block.head_dim;
     args.group = 1;
@@ -396,21 +402,19 @@ class Forward {
 
   // The last block if only pooled tokens are read; its keys and values are already computed.
   void last_block(const Activations& at, int64_t n_sequences, int64_t n_pooled_rows) const {
-    const Block& block = model_.blocks.back();
-    cpu::BlockTile queries = {};
-    queries.shape = &block.shape;
+    const BlockWeights& block = model_.blocks.back();
+    cpu::BlockTile queries = {};  // pooled tokens have no position: they do not turn
     queries.x = at.pooled;
     queries.length = at.pooled_length;
     queries.n_rows = n_pooled_rows;
-    queries.next_norm = block.norm1;
-    queries.next = block.qkv;
-    queries.end_panel = block.panels_of_width();
+    queries.next = &block;
+    queries.end_panel = block.parts_before_keys() * panels_of_part(block);
     queries.projected = at.pooled_queries;
     stages_.block(queries, at.normed, at.hidden);
     attend(block, at.pooled_queries, at.pooled_attended, at,
            plan(at.pooled_cu_seqlens, at.cu_seqlens, n_sequences, block.n_heads));
-    stages_.block(second_part(block, at.pooled_attended, at.pooled, at.pooled_length, n_pooled_rows), at.normed,
-                  at.hidden);
+    stages_.block(second_part(block, at.pooled_attended, at.pooled_queries, at.pooled, at.pooled_length, n_pooled_rows),
+                  at.normed, at.hidden);
   }
 
   void finish(const Rows& x, const int32_t* length, int64_t n_rows, float* out) const {
@@ -447,15 +451,15 @@ std::vector<Group> groups_of(const int32_t* patches, int64_t n_sequences, int64_
 }
 
 // An empty weight stands for no norm, an empty bias for RMSNorm.
-cpu::TokenNorm token_norm(const Tensor& weight, const Tensor& bias, double eps, int64_t n_lengths, int64_t n_channels) {
-  if (weight.numel() == 0) return {nullptr, nullptr, eps};
+cpu::TokenNorm token_norm(const Tensor* affine, double eps, int64_t n_rows, int64_t n_columns) {
+  if (affine[0].numel() == 0) return {nullptr, nullptr, eps};
   const auto data_of = [&](const Tensor& t) {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.is_contiguous() &&
-                        t.size(0) == n_lengths && t.size(1) == n_channels,
-                    "norm parameters must be contiguous float32 CPU tensors [", n_lengths, ", ", n_channels, "]");
+                        t.size(0) == n_rows && t.size(1) == n_columns,
+                    "norm parameters must be contiguous float32 CPU tensors [", n_rows, ", ", n_columns, "]");
     return static_cast<const float*>(t.const_data_ptr());
   };
-  return {data_of(weight), bias.numel() == 0 ? nullptr : data_of(bias), eps};
+  return {data_of(affine[0]), affine[1].numel() == 0 ? nullptr : data_of(affine[1]), eps};
 }
 
 const float* float_matrix(const Tensor& t, int64_t n_columns, const char* name) {
@@ -465,21 +469,57 @@ const float* float_matrix(const Tensor& t, int64_t n_columns, const char* name) 
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-Block block_of(const Tensor* weights, const BlockDescriptor& d, int64_t n_lengths, int64_t n_channels) {
+BlockWeights block_of(const Tensor* weights, const BlockDescriptor& d, int64_t n_lengths, int64_t n_channels) {
   const int64_t panel = cpu::kernels().linear.panel, width = d.n_heads * d.head_dim;
-  Block block = {};
-  block.shape = {n_channels, width, d.hidden, d.activation};
+  const auto norm = [&](int64_t i, double eps, int64_t n_rows, int64_t n_columns) {
+    return token_norm(weights + 2 * i, eps, n_rows, n_columns);
+  };
+  const auto linear = [&](int64_t i, int64_t n_parts, int64_t n_out, int64_t depth, const char* name) {
+    const int64_t whole = n_parts > 1 ? n_parts * divide_up(n_out, panel) * panel : n_out;
+    return packed_weight(weights[2 * i], weights[2 * i + 1], whole, depth, name);
+  };
+  BlockWeights block = {};
+  block.n_channels = n_channels;
   block.n_heads = d.n_heads;
   block.head_dim = d.head_dim;
+  block.hidden = d.hidden;
+  block.activation = d.activation;
+  block.gated_mlp = d.gated_mlp;
+  block.gated_attention = d.gated_attention;
   block.scale = d.scale;
-  block.norm1 = token_norm(weights[0], weights[1], d.norm1_eps, n_lengths, n_channels);
-  block.qkv = packed_weight(weights[2], weights[3], 3 * divide_up(width, panel) * panel, n_channels, "qkv");
-  block.proj = packed_weight(weights[4], weights[5], n_channels, width, "proj");
-  block.norm2 = token_norm(weights[6], weights[7], d.norm2_eps, n_lengths, n_channels);
-  block.fc1 = packed_weight(weights[8], weights[9], d.hidden, n_channels, "fc1");
-  block.fc2 = packed_weight(weights[10], weights[11], n_channels, d.hidden, "fc2");
+  block.norm1 = norm(0, d.norm1_eps, n_lengths, n_channels);
+  block.qkv = linear(1, block.parts_before_keys() + 2, width, n_channels, "qkv");
+  block.proj = linear(2, 1, n_channels, width, "proj");
+  block.norm2 = norm(3, d.norm2_eps, n_lengths, n_channels);
+  block.fc1 = linear(4, d.gated_mlp ? 2 : 1, d.hidden, n_channels, "fc1");
+  block.fc2 = linear(5, 1, n_channels, d.hidden, "fc2");
+  block.q_norm = norm(6, d.q_norm_eps, 1, d.head_dim);
+  block.k_norm = norm(7, d.k_norm_eps, 1, d.head_dim);
+  block.out_norm = norm(8, d.out_norm_eps, n_lengths, width);
+  block.mlp_norm = norm(9, d.mlp_norm_eps, n_lengths, d.hidden);
   STD_TORCH_CHECK(block.norm1.weight != nullptr && block.norm2.weight != nullptr, "a block needs both its norms");
+  STD_TORCH_CHECK((block.q_norm.weight == nullptr) == (block.k_norm.weight == nullptr),
+                  "a block has norms of both queries and keys, or of neither");
   return block;
+}
+
+// Gives every block its table of `rope`, float32 [1 or n_blocks, R, 1 or n_heads, 2, head_dim / 2].
+void set_rotary(Model& model, const Tensor& rope, int64_t n_positions) {
+  const int64_t n_blocks = static_cast<int64_t>(model.blocks.size());
+  STD_TORCH_CHECK(rope.is_cpu() && rope.scalar_type() == ScalarType::Float && rope.dim() == 5 && rope.is_contiguous() &&
+                      (rope.size(0) == 1 || rope.size(0) == n_blocks) && rope.size(1) == n_positions &&
+                      rope.size(3) == 2,
+                  "rope must be a contiguous float32 CPU tensor [1 or ", n_blocks, ", ", n_positions,
+                  ", 1 or heads, 2, head_dim / 2]: a row for every row of pos_table");
+  const float* table = static_cast<const float*>(rope.const_data_ptr());
+  const int64_t n_tables = rope.size(2), size = n_positions * n_tables * 2 * rope.size(4);
+  for (BlockWeights& block : model.blocks) {
+    STD_TORCH_CHECK((n_tables == 1 || n_tables == block.n_heads) && 2 * rope.size(4) == block.head_dim,
+                    "rope has tables for ", n_tables, " heads of ", 2 * rope.size(4), " channels; a block has ",
+                    block.n_heads, " heads of ", block.head_dim);
+    block.rotary = {table, n_tables};
+    if (rope.size(0) > 1) table += size;
+  }
 }
 
 Model model_of(const std::vector<Tensor>& weights, const ViTDescriptor& descriptor, int64_t n_channels,
@@ -493,28 +533,31 @@ Model model_of(const std::vector<Tensor>& weights, const ViTDescriptor& descript
   model.n_channels = n_channels;
   model.embed = packed_weight(weights[0], weights[1], n_channels, depth_of_rows, "embed");
   STD_TORCH_CHECK(model.embed.type != cpu::WeightType::kInt8, "embed must not be int8; pack it in float32");
-  model.norm_pre = token_norm(weights[2], weights[3], descriptor.norm_pre_eps, n_lengths, n_channels);
-  model.norm = token_norm(weights[4], weights[5], descriptor.norm_eps, n_lengths, n_channels);
+  model.norm_pre = token_norm(&weights[2], descriptor.norm_pre_eps, n_lengths, n_channels);
+  model.norm = token_norm(&weights[4], descriptor.norm_eps, n_lengths, n_channels);
+  model.patch_norm = token_norm(&weights[6], descriptor.patch_norm_eps, n_lengths, n_channels);
+  model.most_parts = 3;
   const Tensor* of_block = weights.data() + kTensorsBeforeBlocks;
   for (const BlockDescriptor& d : descriptor.blocks) {
     model.blocks.push_back(block_of(of_block, d, n_lengths, n_channels));
     of_block += kTensorsPerBlock;
-    const Block& block = model.blocks.back();
+    const BlockWeights& block = model.blocks.back();
     model.type = model.blocks[0].proj.type;
     const bool first = model.blocks.size() == 1;  // its qkv is a stage of its own, so it may have another type
     for (const cpu::PackedWeight* weight : {first ? &block.proj : &block.qkv, &block.proj, &block.fc1, &block.fc2}) {
       STD_TORCH_CHECK(weight->type == model.type,
                       "the weights of all blocks must have one dtype, except for the first block's qkv");
     }
-    model.largest_width = std::max(model.largest_width, block.shape.width);
-    model.largest_hidden = std::max(model.largest_hidden, block.shape.hidden);
+    model.largest_width = std::max(model.largest_width, block.width());
+    model.largest_hidden = std::max(model.largest_hidden, block.hidden);
+    model.most_parts = std::max(model.most_parts, block.parts_before_keys() + 2);
   }
   return model;
 }
 
 Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor& length_index,
                    const Tensor& pos_offset, const Tensor& pos_table, const Tensor& prefix, std::vector<Tensor> weights,
-                   const Tensor& descriptor_in, int64_t n_pooled) {
+                   const Tensor& descriptor_in, int64_t n_pooled, const std::optional<Tensor>& rope) {
   const bool bytes = rows_in.scalar_type() == ScalarType::Byte;
   STD_TORCH_CHECK(rows_in.is_cpu() && rows_in.dim() == 2 && (bytes || is_floating(rows_in)),
                   "rows must be a floating or uint8 CPU tensor [Tp, P*P*3]");
@@ -531,6 +574,7 @@ Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor
   model.prefix = float_matrix(prefix, n_channels, "prefix");
   model.n_prefix = n_prefix;
   model.table = float_matrix(pos_table, n_channels, "pos_table");
+  if (rope) set_rotary(model, *rope, pos_table.size(0));
 
   const Tensor rows = revit::contiguous(rows_in);
   Batch batch = {static_cast<const char*>(rows.const_data_ptr()),
@@ -546,7 +590,8 @@ Tensor vit_forward(const Tensor& rows_in, const Tensor& cu_seqlens, const Tensor
   Tensor out = torch::stable::new_empty(pos_table, {n_out, n_channels});
   static thread_local cpu::Scratch memory;
   Forward forward(model, batch, n_pooled, static_cast<float*>(out.mutable_data_ptr()));
-  const int64_t row_bytes = (2 * n_channels + 4 * model.largest_width) * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes =
+      (2 * n_channels + (model.most_parts + 1) * model.largest_width) * static_cast<int64_t>(sizeof(float));
   for (const Group& group : groups_of(patches, n_sequences, n_prefix, row_bytes)) forward.run(group, memory);
   memory.shrink(kKeptBytes);
   return out;

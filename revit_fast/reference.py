@@ -153,6 +153,47 @@ def activate(name: str, x: Tensor) -> Tensor:
     return functions[name](x)
 
 
+def head_norm(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    """Each row and head of `[T, H, D]` after a norm that all lengths share."""
+    weight, bias, eps = norm
+    if not weight.numel():
+        return x
+    whole = torch.tensor([0, x.shape[0] * x.shape[1]], dtype=torch.int32, device=x.device)
+    bias = bias if bias.numel() else None
+    return tal_layer_norm(x.flatten(0, 1), weight, bias, whole, torch.zeros_like(whole[:1]), eps).view_as(x)
+
+
+def token_angles(table: Tensor, n_prefix: int, pos_offset: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Cosines and sines `[T, 1 or H, 2, D / 2]` of all tokens, from those of the grids; prefix tokens do not turn.
+
+    Args:
+        table: `[R, 1 or H, 2, D / 2]`, of several grids, one after another.
+        n_prefix: number of prefix tokens of every sequence.
+        pos_offset: `[B]`, row of `table` where the grid of each sequence starts.
+        cu_seqlens: `[B + 1]` of the patches.
+    """
+    still = torch.zeros_like(table[0])
+    still[:, 0] = 1
+    of_patches = table.new_zeros(int(cu_seqlens[-1]), still.numel())
+    of_prefix = still.flatten().expand(n_prefix, -1)
+    return assemble_tokens(of_patches, of_prefix, table.flatten(1), pos_offset, cu_seqlens).unflatten(1, still.shape)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Rows whose pairs of channels (j, j + D / 2) are turned.
+
+    Args:
+        x: `[T, H, D]`.
+        angles: `[T, 1 or H, 2, D / 2]`, the cosines and sines.
+    """
+    cos, sin = angles.unbind(2)
+    first, second = x.chunk(2, dim=2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
+
+
+NO_NORM = torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), 0.0
+
+
 class BlockWeights(NamedTuple):
     """A transformer block.
 
@@ -169,6 +210,13 @@ class BlockWeights(NamedTuple):
         n_heads: attention heads H.
         activation: activation of the MLP, see `activate`.
         scale: factor on the scores; None for `D ** -0.5`.
+        q_norm: norm of each query's head, `[1, D]`; empty tensors for none, here and below.
+        k_norm: norm of each key's head.
+        out_norm: norm of the heads' results, `[n_lengths, H * D]`.
+        mlp_norm: norm of the hidden channels.
+        gated_attention: `qkv` is `[4 * H * D, C]`, queries, gates, keys and values; a sigmoid of the gates multiplies
+            the heads' results after their norm.
+        gated_mlp: `fc1` is `[2 * hidden, C]`; the activation of its first half multiplies the second.
     """
 
     norm1: tuple[Tensor, Tensor, float]
@@ -180,6 +228,12 @@ class BlockWeights(NamedTuple):
     n_heads: int
     activation: str
     scale: float | None = None
+    q_norm: tuple[Tensor, Tensor, float] = NO_NORM
+    k_norm: tuple[Tensor, Tensor, float] = NO_NORM
+    out_norm: tuple[Tensor, Tensor, float] = NO_NORM
+    mlp_norm: tuple[Tensor, Tensor, float] = NO_NORM
+    gated_attention: bool = False
+    gated_mlp: bool = False
 
 
 def vit_forward(
@@ -195,6 +249,8 @@ def vit_forward(
     blocks: Sequence[BlockWeights],
     *,
     n_pooled: int,
+    patch_norm: tuple[Tensor, Tensor, float] = NO_NORM,
+    rope: Tensor | None = None,
     round_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
     rounds_first_qkv: bool = True,
     round_factors: Callable[[Tensor], Tensor] = lambda factor: factor,
@@ -213,6 +269,8 @@ def vit_forward(
         norm: (weight, bias, eps) of the norm after the blocks; empty tensors for no norm.
         blocks: the blocks; they may differ from one another in everything but C.
         n_pooled: number of leading tokens of every sequence to return; 0 for all.
+        patch_norm: norm of the embedded patches; empty tensors for no norm.
+        rope: `[1 or n_blocks, R, 1 or H, 2, D / 2]`, cosines and sines for the rows of `pos_table`; None for none.
         round_rows: rounding of the input rows of every linear layer of a block; none by default.
         rounds_first_qkv: whether the rows of the first block's `qkv` are rounded like the others.
         round_factors: rounding of `rows` and of every factor of attention's products; none by default.
@@ -220,31 +278,47 @@ def vit_forward(
     Returns:
         `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`.
     """
-    x = assemble_tokens(F.linear(round_factors(rows), *embed), prefix, pos_table, pos_offset, cu_seqlens)
-    cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(
-        cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device
-    )
 
-    def normed(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    def normed(x: Tensor, norm: tuple[Tensor, Tensor, float], offsets: Tensor) -> Tensor:
         weight, bias, eps = norm
         if not weight.numel():
             return x
-        return tal_layer_norm(x, weight, bias if bias.numel() else None, cu_seqlens, length_index, eps)
+        return tal_layer_norm(x, weight, bias if bias.numel() else None, offsets, length_index, eps)
 
     def linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
         return F.linear(round_rows(x), *layer)
 
-    x = normed(x, norm_pre)
+    patches = normed(F.linear(round_factors(rows), *embed), patch_norm, cu_seqlens)
+    x = assemble_tokens(patches, prefix, pos_table, pos_offset, cu_seqlens)
+    if rope is not None:
+        angles = [token_angles(table, prefix.shape[0], pos_offset, cu_seqlens) for table in rope]
+        angles = angles * len(blocks) if len(rope) == 1 else angles
+    cu_seqlens = cu_seqlens + prefix.shape[0] * torch.arange(
+        cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device
+    )
+    x = normed(x, norm_pre, cu_seqlens)
     for i, block in enumerate(blocks):
         head_dim = block.proj[0].shape[1] // block.n_heads
         scale = head_dim**-0.5 if block.scale is None else block.scale
-        rows = normed(x, block.norm1)
+        rows = normed(x, block.norm1, cu_seqlens)
         qkv = linear(rows, block.qkv) if rounds_first_qkv or i else F.linear(rows, *block.qkv)
-        q, k, v = qkv.view(-1, 3, block.n_heads, head_dim).unbind(1)
+        q, *gates, k, v = qkv.view(-1, 3 + block.gated_attention, block.n_heads, head_dim).unbind(1)
+        q, k = (head_norm(t, norm) for t, norm in ((q, block.q_norm), (k, block.k_norm)))
+        if rope is not None:
+            q, k = turned(q, angles[i]), turned(k, angles[i])
         attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=scale, round_factors=round_factors)
-        x = x + linear(attended.flatten(1), block.proj)
-        x = x + linear(activate(block.activation, linear(normed(x, block.norm2), block.fc1)), block.fc2)
-    x = normed(x, norm)
+        attended = normed(attended.flatten(1), block.out_norm, cu_seqlens)
+        for gate in gates:
+            attended = attended * gate.flatten(1).sigmoid()
+        x = x + linear(attended, block.proj)
+        hidden = linear(normed(x, block.norm2, cu_seqlens), block.fc1)
+        if block.gated_mlp:
+            gate, hidden = hidden.chunk(2, dim=1)
+            hidden = activate(block.activation, gate) * hidden
+        else:
+            hidden = activate(block.activation, hidden)
+        x = x + linear(normed(hidden, block.mlp_norm, cu_seqlens), block.fc2)
+    x = normed(x, norm, cu_seqlens)
     if n_pooled == 0:
         return x
     pooled = torch.arange(n_pooled, dtype=cu_seqlens.dtype, device=cu_seqlens.device)

@@ -5,10 +5,11 @@
 
     model = timm.create_model("revit_small_patch16_224", num_classes=10, drop_path_rate=0.1)
 
-The models are `revit_fast.ReViT` with the architectures and data settings of timm's ViT, distilled DeiT and DINOv2, and
-of LV-ViT, which timm does not have. timm's builder makes them, so timm's features work with them: optimizer groups,
-feature extraction (`features_only=True`, also `feature_cls="fx"`), checkpoints, averages. There are no pretrained
-weights; a checkpoint of the plain ViT can serve as a start. `torch.jit.script` is not supported; `torch.compile` is.
+The models are `revit_fast.ReViT` with the architectures and data settings of timm's ViT, distilled DeiT, DINOv2,
+DINOv3, EVA-02 and SigLIP, and of LV-ViT, which timm does not have. timm's builder makes them, so timm's features work
+with them: optimizer groups, feature extraction (`features_only=True`, also `feature_cls="fx"`), checkpoints, averages.
+There are no pretrained weights; a checkpoint of the plain ViT can serve as a start. `torch.jit.script` is not
+supported; `torch.compile` is.
 
 If timm itself has been reloaded, `importlib.reload` of this module registers the models again.
 """
@@ -29,6 +30,7 @@ from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
+from revit_fast.models.from_timm import config_from_timm
 from revit_fast.models.lvvit import ARCHITECTURES, CROP_PCT, MLP_RATIO
 from revit_fast.models.timm_api import NORM_PARAMETER
 from revit_fast.models.vit import ReViT
@@ -41,6 +43,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCE
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import FeatureGetterNet
 from timm.models._features_fx import FeatureGraphNet
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as eva_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 __all__: list[str] = []  # register_model adds the entry points
@@ -54,8 +58,21 @@ WIDTHS: dict[str, dict[str, int]] = {
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
-GRIDS = {224: (14, 10, 7), 384: (24, 17, 12), 518: (37, 26, 18)}
+GRIDS = {224: (14, 10, 7), 256: (16, 12, 8), 384: (24, 17, 12), 518: (37, 26, 18)}
 """Token grids of the models by their image size in pixels; all have about 1, 1/2 and 1/4 of the tokens."""
+
+COUNTERPARTS = {
+    **{
+        f"revit_{size}_patch16_dinov3": f"vit_{size}_patch16_dinov3"
+        for size in ("small", "small_plus", "base", "large", "huge_plus", "7b")
+    },
+    **{f"revit_{size}_patch14_eva02": f"eva02_{size}_patch14_224" for size in ("tiny", "small", "base", "large")},
+    "revit_base_patch16_siglip": "vit_base_patch16_siglip_224",
+    "revit_large_patch16_siglip": "vit_large_patch16_siglip_256",
+    "revit_so400m_patch14_siglip": "vit_so400m_patch14_siglip_224",
+    "revit_so400m_patch16_siglip": "vit_so400m_patch16_siglip_256",
+}
+"""Models that are read from timm's, by the names of both. timm's have one for every image size, ours take any."""
 
 NEUTRAL: dict[str, tuple] = {
     "attn_drop_rate": (0,),
@@ -121,7 +138,45 @@ def make_revit(
         "patch_bias": not pre_norm,
     }
     with contextlib.nullcontext() if device is None else torch.device(device):
-        model = ReViT(**options | kwargs)
+        return _for_timm(ReViT(**options | kwargs), dtype)
+
+
+def make_like(
+    counterpart: str,
+    *,
+    grids: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ReViT:
+    """A ReViT with new weights and the architecture of one of timm's models.
+
+    Args:
+        counterpart: name of timm's model.
+        grids: configured token grids; by default about 1, 1/2 and 1/4 of the tokens of `img_size`.
+        device: device to create the model on.
+        dtype: dtype of the parameters.
+        kwargs: arguments of timm's model, such as `img_size`, `embed_dim`, `num_classes` or `drop_path_rate`.
+
+    Raises:
+        ValueError: for what ReViT does not have; the message names it.
+        TypeError: for an argument that is unknown.
+    """
+    config = config_from_timm(_meta_model(counterpart, **kwargs))
+    side = max(config["base_grid"])
+    of_side = next((g for g in GRIDS.values() if g[0] == side), None) or scaled_grids(GRIDS[224], config["base_grid"])
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        return _for_timm(ReViT(grids=of_side if grids is None else grids, **config), dtype)
+
+
+def _meta_model(name: str, **kwargs: Any) -> nn.Module:
+    """timm's model without values."""
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def _for_timm(model: ReViT, dtype: torch.dtype | None) -> ReViT:
+    """The model, ready for timm's builder."""
     # timm writes state dicts unchanged, and safetensors accepts only contiguous tensors.
     model.patch_embed.proj.weight.data = model.patch_embed.proj.weight.data.contiguous()
     model.register_load_state_dict_pre_hook(adapt_state_dict)
@@ -171,15 +226,25 @@ def adapt_state_dict(model: ReViT, state_dict: dict[str, Tensor], prefix: str, *
     state_dict.update({prefix + name: value for name, value in adapted.items()})
 
 
-def filter_state_dict(state_dict: dict[str, Tensor], model: ReViT) -> dict[str, Tensor]:
+def filter_state_dict(
+    state_dict: dict[str, Tensor], model: ReViT, make_timms: Callable[[], nn.Module] | None = None
+) -> dict[str, Tensor]:
     """Converts the weights that `pretrained=True` reads from a given file to the shapes of the model.
 
-    Accepts a ReViT's weights and all that timm's ViTs accept, including original files of DeiT-III and DINOv2 and other
-    patch sizes.
+    Accepts a ReViT's weights and all that timm's ViTs accept, including original files of DeiT-III, DINOv2, DINOv3 and
+    EVA-02 and other patch sizes.
+
+    Args:
+        state_dict: the weights.
+        model: the model.
+        make_timms: makes timm's counterpart of the model, whose parameters may have other names; None if they have not.
     """
     if any(isinstance(v, Tensor) and v.dim() == 2 and NORM_PARAMETER.search(name) for name, v in state_dict.items()):
         return model.convert_state_dict(state_dict)  # a ReViT's: timm might misread a grid that is not square
-    return model.convert_state_dict(checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True))
+    timms = model if make_timms is None else make_timms()
+    if isinstance(timms, Eva):
+        return model.convert_state_dict(eva_filter_fn(state_dict, timms))
+    return model.convert_state_dict(checkpoint_filter_fn(state_dict, timms, adapt_layer_scale=True))
 
 
 def _create(variant: str, arguments: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -191,11 +256,17 @@ def _create(variant: str, arguments: dict[str, Any], pretrained: bool = False, *
             f'feature_cls: expected "getter" or "fx", got {extractor!r}; between the blocks of a ReViT a stream is '
             "a pair of packed tensors, which the others would misread"
         )
+    make, filter_fn = None, filter_state_dict
+    if variant in COUNTERPARTS:
+        make = partial(make_like, COUNTERPARTS[variant])
+        own = ("feature_cls", "out_indices", "features_only", "grids", "device", "dtype")
+        of_timm = {n: v for n, v in arguments.items() if n not in own and not n.startswith("pretrained")}
+        filter_fn = partial(filter_fn, make_timms=partial(_meta_model, COUNTERPARTS[variant], **of_timm))
     return build_model_with_cfg(
-        partial(make_revit, arguments.pop("native_px")),
+        make or partial(make_revit, arguments.pop("native_px")),
         variant,
         pretrained,
-        pretrained_filter_fn=filter_state_dict,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
         **arguments,
     )
@@ -241,6 +312,10 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         arguments = ARCHITECTURES[size] | {"mlp_ratio": MLP_RATIO, "patch_size": 16, "native_px": 224}
         cfg = _cfg(224, crop_pct=CROP_PCT[size], first_conv="patch_embed.conv1")
         variants[f"revit_lvvit_{size}"] = arguments, cfg
+    for name, counterpart in COUNTERPARTS.items():
+        cfg = timm.get_pretrained_cfg(counterpart)
+        kept = ("input_size", "num_classes", "crop_pct", "interpolation", "mean", "std", "classifier")
+        variants[name] = {}, _cfg(cfg.input_size[1], **{key: getattr(cfg, key) for key in kept})
     return variants
 
 
@@ -253,7 +328,8 @@ def _entry_point(name: str, arguments: dict[str, Any]) -> Callable[..., nn.Modul
         return _create(name, arguments, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{name}: `make_revit` with {arguments} and timm's builder options."
+    made = f"`make_like` {COUNTERPARTS[name]}" if name in COUNTERPARTS else f"`make_revit` with {arguments}"
+    create.__doc__ = f"{name}: {made} and timm's builder options."
     return create
 
 

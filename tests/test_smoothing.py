@@ -71,7 +71,21 @@ def tokens_of(blocks: list[BlockParameters], model: rf.ReViT) -> torch.Tensor:
         NO_NORM,
         [
             reference.BlockWeights(
-                b.norm1, b.qkv[:2], b.proj[:2], b.norm2, b.fc1[:2], b.fc2[:2], described.attn.heads, "gelu"
+                b.norm1,
+                b.qkv[:2],
+                b.proj[:2],
+                b.norm2,
+                b.fc1[:2],
+                b.fc2[:2],
+                described.attn.heads,
+                "gelu",
+                None,
+                b.q_norm,
+                b.k_norm,
+                b.out_norm,
+                b.mlp_norm,
+                described.attn.gate,
+                described.mlp.gated,
             )
             for b in blocks
         ],
@@ -89,12 +103,15 @@ def tokens_of(blocks: list[BlockParameters], model: rf.ReViT) -> torch.Tensor:
         {"init_values": 0.1},
         {"residual_scale": 2.0},
         {"head_dim": 5},
+        {"gated_attn": True, "gated_mlp": True},
+        {"attn_norm": {}, "qk_norm": {"kind": "rms"}, "mlp_norm": {}},
+        {"attn_norm": {"kind": "rms"}, "num_kv_heads": 1},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_factors_change_nothing_but_rounding(options):
     model = make_model(**options)
-    plain = [in_float64(parameters_of(block)) for block in model.blocks]
+    plain = [in_float64(parameters_of(block, None)) for block in model.blocks]
     divided = []
     for i, block in enumerate(plain):
         depths = {name: getattr(block, name).weight.shape[1] for name in ("qkv", "proj", "fc1")}

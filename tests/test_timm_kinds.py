@@ -79,7 +79,7 @@ def kind(request):
 
 def test_model_and_optimized_copy_are_timms(kind):
     vit, model = kind
-    fast = rf.optimize(model, engine="fused" if model.spec.beyond_plain() is None else "modules")
+    fast = rf.optimize(model, engine="fused")
     for grid in SIDES:
         images = images_of(vit, grid)
         with torch.no_grad():
@@ -117,9 +117,8 @@ def test_packs_of_all_grids_are_single_images(kind):
         together = model(images)
         for image, row in zip(images, together, strict=True):
             assert off(row, vit(image[None])[0]) <= 2e-5
-        if model.spec.beyond_plain() is None:
-            fast = rf.optimize(model)
-            assert all(torch.equal(fast([image])[0], row) for image, row in zip(images, fast(images), strict=True))
+        fast = rf.optimize(model)
+        assert all(torch.equal(fast([image])[0], row) for image, row in zip(images, fast(images), strict=True))
 
 
 def wide(vit):
@@ -254,11 +253,6 @@ class TestRope:
     def test_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             rf.ReViT(embed_dim=16, depth=1, num_heads=2, **options)
-
-    def test_the_fused_engine_refuses_by_field(self):
-        model = rf.ReViT(embed_dim=16, depth=2, num_heads=2, blocks=[{}, {"gated_mlp": True}]).eval()
-        with pytest.raises(ValueError, match=r"its spec has blocks\[1\].mlp.gated, .* engine=\"modules\""):
-            rf.optimize(model)
 
 
 @pytest.mark.parametrize("name", ["vit_pe_core_base_patch16_224", "vit_small_plus_patch16_dinov3"])

@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3
 import revit_fast as rf
 from revit_fast import timm_models
 from revit_fast.layers import TALLayerNorm
+from revit_fast.models.timm_blocks import plain_names
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 # One of each kind: (ours, timm's, classes asked for).
@@ -31,6 +32,9 @@ PAIRS = [
     ("revit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224", 7),
     ("revit_small_patch14_dinov2", "vit_small_patch14_dinov2", 7),
     ("revit_small_patch14_reg4_dinov2", "vit_small_patch14_reg4_dinov2", 7),
+    ("revit_small_plus_patch16_dinov3", "vit_small_plus_patch16_dinov3", 7),
+    ("revit_base_patch14_eva02", "eva02_base_patch14_224", 7),
+    ("revit_base_patch16_siglip", "vit_base_patch16_siglip_224", 7),
 ]
 NAMES = [ours for ours, _, _ in PAIRS]
 OF_TIMM = [name for name in timm_models.VARIANTS if "lvvit" not in name]  # the others: test_lvvit.py
@@ -39,6 +43,8 @@ TOLERANCE = 2e-5  # of the largest value, as in test_model.py
 
 def counterpart(name):
     """timm's model of the same architecture and data settings."""
+    if name in timm_models.COUNTERPARTS:
+        return timm_models.COUNTERPARTS[name]
     return name.replace("revit_", "deit_" if "distilled" in name else "vit_")
 
 
@@ -76,7 +82,9 @@ def plain(tmp_path):
 def test_all_are_listed():
     names = timm.list_models("revit*")
     assert sorted(names) == sorted(timm_models.VARIANTS)
-    assert len(names) == 21
+    assert len(names) == 35
+    for pattern, n in {"revit_*_dinov3": 6, "revit_*_eva02": 4, "revit_*_siglip": 4}.items():
+        assert len(timm.list_models(pattern)) == n
     assert timm.list_models("revit*", pretrained=True) == []
     assert all(timm.is_model(name) and name in timm_models.__all__ for name in names)
     assert timm.list_models("revit*", module="timm_models") == names
@@ -86,12 +94,14 @@ def test_all_are_listed():
 def test_architecture_and_default_cfg_are_those_of_timms_model(name):
     model = timm.create_model(name, device="meta")
     vit = timm.create_model(counterpart(name), device="meta")
-    ours, theirs = model.state_dict(), vit.state_dict()
+    ours = model.state_dict()
+    theirs = plain_names(vit.state_dict(), ours)
     assert ours.keys() - {"_extra_state"} == theirs.keys()
     for key, value in theirs.items():
         assert ours[key].shape == ((3, *value.shape) if "norm" in key else value.shape), key
     assert model.blocks[0].norm1.eps == vit.blocks[0].norm1.eps
     assert model.blocks[0].attn.num_heads == vit.blocks[0].attn.num_heads
+    assert model.spec == rf.ReViT.from_timm(vit, grids=model.grids).spec
 
     cfg, their_cfg = model.default_cfg, vit.default_cfg
     assert cfg is model.pretrained_cfg
@@ -108,7 +118,7 @@ def test_architecture_and_default_cfg_are_those_of_timms_model(name):
     side = cfg["input_size"][1] // model.patch_size
     assert model.base_grid == (side, side) == model.patch_embed.grid_size
     assert model.grids[0] == side
-    assert model.grids == {14: (14, 10, 7), 24: (24, 17, 12), 37: (37, 26, 18)}[side]
+    assert model.grids == {14: (14, 10, 7), 16: (16, 12, 8), 24: (24, 17, 12), 37: (37, 26, 18)}[side]
 
 
 @torch.inference_mode()
@@ -157,6 +167,20 @@ def test_equals_timm_from_its_checkpoint(name, theirs, num_classes, tmp_path):
 
 
 class TestCheckpoints:
+    def test_pretrained_of_the_counterpart_from_a_file(self, tmp_path):
+        """Of another size and other classes, and with the names of EVA's parts."""
+        for name in ("revit_small_patch16_dinov3", "revit_base_patch14_eva02", "revit_base_patch16_siglip"):
+            vit = lively(timm.create_model(counterpart(name), **SMALL, num_classes=5))
+            save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+            overlay = {"file": str(tmp_path / "vit.safetensors"), "num_classes": 5}
+            arguments = {**SMALL, "pretrained": True, "pretrained_cfg_overlay": overlay, "img_size": 112}
+            model = timm.create_model(name, **arguments, num_classes=0).eval()
+            theirs = timm.create_model(counterpart(name), **arguments, num_classes=0).eval()
+            assert relative(model(image(112)), theirs(image(112))) <= TOLERANCE, name
+            own = timm.create_model(name, **SMALL, num_classes=5, checkpoint_path=str(tmp_path / "vit.safetensors"))
+            side = own.default_cfg["input_size"][1]
+            assert relative(own.eval()(image(side)), vit(image(side))) <= TOLERANCE, name
+
     def test_another_grid_is_resampled(self, plain):
         vit, path = plain
         model = timm.create_model(
@@ -363,9 +387,11 @@ def test_classifier_is_taken_off_and_put_back(name):
     assert small(name, num_classes=0)(x).shape == (2, 48)
     if not distilled:
         model.reset_classifier(0, "")
-        assert torch.equal(model(x), model.forward_features(x))
-        unpooled = small(name, num_classes=0, global_pool="")
-        assert torch.equal(unpooled(x), unpooled.forward_features(x))
+        for unpooled in (model, small(name, num_classes=0, global_pool="")):
+            features = unpooled.forward_features(x)
+            if unpooled.spec.head.norm_pooled:  # as timm's EVA: the norm is the head's, without pooling too
+                features = unpooled.forward_head(features, pre_logits=True)
+            assert torch.equal(unpooled(x), features)
 
 
 class TestFeatures:

@@ -16,10 +16,9 @@ from revit_fast.ops.linear import (
     cpu_multiplies_bf16,
     pack_weight,
     round_rows,
-    unpack_weight,
     unpacked,
 )
-from revit_fast.ops.vit import NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
+from revit_fast.ops.vit import NO_NORM, NORMS, PARTS, BlockWeights, TokenNorm, ViTWeights, pack_parts
 
 NARROW_PRODUCTS = "dtype"
 pytestmark = only_on("cpu", reason="a CPU op")
@@ -63,6 +62,8 @@ class Net:
         final_norm=True,
         rms=False,
         outer_eps=(EPS, EPS),
+        patch_norm=None,
+        rope=None,
         blocks=None,
         dtype=torch.float32,
         seed=0,
@@ -71,25 +72,39 @@ class Net:
         self.dtype = dtype
         self.outer_dtype = torch.float32 if dtype == torch.int8 else dtype
         self.embed = self.linear(channels, patch_values)
-        no_norm = (torch.empty(0), torch.empty(0), EPS)
-        self.norm_pre = self.norm(channels, outer_eps[0], rms) if pre_norm else no_norm
-        self.final = self.norm(channels, outer_eps[1], rms) if final_norm else no_norm
+        self.norm_pre = self.norm(channels, outer_eps[0], rms) if pre_norm else reference.NO_NORM
+        self.final = self.norm(channels, outer_eps[1], rms) if final_norm else reference.NO_NORM
+        self.patch_norm = self.maybe_norm(channels, patch_norm)
         same = {"n_heads": n_heads, "head_dim": head_dim, "hidden": hidden, "activation": activation, "rms": (rms, rms)}
         self.blocks = [self.block(channels, **arguments) for arguments in blocks or [same] * depth]
-        self.prefix, self.table = self.draw(n_prefix, channels), self.draw(300, channels)
+        self.prefix, self.table, self.rope = self.draw(n_prefix, channels), self.draw(300, channels), None
+        if rope is not None:
+            n_tables, n_of_heads, width = rope
+            angle = self.draw(n_tables, 300, n_of_heads, width // 2, scale=2.0)
+            self.rope = torch.stack([angle.cos(), angle.sin()], dim=3)
 
-    def block(self, channels, *, n_heads, head_dim, hidden, activation, eps=(EPS, EPS), scale=None, rms=(False, False)):
+    def block(
+        self, channels, *, n_heads, head_dim, hidden, activation, eps=(EPS, EPS), scale=None, rms=(False, False),
+        qk_norm=None, out_norm=None, mlp_norm=None, gated_attention=False, gated_mlp=False,
+    ):  # fmt: skip
+        """`qk_norm`, `out_norm` and `mlp_norm` are None or (eps, rms)."""
         width = n_heads * head_dim
         return reference.BlockWeights(
             self.norm(channels, eps[0], rms[0]),
-            self.linear(3 * width, channels),
+            self.linear((3 + gated_attention) * width, channels),
             self.linear(channels, width),
             self.norm(channels, eps[1], rms[1]),
-            self.linear(hidden, channels),
+            self.linear((1 + gated_mlp) * hidden, channels),
             self.linear(channels, hidden),
             n_heads,
             activation,
             scale,
+            self.maybe_norm(head_dim, qk_norm, 1),
+            self.maybe_norm(head_dim, qk_norm, 1),
+            self.maybe_norm(width, out_norm),
+            self.maybe_norm(hidden, mlp_norm),
+            gated_attention,
+            gated_mlp,
         )
 
     def draw(self, *shape, scale=1.0):
@@ -99,37 +114,43 @@ class Net:
     def linear(self, n_out, depth):
         return self.draw(n_out, depth, scale=depth**-0.5).to(self.outer_dtype).float(), self.draw(n_out)
 
-    def norm(self, channels, eps, rms=False):
-        weight, bias = 1 + 0.3 * self.draw(N_LENGTHS, channels), 0.3 * self.draw(N_LENGTHS, channels)
+    def norm(self, channels, eps, rms=False, n_lengths=N_LENGTHS):
+        weight, bias = 1 + 0.3 * self.draw(n_lengths, channels), 0.3 * self.draw(n_lengths, channels)
         return weight, torch.empty(0) if rms else bias, eps
 
-    def packed(self):
-        def pack(pair):
-            return pack_weight(*pair, self.dtype)
+    def maybe_norm(self, channels, norm, n_lengths=N_LENGTHS):
+        return reference.NO_NORM if norm is None else self.norm(channels, *norm, n_lengths)
 
-        blocks = [
-            BlockWeights(
-                TokenNorm(*b.norm1), pack_qkv(*b.qkv, self.dtype), pack(b.proj), TokenNorm(*b.norm2), pack(b.fc1),
-                pack(b.fc2), b.n_heads, b.proj[0].shape[1] // b.n_heads, b.activation, b.scale,
-            )
-            for b in self.blocks
-        ]  # fmt: skip
-        norms = [TokenNorm(*n) if n[0].numel() else NO_NORM for n in (self.norm_pre, self.final)]
+    def packed(self):
+        def norm(n):
+            return TokenNorm(*n) if n[0].numel() else NO_NORM
+
+        def block(b):
+            n_parts = {"qkv": 3 + b.gated_attention, "fc1": 1 + b.gated_mlp}
+            packed = {
+                name: norm(value) if name in NORMS else pack_parts(n_parts.get(name, 1), *value, self.dtype)
+                for name, value in zip(b._fields, b, strict=True)
+                if name in PARTS
+            }
+            others = {name: value for name, value in zip(b._fields, b, strict=True) if name not in PARTS}
+            return BlockWeights(**packed, **others, head_dim=b.proj[0].shape[1] // b.n_heads)
+
         return ViTWeights(
             pack_weight(*self.embed, self.outer_dtype),
-            *norms,
-            blocks,
+            norm(self.norm_pre),
+            norm(self.final),
+            [block(b) for b in self.blocks],
             self.prefix,
             N_LENGTHS,
+            norm(self.patch_norm),
         )
 
     def rows(self, seqlens, seed=7):
         return randn(sum(seqlens), self.embed[0].shape[1], seed=seed)
 
     def run(self, seqlens, rows, n_pooled, index=None, offset=None):
-        return ops.vit_forward(
-            rows, cu_seqlens_of(seqlens), *self.index(seqlens, index, offset), self.table, self.packed(), n_pooled
-        )
+        index = self.index(seqlens, index, offset)
+        return ops.vit_forward(rows, cu_seqlens_of(seqlens), *index, self.table, self.packed(), n_pooled, self.rope)
 
     def arguments(self, seqlens, weights):
         """The op's arguments before the descriptor."""
@@ -152,6 +173,7 @@ class Net:
         return reference.vit_forward(
             to(rows), cu_seqlens_of(seqlens), *self.index(seqlens, index, offset), to(self.table), to(self.prefix),
             to(self.embed), to(self.norm_pre), to(self.final), blocks, n_pooled=n_pooled,
+            patch_norm=to(self.patch_norm), rope=to(self.rope),
             **self.rounding(dtype),
         )  # fmt: skip
 
@@ -194,6 +216,23 @@ def assert_rounds_alike(ours, same, truth, what):
     assert torch.isfinite(ours).all(), what
     assert got.median() <= 2 * torch_error.median() + 3e-5, f"{what}: {got.median():.3e}, {torch_error.median():.3e}"
     assert got.max() <= 1e-2 * truth.abs().max(), f"{what}: max error {got.max():.3e}"
+
+
+def check_draws(seqlens, what, **options):
+    """`check` and `check_pooled` of a net. With int8, of three nets together: one step of luck moves a whole image."""
+    nets = [Net(seed=seed, **options) for seed in range(3 if options["dtype"] == torch.int8 else 1)]
+    rows = [net.rows(seqlens) for net in nets]
+    if len(nets) == 1:
+        nets[0].check(seqlens, 0, what)
+    else:
+        ours = torch.cat([net.run(seqlens, r, 0) for net, r in zip(nets, rows, strict=True)])
+        same, truth = (
+            torch.cat([net.truth(seqlens, r, 0, dtype) for net, r in zip(nets, rows, strict=True)])
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert_rounds_alike(ours, same, truth, what)
+    nets[0].check_pooled(seqlens, 2, what)
+    return nets[0]
 
 
 MIX = (5, 0, 49, 1, 100, 17, 196, 2)
@@ -245,10 +284,75 @@ def test_blocks_that_differ(isa, order, dtype):
         net.check_pooled(seqlens, 2, str(seqlens))
 
 
+FIELDS = {
+    "qk_norm": {"qk_norm": (1e-3, False)},
+    "qk_norm of RMS": {"qk_norm": (0.1, True)},
+    "out_norm": {"out_norm": (0.1, False)},
+    "out_norm of RMS": {"out_norm": (1e-3, True)},
+    "mlp_norm": {"mlp_norm": (0.1, False)},
+    "mlp_norm of RMS": {"mlp_norm": (1e-3, True)},
+    "gated_attention": {"gated_attention": True},
+    "gated_mlp": {"gated_mlp": True},
+}
+EVERY_FIELD = {name: value for field in FIELDS.values() for name, value in field.items()}
+FIELD_SIZES = [(3, 8, 40), (2, 20, 300), (1, 6, 1), (2, 64, 33)]
+
+
+@pytest.mark.parametrize(
+    ("field", "dtype"), [*((field, torch.float32) for field in FIELDS), *(("all", dtype) for dtype in PACKED_DTYPES)]
+)
+def test_fields_beyond_the_plain_block(isa, field, dtype):
+    """Alone and all together: by columns and in tiles, pooled tokens with the bits of all tokens, and not without."""
+    options = EVERY_FIELD if field == "all" else FIELDS[field]
+    sizes = FIELD_SIZES if (field, dtype) == ("all", torch.float32) else FIELD_SIZES[1:2]
+    for n_heads, head_dim, hidden in sizes:
+        block = {"n_heads": n_heads, "head_dim": head_dim, "hidden": hidden, "activation": "silu"}
+        blocks = [block | options, block, block | options]
+        for seqlens in ((60, 0, 49, 17, 2), (290, 17, 3)):
+            what = f"{field}, {block}, {seqlens}"
+            net = check_draws(seqlens, what, channels=40, blocks=blocks, n_prefix=2, dtype=dtype)
+        without = Net(channels=40, blocks=[block] * 3, n_prefix=2, dtype=dtype)
+        rows = net.rows((9, 4))
+        without.embed, without.table, without.prefix = net.embed, net.table, net.prefix
+        assert not torch.allclose(net.run((9, 4), rows, 0), without.run((9, 4), rows, 0), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("tables", "n_heads", "head_dim", "dtype"),
+    [
+        ("one", 3, 8, torch.float32),
+        ("one", 1, 2, torch.float32),
+        ("blocks", 2, 20, torch.float32),
+        ("heads", 3, 72, torch.float32),
+        *(("both", 2, 64, dtype) for dtype in PACKED_DTYPES),
+    ],
+)
+def test_heads_turn(isa, tables, n_heads, head_dim, dtype):
+    block = {"n_heads": n_heads, "head_dim": head_dim, "hidden": 20, "activation": "gelu"}
+    rope = 3 if tables in ("blocks", "both") else 1, n_heads if tables in ("heads", "both") else 1, head_dim
+    fields = EVERY_FIELD if tables == "both" else {}
+    blocks = [block, block | fields, block | fields]
+    for seqlens in ((60, 0, 49, 17, 2), (290, 17, 3)):
+        net = check_draws(seqlens, str(seqlens), channels=40, blocks=blocks, n_prefix=2, dtype=dtype, rope=rope)
+    rows = net.rows((9, 4))
+    turned = net.run((9, 4), rows, 0)
+    net.rope = None
+    assert not torch.allclose(turned, net.run((9, 4), rows, 0), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [(0.1, False), (1e-3, True)], ids=["layer", "rms"])
+def test_patches_are_normed_before_their_positions(isa, norm, dtype):
+    net = Net(channels=40, patch_norm=norm, n_prefix=2, dtype=dtype)
+    net.check(MIX, 0)
+    net.check_pooled(MIX, 1)
+
+
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
 @pytest.mark.parametrize("n_pooled", [0, 2])
 def test_blocks_that_differ_are_bitwise_alone_and_in_any_pack(isa, n_pooled, dtype):
-    net = Net(channels=40, blocks=MIXED_BLOCKS, n_prefix=2, dtype=dtype)
+    blocks = [*MIXED_BLOCKS, *({**block, **EVERY_FIELD} for block in MIXED_BLOCKS)]
+    net = Net(channels=40, blocks=blocks, n_prefix=2, patch_norm=(0.1, False), dtype=dtype)
     seqlens = (49, 196, 3, 100, 0, 49, 196, 14) * 2
     rows, (index, offset) = net.rows(seqlens).split(seqlens), Net.index(seqlens)
     packed = net.run(seqlens, torch.cat(rows), n_pooled).split([n_pooled or n + 2 for n in seqlens])
@@ -262,7 +366,7 @@ def test_every_number_of_a_block_counts(isa):
     plain = {"n_heads": 2, "head_dim": 6, "hidden": 20, "activation": "gelu"}
     changes = (
         {"n_heads": 3, "head_dim": 4}, {"activation": "gelu_tanh"}, {"activation": "quick_gelu"}, {"scale": 0.9},
-        {"eps": (0.2, EPS)}, {"eps": (EPS, 0.2)},
+        {"eps": (0.2, EPS)}, {"eps": (EPS, 0.2)}, *FIELDS.values(),
     )  # fmt: skip
     seqlens = (49, 17, 30)
     before = Net(blocks=[plain] * 3, pre_norm=True)
@@ -381,16 +485,21 @@ def test_any_shape(seqlens, channels, n_heads, head_dim, hidden, activation, n_p
         torch.testing.assert_close(net.run(seqlens, rows, n_pooled).double(), truth, rtol=0, atol=allowed)
 
 
+EPSILONS = [1e-12, 1e-6, 1e-3, 0.1, 1.0]
+NORM = st.tuples(st.sampled_from(EPSILONS), st.booleans())
 BLOCKS = st.fixed_dictionaries(
     {
         "n_heads": st.integers(1, 5),
         "head_dim": st.integers(1, 40),
         "hidden": st.integers(1, 300),
         "activation": st.sampled_from(ACTIVATIONS),
-        "eps": st.tuples(*[st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 1.0])] * 2),
+        "eps": st.tuples(*[st.sampled_from(EPSILONS)] * 2),
         "scale": st.none() | st.floats(-1, 1, width=32),
         "rms": st.tuples(st.booleans(), st.booleans()),
+        "gated_attention": st.booleans(),
+        "gated_mlp": st.booleans(),
     }
+    | dict.fromkeys(("qk_norm", "out_norm", "mlp_norm"), st.none() | NORM)
 )
 
 
@@ -427,26 +536,25 @@ def test_any_blocks(isa, seqlens, channels, blocks, n_prefix, pre_norm, rms, dty
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_fallback_over_the_reference(dtype):
-    net = Net(channels=40, blocks=MIXED_BLOCKS, dtype=dtype)
+    every = {"n_heads": 2, "head_dim": 20, "hidden": 30, "activation": "silu", **EVERY_FIELD}
+    net = Net(channels=40, blocks=[every] * 2, patch_norm=(0.1, False), rope=(2, 2, 20), dtype=dtype)
     weights, seqlens = net.packed(), (30, 0, 7)
     args = net.arguments(seqlens, weights)
-    got = _library.reference_ops["vit_forward"](*args, weights.descriptor, 1)
+    got = _library.reference_ops["vit_forward"](*args, weights.descriptor, 1, net.rope)
     # The reference widens bfloat16; where it is multiplied, int8 blocks have it in their attention.
     tolerance = 3e-2 if cpu_multiplies_bf16() else 1e-4
     torch.testing.assert_close(got, net.run(seqlens, args[0], 1), rtol=tolerance, atol=tolerance)
-    qkv = unpack_weight(weights.blocks[0].qkv.panels, weights.blocks[0].qkv.n_out, 40)
-    assert qkv.shape[0] % 3 == 0
-    with pytest.raises(RuntimeError, match="descriptor: version must be 1, got 2"):
-        _library.reference_ops["vit_forward"](*args, torch.tensor([2.0, 1, 0, EPS, EPS], dtype=torch.float64), 1)
+    with pytest.raises(RuntimeError, match="descriptor: version must be 2, got 1"):
+        _library.reference_ops["vit_forward"](*args, torch.tensor([1.0, 1, 0, EPS, EPS], dtype=torch.float64), 1)
 
 
 def test_opcheck():
-    net = Net()
+    net = Net(rope=(1, 3, 8))
     seqlens, weights = (9, 4), net.packed()
     for n_pooled in (0, 1):
         torch.library.opcheck(
             torch.ops.revit_fast.vit_forward.default,
-            (*net.arguments(seqlens, weights), weights.descriptor, n_pooled),
+            (*net.arguments(seqlens, weights), weights.descriptor, n_pooled, net.rope if n_pooled else None),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -462,6 +570,17 @@ BAD = {
     "position": (lambda a: a | {"pos_offset": torch.tensor([0, 299]).int()}, RuntimeError, "pos_offset of sequence 1"),
     "table": (lambda a: a | {"pos_table": randn(300, 23)}, RuntimeError, "pos_table must be a contiguous float32"),
     "pooled": (lambda a: a | {"n_pooled": 2}, ValueError, "n_pooled: expected 0 to 1 prefix tokens, got 2"),
+    "rope": (
+        lambda a: a | {"rope": randn(1, 299, 1, 2, 4)},
+        RuntimeError,
+        r"rope must be .* \[1 or 2, 300, 1 or",
+    ),
+    "wide rope": (
+        lambda a: a | {"rope": randn(1, 300, 1, 2, 8)},
+        RuntimeError,
+        "1 heads of 16 channels; a block has",
+    ),
+    "rope of heads": (lambda a: a | {"rope": randn(2, 300, 2, 2, 4)}, RuntimeError, "2 heads of 8 channels; a block"),
 }
 
 
@@ -481,18 +600,19 @@ def test_bad_inputs_are_named(case):
 
 
 WHOLE = "must be a whole number in"
-MIDDLE = 5 + 7  # the first number of blocks[1]
+MIDDLE = 6 + 13  # the first number of blocks[1]
 BAD_DESCRIPTORS = {
-    "another version": ({0: 2}, "descriptor: version must be 1, got 2"),
-    "half a version": ({0: 1.5}, "descriptor: version must be 1, got 1.5"),
+    "another version": ({0: 1}, "descriptor: version must be 2, got 1"),
+    "half a version": ({0: 1.5}, "descriptor: version must be 2, got 1.5"),
     "no lengths": ({1: 0}, rf"descriptor: n_lengths {WHOLE} \[1, 2147483647\], got 0"),
     "half a length": ({1: 2.5}, rf"n_lengths {WHOLE} .*, got 2\.5"),
-    "fewer blocks": ({2: 1}, "5 numbers and 7 for each of its n_blocks = 1 blocks, got 19"),
-    "more blocks": ({2: 1e9}, "n_blocks = 1000000000 blocks, got 19"),
+    "fewer blocks": ({2: 1}, "6 numbers and 13 for each of its n_blocks = 1 blocks, got 32"),
+    "more blocks": ({2: 1e9}, "n_blocks = 1000000000 blocks, got 32"),
     "negative blocks": ({2: -1}, rf"n_blocks {WHOLE} \[0, 2147483647\], got -1"),
     "eps of norm_pre": ({3: -1}, "descriptor: norm_pre.eps must be finite and not negative, got -1"),
     "eps of norm": ({4: float("inf")}, "descriptor: norm.eps must be finite and not negative, got inf"),
-    "no heads": ({5: 0}, rf"blocks\[0\].n_heads {WHOLE} \[1, 2147483647\], got 0"),
+    "eps of patch_norm": ({5: -1}, "descriptor: patch_norm.eps must be finite and not negative, got -1"),
+    "no heads": ({6: 0}, rf"blocks\[0\].n_heads {WHOLE} \[1, 2147483647\], got 0"),
     "more heads": ({MIDDLE: 40}, "qkv: panels must be those of a weight"),
     "huge heads": ({MIDDLE: 1e300}, rf"blocks\[1\].n_heads {WHOLE} .*, got 1e\+300"),
     "head_dim": ({MIDDLE + 1: 257}, rf"descriptor: blocks\[1\].head_dim {WHOLE} \[1, 256\], got 257"),
@@ -500,8 +620,10 @@ BAD_DESCRIPTORS = {
     "hidden": ({MIDDLE + 2: 0}, rf"blocks\[1\].hidden {WHOLE} \[1, 2147483647\], got 0"),
     "another hidden": ({MIDDLE + 2: 400}, "fc1: panels must be those of a weight"),
     "activation": ({MIDDLE + 3: 6}, rf"blocks\[1\].activation {WHOLE} \[0, 5\], got 6"),
-    "eps of norm1": ({MIDDLE + 4: -1e-6}, r"blocks\[1\].norm1.eps must be finite and not negative, got -1e-06"),
-    "eps of norm2": ({MIDDLE + 5: float("nan")}, r"blocks\[1\].norm2.eps must be finite and not negative, got -?nan"),
+    "gated MLP": ({MIDDLE + 4: 2}, rf"blocks\[1\].gated_mlp {WHOLE} \[0, 1\], got 2"),
+    "gates that are not there": ({MIDDLE + 5: 1}, "qkv: panels must be those of a weight"),
+    "eps of norm1": ({MIDDLE + 7: -1e-6}, r"blocks\[1\].norm1.eps must be finite and not negative, got -1e-06"),
+    "eps of norm2": ({MIDDLE + 8: float("nan")}, r"blocks\[1\].norm2.eps must be finite and not negative, got -?nan"),
     "scale": ({MIDDLE + 6: float("-inf")}, r"blocks\[1\].scale must be a finite number, got -inf"),
 }
 
@@ -524,10 +646,10 @@ def test_descriptors_of_another_form_are_named():
     arguments, good = net.arguments(seqlens, weights), weights.descriptor
     bad = {
         "descriptor must be a contiguous float64 CPU vector": (good.float(), good[None], good.repeat(2)[::2]),
-        r"5 numbers and 7 for each block, got [04]": (good[:0], good[:4]),
-        "5 numbers and 7 for each of its n_blocks = 2 blocks, got 18": (good[:-1],),
-        "weights must be 6 tensors and 12 for each of the descriptor's 0 blocks, got 30": (
-            torch.cat([good[:2], torch.zeros(1, dtype=torch.float64), good[3:5]]),
+        r"6 numbers and 13 for each block, got [04]": (good[:0], good[:4]),
+        "6 numbers and 13 for each of its n_blocks = 2 blocks, got 31": (good[:-1],),
+        "weights must be 8 tensors and 20 for each of the descriptor's 0 blocks, got 48": (
+            torch.cat([good[:2], torch.zeros(1, dtype=torch.float64), good[3:6]]),
         ),
     }
     for message, descriptors in bad.items():

@@ -28,7 +28,7 @@ struct NarrowProducts {
   const Kernels* base;
   int integer_depths;
   void (*linear[kWeightTypes])(const LinearTile&);
-  int64_t (*max_rows[kWeightTypes])(const BlockShape&);
+  int64_t (*max_rows[kWeightTypes])(const BlockWeights&);
   void (*block[kWeightTypes])(const BlockTile&);
   void (*embed)(const EmbedTile&);  // with weights of kBFloat16
 };

@@ -77,7 +77,9 @@ const Kernels kernels = {REVIT_STRINGIZE(REVIT_ISA),
                           max_embed_rows,
                           {block_tile<float>, block_tile<BFloat16>, block_tile<int8_t>},
                           {embed_tile<float>, embed_tile<BFloat16>},
-                          norm_tile}};
+                          norm_tile,
+                          finish_attended,
+                          finish_heads}};
 #endif
 
 }  // namespace revit::cpu::REVIT_ISA

@@ -9,7 +9,7 @@ enum class Activation : int { kNone = 0, kGelu, kGeluTanh, kSilu, kRelu, kQuickG
 inline constexpr int kActivations = 6;
 
 // What happens to a finished sum plus its bias.
-enum class Finish : int { kStore = 0, kActivate, kAdd };  // kAdd: added to what `out` holds
+enum class Finish : int { kStore = 0, kActivate, kAdd, kMultiply };  // the last two: to, or with, what `out` holds
 
 // Storage of a packed weight. Products with kInt8 are computed in integers, those with the others in float.
 enum class WeightType : int { kFloat32 = 0, kBFloat16, kInt8 };

@@ -21,6 +21,7 @@ REVIT_INLINE void finish_block(const BlockArgs<W>& args, int64_t n_rows, bool la
                                Activation activation) {
   if (!last) return multiply_chain<W, Chain::kInner>(args, n_rows);
   if (finish == Finish::kAdd) return multiply_chain<W, Chain::kAdd>(args, n_rows);
+  if (finish == Finish::kMultiply) return multiply_chain<W, Chain::kMultiply>(args, n_rows);
   multiply_chain<W, Chain::kStore>(args, n_rows);
   if (finish == Finish::kActivate) activate_block(activation, args.out, args.out_stride, computed_rows<W>(n_rows));
 }

@@ -174,7 +174,7 @@ struct BlockArgs : ColumnArgs<W> {
   int64_t out_stride;
 };
 
-enum class Chain { kInner, kStore, kAdd };  // not the last; the last, stored; the last, added to `out`
+enum class Chain { kInner, kStore, kAdd, kMultiply };  // not the last; or the last, with what is done to `out`
 
 template <class W>
 using LinearSum = std::conditional_t<kInteger<W>, int32_t, float>;
@@ -215,6 +215,10 @@ REVIT_INLINE void finish_chain(const BlockArgs<W>& args, const Sums& sum) {
       if constexpr (kind == Chain::kAdd) {
         v0 = load<n>(out) + v0;
         v1 = load<n>(out + n) + v1;
+      }
+      if constexpr (kind == Chain::kMultiply) {
+        v0 = load<n>(out) * v0;
+        v1 = load<n>(out + n) * v1;
       }
       store<n>(out, v0);
       store<n>(out + n, v1);

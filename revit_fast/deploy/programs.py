@@ -75,6 +75,7 @@ class FusedProgram(PackedProgram):
         super().__init__(model, grids)
         self.pos_table = self.pos_table.float()
         packed = model._packed.get(model)
+        self.register_buffer("rope", None if model.rope is None else cpu.rope_tables(model, self.coordinates))
         # A file holds whole storages, so every tensor gets its own.
         own = replace(packed.weights, blocks=cpu.placed(packed.weights.blocks, partial(map, torch.clone)))
         # The model is not a submodule, so that the program contains only the packed weights and not the parameters.
@@ -83,8 +84,8 @@ class FusedProgram(PackedProgram):
 
     def _logits(self, inputs: Inputs) -> Tensor:
         layout = inputs.layout
-        tokens = self._tokens(inputs.rows, inputs.cu_seqlens, layout.length_index, inputs.pos_offset, inputs.pos_table)
-        return self._head(tokens, layout)
+        index = inputs.cu_seqlens, layout.length_index, inputs.pos_offset
+        return self._head(self._tokens(inputs.rows, *index, inputs.pos_table, rope=self.rope), layout)
 
 
 def make_packed(model: ReViT, grids: Iterable[tuple[int, int]]) -> PackedProgram:

@@ -48,11 +48,15 @@ def block_inputs(model: ReViT, batches: Iterable[PackedBatch]) -> Iterator[dict[
     that other threads may call the model meanwhile.
     """
     prepared = [model._inputs(batch) for batch in batches]
+    rotations = [model._rotations(inputs) for inputs in prepared]
     streams = [(model._embed(inputs).float(), None) for inputs in prepared]
     for i, original in enumerate(model.blocks):
         block = copy.deepcopy(original).float()
         rows = _recorded(block)
-        streams = [block(*stream, inputs.layout) for stream, inputs in zip(streams, prepared, strict=True)]
+        streams = [
+            block(*stream, inputs.layout, rotation=rotation[i])
+            for stream, inputs, rotation in zip(streams, prepared, rotations, strict=True)
+        ]
         joined = {name: torch.cat(parts) for name, parts in rows.items()}
         for name, values in joined.items():
             if not values.isfinite().all():

@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast import ops
+from revit_fast import ops, reference
 from revit_fast.inference.calibration import block_inputs
 from revit_fast.inference.smoothing import LAYERS, BlockParameters, LinearWeights, calibrated
 from revit_fast.layers.attention import Attention, AttentionPool
 from revit_fast.layers.block import Block, LayerScale, ResidualScale
 from revit_fast.layers.comparison import difference, is_plain
 from revit_fast.layers.conv_stem import ConvStem, FoldedStem
-from revit_fast.layers.derived import Derived
+from revit_fast.layers.derived import Derived, kept_tensors
 from revit_fast.layers.mlp import ACTIVATIONS, activation_name
 from revit_fast.layers.norm import TALNorm
+from revit_fast.layers.positions import KnownGrids
+from revit_fast.layers.rope import Rope
 from revit_fast.layers.segments import rows_without_first, sequence_max
 from revit_fast.models.inputs import PatchRows, rows_apart
 from revit_fast.models.spec import Block as BlockSpec
@@ -34,8 +36,8 @@ from revit_fast.models.spec import ViTSpec
 from revit_fast.models.vit import ReViT
 from revit_fast.ops import _library
 from revit_fast.ops.linear import FLOAT_PACKED_DTYPES, PackedWeight, gathered, pack_weight, packed_linear
-from revit_fast.ops.vit import NO_BIAS, NO_NORM, BlockWeights, TokenNorm, ViTWeights, pack_qkv
-from revit_fast.packing import Layout, PackedBatch
+from revit_fast.ops.vit import NO_BIAS, NO_NORM, PARTS, BlockWeights, TokenNorm, ViTWeights, pack_parts
+from revit_fast.packing import Layout, PackedBatch, PackPlan
 
 CALLED = ("head", "head_dist", "aux_head")
 """Modules that the fused forward pass calls unless they are plain linear layers. They may be anything."""
@@ -56,9 +58,6 @@ def check_fusable(model: ReViT, training: bool = False) -> None:
         training: see `check_unaltered`.
     """
     check_unaltered(model, "the fused forward pass", training, OTHERWISE)
-    beyond = model.spec.beyond_plain()
-    if beyond:
-        raise ValueError(f"model: its spec has {beyond}, which the fused forward pass does not run; {OTHERWISE}")
     mlps = [(f"blocks.{i}", block.mlp) for i, block in enumerate(model.spec.blocks)]
     if model.spec.head.attention is not None:
         mlps.append(("attn_pool", model.spec.head.attention.mlp))
@@ -109,8 +108,8 @@ def placed(blocks: Sequence[BlockWeights], place: Callable[[list[Tensor]], Itera
     moved = iter(place([t for block in blocks for part in block.parts() for t in part[:2]]))
 
     def copied(block: BlockWeights) -> BlockWeights:
-        parts = block.parts()
-        return BlockWeights(*(type(part)(next(moved), next(moved), *part[2:]) for part in parts), *block[len(parts) :])
+        parts = (type(part)(next(moved), next(moved), *part[2:]) for part in block.parts())
+        return block._replace(**dict(zip(PARTS, parts, strict=True)))
 
     return [copied(block) for block in blocks]
 
@@ -124,6 +123,7 @@ class Packed(NamedTuple):
         pool: the attention pool, or None.
         heads: a function from rows to logits for each head.
         folded: the weights with a normalisation of uint8 rows folded into the embedding; the last one used is kept.
+        turns: the tables of a rotary embedding for known grids; the last one used is kept.
     """
 
     stem: FoldedStem | None
@@ -131,6 +131,7 @@ class Packed(NamedTuple):
     pool: PackedPool | None
     heads: list[Callable[[Tensor], Tensor]]
     folded: dict[tuple[float, ...], ViTWeights]
+    turns: dict[KnownGrids, Tensor]
 
     def weights_for(self, model: ReViT, normalization: Tensor | None) -> ViTWeights:
         """The weights for rows that must still be normalised."""
@@ -143,19 +144,65 @@ class Packed(NamedTuple):
             self.folded[key] = replace(self.weights, embed=embed)
         return self.folded[key]
 
+    def rope_for(self, model: ReViT, known: KnownGrids) -> Tensor | None:
+        """The argument `rope` of `ops.vit_forward` for the grids of a position table."""
+        if model.rope is None:
+            return None
+        if known not in self.turns:
+            self.turns.clear()
+            with kept_tensors():
+                self.turns[known] = rope_tables(model, known.coordinates)
+        return self.turns[known]
 
-def _norm(module: nn.Module) -> TokenNorm:
+
+def rope_tables(model: ReViT, coordinates: Tensor) -> Tensor:
+    """Cosines and sines of the angles at `coordinates` `[R, 2]`, see `ops.vit_forward`."""
+    with torch.no_grad():
+        rotations = model.rope.rotations(coordinates, torch.float32, len(model.blocks))
+    differ = model.spec.embed.rope.kind == "mixed"
+    return torch.stack([torch.stack([r.cos, r.sin], dim=2) for r in (rotations if differ else rotations[:1])])
+
+
+def _norm(module: nn.Module | None) -> TokenNorm:
     if not isinstance(module, TALNorm):
         return NO_NORM
     weight, *bias = (parameter.detach().float().contiguous() for parameter in module.affine())
     return TokenNorm(weight, bias[0] if bias else NO_BIAS, module.eps)
 
 
-def _qkv(attn: Attention) -> LinearWeights:
-    """The projection to queries, keys and values, whose bias may be of queries and values alone."""
-    if attn.q_bias is None:
-        return _linear(attn.qkv)
-    return LinearWeights(attn.qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias]))
+def _halves(heads: Tensor, rope: Rope | None) -> Tensor:
+    """Heads `[H, D, ...]` whose pairs of channels are (j, j + D / 2); queries and keys meet as before."""
+    if rope is None or rope.half:
+        return heads
+    return heads.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def _head_norm(module: nn.Module | None, rope: Rope | None) -> TokenNorm:
+    """A norm of heads, which all lengths share."""
+    if module is None:
+        return NO_NORM
+    weight, bias = (
+        NO_BIAS if p is None else _halves(p.detach().float()[None], rope).contiguous()
+        for p in (module.weight, getattr(module, "bias", None))
+    )
+    return TokenNorm(weight, bias, module.eps)
+
+
+def _qkv(attn: Attention, rope: Rope | None) -> LinearWeights:
+    """The projection to queries, gates if there are any, keys and values, each with as many heads."""
+    n_heads, n_kv = attn.num_heads, attn.num_kv_heads
+
+    def parts(joint: Tensor, gates: Tensor | None) -> Tensor:
+        q, k, v = joint.unflatten(0, (-1, attn.head_dim)).split([n_heads, n_kv, n_kv])
+        k, v = (t.repeat_interleave(n_heads // n_kv, dim=0) for t in (_halves(k, rope), v))
+        found = [_halves(q, rope), *([] if gates is None else [gates.unflatten(0, (n_heads, -1))]), k, v]
+        return torch.cat([t.flatten(0, 1) for t in found])
+
+    gate, bias = attn.gate, attn.qkv.bias
+    if attn.q_bias is not None:
+        bias = torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
+    weight = parts(attn.qkv.weight, None if gate is None else gate.weight)
+    return LinearWeights(weight, None if bias is None else parts(bias, None if gate is None else gate.bias))
 
 
 def _linear(linear: nn.Linear, scale: nn.Module | None = None) -> LinearWeights:
@@ -170,35 +217,48 @@ def _linear(linear: nn.Linear, scale: nn.Module | None = None) -> LinearWeights:
     return LinearWeights(linear.weight.double() * gamma.unsqueeze(1), bias)
 
 
-def parameters_of(block: Block) -> BlockParameters:
-    """A block's parameters as they are packed."""
+def parameters_of(block: Block, rope: Rope | None) -> BlockParameters:
+    """A block's parameters as they are packed, in a model with that rotary embedding."""
+    attn, mlp = block.attn, block.mlp
     return BlockParameters(
         _norm(block.norm1),
-        _qkv(block.attn),
-        _linear(block.attn.proj, block.ls1),
+        _qkv(attn, rope),
+        _linear(attn.proj, block.ls1),
         _norm(block.norm2),
-        _linear(block.mlp.fc1),
-        _linear(block.mlp.fc2, block.ls2),
+        _linear(mlp.fc1),
+        _linear(mlp.fc2, block.ls2),
+        _head_norm(attn.q_norm, rope),
+        _head_norm(attn.k_norm, rope),
+        _norm(attn.norm),
+        _norm(mlp.norm),
     )
 
 
 def _packed_block(
     block: BlockParameters, described: BlockSpec, dtype: torch.dtype, qkv_dtype: torch.dtype
 ) -> BlockWeights:
-    def packed(layer: LinearWeights) -> PackedWeight:
-        return pack_weight(layer.weight, layer.bias, dtype, layer.scale)
+    attn, mlp = described.attn, described.mlp
+
+    def packed(layer: LinearWeights, n_parts: int = 1, dtype: torch.dtype = dtype) -> PackedWeight:
+        return pack_parts(n_parts, layer.weight, layer.bias, dtype, layer.scale)
 
     return BlockWeights(
         block.norm1,
-        pack_qkv(block.qkv.weight, block.qkv.bias, qkv_dtype, block.qkv.scale),
+        packed(block.qkv, 3 + attn.gate, qkv_dtype),
         packed(block.proj),
         block.norm2,
-        packed(block.fc1),
+        packed(block.fc1, 1 + mlp.gated),
         packed(block.fc2),
-        n_heads=described.attn.heads,
-        head_dim=described.attn.head_dim,
-        activation=described.mlp.act.name,
-        scale=described.attn.scale,
+        attn.heads,
+        attn.head_dim,
+        mlp.act.name,
+        attn.scale,
+        block.q_norm,
+        block.k_norm,
+        block.out_norm,
+        block.mlp_norm,
+        gated_attention=attn.gate,
+        gated_mlp=mlp.gated,
     )
 
 
@@ -221,7 +281,7 @@ def pack_model(
     check_fusable(model, training)
     outer = model.pos_embed.dtype
     dtype = dtype or outer
-    parameters, first_qkv = map(parameters_of, model.blocks), dtype
+    parameters, first_qkv = (parameters_of(block, model.spec.embed.rope) for block in model.blocks), dtype
     if calibration:
         first_qkv, rounded = outer, chain([LAYERS[1:]], repeat(LAYERS))
         parameters = map(calibrated, parameters, block_inputs(model, calibration), rounded)
@@ -236,10 +296,11 @@ def pack_model(
         blocks=placed(blocks, gathered),
         prefix=model._prefix().detach().float().contiguous(),
         n_lengths=len(model.lengths),
+        patch_norm=_norm(getattr(model.patch_embed, "norm", None)),
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
-    return Packed(stem, weights, _pool(model.attn_pool, outer), heads, {})
+    return Packed(stem, weights, _pool(model.attn_pool, outer), heads, {}, {})
 
 
 class PackedPool(NamedTuple):
@@ -251,8 +312,10 @@ class PackedPool(NamedTuple):
         proj: projection of the heads' results.
         norm: norm before the MLP.
         fc1: first layer of the MLP.
-        fc2: second layer of the MLP.
         activation: its activation.
+        gated: whether the activation of the first half of `fc1` multiplies the second.
+        mlp_norm: norm of the hidden channels.
+        fc2: second layer of the MLP.
     """
 
     query: Tensor
@@ -260,8 +323,10 @@ class PackedPool(NamedTuple):
     proj: PackedWeight
     norm: TokenNorm
     fc1: PackedWeight
-    fc2: PackedWeight
     activation: str
+    gated: bool
+    mlp_norm: TokenNorm
+    fc2: PackedWeight
 
     def __call__(self, rows: Tensor, layout: Layout) -> Tensor:
         """`[B, C]` of rows `[T, C]`, in float32."""
@@ -271,12 +336,18 @@ class PackedPool(NamedTuple):
         query = self.query.expand(n_sequences, -1, -1).contiguous()
         read = ops.varlen_attention(query, k, v, apart.cu_seqlens, layout.cu_seqlens)
         pooled = packed_linear(read.flatten(1), self.proj)
-        hidden = pooled
-        if self.norm is not NO_NORM:
-            weight, bias, eps = self.norm
-            affine, op = ((weight, bias), ops.tal_layer_norm) if bias.numel() else ((weight,), ops.tal_rms_norm)
-            hidden = op(pooled, *affine, apart.cu_seqlens, apart.length_index, eps)
-        return pooled + packed_linear(packed_linear(hidden, self.fc1, self.activation), self.fc2)
+        hidden = packed_linear(_normed(pooled, self.norm, apart), self.fc1, "none" if self.gated else self.activation)
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=1)
+            hidden = reference.activate(self.activation, gate) * hidden
+        return pooled + packed_linear(_normed(hidden, self.mlp_norm, apart), self.fc2)
+
+
+def _normed(rows: Tensor, norm: TokenNorm, layout: Layout) -> Tensor:
+    if not norm.weight.numel():
+        return rows
+    affine, op = (norm[:2], ops.tal_layer_norm) if norm.bias.numel() else (norm[:1], ops.tal_rms_norm)
+    return op(rows, *affine, layout.cu_seqlens, layout.length_index, norm.eps)
 
 
 def _pool(pool: AttentionPool | None, dtype: torch.dtype) -> PackedPool | None:
@@ -287,7 +358,9 @@ def _pool(pool: AttentionPool | None, dtype: torch.dtype) -> PackedPool | None:
         pack_weight(layer.weight, layer.bias, dtype) for layer in (pool.kv, pool.proj, pool.mlp.fc1, pool.mlp.fc2)
     )
     query = query.float().unflatten(1, (pool.num_heads, -1))
-    return PackedPool(query, kv, proj, _norm(pool.norm), fc1, fc2, activation_name(pool.mlp.act))
+    mlp = pool.mlp
+    hidden = fc1, activation_name(mlp.act), mlp.gated, _norm(mlp.norm)
+    return PackedPool(query, kv, proj, _norm(pool.norm), *hidden, fc2)
 
 
 def _head(head: nn.Module, dtype: torch.dtype):
@@ -364,8 +437,16 @@ def fused_queries_and_keys(
     packed, rows = _tokens(model, derived, images, 0, end=block)
     weights = packed.weights.blocks[block]
     heads = weights.n_heads, weights.head_dim
-    qkv = packed_linear(rows, weights.qkv).view(len(rows), 3, weights.qkv.n_out // 3)  # each part ends with a panel
-    q, k = qkv[:, :2, : heads[0] * heads[1]].unflatten(2, heads).unbind(1)
+    qkv = packed_linear(rows, weights.qkv).unflatten(1, (3 + weights.gated_attention, -1))  # parts end with a panel
+    q, k = (qkv[:, part, : heads[0] * heads[1]].unflatten(1, heads) for part in (0, -2))
+    q, k = reference.head_norm(q, weights.q_norm), reference.head_norm(k, weights.k_norm)
+    plan = images.plan.for_lengths(model.lengths)
+    with derived.of(model) as packed:
+        rope, pos_offset = _positions(model, packed, plan)[1:]
+    if rope is not None:
+        table = rope[block if len(rope) > 1 else 0]
+        angles = reference.token_angles(table, model.num_prefix_tokens, pos_offset, plan.index(rows.device)[0])
+        q, k = reference.turned(q, angles), reference.turned(k, angles)
     return q, k
 
 
@@ -376,12 +457,19 @@ def _tokens(
     plan = images.plan.for_lengths(model.lengths)
     with derived.of(model) as packed:  # the forward pass itself needs no lock
         weights = packed.weights_for(model, images.normalization)
+        table, rope, pos_offset = _positions(model, packed, plan)
     if end is not None:
         weights = replace(weights, norm=weights.blocks[end].norm1, blocks=weights.blocks[:end])
-    known = model._positions.learn(plan.grids)
-    table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded, torch.float32)
-    pos_offset = torch.tensor(known.first_rows(plan.grids), dtype=torch.int32, device="cpu")
+        rope = rope if rope is None or len(rope) == 1 else rope[:end]
     rows = (
         images.rows if packed.stem is None else packed.stem.feature_rows(images.rows, plan.grids, images.normalization)
     )
-    return packed, ops.vit_forward(rows, *plan.index(rows.device), pos_offset, table, weights, n_pooled)
+    return packed, ops.vit_forward(rows, *plan.index(rows.device), pos_offset, table, weights, n_pooled, rope)
+
+
+def _positions(model: ReViT, packed: Packed, plan: PackPlan) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The arguments `pos_table`, `rope` and `pos_offset` of `ops.vit_forward`."""
+    known = model._positions.learn(plan.grids)
+    table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded, torch.float32)
+    pos_offset = torch.tensor(known.first_rows(plan.grids), dtype=torch.int32, device="cpu")
+    return table, packed.rope_for(model, known), pos_offset

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.ops.linear import LARGEST
-from revit_fast.ops.vit import TokenNorm
+from revit_fast.ops.vit import NO_NORM, TokenNorm
 
 EXPONENTS = [i / 10 for i in range(11)]
 """Exponents that are tried for the factors: 0 evens out the weight's columns, 1 the rows' channels."""
@@ -54,7 +54,10 @@ class LinearWeights(NamedTuple):
 
 
 class BlockParameters(NamedTuple):
-    """Norms and linear layers of a block before they are packed; LayerScale is folded into `proj` and `fc2`."""
+    """Norms and linear layers of a block before they are packed; LayerScale is folded into `proj` and `fc2`.
+
+    The fields are those of `ops.vit.BlockWeights`.
+    """
 
     norm1: TokenNorm
     qkv: LinearWeights
@@ -62,6 +65,10 @@ class BlockParameters(NamedTuple):
     norm2: TokenNorm
     fc1: LinearWeights
     fc2: LinearWeights
+    q_norm: TokenNorm = NO_NORM
+    k_norm: TokenNorm = NO_NORM
+    out_norm: TokenNorm = NO_NORM
+    mlp_norm: TokenNorm = NO_NORM
 
 
 def calibrated(block: BlockParameters, inputs: Mapping[str, Tensor], layers: Sequence[str] = LAYERS) -> BlockParameters:
@@ -84,12 +91,16 @@ def smoothed(block: BlockParameters, factors: Mapping[str, Tensor]) -> BlockPara
     """The same function in exact arithmetic: inputs of "qkv", "proj" and "fc1" are divided by `factors`.
 
     All lengths of a norm share the factors, as they share the layer. Attention's result is a mixture of values whose
-    weights do not depend on the channel, so values that are divided give a result that is divided.
+    weights do not depend on the channel, so values that are divided give a result that is divided. If a norm of the
+    result follows, it divides the result instead.
     """
-    of_values = torch.cat([torch.ones_like(factors["proj"]).repeat(2), 1 / factors["proj"]])
+    of_values = torch.ones(len(block.qkv.weight), dtype=torch.float64, device="cpu")
+    if not block.out_norm.weight.numel():
+        of_values[-len(factors["proj"]) :] = 1 / factors["proj"]
     qkv, proj, fc1 = (layer._replace(weight=layer.weight.double()) for layer in (block.qkv, block.proj, block.fc1))
     return block._replace(
         norm1=_divided(block.norm1, factors["qkv"]),
+        out_norm=_divided(block.out_norm, factors["proj"]),
         qkv=LinearWeights(
             qkv.weight * factors["qkv"] * of_values.unsqueeze(1),
             None if qkv.bias is None else qkv.bias.double() * of_values,

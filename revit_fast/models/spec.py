@@ -315,20 +315,3 @@ class ViTSpec:
     def lengths(self) -> tuple[int, ...]:
         """Patches of every configured grid."""
         return tuple(g * g for g in self.grids)
-
-    def beyond_plain(self) -> str | None:
-        """The first field in which the model is more than a plain ViT, as a dotted name; None for none.
-
-        Engines that do not run these fields refuse them by this name.
-        """
-        plain = Attention(1, 1), Mlp(1)
-        found = [f"embed.{name}" for name in ("rope", "patch_norm") if getattr(self.embed, name) is not None]
-        pool = self.head.attention
-        if pool is not None and (pool.mlp.gated or pool.mlp.norm is not None):
-            found.append("head.attention.mlp.gated" if pool.mlp.gated else "head.attention.mlp.norm")
-        for i, block in enumerate(self.blocks):
-            for part, value, usual in zip(("attn", "mlp"), (block.attn, block.mlp), plain, strict=True):
-                for name in ("kv_heads", "qk_norm", "out_norm", "gate", "gated", "norm"):
-                    if getattr(value, name, None) != getattr(usual, name, None):
-                        found.append(f"blocks[{i}].{part}.{name}")
-        return found[0] if found else None

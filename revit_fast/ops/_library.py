@@ -38,7 +38,7 @@ SCHEMAS = (
     "SymInt n_rows) -> Tensor",
     "packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor",
     "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
-    "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled) -> Tensor",
+    "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled, Tensor? rope=None) -> Tensor",
 )
 
 HOW_TO_BUILD = "install a C++17 compiler (g++ or clang++) and reinstall: pip install --no-build-isolation ."

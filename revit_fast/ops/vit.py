@@ -14,21 +14,24 @@ from revit_fast import reference
 from revit_fast.ops import _checks, _library
 from revit_fast.ops.linear import ACTIVATIONS, PackedWeight, cpu_panel, pack_weight, round_rows, unpacked
 
-TENSORS_BEFORE_BLOCKS = 6
-TENSORS_PER_BLOCK = 12
+PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2", "q_norm", "k_norm", "out_norm", "mlp_norm")
+"""Fields of `BlockWeights` that hold tensors, two each, in the order that the op takes."""
+NORMS = tuple(name for name in PARTS if "norm" in name)
+TENSORS_BEFORE_BLOCKS = 8
+TENSORS_PER_BLOCK = 2 * len(PARTS)
 
-DESCRIPTOR_VERSION = 1
+DESCRIPTOR_VERSION = 2
 """Version of the layout of `ViTWeights.descriptor`; csrc/vit_descriptor.h has the same."""
-NUMBERS_BEFORE_BLOCKS = 5
-NUMBERS_PER_BLOCK = 7
+NUMBERS_BEFORE_BLOCKS = 6
+NUMBERS_PER_BLOCK = 7 + len(NORMS)
 
 
 class TokenNorm(NamedTuple):
     """A LayerNorm or RMSNorm with parameters of its own for every length.
 
     Attributes:
-        weight: float32 `[n_lengths, C]`.
-        bias: float32 `[n_lengths, C]`; `NO_BIAS` for RMSNorm.
+        weight: float32 `[n_lengths, C]`; `[1, D]` of a norm of heads, which has the same for all lengths.
+        bias: float32 of the same shape; `NO_BIAS` for RMSNorm.
         eps: added to the variance, or to the mean square; not negative.
     """
 
@@ -48,15 +51,22 @@ class BlockWeights(NamedTuple):
 
     Attributes:
         norm1: norm before attention.
-        qkv: queries, keys and values, from `pack_qkv`.
+        qkv: queries, gates if there are any, keys and values, from `pack_parts`. Keys and values have as many heads as
+            queries. For a rotation, channels j and j + D / 2 of a query's or key's head are a pair.
         proj: projection of the heads' results, `[C, H * D]`.
         norm2: norm before the MLP.
-        fc1: first layer of the MLP, `[hidden, C]`.
+        fc1: first layer of the MLP, `[hidden, C]`; of a gated one both halves, from `pack_parts`.
         fc2: second layer of the MLP, `[C, hidden]`.
         n_heads: attention heads H.
         head_dim: channels D of a head, at most 256.
         activation: activation of the MLP, one of `ACTIVATIONS`.
         scale: factor on the scores; None for `D ** -0.5`.
+        q_norm: norm of each query's head, or `NO_NORM`.
+        k_norm: norm of each key's head, or `NO_NORM`.
+        out_norm: norm of the heads' results, or `NO_NORM`.
+        mlp_norm: norm of the hidden channels, or `NO_NORM`.
+        gated_attention: whether a sigmoid of the gates multiplies the heads' results after their norm.
+        gated_mlp: whether the activation of the first half of `fc1` multiplies the second half.
     """
 
     norm1: TokenNorm
@@ -69,10 +79,16 @@ class BlockWeights(NamedTuple):
     head_dim: int
     activation: str
     scale: float | None = None
+    q_norm: TokenNorm = NO_NORM
+    k_norm: TokenNorm = NO_NORM
+    out_norm: TokenNorm = NO_NORM
+    mlp_norm: TokenNorm = NO_NORM
+    gated_attention: bool = False
+    gated_mlp: bool = False
 
     def parts(self) -> tuple[TokenNorm | PackedWeight, ...]:
-        """The parts that hold tensors, two each, in the order that the op takes."""
-        return self[: TENSORS_PER_BLOCK // 2]
+        """The fields that hold tensors, two each, in the order of `PARTS`."""
+        return tuple(getattr(self, name) for name in PARTS)
 
     def scale_of_scores(self) -> float:
         """The scale, or its default."""
@@ -92,6 +108,7 @@ class ViTWeights:
         blocks: one entry per block.
         prefix: float32 `[n_prefix, C]`, prefix tokens with their position embeddings added.
         n_lengths: number of configured lengths.
+        patch_norm: norm of the embedded patches, before position embeddings are added, or `NO_NORM`.
         tensors: all packed tensors in the order that the op takes.
         descriptor: the numbers that the op needs beside the tensors, see `_descriptor`.
 
@@ -105,6 +122,7 @@ class ViTWeights:
     blocks: Sequence[BlockWeights]
     prefix: Tensor
     n_lengths: int
+    patch_norm: TokenNorm = NO_NORM
     tensors: list[Tensor] = field(init=False, repr=False)
     descriptor: Tensor = field(init=False, repr=False)
 
@@ -113,16 +131,19 @@ class ViTWeights:
         object.__setattr__(self, "descriptor", self._descriptor())
 
     def _tensors(self) -> list[Tensor]:
-        parts = [self.embed, self.norm_pre, self.norm, *(part for block in self.blocks for part in block.parts())]
+        of_blocks = (part for block in self.blocks for part in block.parts())
+        parts = [self.embed, self.norm_pre, self.norm, self.patch_norm, *of_blocks]
         return [tensor for part in parts for tensor in part[:2]]
 
     def _descriptor(self) -> Tensor:
-        """float64 `[5 + 7 * n_blocks]`.
+        """float64 `[NUMBERS_BEFORE_BLOCKS + n_blocks * NUMBERS_PER_BLOCK]`.
 
-        First come the version, n_lengths, the number of blocks and the eps of `norm_pre` and `norm`. For each block
-        follow n_heads, head_dim, hidden, the index of the activation, the eps of `norm1` and `norm2`, and the scale.
+        First come the version, n_lengths, the number of blocks and the eps of `norm_pre`, `norm` and `patch_norm`. For
+        each block follow n_heads, head_dim, hidden, the index of the activation, whether the MLP and attention are
+        gated, the scale, and the eps of its norms.
         """
-        numbers = [DESCRIPTOR_VERSION, self.n_lengths, len(self.blocks), self.norm_pre.eps, self.norm.eps]
+        outer = (self.norm_pre, self.norm, self.patch_norm)
+        numbers = [DESCRIPTOR_VERSION, self.n_lengths, len(self.blocks), *(norm.eps for norm in outer)]
         for i, block in enumerate(self.blocks):
             if block.activation not in ACTIVATIONS:
                 raise ValueError(
@@ -131,27 +152,29 @@ class ViTWeights:
             numbers += [
                 block.n_heads,
                 block.head_dim,
-                block.fc1.n_out,
+                block.fc2.depth,
                 ACTIVATIONS.index(block.activation),
-                block.norm1.eps,
-                block.norm2.eps,
+                block.gated_mlp,
+                block.gated_attention,
                 block.scale_of_scores(),
+                *(getattr(block, name).eps for name in NORMS),
             ]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def pack_qkv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: Tensor | None = None) -> PackedWeight:
-    """Packs the joint projection `[3 * H * D, C]`: queries, keys and values each begin at a new panel.
+def pack_parts(
+    n_parts: int, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: Tensor | None = None
+) -> PackedWeight:
+    """Packs a layer of equal parts, `[n_parts * N, C]`: each part begins at a new panel.
 
     Arguments are those of `pack_weight`.
     """
-    width = weight.shape[0] // 3
-    padding = -width % cpu_panel()
-    parts = [torch.nn.functional.pad(part, (0, 0, 0, padding)) for part in weight.view(3, width, -1)]
+    padding = -(weight.shape[0] // n_parts) % cpu_panel()
+    parts = torch.nn.functional.pad(weight.unflatten(0, (n_parts, -1)), (0, 0, 0, padding))
     bias, scale = (
-        t if t is None else torch.nn.functional.pad(t.view(3, width), (0, padding)).flatten() for t in (bias, scale)
+        t if t is None else torch.nn.functional.pad(t.view(n_parts, -1), (0, padding)).flatten() for t in (bias, scale)
     )
-    return pack_weight(torch.cat(parts), bias, dtype, scale)
+    return pack_weight(parts.flatten(0, 1), bias, dtype, scale)
 
 
 def vit_forward(
@@ -162,6 +185,7 @@ def vit_forward(
     pos_table: Tensor,
     weights: ViTWeights,
     n_pooled: int,
+    rope: Tensor | None = None,
 ) -> Tensor:
     """Maps patch rows of a pack to tokens after the final norm; an image's tokens are bitwise the same in every pack.
 
@@ -174,6 +198,9 @@ def vit_forward(
         weights: weights of the model, packed for the instruction set in use.
         n_pooled: number of leading tokens of every sequence that the head reads: only these are returned, and the last
             block computes nothing else. 0 for all tokens.
+        rope: float32 `[1 or n_blocks, R, 1 or H, 2, D / 2]`, cosines and sines by which queries and keys turn: one
+            table for all blocks or one for each, for all heads or for each, with the rows of `pos_table`. Prefix tokens
+            do not turn. None for no rotation.
 
     Returns:
         float32 `[B * n_pooled, C]`, or `[Tp + B * n_prefix, C]`. No gradient flows through it.
@@ -201,49 +228,46 @@ def vit_forward(
             weights.tensors,
             weights.descriptor,
             n_pooled,
+            rope,
         )
 
 
 @torch.library.register_fake("revit_fast::vit_forward")
-def _(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, descriptor, n_pooled):
+def _(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, descriptor, n_pooled, rope=None):
     batch = length_index.shape[0]
     n_rows = batch * n_pooled if n_pooled else rows.shape[0] + batch * prefix.shape[0]
     return pos_table.new_empty(n_rows, prefix.shape[1])
 
 
-def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, descriptor, n_pooled):
+def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, weights, descriptor, n_pooled, rope=None):
     dtype, n_channels = pos_table.dtype, prefix.shape[1]
-    version, _, _, norm_pre_eps, norm_eps = descriptor[:NUMBERS_BEFORE_BLOCKS].tolist()
+    version, _, _, *outer_eps = descriptor[:NUMBERS_BEFORE_BLOCKS].tolist()
     if version != DESCRIPTOR_VERSION:
         raise RuntimeError(f"descriptor: version must be {DESCRIPTOR_VERSION}, got {version:g}")
     of_blocks = descriptor[NUMBERS_BEFORE_BLOCKS:].view(-1, NUMBERS_PER_BLOCK).tolist()
+    outer = [(*weights[i : i + 2], eps) for i, eps in zip((2, 4, 6), outer_eps, strict=True)]
 
-    def linear(panels, bias, n_out, depth):
-        return unpacked(panels, bias, n_out, depth, dtype)
-
-    def qkv_of(panels, bias, width):
-        weight, bias = linear(panels, bias, bias.shape[-1], n_channels)
-        return weight.view(3, -1, n_channels)[:, :width].flatten(0, 1), bias.view(3, -1)[:, :width].flatten()
+    def linear(layer, n_out, depth, n_parts=1):
+        """Weight `[n_parts * n_out, depth]` and bias, without what pads the parts to whole panels."""
+        if n_parts == 1:
+            return unpacked(*layer, n_out, depth, dtype)
+        whole = unpacked(*layer, layer[1].shape[-1], depth, dtype)
+        return tuple(t.unflatten(0, (n_parts, -1))[:, :n_out].flatten(0, 1) for t in whole)
 
     blocks, integer = [], False
-    for i, (*whole, norm1_eps, norm2_eps, scale) in enumerate(of_blocks):
-        n_heads, head_dim, hidden, activation = map(int, whole)
-        width = n_heads * head_dim
-        w = weights[TENSORS_BEFORE_BLOCKS + i * TENSORS_PER_BLOCK :]
-        integer = w[4].dtype == torch.int8
-        blocks.append(
-            reference.BlockWeights(
-                (w[0], w[1], norm1_eps),
-                qkv_of(w[2], w[3], width),
-                linear(w[4], w[5], n_channels, width),
-                (w[6], w[7], norm2_eps),
-                linear(w[8], w[9], hidden, n_channels),
-                linear(w[10], w[11], n_channels, hidden),
-                n_heads,
-                ACTIVATIONS[activation],
-                scale,
-            )
-        )
+    for i, (*whole, scale) in enumerate(numbers[:7] for numbers in of_blocks):
+        n_heads, head_dim, hidden, activation, gated_mlp, gated_attention = map(int, whole)
+        begin = TENSORS_BEFORE_BLOCKS + i * TENSORS_PER_BLOCK
+        w = {name: weights[begin + 2 * j : begin + 2 * j + 2] for j, name in enumerate(PARTS)}
+        integer = w["proj"][0].dtype == torch.int8
+        w |= {name: (*w[name], eps) for name, eps in zip(NORMS, of_blocks[i][7:], strict=True)}
+        w["qkv"] = linear(w["qkv"], n_heads * head_dim, n_channels, 3 + gated_attention)
+        w["proj"] = linear(w["proj"], n_channels, n_heads * head_dim)
+        w["fc1"] = linear(w["fc1"], hidden, n_channels, 1 + gated_mlp)
+        w["fc2"] = linear(w["fc2"], n_channels, hidden)
+        w |= {"n_heads": n_heads, "activation": ACTIVATIONS[activation], "scale": scale}
+        gates = {"gated_attention": bool(gated_attention), "gated_mlp": bool(gated_mlp)}
+        blocks.append(reference.BlockWeights(**w, **gates))
     if integer:
         first_qkv = weights[TENSORS_BEFORE_BLOCKS + 2]
         rounding = {"round_rows": round_rows, "rounds_first_qkv": first_qkv.dtype == torch.int8}
@@ -256,11 +280,12 @@ def _reference(rows, cu_seqlens, length_index, pos_offset, pos_table, prefix, we
         pos_offset,
         pos_table,
         prefix,
-        linear(weights[0], weights[1], n_channels, rows.shape[1]),
-        (weights[2], weights[3], norm_pre_eps),
-        (weights[4], weights[5], norm_eps),
+        linear(weights[:2], n_channels, rows.shape[1]),
+        *outer[:2],
         blocks,
         n_pooled=n_pooled,
+        patch_norm=outer[2],
+        rope=rope,
         **rounding,
     )
 
