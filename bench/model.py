@@ -30,6 +30,7 @@ from bench.model_work import (
     Flops,
     agreement,
     grids_of,
+    mixes_of,
     model_title,
     random_vit,
     relative_error,
@@ -336,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model_name in args.models if "cases" in args.parts else ():
         vit = random_vit(MODELS[model_name])
         for batch in args.batches:
-            for mix in args.mixes:
+            for mix in (mix for mix in args.mixes if mix in mixes_of(model_name)):
                 case = Case(vit, grids_of(mix, batch), open_ended=mix == "random", n_threads=args.threads)
                 about = {"model": model_name, "batch": batch, "mix": mix, "tokens": sum(case.seqlens)}
                 results.append(about | {"grids": case.grids} | measure(case, args.peers, args.rounds, args.pause))

@@ -23,6 +23,7 @@ MODELS = {
     "deit-ti": "deit_tiny_patch16_224",
     "deit-s": "deit_small_patch16_224",
     "deit-b": "deit_base_patch16_224",
+    "dinov3-s": "vit_small_patch16_dinov3",
 }
 LONGEST = 14
 MIX = ((14, 4), (10, 6), (7, 6))
@@ -33,7 +34,10 @@ MIXES = {
     "all-7": "all 7×7",
     "mix": "4/6/6 at 14, 10, 7",
     "random": "random grids, sides 7 to 14",
+    "mix-16": "4/6/6 at 16, 12, 8",
 }
+OF_256_PX = {"dinov3-s": ("mix-16",)}
+"""Mixes of the models that are made for images of 256 px; the others have the mixes up to 14×14."""
 N_SETS = 3
 """Sets of inputs that the rounds rotate through, so that no candidate finds its input in a cache."""
 SLOW_S = 2.0
@@ -74,12 +78,18 @@ def grids_of(mix: str, n_images: int, seed: int = 0) -> list[Grid]:
     draw = random.Random(seed)
     if mix == "random":
         return [(draw.randint(7, LONGEST), draw.randint(7, LONGEST)) for _ in range(n_images)]
-    if mix == "mix":
-        grids = [(side, side) for (side, _), n in zip(MIX, apportion(n_images), strict=True) for _ in range(n)]
+    if mix in ("mix", "mix-16"):
+        sides = (16, 12, 8) if mix == "mix-16" else [side for side, _ in MIX]
+        grids = [(side, side) for side, n in zip(sides, apportion(n_images), strict=True) for _ in range(n)]
         draw.shuffle(grids)
         return grids
     side = int(mix.removeprefix("all-"))
     return [(side, side)] * n_images
+
+
+def mixes_of(model: str) -> tuple[str, ...]:
+    """The mixes that a key of `MODELS` is measured on."""
+    return OF_256_PX.get(model) or tuple(mix for mix in MIXES if mix != "mix-16")
 
 
 def mixed_stream() -> Iterator[Grid]:
@@ -89,19 +99,21 @@ def mixed_stream() -> Iterator[Grid]:
 
 
 def random_vit(name: str, seed: int = 0, **kwargs) -> VisionTransformer:
-    """A timm ViT in eval mode, any input size, with weights that keep activations of order one."""
+    """A timm ViT or EVA in eval mode, any input size, with weights that keep activations of order one."""
     torch.manual_seed(seed)
     vit = timm.create_model(name, dynamic_img_size=True, **kwargs).eval()
     with torch.no_grad():
-        for parameter in vit.parameters():
+        for key, parameter in vit.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
+            elif "gamma" in key:
+                parameter.fill_(1.0)  # LayerScale would hide the blocks
     return vit.requires_grad_(False)
 
 
 def model_title(key: str) -> str:
     """A key of `MODELS` as papers write it, "DeiT-S"."""
-    return key.title().replace("Deit", "DeiT")
+    return key.title().replace("Deit", "DeiT").replace("Dinov3", "DINOv3")
 
 
 class Flops(NamedTuple):
@@ -195,6 +207,11 @@ class Case:
         return ModelShape.of(self.vit)
 
     @property
+    def longest(self) -> int:
+        """Side of the grid at which the model is run without mixed lengths."""
+        return max(LONGEST, *map(max, self.grids))
+
+    @property
     def patch(self) -> int:
         """Side of a patch in pixels."""
         return self.vit.patch_embed.patch_size[0]
@@ -232,8 +249,8 @@ class Case:
 
     @cached_property
     def full_length(self) -> Tensor:
-        """Images `[B, 3, 14*P, 14*P]`: what stands for the batch where every image is run at the longest grid."""
-        side = LONGEST * self.patch
+        """Images `[B, 3, side, side]`: what stands for the batch where every image is run at the longest grid."""
+        side = self.longest * self.patch
         return torch.randn(N_SETS, len(self.grids), 3, side, side, generator=torch.Generator().manual_seed(1))
 
     @cached_property

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from revit_fast.grids import scaled_grids
+from revit_fast.layers.attention import AttentionPool
 from revit_fast.layers.block import Block
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.norm import NORMS
 from revit_fast.layers.patch_embed import PatchEmbed
+from revit_fast.layers.rope import RotaryEmbedding
 from revit_fast.models.from_timm import config_from_timm
 from revit_fast.models.lvvit import ARCHITECTURES, CROP_PCT, MLP_RATIO
 from revit_fast.models.timm_api import NORM_PARAMETER
@@ -49,7 +51,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 __all__: list[str] = []  # register_model adds the entry points
 
-for _kind in (Block, ConvStem, PatchEmbed, *NORMS.values()):
+for _kind in (AttentionPool, Block, ConvStem, PatchEmbed, RotaryEmbedding, *NORMS.values()):
     register_notrace_module(_kind)
 
 WIDTHS: dict[str, dict[str, int]] = {

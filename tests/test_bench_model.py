@@ -104,6 +104,24 @@ def test_openvino_leaves_signal_handlers_a_stack():
     assert (done.returncode, done.stdout.split()) == (0, ["handled"]), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("key", ["timm", "timm-full", "openvino", "onnxruntime", "naflex", "navit"])
+def test_peers_of_a_rotary_model(key):
+    for package in PACKAGES.get(key, []):
+        pytest.importorskip(package)
+    vit = random_vit("vit_small_patch16_dinov3", depth=2, embed_dim=64, num_heads=2)
+    case = Case(vit, grids_of("mix-16", 4))
+    assert sorted(case.grids) == [(8, 8), (12, 12), (12, 12), (16, 16)]
+    if key in ("naflex", "navit"):
+        with pytest.raises(Unsuited, match="no counterpart of Eva"):
+            PEERS[key].build(case)
+        return
+    peer = PEERS[key].build(case)
+    for candidate in (peer, bench.ours(case)) if key == "timm" else (peer,):
+        error, _, problem = bench.judged(candidate.run(0), candidate, case)
+        assert problem is None
+        assert (error is None) == (key == "timm-full")
+
+
 @pytest.mark.full  # it takes a quarter of a minute; short models in both precisions are among the peers
 def test_openvino_at_full_length():
     pytest.importorskip("openvino")

@@ -35,6 +35,9 @@ def with_outliers(model: rf.ReViT) -> rf.ReViT:
     return model
 
 
+MANY = {"rope": {"half": True}, "gated_attn": True, "gated_mlp": True, "attn_norm": {}, "qk_norm": {"kind": "rms"}}
+
+
 def outlier_model(**options) -> rf.ReViT:
     return with_outliers(make_model(embed_dim=96, num_heads=3, hidden_dim=384, **options))
 
@@ -201,7 +204,7 @@ def test_factors_share_the_range_between_rows_and_weight():
 
 @needs_extension
 @torch.inference_mode()
-@pytest.mark.parametrize("options", [{}, {"norm_layer": "rms"}, {"qkv_bias": False, "init_values": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"norm_layer": "rms"}, {"qkv_bias": False, "init_values": 0.1}, MANY], ids=str)
 def test_a_model_with_outliers_gains_and_results_do_not_depend_on_the_pack(isa, options):
     model, images = outlier_model(**options), images_of(MIX * 4)
     plain, fast = rf.optimize(model, torch.int8), rf.optimize(model, torch.int8, calibrate=CALIBRATION)
@@ -224,7 +227,7 @@ def test_the_first_qkv_is_not_rounded(isa, monkeypatch):
     for options, images in (({}, images_of(MIX)), ({"depth": 1}, images_of([(1, 1)])), ({}, images_of([6] * 60))):
         fast = rf.optimize(outlier_model(**options), torch.int8, calibrate=CALIBRATION)
         got = fast.forward_features(images).data
-        *arguments, weights, n_pooled = calls[-1]
+        *arguments, weights, n_pooled, _ = calls[-1]
         dtypes = [(b.qkv.panels.dtype, b.proj.panels.dtype, b.fc2.panels.dtype) for b in weights.blocks]
         assert dtypes == [(torch.float32, torch.int8, torch.int8)] + [(torch.int8,) * 3] * (len(dtypes) - 1)
         expected = vit._reference(*arguments, weights.prefix, weights.tensors, weights.descriptor, n_pooled)

@@ -218,23 +218,6 @@ def assert_rounds_alike(ours, same, truth, what):
     assert got.max() <= 1e-2 * truth.abs().max(), f"{what}: max error {got.max():.3e}"
 
 
-def check_draws(seqlens, what, **options):
-    """`check` and `check_pooled` of a net. With int8, of three nets together: one step of luck moves a whole image."""
-    nets = [Net(seed=seed, **options) for seed in range(3 if options["dtype"] == torch.int8 else 1)]
-    rows = [net.rows(seqlens) for net in nets]
-    if len(nets) == 1:
-        nets[0].check(seqlens, 0, what)
-    else:
-        ours = torch.cat([net.run(seqlens, r, 0) for net, r in zip(nets, rows, strict=True)])
-        same, truth = (
-            torch.cat([net.truth(seqlens, r, 0, dtype) for net, r in zip(nets, rows, strict=True)])
-            for dtype in (torch.float32, torch.float64)
-        )
-        assert_rounds_alike(ours, same, truth, what)
-    nets[0].check_pooled(seqlens, 2, what)
-    return nets[0]
-
-
 MIX = (5, 0, 49, 1, 100, 17, 196, 2)
 
 
@@ -284,6 +267,18 @@ def test_blocks_that_differ(isa, order, dtype):
         net.check_pooled(seqlens, 2, str(seqlens))
 
 
+# On one thread. Few rows go layer by layer, from 144 on in tiles. A step of int8 moves a whole image: they are short.
+BY_LAYERS_AND_TILES = [(30, 0, 17, 2), (9, 0, 3) * 11]
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 FIELDS = {
     "qk_norm": {"qk_norm": (1e-3, False)},
     "qk_norm of RMS": {"qk_norm": (0.1, True)},
@@ -301,16 +296,18 @@ FIELD_SIZES = [(3, 8, 40), (2, 20, 300), (1, 6, 1), (2, 64, 33)]
 @pytest.mark.parametrize(
     ("field", "dtype"), [*((field, torch.float32) for field in FIELDS), *(("all", dtype) for dtype in PACKED_DTYPES)]
 )
-def test_fields_beyond_the_plain_block(isa, field, dtype):
+def test_fields_beyond_the_plain_block(isa, one_thread, field, dtype):
     """Alone and all together: by columns and in tiles, pooled tokens with the bits of all tokens, and not without."""
     options = EVERY_FIELD if field == "all" else FIELDS[field]
     sizes = FIELD_SIZES if (field, dtype) == ("all", torch.float32) else FIELD_SIZES[1:2]
     for n_heads, head_dim, hidden in sizes:
         block = {"n_heads": n_heads, "head_dim": head_dim, "hidden": hidden, "activation": "silu"}
         blocks = [block | options, block, block | options]
-        for seqlens in ((60, 0, 49, 17, 2), (290, 17, 3)):
+        for seqlens in BY_LAYERS_AND_TILES:
             what = f"{field}, {block}, {seqlens}"
-            net = check_draws(seqlens, what, channels=40, blocks=blocks, n_prefix=2, dtype=dtype)
+            net = Net(channels=40, blocks=blocks, n_prefix=2, dtype=dtype)
+            net.check(seqlens, 0, what)
+            net.check_pooled(seqlens, 2, what)
         without = Net(channels=40, blocks=[block] * 3, n_prefix=2, dtype=dtype)
         rows = net.rows((9, 4))
         without.embed, without.table, without.prefix = net.embed, net.table, net.prefix
@@ -327,13 +324,15 @@ def test_fields_beyond_the_plain_block(isa, field, dtype):
         *(("both", 2, 64, dtype) for dtype in PACKED_DTYPES),
     ],
 )
-def test_heads_turn(isa, tables, n_heads, head_dim, dtype):
+def test_heads_turn(isa, one_thread, tables, n_heads, head_dim, dtype):
     block = {"n_heads": n_heads, "head_dim": head_dim, "hidden": 20, "activation": "gelu"}
     rope = 3 if tables in ("blocks", "both") else 1, n_heads if tables in ("heads", "both") else 1, head_dim
     fields = EVERY_FIELD if tables == "both" else {}
     blocks = [block, block | fields, block | fields]
-    for seqlens in ((60, 0, 49, 17, 2), (290, 17, 3)):
-        net = check_draws(seqlens, str(seqlens), channels=40, blocks=blocks, n_prefix=2, dtype=dtype, rope=rope)
+    for seqlens in BY_LAYERS_AND_TILES:
+        net = Net(channels=40, blocks=blocks, n_prefix=2, dtype=dtype, rope=rope)
+        net.check(seqlens, 0, str(seqlens))
+        net.check_pooled(seqlens, 2, str(seqlens))
     rows = net.rows((9, 4))
     turned = net.run((9, 4), rows, 0)
     net.rope = None

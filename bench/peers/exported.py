@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from bench.model_work import Case, Grid, grids_of
@@ -20,27 +20,35 @@ CALIBRATION_SEED = 2
 
 
 class WithPositions(nn.Module):
-    """A timm ViT whose position embeddings come as an input, so that an exported graph serves every grid."""
+    """A timm ViT whose table of positions comes as an input, so that an exported graph serves every grid."""
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: VisionTransformer | Eva) -> None:
         super().__init__()
         self.vit = vit
 
     def forward(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Logits of images `[B, 3, H, W]` with positions `[1, N, C]` of their grid, class token first."""
+        """Logits of images `[B, 3, H, W]` with the positions of their grid, see `positions_of`."""
         vit = self.vit
         x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        x = torch.cat([vit.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + positions
-        return vit.forward_head(vit.norm(vit.blocks(x)))
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+        x = torch.cat([*prefix, x], dim=1)
+        if isinstance(vit, Eva):
+            for block in vit.blocks:
+                x = block(x, rope=positions)
+        else:
+            x = vit.blocks(x + positions)
+        return vit.forward_head(vit.norm(x))
 
 
-def positions_of(vit: VisionTransformer, grid: Grid) -> Tensor:
-    """Position embeddings `[1, N, C]` of a grid."""
+def positions_of(vit: VisionTransformer | Eva, grid: Grid) -> Tensor:
+    """Position embeddings `[1, N, C]` of a grid, class token first; of an EVA the sines and cosines `[1, N, 2 * D]`."""
+    if isinstance(vit, Eva):
+        return vit.rope.get_embed(grid)[None].contiguous()
     n_prefix = vit.num_prefix_tokens
     return resample_abs_pos_embed(vit.pos_embed, grid, num_prefix_tokens=n_prefix).detach().contiguous()
 
 
-def example_inputs(vit: VisionTransformer) -> tuple[Tensor, Tensor]:
+def example_inputs(vit: VisionTransformer | Eva) -> tuple[Tensor, Tensor]:
     """Inputs of `WithPositions` to trace it with."""
     side = 7 * vit.patch_embed.patch_size[0]
     return torch.randn(2, 3, side, side), positions_of(vit, (7, 7))

@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from bench.model_work import LONGEST, N_SETS, Case
-from bench.peers.common import Peer, fastest
+from bench.peers.common import Peer, Unsuited, fastest
 
 
 @lru_cache(maxsize=1)
@@ -37,8 +37,15 @@ def naflexvit(vit: VisionTransformer) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def require_plain(vit: nn.Module) -> None:
+    """Refuses a model whose architecture a packed peer does not have."""
+    if not isinstance(vit, VisionTransformer):
+        raise Unsuited(f"has no counterpart of {type(vit).__name__} with the same arithmetic")
+
+
 def naflexvit_padded(case: Case) -> Peer:
     """One call: patches of every image padded to the longest one's, with a mask."""
+    require_plain(case.vit)
     model, p = naflexvit(case.vit), case.patch
     n_longest = max(h * w for h, w in case.grids)
     batches = []
@@ -77,6 +84,7 @@ def navit(vit: VisionTransformer) -> nn.Module:
 
 def navit_packed(case: Case) -> Peer:
     """One call: images packed into sequences of bounded length, with a mask that parts the images."""
+    require_plain(case.vit)
     from vit_pytorch.na_vit import group_images_by_max_seq_len
 
     model, p = navit(case.vit), case.patch

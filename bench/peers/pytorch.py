@@ -9,7 +9,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from bench.model_work import LONGEST, N_SETS, Case
+from bench.model_work import N_SETS, Case
 from bench.peers.common import Peer, Unsuited, precision_name
 
 
@@ -17,7 +17,7 @@ def timm_full_length(case: Case) -> Peer:
     """Every image at the longest grid: what one does without mixed lengths."""
     images = case.full_length
     run = torch.inference_mode()(lambda i: case.vit(images[i % N_SETS]))
-    seqlens = [LONGEST * LONGEST + case.shape.n_prefix] * len(case.grids)
+    seqlens = [case.longest**2 + case.shape.n_prefix] * len(case.grids)
     return Peer(run, None, case.shape.flops(seqlens))
 
 

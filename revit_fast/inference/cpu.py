@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -311,9 +311,9 @@ class PackedPool(NamedTuple):
         kv: projection to keys and values.
         proj: projection of the heads' results.
         norm: norm before the MLP.
-        fc1: first layer of the MLP.
+        fc1: first layer of the MLP; of a gated one the half with the activation.
         activation: its activation.
-        gated: whether the activation of the first half of `fc1` multiplies the second.
+        up: the other half of a gated MLP's first layer, or None.
         mlp_norm: norm of the hidden channels.
         fc2: second layer of the MLP.
     """
@@ -324,7 +324,7 @@ class PackedPool(NamedTuple):
     norm: TokenNorm
     fc1: PackedWeight
     activation: str
-    gated: bool
+    up: PackedWeight | None
     mlp_norm: TokenNorm
     fc2: PackedWeight
 
@@ -336,10 +336,10 @@ class PackedPool(NamedTuple):
         query = self.query.expand(n_sequences, -1, -1).contiguous()
         read = ops.varlen_attention(query, k, v, apart.cu_seqlens, layout.cu_seqlens)
         pooled = packed_linear(read.flatten(1), self.proj)
-        hidden = packed_linear(_normed(pooled, self.norm, apart), self.fc1, "none" if self.gated else self.activation)
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=1)
-            hidden = reference.activate(self.activation, gate) * hidden
+        normed = _normed(pooled, self.norm, apart)
+        hidden = packed_linear(normed, self.fc1, self.activation)
+        if self.up is not None:
+            hidden = hidden * packed_linear(normed, self.up)
         return pooled + packed_linear(_normed(hidden, self.mlp_norm, apart), self.fc2)
 
 
@@ -354,12 +354,12 @@ def _pool(pool: AttentionPool | None, dtype: torch.dtype) -> PackedPool | None:
     if pool is None:
         return None
     query = F.linear(pool.latent[0].double(), *(p if p is None else p.double() for p in (pool.q.weight, pool.q.bias)))
-    kv, proj, fc1, fc2 = (
-        pack_weight(layer.weight, layer.bias, dtype) for layer in (pool.kv, pool.proj, pool.mlp.fc1, pool.mlp.fc2)
-    )
-    query = query.float().unflatten(1, (pool.num_heads, -1))
     mlp = pool.mlp
-    hidden = fc1, activation_name(mlp.act), mlp.gated, _norm(mlp.norm)
+    kv, proj, fc2 = (pack_weight(layer.weight, layer.bias, dtype) for layer in (pool.kv, pool.proj, mlp.fc2))
+    parts = mlp.fc1.weight.chunk(1 + mlp.gated), (None,) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(1 + mlp.gated)
+    fc1, *up = (pack_weight(*part, dtype) for part in zip_longest(*parts))
+    query = query.float().unflatten(1, (pool.num_heads, -1))
+    hidden = fc1, activation_name(mlp.act), up[0] if up else None, _norm(mlp.norm)
     return PackedPool(query, kv, proj, _norm(pool.norm), *hidden, fc2)
 
 

@@ -212,7 +212,7 @@ class TakesImages(NotScriptable):
 
     def _check_leaves(self, x: fx.Proxy) -> None:
         """Raises a NotImplementedError unless the trace of torch.fx calls the layers that pack as they are."""
-        names = ("patch_embed", "norm_pre", "blocks.0", "norm", "fc_norm")
+        names = ("patch_embed", "rope", "norm_pre", "blocks.0", "norm", "attn_pool", "fc_norm")
         layers = {name: module for name, module in self.named_modules() if name in names}
         inside = [
             name

@@ -38,6 +38,7 @@ from revit_fast.packing import Layout, PackedBatch, device_cu_seqlens
 fx.wrap("assemble_tokens")
 fx.wrap("mean_pool")
 fx.wrap("rows_apart")
+fx.wrap("rows_without_first")
 fx.wrap("sequence_max")
 
 IS_NORM = re.compile(r"norm\d?(_pre)?\.weight$")
@@ -377,7 +378,8 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained,
             return tokens
         cu_seqlens, n_skipped = layout.cu_seqlens, 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.global_pool == "map":
-            return self.attn_pool(*rows_without_first(tokens, layout, n_skipped))
+            read, own = rows_without_first(tokens, layout, n_skipped)
+            return self.attn_pool(read, own)
         mean = mean_pool(tokens, cu_seqlens, n_skipped)
         if self.global_pool == "avg":
             return mean
