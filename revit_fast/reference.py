@@ -191,7 +191,7 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
 
 
-NO_NORM = torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), 0.0
+NO_NORM = *(torch.empty(0, dtype=torch.float32, device="cpu") for _ in range(2)), 0.0
 
 
 class BlockWeights(NamedTuple):
