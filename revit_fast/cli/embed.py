@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_outputs(args)
     if args.output.endswith(".parquet"):
-        import_module("pyarrow.parquet")  # if it is missing, main says what to install
+        import_module("pyarrow")  # if it is missing, main says what to install
     try:
         pipe = build_pipeline(args, classifies=False).with_embeddings(tokens=args.tokens, normalize=args.normalize)
     except (TypeError, ValueError) as error:
