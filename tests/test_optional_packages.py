@@ -52,6 +52,7 @@ REFUSED = {
         package: {"export ./m --format onnx --output out": NOT_INSTALLED.format(package, "export")}
         for package in ("onnx", "onnxscript")
     },
+    "pyarrow": {"embed data/test --model ./m --output x.parquet": NOT_INSTALLED.format("pyarrow", "parquet")},
     "ray": {"predict data/test --model ./m --engine ray --output out": NOT_INSTALLED.format("ray", "ray")},
     "starlette": {"serve --model ./m": NOT_INSTALLED.format("starlette", "serve")},
 }

@@ -246,7 +246,7 @@ class TokenLengthAssigner(NotScriptable, nn.Module):
             first_index: place of the first image in its stream, for policies that depend on the place.
         """
         chosen = make_policy(policy, self.grids, calibration=self.calibration)
-        chosen.decides_before("an assigner")
+        chosen.decides_before("an assigner runs no model")
         index = np.arange(first_index, first_index + len(images))
         probabilities = entropy = None
         if chosen.needs == "probabilities":

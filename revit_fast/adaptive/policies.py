@@ -176,11 +176,15 @@ class Policy:
     bound: float | None = None
 
     def decides_before(self, what: str) -> None:
-        """Raises a ValueError if grids are not known before the model has run."""
+        """Raises a ValueError if grids are not known before the model has run.
+
+        Args:
+            what: why there are no logits to decide by, for the message.
+        """
         if self.bound is not None:
             raise ValueError(
-                f"policy: {self.spec!r} decides by the model's own logits, and {what} runs no model; call a pipeline, "
-                "or take another policy"
+                f"policy: {self.spec!r} decides by the model's own logits, and {what}; call a pipeline, or take "
+                "another policy"
             )
 
 

@@ -309,7 +309,7 @@ class AdaptivePreprocessor:
             ImageError: if an image cannot be read; the message names it. `AdaptivePipeline` continues with the others.
             ValueError: if the policy is a cascade, which needs the model's logits.
         """
-        self.policy.decides_before("a preprocessor")
+        self.policy.decides_before("a preprocessor runs no model")
         decoded = self._decoded(images)
         grids = self.assign(decoded).grids
         return Prepared(self.pack(decoded, grids), grids)

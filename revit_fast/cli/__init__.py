@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     # The modules of these commands add their own options.
-    for name in ("fit", "train", "label", "train_assigner", "calibrate", "evaluate", "worth_it", "export"):
+    for name in ("embed", "fit", "train", "label", "train_assigner", "calibrate", "evaluate", "worth_it", "export"):
         import_module(f"revit_fast.cli.{name}").add_parser(commands)
 
     p = commands.add_parser("env", help="show versions, instruction sets, threads and backends")

@@ -29,7 +29,8 @@ BATCH_TOKENS = 4096
 
 EXTRA_MODULES = {
     **dict.fromkeys(("PIL", "rich", "safetensors", "timm"), "cli"),
-    **dict.fromkeys(("pyarrow", "ray"), "ray"),
+    "ray": "ray",
+    "pyarrow": "parquet",
     **dict.fromkeys(("h11", "prometheus_client", "python_multipart", "starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("gradio",), "page"),
     **dict.fromkeys(("matplotlib",), "plot"),
@@ -246,12 +247,22 @@ def add_results(p: argparse.ArgumentParser) -> None:
         "--format", choices=RESULT_FORMATS, default="table", help="format of the results (default %(default)s)"
     )
     p.add_argument("--output", metavar="FILE", help="write the results there, all or nothing (default: stdout)")
+    add_trace(p)
+
+
+def add_trace(p: argparse.ArgumentParser) -> None:
+    """The option of the commands that run a pipeline to its end; `report.run_stage` reads it."""
     p.add_argument("--trace", metavar="FILE", help="write the time of every stage there, for Perfetto or Chrome")
+
+
+def add_weights(p: argparse.ArgumentParser) -> None:
+    """The option of the commands that run a model which a name or a bundle gives."""
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
 
 
 def add_classes(p: argparse.ArgumentParser) -> None:
     """Arguments of the commands that classify."""
-    p.add_argument("--weights", metavar="FILE", help=".safetensors or .pth; without it those of the bundle, or random")
+    add_weights(p)
     p.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to report (default %(default)s)")
     p.add_argument("--labels", metavar="FILE", help="class names, one per line")
     add_device(p)

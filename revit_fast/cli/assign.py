@@ -14,7 +14,7 @@ def run(args: argparse.Namespace) -> int:
     with open_results(args) as stream:
         pipe = build_pipeline(args)
         try:
-            pipe.prep.policy.decides_before("assign")
+            pipe.prep.policy.decides_before("assign runs no model")
         except ValueError as error:
             raise UsageError.of(error, **choice_options(args)) from error
         return write_results(args, stream, pipe, pipe.assign, 0)

@@ -34,13 +34,21 @@ MAX_WAIT_S = 1.0
 """Seconds after which a batch runs even if it is not full, so that results appear while files are still read."""
 
 
-def build_pipeline(args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S) -> AdaptivePipeline:
-    """The pipeline that the arguments describe; wrong arguments raise a usage error."""
+def build_pipeline(
+    args: argparse.Namespace, max_wait_s: float = MAX_WAIT_S, *, classifies: bool = True
+) -> AdaptivePipeline:
+    """The pipeline that the arguments describe; wrong arguments raise a usage error.
+
+    Args:
+        args: the arguments.
+        max_wait_s: see `AdaptivePipeline`.
+        classifies: whether the command needs a model with a classifier.
+    """
     import_module("PIL")  # if it is missing, main says what to install
     device = compute_device(args)
     bundle = load_bundle(args) if is_bundle(args.model) else None
     model = bundle.model if bundle else load_model(args)
-    if model.num_classes < 1:
+    if classifies and model.num_classes < 1:
         raise UsageError(f"--model: {args.model} has no classifier to predict with")
     labels = read_labels(args.labels, model.num_classes) if args.labels else class_names(model)
     model = model.to(device)

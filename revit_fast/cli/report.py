@@ -155,11 +155,11 @@ class Counts:
         self.n_images = self.n_errors = self.n_tokens = 0
         self.begin = time.perf_counter()
 
-    def add(self, p: Prediction) -> None:
+    def add(self, result: Result) -> None:
         """Counts a finished image."""
         self.n_images += 1
-        self.n_errors += p.error is not None
-        self.n_tokens += p.n_tokens
+        self.n_errors += result.error is not None
+        self.n_tokens += result.n_tokens or 0
 
     def rates(self) -> str:
         """Throughput so far, without errors."""
@@ -185,6 +185,50 @@ def open_results(args: argparse.Namespace) -> AbstractContextManager[TextIO]:
     return open_output(args.output)
 
 
+class Rows:
+    """Where the results of a run go, one after another.
+
+    Attributes:
+        add: takes a result.
+        on_terminal: whether they are printed on a terminal, where the progress bar has to make room.
+        shows_errors: whether a person sees errors among them.
+    """
+
+    on_terminal = shows_errors = False
+
+    def __init__(self, add: Callable[[Result], None]) -> None:
+        self.add = add
+
+    def begin(self) -> None:
+        """Called before the first result."""
+
+    def end(self) -> None:
+        """Called after the last result, or when the run ends early."""
+
+
+class TextRows(Rows):
+    """Writes results as text.
+
+    Args:
+        stream: where to.
+        text: the format, one of `FORMATS`.
+    """
+
+    def __init__(self, stream: TextIO, text: TableFormat | JsonFormat | CsvFormat) -> None:
+        super().__init__(lambda result: write(stream, text.row(prediction_of(result, text.top_k))))
+        self._stream, self._text = stream, text
+        self.on_terminal = stream.isatty()
+        self.shows_errors = self.on_terminal and isinstance(text, TableFormat)
+
+    def begin(self) -> None:
+        """Writes what stands before the results."""
+        write(self._stream, self._text.header())
+
+    def end(self) -> None:
+        """Writes what stands after them."""
+        write(self._stream, self._text.footer())
+
+
 def write_results(
     args: argparse.Namespace,
     stream: TextIO,
@@ -194,32 +238,43 @@ def write_results(
     kind: Kind = IMAGES,
 ) -> int:
     """Writes the results of a pipeline's method for the files of the arguments; returns 0, or 1 if any file failed."""
-    ignore_pillow_warnings()
-    policy, passed = pipe.prep.policy, PassedOver()
+    policy = pipe.prep.policy
     text = FORMATS[args.format](top_k, pipe.prep.grids if policy.needs == "probabilities" else (), policy.threshold)
+    return run_stage(args, stage, TextRows(stream, text), kind)
+
+
+def run_stage(args: argparse.Namespace, stage: Callable[..., Iterator[Result]], rows: Rows, kind: Kind = IMAGES) -> int:
+    """Runs a pipeline's method on the files of the arguments, with progress; returns 0, or 1 if any file failed.
+
+    Args:
+        args: the arguments; paths and trace are read.
+        stage: the method.
+        rows: takes the results.
+        kind: kind of the files.
+    """
+    ignore_pillow_warnings()
+    passed = PassedOver()
     times = Trace() if args.trace else StageTimes()
-    is_shown = stream.isatty()
 
     def n_files() -> int | None:
         return None if STDIN in args.paths else sum(1 for _ in find_images(args.paths, kind))
 
-    write(stream, text.header())
+    rows.begin()
     counts, progress = Counts(kind.many), Progress(kind.many, n_files)
     progress(0)
     results = stage(find_images(args.paths, kind, passed), times=times)
     try:
         for result in results:
-            p = prediction_of(result, top_k)
-            with progress.aside() if is_shown else nullcontext():
-                write(stream, text.row(p))
-            counts.add(p)
+            with progress.aside() if rows.on_terminal else nullcontext():
+                rows.add(result)
+            counts.add(result)
             progress(counts.n_images, note=counts.rates())
-            if p.error is not None and not (is_shown and args.format == "table"):
-                progress.say(f"error: {on_one_line(p.path)}: {on_one_line(p.error)}")
+            if result.error is not None and not rows.shows_errors:
+                progress.say(f"error: {on_one_line(name_of(result.source))}: {on_one_line(result.reason)}")
     finally:
         results.close()
         progress.close()
-        write(stream, text.footer())
+        rows.end()
         say_passed(passed, kind)
         progress.say(counts.summary())
         if args.trace:

@@ -383,6 +383,27 @@ def n_pooled(model: ReViT) -> int:
     return 2 if model.distilled else 1
 
 
+def pooled_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> Tensor:
+    """The rows that the heads read: float32, one per sequence, two for a distilled model, all tokens without pooling.
+
+    Args:
+        model: the model.
+        packed: its packed weights.
+        tokens: with "token" pooling the tokens that it reads after the final norm; otherwise all tokens.
+        layout: layout of all tokens.
+    """
+    if packed.pool is not None:
+        n_skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        tokens = packed.pool(*rows_without_first(tokens, layout, n_skipped))
+    elif model.global_pool != "token":
+        tokens = model.pool(tokens, layout)
+    if isinstance(model.fc_norm, TALNorm):
+        own = rows_apart(tokens, layout) if model.global_pool else layout
+        affine = (parameter.detach().float() for parameter in model.fc_norm.affine())
+        tokens = model.fc_norm.op(tokens, *affine, own.cu_seqlens, own.length_index, model.fc_norm.eps)
+    return tokens
+
+
 def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> Tensor:
     """Logits in the model's dtype.
 
@@ -396,20 +417,16 @@ def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
     if model.aux_head is not None:
         token_labels = 0.5 * sequence_max(packed.heads[1](tokens), layout.cu_seqlens, model.num_prefix_tokens)
         tokens = tokens.index_select(0, layout.cu_seqlens[:-1])
-    if packed.pool is not None:
-        n_skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
-        tokens = packed.pool(*rows_without_first(tokens, layout, n_skipped))
-    elif model.global_pool != "token":
-        tokens = model.pool(tokens, layout)
-    if isinstance(model.fc_norm, TALNorm):
-        own = rows_apart(tokens, layout) if model.global_pool else layout
-        affine = (parameter.detach().float() for parameter in model.fc_norm.affine())
-        tokens = model.fc_norm.op(tokens, *affine, own.cu_seqlens, own.length_index, model.fc_norm.eps)
+    rows = pooled_of(model, packed, tokens, layout)
     if model.distilled:
-        rows = tokens.view(-1, 2, tokens.shape[1]).unbind(1)
-        logits = [head(r) for head, r in zip(packed.heads, rows, strict=True)]
+        logits = [head(r) for head, r in zip(packed.heads, both_tokens(rows), strict=True)]
         return ((logits[0] + logits[1]) / 2).to(model.pos_embed.dtype)
-    return (packed.heads[0](tokens) + token_labels).to(model.pos_embed.dtype)
+    return (packed.heads[0](rows) + token_labels).to(model.pos_embed.dtype)
+
+
+def both_tokens(rows: Tensor) -> tuple[Tensor, ...]:
+    """The class tokens and the distillation tokens `[B, C]` of the rows `[2 B, C]` of a distilled model."""
+    return rows.view(-1, 2, rows.shape[1]).unbind(1)
 
 
 def fused_logits(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows) -> Tensor:
@@ -423,6 +440,30 @@ def fused_logits(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRow
     packed, tokens = _tokens(model, derived, images, n_pooled(model))
     index = images.plan.for_lengths(model.lengths).tokens(model.num_prefix_tokens).index(tokens.device)
     return logits_of(model, packed, tokens, Layout(*index, None))
+
+
+def fused_embeddings(
+    model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, all_tokens: bool
+) -> tuple[Tensor, Tensor]:
+    """The embeddings of a batch, and the tokens after the final norm that were computed, both in the model's dtype.
+
+    Args:
+        model: the model.
+        derived: what `pack_model` makes of it.
+        images: the batch.
+        all_tokens: compute every token; otherwise only those that the pooling reads.
+    """
+    n_read = 0 if all_tokens else n_pooled(model)
+    packed, tokens = _tokens(model, derived, images, n_read)
+    index = images.plan.for_lengths(model.lengths).tokens(model.num_prefix_tokens).index(tokens.device)
+    layout, rows = Layout(*index, None), tokens
+    if model.global_pool == "token" and n_read == 0:
+        rows = tokens.index_select(0, model._pooled_tokens(layout).rows)
+    rows = pooled_of(model, packed, rows, layout)
+    if model.distilled:
+        x, x_dist = both_tokens(rows)
+        rows = (x + x_dist) / 2
+    return rows.to(model.pos_embed.dtype), tokens.to(model.pos_embed.dtype)
 
 
 def fused_tokens(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows) -> Tensor:

@@ -34,6 +34,7 @@ from revit_fast.kernels.constants import KEY_CLASSES, PADDING, TILE_ROWS
 from revit_fast.layers.conv_stem import ConvStem
 from revit_fast.layers.patch_embed import FoldedEmbedding
 from revit_fast.layers.positions import KnownGrids
+from revit_fast.models.embeddings import Output
 from revit_fast.models.inputs import Inputs, PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.packing import Layout, PackPlan
@@ -162,11 +163,12 @@ def write_index(
 
 
 class GraphKey(NamedTuple):
-    """Selects a batch's graph: its bucket, the dtype of its rows, and whether they must still be normalised."""
+    """Selects a batch's graph: its bucket, the dtype of its rows, whether they must still be normalised, its output."""
 
     bucket: Bucket
     dtype: torch.dtype
     folded: bool
+    output: Output
 
 
 class Graph(NamedTuple):
@@ -295,8 +297,8 @@ class GraphCache:
         self._folded: FoldedEmbedding | None = None
         self._folded_source: Any = None
 
-    def run(self, images: PatchRows, bucket: Bucket) -> Tensor:
-        """Logits of a batch on any device."""
+    def run(self, images: PatchRows, bucket: Bucket, output: Output) -> Tensor:
+        """An output for a batch on any device."""
         model = self._model
         patches, known = images.plan.for_lengths(model.lengths), model._positions.learn(images.plan.grids)
         n_tokens = patches.n_rows + model.num_prefix_tokens * len(patches.seqlens)
@@ -304,14 +306,16 @@ class GraphCache:
         # Prefix tokens of slots without an image are padding.
         tokens = patches.tokens(model.num_prefix_tokens, n_token_rows - n_tokens)
         with self._backend.turn(), next(self._buffers).turn() as buffer:
-            key = self._fill(images, known, bucket, buffer)  # first: the device copies rows while the host plans tiles
+            # First: the device copies rows while the host plans tiles.
+            key = self._fill(images, known, bucket, buffer, output)
             graph = self._graph(key, tokens.tile_counts, n_token_rows)
             vector = buffer.part(graph.index.shape[0], torch.int32)
             write_index(vector.numpy(), patches, tokens, known.first_rows(patches.grids), bucket, graph.capacity)
             self._backend.send(vector, graph.index)
-            return graph.replay()[: n_tokens if model.global_pool == "" else len(patches.seqlens)].clone()
+            per_token = model.global_pool == "" or output == "tokens"
+            return graph.replay()[: n_tokens if per_token else len(patches.seqlens)].clone()
 
-    def _fill(self, images: PatchRows, known: KnownGrids, bucket: Bucket, buffer: Buffer) -> GraphKey:
+    def _fill(self, images: PatchRows, known: KnownGrids, bucket: Bucket, buffer: Buffer, output: Output) -> GraphKey:
         """Copies rows, position table and folded embedding into static memory."""
         model = self._model
         if isinstance(model.patch_embed, ConvStem):
@@ -330,7 +334,7 @@ class GraphCache:
             self._table_grids = known
         if images.normalization is not None:
             self._fold(images.normalization)
-        return GraphKey(bucket, dtype, images.normalization is not None)
+        return GraphKey(bucket, dtype, images.normalization is not None, output)
 
     def _moved(self, images: PatchRows, buffer: Buffer) -> PatchRows:
         """Rows and their normalization on the model's device."""
@@ -401,4 +405,4 @@ class GraphCache:
         table, coordinates = self._tables
         inputs = Inputs(rows, index.patch_cu_seqlens, layout, table, index.pos_offset, folded, coordinates)
         self.n_captures += 1
-        return Graph(capacity, vector, self._backend.capture(lambda: self._model._run(inputs)))
+        return Graph(capacity, vector, self._backend.capture(lambda: self._model._run(inputs, key.output)))

@@ -26,5 +26,6 @@ class ModularReViT(InferenceCopy, ReViT):
     forward = in_turn(torch.no_grad()(ReViT.forward))
     forward_features = in_turn(torch.no_grad()(ReViT.forward_features))
     forward_head = in_turn(torch.no_grad()(ReViT.forward_head))
+    forward_embeddings = in_turn(torch.no_grad()(ReViT.forward_embeddings))
     forward_intermediates = in_turn(torch.no_grad()(ReViT.forward_intermediates))
     attention_maps = in_turn(ReViT.attention_maps)

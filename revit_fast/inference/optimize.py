@@ -15,6 +15,7 @@ from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, b
 from revit_fast.inference.inference_copy import InferenceCopy, in_turn
 from revit_fast.inference.modular import ModularReViT
 from revit_fast.layers.derived import Derived
+from revit_fast.models.embeddings import Output
 from revit_fast.models.inputs import PatchRows
 from revit_fast.models.vit import ReViT
 from revit_fast.ops._modes import own_modes
@@ -114,6 +115,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
 
     forward_features = in_turn(ReViT.forward_features)
     forward_head = in_turn(ReViT.forward_head)
+    forward_embeddings = in_turn(ReViT.forward_embeddings)
     forward_intermediates = in_turn(ReViT.forward_intermediates)
     attention_maps = in_turn(ReViT.attention_maps)
 
@@ -126,13 +128,31 @@ class OptimizedReViT(InferenceCopy, ReViT):
                 return self._run(self._inputs(x))
         with own_modes():
             images = self._on_known_device(self._patch_rows(x))
+            return cpu.fused_logits(self, self._packed, images) if fuses else self._replayed(images, "logits")
+
+    def _embeddings(self, batch: PackedBatch, tokens: bool) -> tuple[Tensor, Tensor | None]:
+        replays = self._replays()
+        fuses = not replays and self._fuses()
+        if not fuses and not replays:
+            with torch.no_grad():
+                return super()._embeddings(batch, tokens)
+        with own_modes():
+            images = self._on_known_device(self._patch_rows(batch))
             if fuses:
-                return cpu.fused_logits(self, self._packed, images)
-            bucket = bucket_of(images.plan.n_rows, len(images.plan.seqlens), self.lengths[-1])
-            if images.plan.seqlens and bucket.n_rows <= self.max_rows:
-                with self._graphs.of(self) as graphs:
-                    return graphs.run(images, bucket)
-            return self._run(self._inputs(PackedBatch.from_plan(*images).to(self.pos_embed.device)))
+                return cpu.fused_embeddings(self, self._packed, images, tokens)
+            if not tokens:
+                return self._replayed(images, "pooled"), None
+            rows, plan = self._replayed(images, "tokens"), images.plan.for_lengths(self.lengths)
+            layout = plan.tokens(self.num_prefix_tokens).layout(rows.device)
+            return self._classify(rows, layout, pre_logits=True), rows
+
+    def _replayed(self, images: PatchRows, output: Output) -> Tensor:
+        """An output of a batch from a CUDA graph; batches beyond `max_rows` and empty ones run eagerly."""
+        bucket = bucket_of(images.plan.n_rows, len(images.plan.seqlens), self.lengths[-1])
+        if images.plan.seqlens and bucket.n_rows <= self.max_rows:
+            with self._graphs.of(self) as graphs:
+                return graphs.run(images, bucket, output)
+        return self._run(self._inputs(PackedBatch.from_plan(*images).to(self.pos_embed.device)), output)
 
     def _on_known_device(self, images: PatchRows) -> PatchRows:
         device = self.pos_embed.device

@@ -25,6 +25,7 @@ from revit_fast.layers.rope import Rotation
 from revit_fast.layers.segments import rows_without_first, sequence_max
 from revit_fast.models.attention_maps import AttentionMaps
 from revit_fast.models.build import block_of, norm_of, pool_of, rope_of
+from revit_fast.models.embeddings import Embeddings, Output
 from revit_fast.models.hub import Pretrained
 from revit_fast.models.inputs import Inputs, TakesImages, is_uniform, rows_apart
 from revit_fast.models.keywords import keywords_of, spec_of
@@ -45,7 +46,7 @@ IS_NORM = re.compile(r"norm\d?(_pre)?\.weight$")
 STEM_PARAMETER = re.compile(r"^patch_embed\.(conv|bn)\d\.")
 
 
-class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained, nn.Module):
+class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Embeddings, Pretrained, nn.Module):
     """Resizable Vision Transformer.
 
     Takes `Tensor [B, 3, H, W]`, a list or nested tensor of tensors `[3, h_i, w_i]` of mixed sizes, or a `PackedBatch`
@@ -342,20 +343,22 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained,
         logits = self._add_token_labels(self._head(pooled, inputs.layout), rows, inputs.layout)
         return logits if self.global_pool else logits.view(x.shape[0], -1, logits.shape[1])
 
-    def _run(self, inputs: Inputs) -> Tensor | tuple[Tensor, Tensor]:
+    def _run(self, inputs: Inputs, output: Output = "logits") -> Tensor | tuple[Tensor, Tensor]:
         """The forward pass on prepared inputs. It runs on the device only; the inputs' shapes determine all shapes."""
+        pre_logits = output == "pooled"
         tokens, delta, layout = self._embed(inputs), None, inputs.layout
         rotations = self._rotations(inputs)
-        reads_few = self.global_pool == "token" and self.aux_head is None
+        reads_few = output != "tokens" and self.global_pool == "token" and (pre_logits or self.aux_head is None)
         queries = self._pooled_tokens(layout) if reads_few else None
         for i, (block, rotation) in enumerate(zip(self.blocks, rotations, strict=True), start=1):
             few = queries if i == len(self.blocks) else None
             tokens, delta = self._run_block(block, tokens, delta, layout, rotation, few)
         if queries is None:
-            return self._classify(self._add_and_norm(tokens, delta, layout), layout)
+            tokens = self._add_and_norm(tokens, delta, layout)
+            return tokens if output == "tokens" else self._classify(tokens, layout, pre_logits)
         if not self.blocks:
             tokens = tokens.index_select(0, queries.rows)
-        return self._head(self._add_and_norm(tokens, delta, queries.layout), layout)
+        return self._head(self._add_and_norm(tokens, delta, queries.layout), layout, pre_logits)
 
     def _classify(self, tokens: Tensor, layout: Layout, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pools all tokens after the final norm, and classifies."""
@@ -409,11 +412,7 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained,
 
     def _normed_tokens(self, batch: PackedBatch) -> Tensor:
         """All tokens `[T, C]` after the final norm."""
-        inputs = self._inputs(batch)
-        tokens, delta = self._embed(inputs), None
-        for block, rotation in zip(self.blocks, self._rotations(inputs), strict=True):
-            tokens, delta = self._run_block(block, tokens, delta, inputs.layout, rotation)
-        return self._add_and_norm(tokens, delta, inputs.layout)
+        return self._run(self._inputs(batch), "tokens")
 
     def forward_head(self, x: Tensor | PackedBatch, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pools and classifies the result of `forward_features`; with `pre_logits` it only pools."""

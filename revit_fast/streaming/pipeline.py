@@ -33,6 +33,7 @@ from revit_fast.packing import PackedBatch
 from revit_fast.streaming.asynchronous import streamed
 from revit_fast.streaming.batching import TokenBudgetBatcher
 from revit_fast.streaming.decoding import Decoders, Fed, copies, default_decoders
+from revit_fast.streaming.outputs import Embedder, Outputs, outputs_of_logits
 from revit_fast.streaming.results import InOrder, Ready, Result
 from revit_fast.streaming.session import Session
 
@@ -95,6 +96,8 @@ class AdaptivePipeline:
     KIND = IMAGES
     """Kind of the files that a text or path as `sources` stands for."""
 
+    _embedder: Embedder | None = None
+
     def __repr__(self) -> str:
         model, prep = self.model, self.prep
         grids = "/".join(map(str, model.grids))
@@ -113,6 +116,24 @@ class AdaptivePipeline:
         """A copy of this pipeline with another policy."""
         other = copy(self)
         other.prep = self.prep.with_policy(policy)
+        if self._embedder is not None:
+            self._embedder.check(self.model, other.prep.policy)
+        return other
+
+    def with_embeddings(self, *, tokens: bool = False, normalize: bool = False) -> AdaptivePipeline:
+        """A copy of this pipeline whose results have embeddings in place of logits: in calls, sessions and streams.
+
+        Args:
+            tokens: also give every token after the final norm, as `Result.tokens`.
+            normalize: divide every embedding by its Euclidean norm; one of zeros stays as it is. Tokens are left alone.
+
+        Raises:
+            TypeError: if the model is no `ReViT`, such as one that takes clips.
+            ValueError: if the model has no pooling, or the policy is a cascade, which needs logits.
+        """
+        other = copy(self)
+        other._embedder = Embedder(tokens, normalize)
+        other._embedder.check(self.model, self.prep.policy)
         return other
 
     def __call__(
@@ -145,6 +166,31 @@ class AdaptivePipeline:
         sources = as_sources(sources, self.KIND)
         return self._run(sources, times or StageTimes(), first_index, copy)
 
+    def embed(
+        self,
+        sources: Iterable[ImageSource] | str | PathLike,
+        *,
+        tokens: bool = False,
+        normalize: bool = False,
+        **options,
+    ) -> Iterator[Result]:
+        """Yields one `Result` with an `embedding` per source: what the model's head reads, float32 `[C]`.
+
+        It is that of `model.forward_embeddings` at the grid that the policy chooses. With a model that `optimize` made,
+        it is bitwise the same for an image alone and in any pack on the CPU. The model may have no classifier
+        (`num_classes=0`).
+
+        Args:
+            sources: see `__call__`.
+            tokens: see `with_embeddings`.
+            normalize: see `with_embeddings`.
+            **options: further arguments of `__call__`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see `with_embeddings` and `__call__`.
+        """
+        return self.with_embeddings(tokens=tokens, normalize=normalize)(sources, **options)
+
     def assign(
         self, sources: Iterable[ImageSource] | str | PathLike, *, times: StageTimes | None = None, copy: bool = True
     ) -> Iterator[Result]:
@@ -159,7 +205,7 @@ class AdaptivePipeline:
             ValueError: if the policy is a cascade, which needs the logits.
         """
         sources = as_sources(sources, self.KIND)
-        self.prep.policy.decides_before("assign")
+        self.prep.policy.decides_before("assign runs no model")
         return self._assign(sources, times or StageTimes(), copy)
 
     def classify(
@@ -264,7 +310,7 @@ class AdaptivePipeline:
                 chunk, end = decoders.chunk(math.inf)
                 items = self._assigned(chunk, times)
                 yield from sorted(
-                    (self._result(i) if isinstance(i, Ready) else i for i in items), key=lambda r: r.index
+                    (i.result(self.labels) if isinstance(i, Ready) else i for i in items), key=lambda r: r.index
                 )
             if end.error is not None:
                 raise end.error
@@ -296,26 +342,24 @@ class AdaptivePipeline:
             items.append(self._start_pass(ready, grid))
         return items
 
-    def _result(self, ready: Ready, logits: Tensor | None = None) -> Result:
-        return Result(
-            ready.index,
-            ready.source,
-            ready.grid,
-            ready.n_tokens_before + ready.n_tokens,
-            logits,
-            probabilities=ready.probabilities,
-            ms=ready.ms,
-            labels=self.labels,
-        )
-
     def _error(self, index: int, source: ImageSource, error: str, ms: float) -> Result:
         return Result(index, source, error=error, ms=ms, labels=self.labels)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Float32 logits `[B, n_classes]`, on the CPU, of a batch that `prep` packed."""
-        device = self.model.input_device
         with torch.inference_mode():
-            return self.model(batch if batch.device == device else batch.to(device)).float().cpu()
+            return self.model(self._on_device(batch)).float().cpu()
+
+    def _on_device(self, batch: PackedBatch) -> PackedBatch:
+        device = self.model.input_device
+        return batch if batch.device == device else batch.to(device)
+
+    def _outputs(self, batch: PackedBatch) -> Outputs:
+        """What this pipeline computes of a batch that `prep` packed."""
+        if self._embedder is None:
+            return outputs_of_logits(self.logits(batch))
+        with torch.inference_mode():
+            return self._embedder(self.model, self._on_device(batch))
 
     def _forward(self, pack: list[Ready], times: StageTimes) -> Iterator[Ready | Result]:
         """Runs one packed forward pass and divides its time among the images by their tokens.
@@ -328,25 +372,24 @@ class AdaptivePipeline:
         with times.span("pack", images=len(pack), tokens=n_tokens):
             batch = self.prep.pack([ready.image for ready in pack], [ready.grid_hw for ready in pack])
         with times.span("forward", images=len(pack), tokens=n_tokens):
-            logits = self.logits(batch)
-        is_finite = logits.isfinite().all(dim=1).tolist()
-        next_grids = self.next_grids(grids, logits)
+            outputs = self._outputs(batch)
+        next_grids = self.next_grids(grids, outputs.logits)
         ms_per_token = 1e3 * (time.perf_counter() - begin) / n_tokens
-        results = zip(pack, logits.unbind(), is_finite, next_grids, strict=True)
-        for ready, row, finite, next_grid in results:
+        results = zip(pack, outputs.values, outputs.is_finite, next_grids, strict=True)
+        for ready, values, finite, next_grid in results:
             if not finite:
                 error = f"{name_of(ready.source)}: the model's output is not a number"
                 yield self._error(ready.index, ready.source, error, ready.ms)
                 continue
             ready.ms += ms_per_token * ready.n_tokens
-            yield self._result(ready, row) if next_grid is None else self._start_pass(ready, next_grid)
+            yield ready.result(self.labels, **values) if next_grid is None else self._start_pass(ready, next_grid)
 
-    def next_grids(self, grids: Sequence[int], logits: Tensor) -> list[int | None]:
+    def next_grids(self, grids: Sequence[int], logits: Tensor | None) -> list[int | None]:
         """The next grid of each image in a cascade; None for an image that is finished, and for all other policies.
 
         Args:
             grids: grids of the forward pass, one for each image.
-            logits: `[B, n_classes]` on the CPU, the result of that pass.
+            logits: `[B, n_classes]` on the CPU, the result of that pass; only a cascade needs them.
         """
         bound, longer = self.prep.policy.bound, dict(itertools.pairwise(reversed(self.model.grids)))
         if bound is None:

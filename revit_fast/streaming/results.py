@@ -22,11 +22,16 @@ class Result:
         grid: assigned patches per side; in a cascade the last grid; None if there is an error. If proportions are kept
             (see `AdaptivePreprocessor`), this is the side of a square with the largest number of tokens allowed.
         n_tokens: tokens that the model processed, including prefix tokens; in a cascade the sum over all grids.
-        logits: float32 `[n_classes]` on the CPU; None if there is an error or the model did not run.
+        logits: float32 `[n_classes]` on the CPU; None if there is an error, the model did not run, or embeddings were
+            asked for.
         error: None, or a text that names the source and the problem.
         probabilities: the assigner's, `[n_lengths]`, longest length first; None if the policy needs none.
         ms: milliseconds of decoding, plus a share of the time to assign its group and, by tokens, to run its pack.
         labels: names of the classes; None if the pipeline has none.
+        grid_hw: rows and columns of patches in the last grid; None if there is an error.
+        embedding: float32 `[C]` on the CPU, what the model's head reads; None unless the pipeline gives embeddings.
+        tokens: float32 `[n_tokens, C]` on the CPU, every token after the final norm: first the model's
+            `num_prefix_tokens`, then the patches row by row; None unless they are asked for.
     """
 
     index: int
@@ -38,6 +43,9 @@ class Result:
     probabilities: np.ndarray | None = None
     ms: float = 0.0
     labels: Sequence[str] | None = None
+    grid_hw: tuple[int, int] | None = None
+    embedding: Tensor | None = None
+    tokens: Tensor | None = None
 
     def __repr__(self) -> str:
         parts = [f"{self.index}, {name_of(self.source)!r}"]
@@ -46,6 +54,7 @@ class Result:
         else:
             parts += [f"grid={self.grid}, n_tokens={self.n_tokens}"]
             parts += [f"top={best['label']!r} at {best['score']:.3f}" for best in self.top(1)]
+            parts += [] if self.embedding is None else [f"embedding=[{len(self.embedding)}]"]
             parts.append(f"ms={self.ms:.1f}")
         return f"Result({', '.join(parts)})"
 
@@ -97,6 +106,25 @@ class Ready:
         """Sets the values of the next pass, and adds the tokens of the present pass to those before."""
         self.n_tokens_before += self.n_tokens
         self.grid, self.grid_hw, self.n_tokens = grid, grid_hw, n_tokens
+
+    def result(self, labels: Sequence[str] | None, **values: Tensor) -> Result:
+        """The result of its last pass.
+
+        Args:
+            labels: names of the classes.
+            **values: what the model gave: fields of `Result`.
+        """
+        return Result(
+            self.index,
+            self.source,
+            self.grid,
+            self.n_tokens_before + self.n_tokens,
+            probabilities=self.probabilities,
+            ms=self.ms,
+            labels=labels,
+            grid_hw=self.grid_hw,
+            **values,
+        )
 
 
 class InOrder:
