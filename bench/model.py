@@ -41,7 +41,7 @@ from bench.peers.common import Kind, Peer, Run, Unsuited, precision_name
 from bench.probe import PeakProbe, best_instruction, engine_instruction, instructions_in_use
 from bench.report import error_text, header_line, machine_header, spread_ms, write
 from bench.scaling import TOKENS, scaling, scaling_table
-from revit_fast.inference.cpu import pack_model
+from revit_fast.inference.packed_weights import pack_model
 from revit_fast.ops import packed_linear
 
 OURS, CEILING = "ours", "matrix products alone"

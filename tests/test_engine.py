@@ -13,7 +13,7 @@ from small_models import MIX, check, drawn, images_of, make_model
 from torch import nn
 
 import revit_fast as rf
-from revit_fast.inference import cpu
+from revit_fast.inference import fusable
 from revit_fast.inference.inference_copy import dtype_name
 from revit_fast.ops import _library
 from revit_fast.ops.linear import cpu_multiplies_bf16
@@ -397,7 +397,7 @@ def test_without_the_extension_the_copy_runs_eagerly(monkeypatch):
     monkeypatch.setattr(_library, "HAS_EXTENSION", False)
     model = make_model()
     fast = rf.optimize(model)
-    assert not cpu.serves(fast)
+    assert not fusable.serves(fast)
     with torch.no_grad():
         assert torch.equal(fast(images_of(MIX)), model(images_of(MIX)))
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import revit_fast as rf
 import revit_fast.timm_models
-from revit_fast.inference import cpu, cuda_graphs
+from revit_fast.inference import cuda_graphs, fusable
 from revit_fast.layers import ResidualScale, sequence_max
 from revit_fast.models import lvvit
 from revit_fast.models.lvvit import from_lvvit_state_dict
@@ -330,7 +330,7 @@ class TestOptimized:
             rf.optimize(hooked)
         model.patch_embed.bn3 = nn.GroupNorm(2, 8)
         with pytest.raises(ValueError, match=r"patch_embed\.bn3 is GroupNorm"):
-            cpu.check_fusable(model)
+            fusable.check_fusable(model)
 
     @torch.inference_mode()
     def test_buckets_of_graphs_take_the_features(self, monkeypatch):

@@ -13,7 +13,7 @@ from small_models import MIX, images_of, make_model
 import revit_fast as rf
 from revit_fast import ops, reference
 from revit_fast.inference.calibration import block_inputs
-from revit_fast.inference.cpu import parameters_of
+from revit_fast.inference.packed_weights import parameters_of
 from revit_fast.inference.smoothing import BlockParameters, LinearWeights, Statistics, smoothed
 from revit_fast.ops import _library, vit
 from revit_fast.ops.linear import cpu_multiplies_bf16, pack_weight, quantize_weight, round_rows, unpacked

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from revit_fast import ops
 from revit_fast.adaptive.assigner import TokenLengthAssigner
-from revit_fast.inference import cpu
+from revit_fast.inference import cpu, fusable, packed_weights
 from revit_fast.inference.optimize import OptimizedReViT
 from revit_fast.layers.attention import Attention, AttentionPool
 from revit_fast.layers.mlp import Mlp
@@ -75,9 +75,9 @@ class FusedProgram(PackedProgram):
         super().__init__(model, grids)
         self.pos_table = self.pos_table.float()
         packed = model._packed.get(model)
-        self.register_buffer("rope", None if model.rope is None else cpu.rope_tables(model, self.coordinates))
+        self.register_buffer("rope", packed_weights.rope_tables(model, self.coordinates))
         # A file holds whole storages, so every tensor gets its own.
-        own = replace(packed.weights, blocks=cpu.placed(packed.weights.blocks, partial(map, torch.clone)))
+        own = replace(packed.weights, blocks=packed_weights.placed(packed.weights.blocks, partial(map, torch.clone)))
         # The model is not a submodule, so that the program contains only the packed weights and not the parameters.
         self._tokens = partial(ops.vit_forward, weights=own, n_pooled=cpu.n_pooled(model))
         self._head = partial(cpu.logits_of, model, packed)
@@ -90,7 +90,7 @@ class FusedProgram(PackedProgram):
 
 def make_packed(model: ReViT, grids: Iterable[tuple[int, int]]) -> PackedProgram:
     """Makes the packed program that runs as the model does: fused if the model is an optimised copy that fuses."""
-    if isinstance(model, OptimizedReViT) and cpu.serves(model):
+    if isinstance(model, OptimizedReViT) and fusable.serves(model):
         return FusedProgram(model, grids)
     return EagerProgram(model, grids)
 
@@ -123,7 +123,7 @@ class DenseProgram(nn.Module):
 
     def __init__(self, model: ReViT, grid: tuple[int, int]) -> None:
         super().__init__()
-        cpu.check_unaltered(model, "a program of one grid")
+        fusable.check_unaltered(model, "a program of one grid")
         self.model = model
         (self.length,) = PackPlan.of([grid[0] * grid[1]], model.lengths, grids=[grid]).length_index
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from revit_fast.inference import cpu, cuda_graphs
+from revit_fast.inference import cpu, cuda_graphs, fusable, packed_weights
 from revit_fast.inference.calibration import calibration_batches
 from revit_fast.inference.cuda_graphs import MAX_GRAPHS, MAX_ROWS, GraphCache, bucket_of
 from revit_fast.inference.inference_copy import InferenceCopy, in_turn
@@ -99,7 +99,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
     @property
     def dtype_used(self) -> torch.dtype:
         """Dtype of the weights that the blocks multiply with; without the C++ extension that of the parameters."""
-        return self._packed_dtype if self._packed_dtype and cpu.serves(self) else self.pos_embed.dtype
+        return self._packed_dtype if self._packed_dtype and fusable.serves(self) else self.pos_embed.dtype
 
     @property
     def input_device(self) -> torch.device:
@@ -168,7 +168,7 @@ class OptimizedReViT(InferenceCopy, ReViT):
         return known and not torch.compiler.is_compiling()
 
     def _fuses(self) -> bool:
-        return not torch.compiler.is_compiling() and not self._replays() and cpu.serves(self)
+        return not torch.compiler.is_compiling() and not self._replays() and fusable.serves(self)
 
     def _normed_tokens(self, batch: PackedBatch) -> Tensor:
         if not self._fuses():
@@ -184,8 +184,8 @@ class OptimizedReViT(InferenceCopy, ReViT):
             return {i: cpu.fused_queries_and_keys(self, self._packed, images, i) for i in blocks}
 
 
-def _packed(model: OptimizedReViT) -> cpu.Packed:
-    return cpu.pack_model(model, model._packed_dtype, training=True, calibration=model._calibration)
+def _packed(model: OptimizedReViT) -> packed_weights.Packed:
+    return packed_weights.pack_model(model, model._packed_dtype, training=True, calibration=model._calibration)
 
 
 def chosen_dtype(model: ReViT, dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -302,7 +302,7 @@ def optimize(
         if (dtype or model.pos_embed.dtype) == torch.float16:
             raise ValueError("dtype: float16 is not served on the CPU; use torch.bfloat16 or torch.float32")
         if engine == "fused":
-            cpu.check_fusable(model)
+            fusable.check_fusable(model)
     if calibrate is not None and dtype != torch.int8:
         raise ValueError(f"calibrate: it prepares int8 weights; give dtype=torch.int8 too, got {dtype}")
     if engine == "modules":
