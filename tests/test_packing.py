@@ -128,7 +128,7 @@ class TestFromNaFlex:
             (
                 {"pixel_values": [[1.0]]},
                 TypeError,
-                'pixel_values: expected a tensor .*got list; use return_tensors="pt"',
+                r"pixel_values: expected a tensor .*got list; give torch\.as_tensor",
             ),
             ({"pixel_values": torch.zeros(2, 3, 8, 8)}, ValueError, "pixel_values: expected patches .*from_images"),
             ({"spatial_shapes": [(2, 3)]}, ValueError, "spatial_shapes: expected .* of 2 images .*got 1"),

@@ -403,3 +403,31 @@ def test_class_names_of_a_classifier_of_both_parts():
     vit.config.id2label = {i: f"animal {i}" for i in range(7)}
     assert rf.ReViT.from_transformers(vit).pretrained_cfg["label_names"] == tuple(f"animal {i}" for i in range(7))
     assert rf.ReViT.from_transformers(make("clip_both")).pretrained_cfg == {"label_names": None}
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="version 4 does not say what a class takes")
+def test_coverage_tells_taken_classes_from_others(tmp_path):
+    from bench import coverage
+
+    names = ["ViTModel", "CLIPModel", "BertModel", "BeitForImageClassification", "Siglip2ForImageClassification"]
+    found = coverage.class_coverage(names)
+    assert found == {
+        "AutoModelForImageClassification": {coverage.OTHER: names[3:4], coverage.TAKEN: names[4:]},
+        "AutoModel": {coverage.TAKEN: names[:1]},
+        "AutoModel, images and more": {coverage.TAKEN: names[1:2]},
+    }
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- transformers: begin -->\nold\n<!-- transformers: end -->\nafter\n")
+    coverage.write_table(page, "transformers", coverage.class_table_of(found))
+    assert page.read_text().splitlines() == [
+        "before",
+        "<!-- transformers: begin -->",
+        "| transformers | taken | refused |",
+        "| --- | --- | --- |",
+        "| `AutoModelForImageClassification` | 1 of 2: `Siglip2ForImageClassification` | another class: "
+        "`BeitForImageClassification` |",
+        "| `AutoModel` | 1 of 1: `ViTModel` | – |",
+        "| `AutoModel`, images and more | 1 of 1: `CLIPModel` | – |",
+        "<!-- transformers: end -->",
+        "after",
+    ]

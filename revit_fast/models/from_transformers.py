@@ -131,7 +131,10 @@ def _transformers() -> Any:
 
 def _keep_requires_grad(vit: nn.Module, config: dict[str, Any], model: nn.Module) -> None:
     """Parameters that are not trained in `vit` are not trained in the model; of merged ones all must be frozen."""
-    trained = {n: torch.tensor(p.requires_grad, device="cpu").expand(p.shape) for n, p in vit.named_parameters()}
+    trained = {
+        name: torch.full((), p.requires_grad, dtype=torch.bool, device="cpu").expand(p.shape)
+        for name, p in vit.named_parameters()
+    }
     trained = model.convert_state_dict(state_dict_from_transformers(trained, config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bool(trained[name].any()))

@@ -16,7 +16,7 @@ def rows_of_padded(
     """The rows of all images one after another, and their grids; see `PackedBatch.from_naflex`."""
     if not isinstance(pixel_values, Tensor):
         got = type(pixel_values).__name__
-        raise TypeError(f'pixel_values: expected a tensor [B, N, P*P*C], got {got}; use return_tensors="pt"')
+        raise TypeError(f"pixel_values: expected a tensor [B, N, P*P*C], got {got}; give torch.as_tensor(pixel_values)")
     check_plain("pixel_values", pixel_values)
     if pixel_values.dim() != 3:
         raise ValueError(
