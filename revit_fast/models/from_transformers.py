@@ -92,6 +92,8 @@ def model_from_transformers(
 def model_in_folder(folder: Path) -> nn.Module:
     """The model that transformers' `save_pretrained` wrote, in the dtype of its file and in evaluation mode.
 
+    Only safetensors are read; nothing is unpickled.
+
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if it holds no model of transformers, one of another class, or not all of its weights.
@@ -113,8 +115,9 @@ def model_in_folder(folder: Path) -> nn.Module:
     require(names[0] in KINDS, f"the class {names[0]} in {path} (supported: {', '.join(KINDS)})")
     known = getattr(transformers, names[0], None)
     require(known is not None, f"the class {names[0]} without a newer transformers (it is {transformers.__version__})")
-    options = {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
-    model, found = known.from_pretrained(folder, **options)
+    model, found = known.from_pretrained(
+        folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
     missing = [name for name in sorted(found["missing_keys"]) if not name.startswith(OF_TEXTS)]
     if missing:
         raise ValueError(f"vit: {folder} lacks {len(missing)} weights of {names[0]}: {missing[0]}, ...; save it again")
