@@ -79,6 +79,8 @@ def coverage(families: Sequence[str], names: Sequence[str] | None = None) -> dic
 def class_coverage(names: Sequence[str] | None = None) -> dict[str, dict[str, list[str]]]:
     """The classes of transformers that take images, by the automatic class that makes them and by their outcome.
 
+    Classes that need a library which is not installed are left out.
+
     Args:
         names: classes to look at; by default all.
     """
@@ -91,12 +93,15 @@ def class_coverage(names: Sequence[str] | None = None) -> dict[str, dict[str, li
         for name in dict.fromkeys(n for entry in of_types for n in ([entry] if isinstance(entry, str) else entry)):
             if names is not None and name not in names:
                 continue
-            kind = getattr(transformers, name)
-            modalities = kind.input_modalities
+            try:
+                kind = getattr(transformers, name)
+                modalities = kind.input_modalities
+            except ImportError:  # needs a library that is not installed
+                continue
             if "image" in modalities:
                 others = "" if modalities == "image" or len(modalities) == 1 else ", images and more"
                 found.setdefault(registry + others, {}).setdefault(_outcome_of_class(kind), []).append(name)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _outcome_of_class(kind: type[nn.Module]) -> str:

@@ -424,10 +424,10 @@ def test_coverage_tells_taken_classes_from_others(tmp_path):
         "<!-- transformers: begin -->",
         "| transformers | taken | refused |",
         "| --- | --- | --- |",
-        "| `AutoModelForImageClassification` | 1 of 2: `Siglip2ForImageClassification` | another class: "
-        "`BeitForImageClassification` |",
         "| `AutoModel` | 1 of 1: `ViTModel` | – |",
         "| `AutoModel`, images and more | 1 of 1: `CLIPModel` | – |",
+        "| `AutoModelForImageClassification` | 1 of 2: `Siglip2ForImageClassification` | another class: "
+        "`BeitForImageClassification` |",
         "<!-- transformers: end -->",
         "after",
     ]
