@@ -40,8 +40,8 @@ test-cluster: build $(VENV)-cluster/shared
 ## without.
 test-transformers: build $(VENV)-transformers/shared
 	$(VENV)-transformers/bin/python -m pip install -q "revit-fast[transformers,video]"
-	$(VENV)-transformers/bin/python -m pytest tests/test_transformers_import.py tests/test_hub.py tests/test_docs.py \
-	    tests/test_video.py tests/test_video_clips.py
+	$(VENV)-transformers/bin/python -m pytest tests/test_transformers_import.py tests/test_transformers_kinds.py \
+	    tests/test_hub.py tests/test_docs.py tests/test_video.py tests/test_video_clips.py
 
 ## The same extension binary under another torch, make test-abi OTHER_TORCH=torch==2.13.0, and the GPU kernels in the oldest
 ## Triton that they are for.

@@ -86,6 +86,71 @@ def test_from_images_cuts_patches_in_row_column_channel_order():
             assert torch.equal(row, patch.permute(1, 2, 0).reshape(-1)), f"patch {index}"
 
 
+class TestFromNaFlex:
+    """Padded batches of patches; that they are those of an image processor is tested beside the models."""
+
+    def batch(self, **changes):
+        shapes = torch.tensor([[2, 3], [4, 1]])
+        mask = torch.tensor([[1] * 6 + [0], [1] * 4 + [0] * 3])
+        values = torch.arange(2 * 7 * 12.0).view(2, 7, 12)
+        return {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes} | changes
+
+    def test_padding_is_left_out(self):
+        given = self.batch()
+        batch = PackedBatch.from_naflex(**given, lengths=(9, 4))
+        assert batch.grids == ((2, 3), (4, 1))
+        assert (batch.seqlens, batch.lengths) == ((6, 4), (9, 4))
+        for values, rows in zip(given["pixel_values"], batch.split(), strict=True):
+            assert torch.equal(rows, values[: len(rows)])
+        for changes in (
+            {"pixel_attention_mask": None},
+            {"pixel_attention_mask": given["pixel_attention_mask"].bool()},
+            {"spatial_shapes": [(2, 3), (4, 1)]},
+            {"spatial_shapes": given["spatial_shapes"].int()},
+        ):
+            again = PackedBatch.from_naflex(**self.batch(**changes))
+            assert torch.equal(again.data, batch.data)
+            assert again.grids == batch.grids
+
+    def test_no_images(self):
+        empty = PackedBatch.from_naflex(torch.empty(0, 7, 12), torch.empty(0, 2, dtype=torch.int64))
+        assert (len(empty), empty.data.shape) == (0, (0, 12))
+
+    def test_gradients_reach_the_patches_alone(self):
+        given = self.batch()
+        values = given["pixel_values"].requires_grad_()
+        PackedBatch.from_naflex(**given).data.sum().backward()
+        assert torch.equal(values.grad[..., 0], given["pixel_attention_mask"].float())
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            (
+                {"pixel_values": [[1.0]]},
+                TypeError,
+                r"pixel_values: expected a tensor .*got list; give torch\.as_tensor",
+            ),
+            ({"pixel_values": torch.zeros(2, 3, 8, 8)}, ValueError, "pixel_values: expected patches .*from_images"),
+            ({"spatial_shapes": [(2, 3)]}, ValueError, "spatial_shapes: expected .* of 2 images .*got 1"),
+            ({"spatial_shapes": [(2, 3), (4,)]}, TypeError, r"spatial_shapes\[1\]: expected two whole .*got \(4,\)"),
+            ({"spatial_shapes": torch.ones(2, 2)}, TypeError, r"spatial_shapes\[0\]: expected two whole numbers"),
+            ({"spatial_shapes": [(2, 3), (4, 2)]}, ValueError, r"spatial_shapes\[1\]: .*at most 7 patches .*got 4x2"),
+            ({"spatial_shapes": [(0, 3), (4, 1)]}, ValueError, r"spatial_shapes\[0\]: expected at least .*got 0x3"),
+            ({"spatial_shapes": [(2, 3), (3, 1)]}, ValueError, r"mask\[1\]: expected 3 ones for 3x1 .*got 4"),
+            ({"pixel_attention_mask": torch.ones(2, 6)}, ValueError, r"mask: expected \[2, 7\] as in .*got \[2, 6\]"),
+            ({"pixel_attention_mask": [[1] * 7] * 2}, TypeError, "mask: expected a tensor .* or None, got list"),
+            (
+                {"pixel_attention_mask": torch.tensor([[1] * 6 + [0], [0] + [1] * 4 + [0, 0]])},
+                ValueError,
+                r"pixel_attention_mask\[1\]: expected ones and then zeros, got a zero before a one; put the patches",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, changes, error, message):
+        with pytest.raises(error, match=message):
+            PackedBatch.from_naflex(**self.batch(**changes))
+
+
 def test_padding_rows_are_not_part_of_any_sequence():
     batch = PackedBatch.from_rows(torch.arange(10.0)[:, None], [4, 3])
     assert batch.cu_seqlens.tolist() == [0, 4, 7]

@@ -159,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     version = config.get("format") if isinstance(config, dict) else None
     if version is None and isinstance(config, dict) and "model_type" in config:
         raise ValueError(
-            f"bundle: {path} is that of a {config['model_type']} of transformers; load it there, and give the model to "
+            f"bundle: {path} is that of a {config['model_type']} of transformers; give the folder to "
             "ReViT.from_transformers"
         )
     if version != FORMAT:

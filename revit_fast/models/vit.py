@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,22 +220,24 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Embeddings,
         return model_from_timm(cls, vit, grids)
 
     @classmethod
-    def from_transformers(cls, vit: nn.Module, grids: Sequence[int] = DEFAULT_GRIDS, *, processor: Any = None) -> ReViT:
-        """A ReViT with the weights of a ViT, DeiT or DINOv2 of transformers, its LayerNorms repeated for every length.
+    def from_transformers(
+        cls, vit: nn.Module | str | Path, grids: Sequence[int] = DEFAULT_GRIDS, *, processor: Any = None
+    ) -> ReViT:
+        """A ReViT with the weights of a ViT of transformers, its LayerNorms repeated for every length.
 
-        At the grid that the position embeddings are stored for, the results equal those of `vit`: `forward` returns its
-        logits (its class token if it has no classifier), `forward_features` its `last_hidden_state`. At other grids
-        position embeddings are resampled as in timm, with antialiasing; transformers does this only for DINOv2 with
-        registers. A pooler and a mask token are left out.
+        At any grid results equal those of `vit` (with `interpolate_pos_encoding=True`): `forward` returns its logits or
+        `image_embeds`, else its pooled features, `forward_features` its `last_hidden_state`. Pooled features of ViT,
+        DeiT and DINO are the class token: ViT's pooler is left out, and so are mask tokens and text models.
 
         Args:
-            vit: a model of one of the classes in `models.from_transformers.KINDS`.
+            vit: a model of one of the classes in `models.from_transformers.KINDS`, or the folder of a saved one.
             grids: configured token grids, strictly decreasing.
-            processor: the model's image processor, or the content of its `preprocessor_config.json`; without it
-                `pretrained_cfg` describes DeiT's preprocessing.
+            processor: the model's image processor, or the content of its `preprocessor_config.json`, which is looked
+                for in a folder; without it `pretrained_cfg` describes DeiT's preprocessing.
 
         Raises:
             ImportError: if transformers is not installed.
+            FileNotFoundError: if there is no such folder.
             TypeError: if `vit` is not a model of transformers, or `processor` is something else.
             ValueError: if either uses a feature that is not supported; the message names it.
         """

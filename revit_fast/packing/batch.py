@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revit_fast.grids import DEFAULT_GRIDS
+from revit_fast.packing.naflex import rows_of_padded
 from revit_fast.packing.plan import Layout, PackPlan, cached_tensors, device_cu_seqlens
 from revit_fast.packing.tensors import as_list, check_plain
 
@@ -229,6 +230,32 @@ class PackedBatch:
             lengths: see `from_rows`.
         """
         rows, grids = patch_rows(images, patch_size)
+        return cls.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=lengths)
+
+    @classmethod
+    def from_naflex(
+        cls,
+        pixel_values: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        pixel_attention_mask: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> PackedBatch:
+        """Packs what transformers' `Siglip2ImageProcessor` returns, `from_naflex(**processor(images))`.
+
+        Padding is left out. A mask or shapes on a GPU are read back once.
+
+        Args:
+            pixel_values: `[B, N, P*P*C]`, patches row by row, each with its channels last, then padding.
+            spatial_shapes: integer `[B, 2]`, rows and columns of every image.
+            pixel_attention_mask: `[B, N]`, not 0 for patches; None if `spatial_shapes` is all that is known.
+            lengths: see `from_rows`.
+
+        Raises:
+            TypeError, ValueError: for shapes that do not fit each other, or padding that is not at the end; the message
+                names the image.
+        """
+        rows, grids = rows_of_padded(pixel_values, spatial_shapes, pixel_attention_mask)
         return cls.from_rows(rows, [h * w for h, w in grids], grids=grids, lengths=lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
