@@ -89,7 +89,7 @@ def test_equals_it_at_its_own_grid(key):
         assert (result_of_ours(model, x) - theirs).abs().max() <= TOLERANCE
         if not model.num_classes:
             assert (model(x) - theirs[:, 0]).abs().max() <= TOLERANCE
-        fast = rf.optimize(model, engine="fused" if model.spec.beyond_plain() is None else "modules")
+        fast = rf.optimize(model, engine="fused")
         assert (fast(x) - model(x)).abs().max() <= TOLERANCE
         packed = model([x[0], x[1, :, :, : 2 * model.patch_size], x[1]])
         assert (packed[[0, 2]] - model(x)).abs().max() <= TOLERANCE
