@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-beside test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video gate docs wheel lint format build clean
+.PHONY: demo test test-full test-beside test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video bench-naflex gate docs wheel lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -86,6 +86,11 @@ bench-train: build
 ## TimeSformer on mixed clips beside Hugging Face's, grouped by shape; ARGS="--depth 12" for the whole model.
 bench-video: build
 	$(BIN)/python -m bench.video $(ARGS)
+
+## SigLIP 2 on a NaFlex batch beside transformers' padded path, in the environment of test-transformers.
+bench-naflex: build $(VENV)-transformers/shared
+	$(VENV)-transformers/bin/python -m pip install -q "revit-fast[transformers,video]"
+	$(VENV)-transformers/bin/python -m bench.naflex $(ARGS)
 
 ## Instructions and stores of the CPU kernels, as recorded: fails over 10 % more. ARGS=--update records them anew.
 gate:

@@ -425,3 +425,10 @@ def test_coverage_tells_taken_classes_from_others(tmp_path):
         "<!-- transformers: end -->",
         "after",
     ]
+
+
+def test_the_bench_finds_its_candidates_right():
+    naflex = pytest.importorskip("bench.naflex", exc_type=ImportError)
+    rows = naflex.measure(depth=1, rounds=1)
+    assert [row["right"] for row in rows] == [True, True, True]
+    assert rows[0]["error"] < 1e-5 < rows[1]["error"], "the error tells the precision"
