@@ -140,6 +140,36 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
     return torch.stack(means) if means else x.new_zeros(0, x.shape[1])
 
 
+def pairs_of(x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second channel of every pair; see `rotary`."""
+    return x.chunk(2, dim=-1) if half else (x[..., 0::2], x[..., 1::2])
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, half: bool, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose pairs of channels are turned by angles.
+
+    Args:
+        q: `[..., T, H, D]`.
+        k: `[..., T, Hkv, D]`.
+        cos: `[T, 1 or H, D / 2]`, cosines of the angles; with H of them, Hkv is H or 0.
+        sin: sines, of the same shape.
+        half: a pair is channels j and j + D / 2; otherwise 2 j and 2 j + 1.
+        inverse: turns by the negative angles.
+
+    Returns:
+        As q and k; computed in the wider of the dtypes of rows and angles, and rounded to that of the rows.
+    """
+    sin = -sin if inverse else sin
+
+    def turned(x: Tensor) -> Tensor:
+        c, s = (table[:, : x.shape[-2]] for table in (cos, sin))
+        first, second = pairs_of(x, half)
+        pair = first * c - second * s, second * c + first * s
+        return (torch.cat(pair, dim=-1) if half else torch.stack(pair, dim=-1).flatten(-2)).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
 def activate(name: str, x: Tensor) -> Tensor:
     """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu", "relu" or "quick_gelu"."""
     functions = {

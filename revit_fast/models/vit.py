@@ -302,7 +302,8 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Pretrained,
         starts = layout.cu_seqlens[:-1]
         token = torch.arange(n, device=starts.device, dtype=starts.dtype)
         cu_seqlens = device_cu_seqlens(n, starts.shape[0], starts.device)
-        return Queries((starts.unsqueeze(1) + token).flatten(), Layout(cu_seqlens, layout.length_index, None))
+        rows = (starts.unsqueeze(1) + token).flatten()
+        return Queries(rows, Layout(cu_seqlens, layout.length_index, None), still=n <= self.num_prefix_tokens)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` in the given order (two tensors for a distilled model in distilled training).
