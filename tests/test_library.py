@@ -57,8 +57,8 @@ def run(dtype):
     rms_alone = ops.tal_rms_norm(x, weight, cu_seqlens, index, 1e-3)
     tokens = ops.assemble_tokens(x, prefix, residual, torch.tensor([7, 0, 3, 9], dtype=torch.int32), cu_seqlens)
     pooled = ops.mean_pool(x, cu_seqlens, 1)
-    angle = residual[:, None, :2]
-    turned_q, turned_k = ops.rotary(x.view(33, 5, 4), residual.view(33, 5, 4), angle.float(), angle.float() + 1, half=True)
+    cos, (q, k) = residual[:, None, :2].float(), (t.view(33, 5, 4) for t in (x, residual))
+    turned_q, turned_k = ops.rotary(q, k, cos, cos + 1, half=True)
     outputs = {"q": turned_q, "k": turned_k, "y": y, "sum": total, "z": z, "tokens": tokens, "pooled": pooled}
     outputs |= {"rms": rms, "rms sum": rms_total, "rms alone": rms_alone}
     leaves = {"x": x, "residual": residual, "weight": weight, "bias": bias, "prefix": prefix}

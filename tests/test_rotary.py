@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, assert_as_accurate, check_op, only_on, randn, thin, to_float64
+from helpers import FLOAT_DTYPES, assert_as_accurate, check_op, only_on, randn, to_float64
+from small_models import images_of, make_model
 from torch import nn
 
 from revit_fast import ops, reference
+from revit_fast.deploy import export
 from revit_fast.layers.attention import Attention, Queries
 from revit_fast.layers.rope import Rope, RotaryEmbedding, Rotation
 from revit_fast.packing import PackPlan
@@ -13,7 +15,7 @@ from revit_fast.packing import PackPlan
 pytestmark = pytest.mark.usefixtures("on_device")
 
 # A pair or two, no power of two, below a vector, ViT-S to ViT-H, twice and four times that.
-HEAD_DIMS = thin((4, 20, 40, 64, 72, 80, 128, 256))
+HEAD_DIMS = (4, 20, 40, 64, 72, 80, 128, 256)
 HEADS = {"self": (3, 3, 1), "grouped": (4, 2, 1), "own angles": (3, 3, 3), "one head": (1, 1, 1), "no keys": (2, 0, 2)}
 """Heads of queries, of keys and of the angles."""
 
@@ -123,7 +125,7 @@ def test_other_strides(half):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("heads", ["grouped", "own angles"])
 def test_bitwise_alone_and_packed(heads, dtype, half):
-    for head_dim in thin((4, 20, 72)):
+    for head_dim in (20, 72):
         args = make(40, heads, head_dim, dtype)
         grads = grads_like(*args[:2])
         packed = [*ops.rotary(*args, half=half), *gradients(ops.rotary, args, grads, half=half)]
@@ -175,9 +177,8 @@ def test_rows_are_kept_for_learned_angles_alone():
         assert len(kept) == n_kept
 
 
-@every_layout
-def test_opcheck(half):
-    for heads in ("grouped", "own angles", "no keys"):
+def test_opcheck():
+    for heads, half in (("grouped", True), ("own angles", False), ("no keys", False)):
         args = [t.detach().requires_grad_() for t in make(5, heads, 8)]
         torch.library.opcheck(torch.ops.revit_fast.rotary, (*args, half, False))
 
@@ -263,6 +264,21 @@ class TestLearnedFrequencies:
             angle = x * embedding.freqs[0, i] + y * embedding.freqs[1, i]
             assert torch.equal(rotation.cos, angle.cos())
             assert torch.equal(rotation.sin, angle.sin())
+
+
+@only_on("cpu", reason="a program of PyTorch's operators is the same on every device")
+@pytest.mark.parametrize("rope", [{"half": True}, {"kind": "mixed"}], ids=["half", "mixed"])
+def test_programs_call_the_op_but_for_those_of_one_grid(rope):
+    model, images = make_model(rope=rope, head_dim=8, depth=2), torch.stack(images_of([4, 4]))
+    expected, batch = model(images), model.pack(images)
+    for program, inputs, n_calls in (
+        (export.export_packed(model), (batch.data, batch.grid_hw), 2),
+        (export.export_single(model, 4), (images,), 0),
+    ):
+        ops_called = [str(node.target) for node in program.graph.nodes]
+        assert sum(name.startswith("revit_fast.rotary") for name in ops_called) == n_calls
+        assert n_calls or not any("revit_fast" in name for name in ops_called)
+        torch.testing.assert_close(program.module()(*inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 class TestAttention:
