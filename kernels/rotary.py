@@ -2,9 +2,9 @@
 
     y_a = x_a cos - x_b sin,  y_b = x_b cos + x_a sin
 
-q is `[T, H, D]` and k `[T, Hkv, D]` with a contiguous last dimension and any other strides, such as views of a product;
-cos and sin are `[T, 1 or H, D / 2]`. A pair (a, b) is channels j and j + D / 2 (HALF), or else 2 j and 2 j + 1. The
-backward pass is the same with -sin (INVERSE).
+q is `[T, H, D]` and k `[T, Hkv, D]`, read where they lie, such as in the rows of a product; cos and sin are
+`[T, 1 or H, D / 2]`. A pair (a, b) is channels j and j + D / 2 (HALF), or else 2 j and 2 j + 1. The backward pass is the
+same with -sin (INVERSE).
 
 One launch turns both. A program turns a block of vectors, each a head of a row, in the order of memory, so no thread is
 idle whatever the number of heads. The heads of a row read the same angles, which then come from the first cache.
@@ -117,6 +117,14 @@ def rotary_kernel(
         )  # fmt: skip
 
 
+def _by_rows(t: Tensor) -> Tensor:
+    """The tensor itself if it lies row by row, else a copy: the stride of heads one after another would depend on T.
+
+    Strides are constants of the code, which would be compiled anew for every T.
+    """
+    return t if t.stride(2) == 1 and t.stride(0) >= t.stride(1) else t.contiguous()
+
+
 def _strides(t: Tensor) -> tuple[int, int]:
     """Elements from one row to the next, and from one head to the next; the stride of a single one has no meaning."""
     head = t.stride(1) if t.shape[1] > 1 else t.shape[2]
@@ -126,7 +134,7 @@ def _strides(t: Tensor) -> tuple[int, int]:
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, half: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     """Launches the op of the same name."""
     n_rows, n_heads, head_dim = q.shape
-    q, k = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k))
+    q, k = _by_rows(q), _by_rows(k)
     cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
     turned_q, turned_k = (t.new_empty(t.shape) for t in (q, k))
     pairs = triton.next_power_of_2(head_dim // 2)

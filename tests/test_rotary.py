@@ -52,7 +52,7 @@ def gradients(function, args, grads, n_leaves=4, **options):
 def test_matches_reference(heads, dtype, half):
     for head_dim in HEAD_DIMS:
         args = make(9, heads, head_dim, dtype)
-        for inverse in (False, True):
+        for inverse in (False, True) if head_dim in (20, 64) else (False,):
             turned = ops.rotary(*args, half=half, inverse=inverse)
             what = f"D={head_dim}, inverse={inverse}"
             check_op(turned, reference.rotary, *args, half, inverse, what=what)

@@ -48,6 +48,13 @@ def test_launcher_returns_what_the_op_promises(case):
     assert launches, f"{name} launched nothing"
 
 
+def test_rotation_reads_queries_and_keys_in_the_rows_of_their_product():
+    (launch,) = Case("rotary", "fwd", "bf16", 80).launches(TARGETS["sm_90"])
+    q, k = launch.arguments["q"], launch.arguments["k"]
+    assert q.stride() == k.stride() == (3 * q.shape[1] * 80, 80, 1)
+    assert q.untyped_storage()._cdata == k.untyped_storage()._cdata
+
+
 class Counter(TorchDispatchMode):
     """Counts PyTorch's operators that compute, but for the package's own, whose launches are recorded.
 
