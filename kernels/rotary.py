@@ -3,8 +3,8 @@
     y_a = x_a cos - x_b sin,  y_b = x_b cos + x_a sin
 
 q is `[T, H, D]` and k `[T, Hkv, D]`, read where they lie, such as in the rows of a product; cos and sin are
-`[T, 1 or H, D / 2]`. A pair (a, b) is channels j and j + D / 2 (HALF), or else 2 j and 2 j + 1. The backward pass is the
-same with -sin (INVERSE).
+`[T, 1 or H, D / 2]`. A pair (a, b) is channels j and j + D / 2 (HALF), or else 2 j and 2 j + 1. The backward pass is
+the same with -sin (INVERSE).
 
 One launch turns both. A program turns a block of vectors, each a head of a row, in the order of memory, so no thread is
 idle whatever the number of heads. The heads of a row read the same angles, which then come from the first cache.
