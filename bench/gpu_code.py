@@ -90,7 +90,7 @@ def emit(folder: Path, codes: dict[Compilation, Future[Code]]) -> None:
                 "pass": case.direction,
                 "target": compilation.target,
                 "dtype": case.dtype,
-                "head_dim": case.size if case.op == "attention" else None,
+                "head_dim": case.size if case.op in ("attention", "rotary") else None,
                 "schedule": schedule_of(launch) or None,
                 "options": options | {k: v for k, v in launch.constants.items()},
             }

@@ -41,13 +41,13 @@ class Case:
     """One call of an op.
 
     Attributes:
-        op: "attention", "layer_norm", "patch_embed" or "mean_pool".
+        op: "attention", "layer_norm", "patch_embed", "mean_pool" or "rotary".
         direction: "fwd" or "bwd".
         dtype: dtype of the rows, a key of `DTYPES`.
         size: head dimension, or channels.
         seqlen: length of the one sequence.
         variant: "", or one of "causal", "grouped" (fewer heads of keys), "derived" (no work list), "residual",
-            "fp32 weights", "rms" (no bias).
+            "fp32 weights", "rms" (no bias), "interleaved" (a pair is two neighbours), "learned" (angles of each head).
     """
 
     op: str
@@ -132,11 +132,23 @@ def _mean_pool_call(case: Case) -> tuple[str, tuple[Any, ...]]:
     return "mean_pool_backward", (_empty(1, case.size, dtype=dtype), _empty(2), 1, n_rows)
 
 
+def _rotary_call(case: Case) -> tuple[str, tuple[Any, ...]]:
+    dtype, n_rows = DTYPES[case.dtype], case.seqlen + 64
+    if case.direction == "fwd":
+        q, k, _ = _empty(n_rows, 3, N_HEADS, case.size, dtype=dtype).unbind(1)
+    else:
+        q, k = (_empty(n_rows, N_HEADS, case.size, dtype=dtype) for _ in range(2))
+    n_angles = N_HEADS if case.variant == "learned" else 1
+    cos, sin = (_empty(n_rows, n_angles, case.size // 2, dtype=torch.float32) for _ in range(2))
+    return "rotary", (q, k, cos, sin, case.variant != "interleaved", case.direction == "bwd")
+
+
 _CALLS: dict[str, Callable[[Case], tuple[str, tuple[Any, ...]]]] = {
     "attention": _attention_call,
     "layer_norm": _layer_norm_call,
     "patch_embed": _patch_embed_call,
     "mean_pool": _mean_pool_call,
+    "rotary": _rotary_call,
 }
 
 
@@ -153,6 +165,8 @@ def cases() -> tuple[Case, ...]:
         found += [rows, replace(rows, variant="residual"), replace(rows, variant="rms")]
         found += [replace(rows, variant="fp32 weights")] if dtype != "fp32" else []
         found += [Case(op, direction, dtype, size) for op in ("patch_embed", "mean_pool")]
+    for direction, dtype, size in product(directions, DTYPES, HEAD_DIMS):
+        found += [Case("rotary", direction, dtype, size, variant=v) for v in ("", "interleaved", "learned")]
     return tuple(found)
 
 

@@ -58,6 +58,9 @@ STABLE_TORCH_LIBRARY(revit_fast, m) {
   m.def(
       "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, "
       "bool bicubic, SymInt n_rows) -> Tensor");
+  m.def(
+      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool half, bool inverse) -> (Tensor turned_q, "
+      "Tensor turned_k)");
   m.def("packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor");
   m.def(
       "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "

@@ -140,6 +140,36 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, skip: int = 0) -> Tensor:
     return torch.stack(means) if means else x.new_zeros(0, x.shape[1])
 
 
+def pairs_of(x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second channel of every pair; see `rotary`."""
+    return x.chunk(2, dim=-1) if half else (x[..., 0::2], x[..., 1::2])
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, half: bool, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose pairs of channels are turned by angles.
+
+    Args:
+        q: `[..., T, H, D]`.
+        k: `[..., T, Hkv, D]`.
+        cos: `[T, 1 or H, D / 2]`, cosines of the angles; with H of them, Hkv is H or 0.
+        sin: sines, of the same shape.
+        half: a pair is channels j and j + D / 2; otherwise 2 j and 2 j + 1.
+        inverse: turns by the negative angles.
+
+    Returns:
+        As q and k; computed in the wider of the dtypes of rows and angles, and rounded to that of the rows.
+    """
+    sin = -sin if inverse else sin
+
+    def turned(x: Tensor) -> Tensor:
+        c, s = (table[:, : x.shape[-2]] for table in (cos, sin))
+        first, second = pairs_of(x, half)
+        pair = first * c - second * s, second * c + first * s
+        return (torch.cat(pair, dim=-1) if half else torch.stack(pair, dim=-1).flatten(-2)).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
 def activate(name: str, x: Tensor) -> Tensor:
     """Applies the activation of this name: "none", "gelu", "gelu_tanh", "silu", "relu" or "quick_gelu"."""
     functions = {
@@ -177,18 +207,6 @@ def token_angles(table: Tensor, n_prefix: int, pos_offset: Tensor, cu_seqlens: T
     of_patches = table.new_zeros(int(cu_seqlens[-1]), still.numel())
     of_prefix = still.flatten().expand(n_prefix, -1)
     return assemble_tokens(of_patches, of_prefix, table.flatten(1), pos_offset, cu_seqlens).unflatten(1, still.shape)
-
-
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Rows whose pairs of channels (j, j + D / 2) are turned.
-
-    Args:
-        x: `[T, H, D]`.
-        angles: `[T, 1 or H, 2, D / 2]`, the cosines and sines.
-    """
-    cos, sin = angles.unbind(2)
-    first, second = x.chunk(2, dim=2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
 
 
 NO_NORM = *(torch.empty(0, dtype=torch.float32, device="cpu") for _ in range(2)), 0.0
@@ -305,7 +323,7 @@ def vit_forward(
         q, *gates, k, v = qkv.view(-1, 3 + block.gated_attention, block.n_heads, head_dim).unbind(1)
         q, k = (head_norm(t, norm) for t, norm in ((q, block.q_norm), (k, block.k_norm)))
         if rope is not None:
-            q, k = turned(q, angles[i]), turned(k, angles[i])
+            q, k = rotary(q, k, *angles[i].unbind(2), half=True)
         attended, _ = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, scale=scale, round_factors=round_factors)
         attended = normed(attended.flatten(1), block.out_norm, cu_seqlens)
         for gate in gates:

@@ -28,6 +28,7 @@ def turned(x, rope, frequencies, grid, n_prefix):
             real, imaginary = token.chunk(2, dim=-1)
         else:
             real, imaginary = token[:, ::2], token[:, 1::2]
+        real, imaginary = real.to(angle.dtype), imaginary.to(angle.dtype)  # there are no 16-bit complex numbers
         pair = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
         parts = (pair.real, pair.imag)
         out[:, n_prefix + patch] = torch.cat(parts, -1) if rope.half else torch.stack(parts, -1).flatten(1)
@@ -36,8 +37,9 @@ def turned(x, rope, frequencies, grid, n_prefix):
 
 def frequencies_of(rope, head_dim, learned, like):
     """Frequencies `[2, H or 1, D / 2]` of a block."""
+    wide = torch.promote_types(like.dtype, torch.float32)
     if rope.kind == "mixed":
-        return learned.to(torch.promote_types(like.dtype, torch.float32))
+        return learned.to(wide)
     n = head_dim // rope.step
     found = np.zeros((2, head_dim // 2))
     for j in range(n):
@@ -47,7 +49,7 @@ def frequencies_of(rope, head_dim, learned, like):
             found[0, j] = found[1, n + j] = f
         elif j % 3 and j < 3 * rope.sections[j % 3 - 1]:
             found[j % 3 - 1, j] = f
-    return torch.from_numpy(found).unsqueeze(1).to(like.dtype)
+    return torch.from_numpy(found).unsqueeze(1).to(wide)
 
 
 def logits(spec, state, image, maps=None):

@@ -48,12 +48,13 @@ MODELS = {
     "fused": rf.optimize,
     "modules": lambda model: rf.optimize(model, engine="modules"),
 }
+OF_HEADS = ("varlen_attention", "rotary", "rotary of learned angles")
 every_model = pytest.mark.parametrize("kind", MODELS)
 
 
 class TestOps:
     @pytest.mark.parametrize("foreign", FOREIGN)
-    @pytest.mark.parametrize("name", [n for n in OPS if n not in ("varlen_attention", "tal_layer_norm_residual")])
+    @pytest.mark.parametrize("name", [n for n in OPS if n not in OF_HEADS and n != "tal_layer_norm_residual"])
     def test_rows(self, name, foreign):
         make, message = FOREIGN[foreign]
         with pytest.raises(TypeError, match=r"^\w+: expected a plain tensor, got " + message.format(r"\w+")):
@@ -66,6 +67,15 @@ class TestOps:
         for name, args in (("q", (foreign_q, q, q)), ("v", (q, q, foreign_q))):
             with pytest.raises(TypeError, match=f"^{name}: expected a plain tensor, got " + message.format(name)):
                 ops.varlen_attention(*args, CU_SEQLENS)
+        angle, foreign_angle = randn(7, 2, 2), make(randn(7, 2, 2))
+        for name, args in (
+            ("q", (foreign_q, q, angle, angle)),
+            ("k", (q, foreign_q, angle, angle)),
+            ("cos", (q, q, foreign_angle, angle)),
+            ("sin", (q, q, angle, foreign_angle)),
+        ):
+            with pytest.raises(TypeError, match=f"^{name}: expected a plain tensor, got " + message.format(name)):
+                ops.rotary(*args)
 
     def test_indices_and_weights(self):
         with pytest.raises(TypeError, match=r"^cu_seqlens: expected a plain tensor"):

@@ -57,7 +57,9 @@ def run(dtype):
     rms_alone = ops.tal_rms_norm(x, weight, cu_seqlens, index, 1e-3)
     tokens = ops.assemble_tokens(x, prefix, residual, torch.tensor([7, 0, 3, 9], dtype=torch.int32), cu_seqlens)
     pooled = ops.mean_pool(x, cu_seqlens, 1)
-    outputs = {"y": y, "sum": total, "z": z, "tokens": tokens, "pooled": pooled}
+    cos, (q, k) = residual[:, None, :2].float(), (t.view(33, 5, 4) for t in (x, residual))
+    turned_q, turned_k = ops.rotary(q, k, cos, cos + 1, half=True)
+    outputs = {"q": turned_q, "k": turned_k, "y": y, "sum": total, "z": z, "tokens": tokens, "pooled": pooled}
     outputs |= {"rms": rms, "rms sum": rms_total, "rms alone": rms_alone}
     leaves = {"x": x, "residual": residual, "weight": weight, "bias": bias, "prefix": prefix}
     results = {name: out.detach() for name, out in outputs.items()}
@@ -73,7 +75,7 @@ torch.save({"isa": _library.cpu_isa(), "results": results}, sys.argv[1])
 
 
 @pytest.mark.parametrize(
-    "op", ["varlen_attention", "tal_layer_norm", "residual", "tal_rms_norm", "assemble_tokens", "mean_pool"]
+    "op", ["varlen_attention", "tal_layer_norm", "residual", "tal_rms_norm", "assemble_tokens", "mean_pool", "rotary"]
 )
 def test_gradients_of_gradients_are_refused(op):
     cu_seqlens, zero = torch.tensor([0, 5], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -85,11 +87,12 @@ def test_gradients_of_gradients_are_refused(op):
         "tal_rms_norm": lambda: ops.tal_rms_norm(x, x[:1], cu_seqlens, zero),
         "assemble_tokens": lambda: ops.assemble_tokens(x, x[:2], x, zero, cu_seqlens),
         "mean_pool": lambda: ops.mean_pool(x, cu_seqlens),
+        "rotary": lambda: ops.rotary(*[x.unsqueeze(1)] * 2, *torch.ones(2, 5, 1, 4))[0],
     }[op]()
     (expected,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     assert torch.equal(grad, expected)
-    with pytest.raises(NotImplementedError, match="_backward: gradients of gradients are not implemented"):
+    with pytest.raises(NotImplementedError, match=r"^revit_fast::\w+: gradients of gradients are not implemented"):
         (out.sum() + grad.square().sum()).backward()
 
 

@@ -78,6 +78,7 @@ CALLS = {
     "rms norm": lambda x, cu, index: ops.tal_rms_norm(x, torch.ones(2, 8, dtype=x.dtype), cu, index),
     "tokens": lambda x, cu, index: ops.assemble_tokens(x, x[:0], torch.zeros_like(x), 0 * index, cu),
     "mean": lambda x, cu, index: ops.mean_pool(x, cu),
+    "rotary": lambda x, cu, index: ops.rotary(x.view(-1, 2, 4), x.view(-1, 2, 4), *torch.ones(2, len(x), 1, 2))[0],
 }
 
 

@@ -13,6 +13,7 @@ SEQLENS = (4, 0, 3)
 CU_SEQLENS = cu_seqlens_of(SEQLENS)
 INDEX = torch.tensor([0, 1, 1], dtype=torch.int32)
 WEIGHT, BIAS = randn(2, 8), randn(2, 8, seed=1)
+ANGLES, HEADS = randn(2, 7, 1, 2).unbind(), randn(2, 7, 2, 4).unbind()
 PACKED = ops.pack_weight(randn(5, 8))
 NO_GRADIENT = ("packed_linear",)
 
@@ -23,6 +24,8 @@ OPS = {
     "tal_layer_norm of rms": lambda x: ops.tal_rms_norm(x, WEIGHT, CU_SEQLENS, INDEX),
     "assemble_tokens": lambda x: ops.assemble_tokens(x, BIAS, x, INDEX * 0, CU_SEQLENS),
     "mean_pool": lambda x: ops.mean_pool(x, CU_SEQLENS),
+    "rotary": lambda x: ops.rotary(*(x.view(7, 2, 4),) * 2, *ANGLES)[0],
+    "rotary of learned angles": lambda x: ops.rotary(*HEADS, *(x[:, None, :2],) * 2)[0],
     "packed_linear": lambda x: ops.packed_linear(x, PACKED),
 }
 pytestmark = [only_on("cpu", reason="the check is the same on every device")]

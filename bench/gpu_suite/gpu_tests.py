@@ -46,6 +46,7 @@ GROUPS = (
     Group("attention: everything else", ("attention",), f"not head_dim and {REST_OF_ATTENTION}"),
     Group("norms", ("layer_norm",)),
     Group("tokens", ("tokens",)),
+    Group("rotary embeddings", ("rotary",), "(grouped and matches) or (own and gradients) or strides or padding"),
     Group("flash-attn's functions", ("flash_attn_compat",)),
     Group("other backends", ("backends",)),
     Group("graphs: the host's part", ("graphs", "staging")),

@@ -1,4 +1,4 @@
-"""Work on single rows: norms, activations and epilogues, whose bound is the rate at which memory is copied."""
+"""Work on single rows: norms, activations, rotation, epilogues, whose bound is the rate at which memory is copied."""
 
 from __future__ import annotations
 
@@ -118,6 +118,28 @@ def tal_layer_norm(s: Setting, scaled: bool, residual: bool, backward: bool) -> 
     )
 
 
+def rotary(s: Setting, half: bool) -> Case:
+    """Rotary embedding of the queries and keys of one product."""
+    shape = s.n_tokens, 3, s.heads, s.head_dim
+    sets = [s.randn(*shape, seed=i).unbind(1)[:2] for i in range(s.n_sets)]
+    angle = s.randn(s.n_tokens, 1, s.head_dim // 2, seed=60).float()
+    cos, sin = angle.cos(), angle.sin()
+
+    def build(function: Function) -> Run:
+        return lambda turn: function(*sets[turn % s.n_sets], cos, sin)
+
+    def plain(dtype: torch.dtype) -> Outputs:
+        wide = torch.promote_types(dtype, torch.float32)
+        return reference.rotary(*(t.to(dtype) for t in sets[0]), cos.to(wide), sin.to(wide), half)
+
+    as_ops = partial(reference.rotary, half=half)
+    candidates = {"ours": lambda: build(partial(ops.rotary, half=half)), "PyTorch": lambda: build(as_ops)}
+    if s.compiled and half:
+        candidates["torch.compile"] = lambda: build(torch.compile(as_ops, dynamic=False))
+    n_bytes = 2 * sum(t.nbytes for t in sets[0]) + cos.nbytes + sin.nbytes
+    return _case(s, f"rotary, {'half' if half else 'interleaved'}", candidates, plain, n_bytes)
+
+
 def embedding(s: Setting) -> Case:
     """Positions and prefix tokens of embedded patches."""
     lengths = [n - 1 for n in s.seqlens]
@@ -158,6 +180,8 @@ def cases_of(s: Setting) -> Iterator[Callable[[], Case]]:
         yield partial(tal_layer_norm, s, bool(scaled), bool(residual), bool(backward))
     for name, (function, n_rows_read, width) in ELEMENTWISE.items():
         yield partial(elementwise, s, name, function, n_rows_read, width * s.channels)
+    for half in (True, False):
+        yield partial(rotary, s, half)
     yield partial(embedding, s)
 
 

@@ -37,7 +37,7 @@ STEPS = (
         "model", 2.9, "bench.gpu_suite.model:run", "DeiT-S and ViT-B, 64 and 256 images, beside other ways to run them"
     ),
     Step("attention", 1.8, "bench.gpu_suite.attention:run", "attention by length and head dimension, beside its peers"),
-    Step("rows", 0.8, "bench.gpu_suite.rows:run", "norms, activations and epilogues as shares of the copy rate"),
+    Step("rows", 0.8, "bench.gpu_suite.rows:run", "norms, activations, rotation, epilogues as shares of the copy rate"),
     Step("profile", 0.7, "bench.gpu_suite.profile:run", "one call of the model by kernel, eagerly and from its graph"),
     Step("tuning", 2.0, "bench.gpu_suite.tuning:run", "other tiles of the attention kernels beside the chosen ones"),
 )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_fast import ops
+from revit_fast import ops, reference
 from revit_fast.adaptive.assigner import TokenLengthAssigner
 from revit_fast.inference import cpu, fusable, packed_weights
 from revit_fast.inference.optimize import OptimizedReViT
@@ -139,7 +139,7 @@ class DenseProgram(nn.Module):
             return [None] * len(model.blocks)
         coordinates = model.spec.embed.rope.coordinates(grid).to(model.pos_embed.device)
         coordinates = F.pad(coordinates, (0, 0, model.num_prefix_tokens, 0))
-        return model.rope.rotations(coordinates, model.pos_embed.dtype, len(model.blocks))
+        return model.rope(coordinates, model.pos_embed.dtype, len(model.blocks))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, num_classes]`; if the model does not pool, `[B, N, num_classes]`, those of each token.
@@ -180,7 +180,7 @@ class DenseProgram(nn.Module):
     def _attend(self, attn: Attention, x: Tensor, rotation: Rotation | None) -> Tensor:
         q, k, v = (t.unflatten(0, x.shape[:2]) for t in attn.project(x.flatten(0, 1)))
         if rotation is not None:
-            q, k = rotation.turn(q), rotation.turn(k)
+            q, k = reference.rotary(q, k, *rotation)
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
         out = self._attention(q, k, v, attn.scale)
         out = out if attn.norm is None else self._norm(attn.norm, out)

@@ -134,7 +134,7 @@ def fused_queries_and_keys(
     if rope is not None:
         table = rope[block if len(rope) > 1 else 0]
         angles = reference.token_angles(table, model.num_prefix_tokens, pos_offset, plan.index(rows.device)[0])
-        q, k = reference.turned(q, angles), reference.turned(k, angles)
+        q, k = reference.rotary(q, k, *angles.unbind(2), half=True)
     return q, k
 
 

@@ -93,7 +93,7 @@ def rope_tables(model: ReViT, coordinates: Tensor | None) -> Tensor | None:
     if model.rope is None:
         return None
     with torch.no_grad():
-        rotations = model.rope.rotations(coordinates, torch.float32, len(model.blocks))
+        rotations = model.rope(coordinates, torch.float32, len(model.blocks))
     differ = model.spec.embed.rope.kind == "mixed"
     return torch.stack([torch.stack([r.cos, r.sin], dim=2) for r in (rotations if differ else rotations[:1])])
 

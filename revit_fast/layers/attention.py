@@ -22,10 +22,12 @@ class Queries(NamedTuple):
     Attributes:
         rows: int `[Tq]`, indices of the rows, sequence after sequence.
         layout: layout of these rows.
+        still: whether no rotation turns these rows, as none turns prefix tokens.
     """
 
     rows: Tensor
     layout: Layout
+    still: bool = False
 
 
 class Attention(nn.Module):
@@ -105,9 +107,11 @@ class Attention(nn.Module):
         """What the output projection reads, `[T, H * D]` or `[Tq, H * D]`."""
         of_queries = layout if queries is None else queries.layout
         q, k, v = self.project(x, queries)
-        if rotation is not None:
-            q = (rotation if queries is None else rotation.of_rows(queries.rows)).turn(q)
-            k = rotation.turn(k)
+        if rotation is not None and queries is None:
+            q, k = rotation.turn(q, k)
+        elif rotation is not None:
+            q = q if queries.still else rotation.of_rows(queries.rows).turn_alone(q)
+            k = rotation.turn_alone(k)
         out = ops.varlen_attention(
             *(q, k, v),
             of_queries.cu_seqlens,

@@ -125,4 +125,4 @@ class Block(nn.Module):
         """Queries `[T, H, D]` and keys `[T, Hkv, D]` of the stream x + delta `[T, C]`, as they meet each other."""
         h, _ = add_and_norm(self.norm1, x, delta, layout)
         q, k, _ = self.attn.project(h)
-        return (q, k) if rotation is None else (rotation.turn(q), rotation.turn(k))
+        return (q, k) if rotation is None else rotation.turn(q, k)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from revit_fast.layers.derived import kept_tensors
 from revit_fast.ops._modes import without_autocast
+from revit_fast.ops.rotary import rotary
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,13 @@ class Rotation(NamedTuple):
         """The rotation of some tokens."""
         return Rotation(self.cos.index_select(0, rows), self.sin.index_select(0, rows), self.half)
 
-    def turn(self, x: Tensor) -> Tensor:
-        """Turns `x` `[T, heads, D]`, computed in the dtype of `cos` or wider, and returned in its own."""
-        first, second = x.chunk(2, dim=-1) if self.half else (x[..., 0::2], x[..., 1::2])
-        turned = first * self.cos - second * self.sin, second * self.cos + first * self.sin
-        together = torch.cat(turned, dim=-1) if self.half else torch.stack(turned, dim=-1).flatten(-2)
-        return together.to(x.dtype)
+    def turn(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns queries `[T, H, D]` and keys `[T, Hkv, D]`, computed in float32 or wider."""
+        return rotary(q, k, self.cos, self.sin, half=self.half)
+
+    def turn_alone(self, x: Tensor) -> Tensor:
+        """Turns queries, or keys, `[T, H, D]`."""
+        return self.turn(x, x.new_empty(x.shape[0], 0, x.shape[2]))[0]
 
 
 class RotaryEmbedding(nn.Module):
@@ -160,7 +162,7 @@ class RotaryEmbedding(nn.Module):
         with torch.no_grad():
             self.freqs.copy_(torch.cat(new, dim=-1))
 
-    def rotations(self, coords: Tensor, dtype: torch.dtype, depth: int) -> list[Rotation]:
+    def forward(self, coords: Tensor, dtype: torch.dtype, depth: int) -> list[Rotation]:
         """The rotation of every block.
 
         Args:
@@ -169,15 +171,18 @@ class RotaryEmbedding(nn.Module):
             depth: number of blocks.
         """
         wide = torch.promote_types(dtype, torch.float32)
+        learned, half = self._rope.kind == "mixed", self._rope.half
         with without_autocast(coords.device):
-            if self._rope.kind != "mixed":
-                return [self._rotation(coords, self._fixed(coords.device, wide))] * depth
-            return [self._rotation(coords, of_block) for of_block in self.freqs[:, :depth].to(wide).unbind(1)]
-
-    def _rotation(self, coords: Tensor, frequencies: Tensor) -> Rotation:
-        first, second = coords.to(frequencies.dtype)[:, :, None, None].unbind(1)
-        angle = first * frequencies[0] + second * frequencies[1]
-        return Rotation(angle.cos(), angle.sin(), self._rope.half)
+            # The tables of all blocks are made together: on a GPU every operation is a launch.
+            fixed = None if learned else self._fixed(coords.device, wide)
+            frequencies = self.freqs[:, :depth].to(wide).unsqueeze(2) if learned else fixed
+            first, second = coords.to(wide)[:, :, None, None].unbind(1)
+            angle = first * frequencies[0] + second * frequencies[1]
+            cos, sin = angle.cos(), angle.sin()
+        if not learned:
+            return [Rotation(cos, sin, half)] * depth
+        cos, sin = cos.unbind(0), sin.unbind(0)
+        return [Rotation(cos[i], sin[i], half) for i in range(depth)]
 
     def _fixed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Frequencies `[2, 1, D / 2]` that are not learned. A buffer would be rounded to the model's dtype."""

@@ -280,7 +280,7 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Embeddings,
             table = self.spec.embed.rope.augmented(table)
         rows, prefix = (table.new_zeros(n, 2) for n in (inputs.rows.shape[0], self.num_prefix_tokens))
         coordinates = assemble_tokens(rows, prefix, table, inputs.pos_offset, inputs.cu_seqlens)
-        return self.rope.rotations(coordinates, self.pos_embed.dtype, len(self.blocks))
+        return self.rope(coordinates, self.pos_embed.dtype, len(self.blocks))
 
     def _run_block(
         self,
@@ -307,7 +307,8 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Embeddings,
         starts = layout.cu_seqlens[:-1]
         token = torch.arange(n, device=starts.device, dtype=starts.dtype)
         cu_seqlens = device_cu_seqlens(n, starts.shape[0], starts.device)
-        return Queries((starts.unsqueeze(1) + token).flatten(), Layout(cu_seqlens, layout.length_index, None))
+        rows = (starts.unsqueeze(1) + token).flatten()
+        return Queries(rows, Layout(cu_seqlens, layout.length_index, None), still=n <= self.num_prefix_tokens)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` in the given order (two tensors for a distilled model in distilled training).
@@ -334,9 +335,9 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Embeddings,
         """
         self._check_leaves(x)
         inputs = self._uniform_inputs(x)
-        tokens = self._embed(inputs).view(x.shape[0], -1, self.embed_dim)
-        for block, rotation in zip(self.blocks, self._rotations(inputs), strict=True):
-            tokens = block(tokens, None, inputs.layout, None, rotation)
+        tokens, rotations = self._embed(inputs).view(x.shape[0], -1, self.embed_dim), self._rotations(inputs)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, None, inputs.layout, None, rotations[i])
         rows = pooled = self._add_and_norm(tokens.flatten(0, 1), None, inputs.layout)
         if self.global_pool == "token":
             tokens = rows.view(x.shape[0], -1, self.embed_dim)

@@ -1,6 +1,7 @@
 """The op library: the C++ extension if it was built, otherwise the plain-PyTorch reference with the same schemas.
 
-Kernels are chosen by PyTorch's dispatcher: CPU from the extension, CUDA from `revit_fast.kernels`.
+Kernels are chosen by PyTorch's dispatcher: CPU from the extension, CUDA from `revit_fast.kernels`. An op without a
+kernel in the extension, such as `rotary`, runs the reference on a CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SCHEMAS = (
     "mean_pool_backward(Tensor grad_out, Tensor cu_seqlens, SymInt skip, SymInt n_rows) -> Tensor",
     "resize_patchify(Tensor[] images, Tensor boxes, Tensor sizes, SymInt patch_size, Tensor? table, bool bicubic, "
     "SymInt n_rows) -> Tensor",
+    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool half, bool inverse) -> (Tensor turned_q, Tensor turned_k)",
     "packed_linear(Tensor x, Tensor panels, Tensor bias, SymInt n_out, SymInt activation) -> Tensor",
     "vit_forward(Tensor rows, Tensor cu_seqlens, Tensor length_index, Tensor pos_offset, Tensor pos_table, "
     "Tensor prefix, Tensor[] weights, Tensor descriptor, SymInt n_pooled, Tensor? rope=None) -> Tensor",
@@ -67,26 +69,33 @@ else:
         RuntimeWarning,
         stacklevel=2,
     )
-    _fallback = torch.library.Library("revit_fast", "DEF")
-    for _schema in SCHEMAS:
-        _fallback.define(_schema)
+
+_kernels = torch.library.Library("revit_fast", "IMPL" if HAS_EXTENSION else "DEF")
+for _schema in () if HAS_EXTENSION else SCHEMAS:
+    _kernels.define(_schema)
 
 
 reference_ops: dict[str, Callable] = {}
 """Every op as a function that uses `revit_fast.reference`, on any device."""
 
 
-def register_fallback(name: str, function: Callable) -> None:
-    """Registers `function`, which uses `revit_fast.reference`, as op `name`'s CPU kernel if there is no extension."""
+def register_fallback(name: str, function: Callable, *, in_extension: bool = True) -> None:
+    """Registers `function`, which uses `revit_fast.reference`, as op `name`'s CPU kernel if there is no other.
+
+    Args:
+        name: the op.
+        function: takes the arguments of the op's schema.
+        in_extension: whether the extension has a CPU kernel of the op.
+    """
     reference_ops[name] = function
-    if not HAS_EXTENSION:
+    if not (HAS_EXTENSION and in_extension):
 
         @wraps(function)
         def in_own_precision(*args):
             with without_autocast():
                 return function(*args)
 
-        _fallback.impl(name, in_own_precision, "CPU")
+        _kernels.impl(name, in_own_precision, "CPU")
 
 
 def call(name: str, *args):

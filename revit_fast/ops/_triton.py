@@ -22,6 +22,7 @@ KERNELS = {
     "assemble_tokens_backward": "tokens",
     "mean_pool": "tokens",
     "mean_pool_backward": "tokens",
+    "rotary": "rotary",
 }
 """Module of `revit_fast.kernels` with the function of each op; it has the op's name and the schema's arguments."""
 

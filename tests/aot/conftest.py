@@ -6,6 +6,10 @@ from collections import Counter
 
 import helpers
 import pytest
+import torch
+
+from revit_fast.inference import cuda_graphs
+from revit_fast.ops import _triton
 
 COMPILES = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
@@ -18,6 +22,8 @@ if COMPILES:
         """A bf16 case of every kernel and schedule, and one in fp32."""
         if case.variant == "rms":
             return case.dtype == "bf16" and case.size == 384
+        if case.op == "rotary":
+            return (case.dtype, case.size) == ("bf16", 64) and case.variant != "learned"
         if case.variant:
             return case.variant == "derived" and case.direction == "fwd" and case.dtype == "bf16"
         if case.dtype == "fp32":
@@ -25,11 +31,13 @@ if COMPILES:
         return case.dtype == "bf16" and case.size in (64, 384) and case.seqlen in (50, 197, 577)
 
     def _sample() -> list[gpu_launches.Compilation]:
-        """All of the cases on one chip of each vendor; of the others attention alone, whose tiles differ by chip."""
+        """All of the cases on one chip of each vendor; on the others attention, whose tiles differ, and rotary."""
         return [
             c
             for c in gpu_launches.compilations(filter(_is_sample, gpu_launches.cases()))
-            if c.target in ("sm_90", "gfx942") or (c.case.op == "attention" and c.case.seqlen < 577)
+            if c.target in ("sm_90", "gfx942")
+            or c.case.op == "rotary"
+            or (c.case.op == "attention" and c.case.seqlen < 577)
         ]
 
     def pytest_generate_tests(metafunc):
@@ -44,6 +52,15 @@ if COMPILES:
                 if (c.target, gpu_launches.asked_of_compiler(c.launch)) not in keys:
                     found.append(pytest.param(c, id=str(c), marks=pytest.mark.full))
         metafunc.parametrize("compilation", found)
+
+
+@pytest.fixture
+def kernels_on_cpu_tensors(monkeypatch):
+    """The ops reach the Triton launchers, whose launches a test records."""
+    with torch.library._scoped_library("revit_fast", "IMPL") as library:
+        _triton.register("CPU", library)
+        monkeypatch.setitem(cuda_graphs.BACKENDS, "cpu", cuda_graphs.DirectCalls)
+        yield
 
 
 @pytest.fixture(scope="session")

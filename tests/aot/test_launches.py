@@ -5,7 +5,9 @@ from itertools import groupby
 
 import pytest
 import torch
+from small_models import MIX, images_of, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_launches import Case
 from revit_fast.kernels import launch as launch_module
@@ -21,6 +23,7 @@ CALLS = [
         ("layer_norm", 384, ("", "residual", "rms", "fp32 weights")),
         ("patch_embed", 384, ("",)),
         ("mean_pool", 384, ("",)),
+        ("rotary", 80, ("", "interleaved", "learned")),
     )
     for direction in ("fwd", "bwd")
     for dtype in ("bf16", "fp32")
@@ -43,6 +46,52 @@ def test_launcher_returns_what_the_op_promises(case):
         assert described(launched) == described(promised), name
         assert all(device.type == "cuda" for _, _, device in described(promised))
     assert launches, f"{name} launched nothing"
+
+
+def test_rotation_reads_queries_and_keys_in_the_rows_of_their_product():
+    (launch,) = Case("rotary", "fwd", "bf16", 80).launches(TARGETS["sm_90"])
+    q, k = launch.arguments["q"], launch.arguments["k"]
+    assert q.stride() == k.stride() == (3 * q.shape[1] * 80, 80, 1)
+    assert q.untyped_storage()._cdata == k.untyped_storage()._cdata
+
+
+class Counter(TorchDispatchMode):
+    """Counts PyTorch's operators that compute, but for the package's own, whose launches are recorded.
+
+    Attributes:
+        n: their number so far.
+    """
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aten" and not function.is_view and "empty" not in function.name():
+            self.n += 1
+        return function(*args, **(kwargs or {}))
+
+
+def launches_of_blocks(**options):
+    """What every block of a small model launches on a GPU."""
+    model, counts = make_model(depth=3, embed_dim=64, num_heads=4, **options), []
+    with Counter() as counter, record("sm_90") as launches, torch.no_grad():
+
+        def count(block, args, out=None):
+            counts.append(counter.n + len(launches))
+
+        for block in model.blocks:
+            block.register_forward_pre_hook(count)
+            block.register_forward_hook(count)
+        model(images_of(MIX))
+    return [after - before for before, after in zip(counts[::2], counts[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("rope", [{"half": True}, {}, {"kind": "mixed"}], ids=["half", "interleaved", "mixed"])
+def test_rotation_is_one_launch_more_per_block(rope, pool, kernels_on_cpu_tensors):
+    plain = launches_of_blocks(global_pool=pool)
+    rotated = launches_of_blocks(global_pool=pool, rope=rope)
+    assert min(plain) >= 8, "two norms, four products, attention and activation are not all counted"
+    assert rotated == [n + 1 for n in plain]
 
 
 SEQLENS = (0, 1, 50, 64, 65, 0, 101, 197, 257, 577)

@@ -12,9 +12,7 @@ from triton.runtime import driver
 from bench.gpu_launches import Case, asked_of_compiler, compilations
 from bench.gpu_suite import warm
 from bench.machine_code import Pointer, compile_launch
-from revit_fast.inference import cuda_graphs
 from revit_fast.kernels.launch import TARGETS
-from revit_fast.ops import _triton
 
 SM_90 = GPUTarget("cuda", 90, 32)
 
@@ -50,15 +48,6 @@ def test_a_launch_finds_what_was_compiled_before(case, tmp_path, monkeypatch, a_
     assert hits == [True]
     call(num_warps=16)
     assert hits == [True, False], "another launch is compiled anew"
-
-
-@pytest.fixture
-def kernels_on_cpu_tensors(monkeypatch):
-    """The ops reach the Triton launchers, whose launches a test records."""
-    with torch.library._scoped_library("revit_fast", "IMPL") as library:
-        _triton.register("CPU", library)
-        monkeypatch.setitem(cuda_graphs.BACKENDS, "cpu", cuda_graphs.DirectCalls)
-        yield
 
 
 def keys(launches):
