@@ -79,7 +79,7 @@ def coverage(families: Sequence[str], names: Sequence[str] | None = None) -> dic
 def class_coverage(names: Sequence[str] | None = None) -> dict[str, dict[str, list[str]]]:
     """The classes of transformers that take images, by the automatic class that makes them and by their outcome.
 
-    Classes that need a library which is not installed are left out.
+    Classes that are not public, or need a library which is not installed, are left out.
 
     Args:
         names: classes to look at; by default all.
@@ -96,7 +96,7 @@ def class_coverage(names: Sequence[str] | None = None) -> dict[str, dict[str, li
             try:
                 kind = getattr(transformers, name)
                 modalities = kind.input_modalities
-            except ImportError:  # needs a library that is not installed
+            except (AttributeError, ImportError):  # it is not public, or needs a library that is not installed
                 continue
             if "image" in modalities:
                 others = "" if modalities == "image" or len(modalities) == 1 else ", images and more"
