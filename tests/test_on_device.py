@@ -8,7 +8,7 @@ from helpers import assert_as_accurate, only_on
 from small_models import MIX, images_of, make_model
 
 import revit_fast as rf
-from revit_fast.inference import cpu, cuda_graphs
+from revit_fast.inference import cuda_graphs
 
 pytestmark = only_on("interpreter", "cuda", reason="about the Triton kernels")
 
@@ -21,7 +21,6 @@ def graphs(monkeypatch):
     """On a GPU graphs are captured; elsewhere the captured function is called."""
     if helpers.device != "cuda":
         monkeypatch.setitem(cuda_graphs.BACKENDS, "cpu", cuda_graphs.DirectCalls)
-        monkeypatch.setattr(cpu, "check_fusable", lambda model: None)  # it is about the engine that graphs stand for
 
 
 def defined(model, images, dtype):
