@@ -206,13 +206,12 @@ class ReViT(TakesImages, LoadsWeights, TimmInterface, AttentionMaps, Embeddings,
         `dynamic_img_size=True`). For a `NaFlexVit` this is also true of grids that are not square.
 
         Args:
-            vit: ViT, DeiT, distilled DeiT, with LayerNorms or RMSNorms, LayerScale, register tokens, class-token or
-                average pooling; or a `NaFlexVit` with the same, its position embeddings learned (bicubic, antialiased)
-                or factorized.
+            vit: one of the models that docs/models.md counts: ViT, DeiT, DINOv2, DINOv3, EVA-02, SigLIP, CLIP, and
+                others of their fields.
             grids: configured token grids, strictly decreasing.
 
         Raises:
-            TypeError: if `vit` is neither.
+            TypeError: if `vit` is none of these classes.
             ValueError: if it uses a feature that ReViT does not have; the message names it.
         """
         from revit_fast.models.from_timm import model_from_timm
