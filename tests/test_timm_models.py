@@ -166,6 +166,22 @@ def test_equals_timm_from_its_checkpoint(name, theirs, num_classes, tmp_path):
     assert relative(pre_logits, vit.forward_head(vit.forward_features(x), pre_logits=True)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name in timm_models.COUNTERPARTS])
+def test_a_pipeline_with_an_assigner_serves_the_counterparts(name):
+    """At the grid that the assigner gives, an image's logits are those of the model."""
+    torch.manual_seed(0)
+    model = lively(small(name, grids=(4, 3, 2)))
+    tla = rf.TokenLengthAssigner(model.grids, thumbnail_px=16, widths=(8, 8)).eval()
+    pipe = rf.pipeline(model, tla, policy="argmax")
+    pixels = (255 * torch.rand(5, 3, 60, 80, generator=torch.Generator().manual_seed(1))).byte()
+    images = [image.permute(1, 2, 0).contiguous().numpy() for image in pixels]
+    found = list(pipe(images))
+    assert [r.error for r in found] == [None] * 5
+    for image, result in zip(images, found, strict=True):
+        batch = pipe.prep.pack([image], [(result.grid, result.grid)])
+        assert relative(result.logits, model(batch)[0].detach()) <= TOLERANCE
+
+
 class TestCheckpoints:
     def test_pretrained_of_the_counterpart_from_a_file(self, tmp_path):
         """Of another size and other classes, and with the names of EVA's parts."""
