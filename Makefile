@@ -19,7 +19,7 @@ test: build
 test-full: build
 	$(MAKE) -j2 --output-sync=target test-suite test-interpreter PYTEST_SCOPE='-m ""'
 
-## What .ci/run runs beside test-full: each but test-abi in an environment that shares PyTorch with it.
+## What .ci/run runs besides `make test`: each but test-abi in an environment that shares PyTorch with it.
 test-beside: test-cluster test-transformers test-page test-abi docs
 
 # Threads that wait sleep: spinning ones would take time from the suite beside it.
