@@ -29,7 +29,8 @@ test-suite:
 # One thread: waiting ones would take time from the suite beside it.
 test-interpreter:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py tests/test_layer_norm.py \
-	    tests/test_tokens.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_on_device.py $(PYTEST_SCOPE)
+	    tests/test_tokens.py tests/test_rotary.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_on_device.py \
+	    $(PYTEST_SCOPE)
 
 ## Runs on a Ray cluster and the HTTP service, in an environment that has Ray; `make test` skips them without it.
 test-cluster: build $(VENV)-cluster/shared
