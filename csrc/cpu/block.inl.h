@@ -108,7 +108,8 @@ void finish_heads(const BlockTile& tile) {
       const float* angles = turns ? next.rotary.table + tile.position[i] * next.rotary.n_tables * head_dim : nullptr;
       for (int64_t h = 0; h < next.n_heads; ++h, head += head_dim) {
         if (norm.weight != nullptr) norm_row(head, norm, 0, head, head_dim);
-        if (turns) turn_head(head, angles, angles + head_dim / 2, head_dim / 2);
+        if (!turns) continue;
+        turn_head(head, angles, angles + head_dim / 2, head_dim / 2);
         if (next.rotary.n_tables > 1) angles += head_dim;
       }
     }
