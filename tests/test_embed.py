@@ -18,7 +18,7 @@ from torch import nn
 
 import revit_fast as rf
 from revit_fast.adaptive.policies import suffices
-from revit_fast.cli import embed, main
+from revit_fast.cli import main
 from revit_fast.inference import cuda_graphs
 from revit_fast.inference.cuda_graphs import DirectCalls
 from revit_fast.models.create import create_model
@@ -470,9 +470,6 @@ class TestCommand:
         code, err = run(capsys, folder, "--output", "x.npy")
         assert code == 2
         assert '--model: its global_pool is ""' in err
-
-    def test_suffixes_are_named_without_numpy(self):
-        assert embed.SUFFIXES == files.SUFFIXES
 
 
 class TestFiles:

@@ -273,7 +273,7 @@ def served(tmp_path_factory):
     log = tmp_path_factory.mktemp("served") / "log"
     # A proxy that nobody listens to: whatever asked it would fail.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://192.0.2.1:9")
-    own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)}
+    own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent), "PYTHONFAULTHANDLER": "1"}
     environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere | own
     command = spied(PROGRAM, "demo", "--no-browser", "--port", free_port(), "--threads", 1)
     with open(log, "wb") as file:
@@ -288,7 +288,11 @@ def served(tmp_path_factory):
         yield Served(address, log.parent)
     finally:
         process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=60)
+        try:
+            code = process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler writes what every thread does
+            code = process.wait()
     said = log.read_text()
     assert code == 0, said
     assert_stayed(said)

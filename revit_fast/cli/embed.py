@@ -15,10 +15,8 @@ from revit_fast.cli.arguments import (
     add_weights,
     check_file,
 )
+from revit_fast.io.finding import EMBEDDING_SUFFIXES
 from revit_fast.io.names import shortened
-
-SUFFIXES = (".npy", ".parquet")
-"""Those of `streaming.embedding_files`, which needs NumPy."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -50,8 +48,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _file(text: str) -> str:
-    if Path(text).suffix not in SUFFIXES:
-        raise argparse.ArgumentTypeError(f"expected a name that ends in {' or '.join(SUFFIXES)}, got {shortened(text)}")
+    if Path(text).suffix not in EMBEDDING_SUFFIXES:
+        endings = " or ".join(EMBEDDING_SUFFIXES)
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {endings}, got {shortened(text)}")
     return text
 
 

@@ -8,18 +8,19 @@ model with such hooks or modules raises an error that names them; `packed_module
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from revit_fast import ops, reference
-from revit_fast.inference.packed_weights import Packed
+from revit_fast.inference.packed_weights import Packed, normed
 from revit_fast.layers.derived import Derived
-from revit_fast.layers.norm import TALNorm
 from revit_fast.layers.segments import rows_without_first, sequence_max
 from revit_fast.models.inputs import PatchRows, rows_apart
 from revit_fast.models.vit import ReViT
 from revit_fast.ops.linear import packed_linear
+from revit_fast.ops.vit import ViTWeights
 from revit_fast.packing import Layout, PackPlan
 
 
@@ -44,11 +45,7 @@ def pooled_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> T
         tokens = packed.pool(*rows_without_first(tokens, layout, n_skipped))
     elif model.global_pool != "token":
         tokens = model.pool(tokens, layout)
-    if isinstance(model.fc_norm, TALNorm):
-        own = rows_apart(tokens, layout) if model.global_pool else layout
-        affine = (parameter.detach().float() for parameter in model.fc_norm.affine())
-        tokens = model.fc_norm.op(tokens, *affine, own.cu_seqlens, own.length_index, model.fc_norm.eps)
-    return tokens
+    return normed(tokens, packed.fc_norm, rows_apart(tokens, layout) if model.global_pool else layout)
 
 
 def logits_of(model: ReViT, packed: Packed, tokens: Tensor, layout: Layout) -> Tensor:
@@ -84,9 +81,8 @@ def fused_logits(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRow
         derived: what `pack_model` makes of it.
         images: the batch.
     """
-    packed, tokens = _tokens(model, derived, images, n_pooled(model))
-    index = images.plan.for_lengths(model.lengths).tokens(model.num_prefix_tokens).index(tokens.device)
-    return logits_of(model, packed, tokens, Layout(*index, None))
+    ready = _prepare(model, derived, images)
+    return logits_of(model, ready.packed, ready.tokens(n_pooled(model)), ready.layout(model.num_prefix_tokens))
 
 
 def fused_embeddings(
@@ -101,12 +97,12 @@ def fused_embeddings(
         all_tokens: compute every token; otherwise only those that the pooling reads.
     """
     n_read = 0 if all_tokens else n_pooled(model)
-    packed, tokens = _tokens(model, derived, images, n_read)
-    index = images.plan.for_lengths(model.lengths).tokens(model.num_prefix_tokens).index(tokens.device)
-    layout, rows = Layout(*index, None), tokens
+    ready = _prepare(model, derived, images)
+    rows = tokens = ready.tokens(n_read)
+    layout = ready.layout(model.num_prefix_tokens)
     if model.global_pool == "token" and n_read == 0:
         rows = tokens.index_select(0, model._pooled_tokens(layout).rows)
-    rows = pooled_of(model, packed, rows, layout)
+    rows = pooled_of(model, ready.packed, rows, layout)
     if model.distilled:
         x, x_dist = both_tokens(rows)
         rows = (x + x_dist) / 2
@@ -115,49 +111,70 @@ def fused_embeddings(
 
 def fused_tokens(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows) -> Tensor:
     """All tokens after the final norm, `[T, C]` in the model's dtype; see `fused_logits`."""
-    return _tokens(model, derived, images, 0)[1].to(model.pos_embed.dtype)
+    return _prepare(model, derived, images).tokens().to(model.pos_embed.dtype)
 
 
 def fused_queries_and_keys(
     model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, block: int
 ) -> tuple[Tensor, Tensor]:
     """Float32 queries and keys `[T, H, D]` of a block by the packed weights: the blocks before it run fused."""
-    packed, rows = _tokens(model, derived, images, 0, end=block)
-    weights = packed.weights.blocks[block]
+    ready = _prepare(model, derived, images)
+    weights, rope = ready.weights.blocks[block], ready.rope
+    rows = ready.tokens(end=block)
     heads = weights.n_heads, weights.head_dim
     qkv = packed_linear(rows, weights.qkv).unflatten(1, (3 + weights.gated_attention, -1))  # parts end with a panel
     q, k = (qkv[:, part, : heads[0] * heads[1]].unflatten(1, heads) for part in (0, -2))
     q, k = reference.head_norm(q, weights.q_norm), reference.head_norm(k, weights.k_norm)
-    plan = images.plan.for_lengths(model.lengths)
-    with derived.of(model) as packed:
-        rope, pos_offset = _positions(model, packed, plan)[1:]
     if rope is not None:
-        table = rope[block if len(rope) > 1 else 0]
-        angles = reference.token_angles(table, model.num_prefix_tokens, pos_offset, plan.index(rows.device)[0])
+        table, first_cu = rope[block if len(rope) > 1 else 0], ready.plan.index(rows.device)[0]
+        angles = reference.token_angles(table, model.num_prefix_tokens, ready.pos_offset, first_cu)
         q, k = reference.rotary(q, k, *angles.unbind(2), half=True)
     return q, k
 
 
-def _tokens(
-    model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows, n_pooled: int, end: int | None = None
-) -> tuple[Packed, Tensor]:
-    """The packed weights, and the tokens after the final norm; with `end`, after the first norm of that block."""
+class _Ready(NamedTuple):
+    """The arguments of `ops.vit_forward` for a batch.
+
+    Attributes:
+        packed: what `pack_model` makes of the model.
+        weights: its weights, a normalisation folded in.
+        rows: rows of patches or, with a stem, of features.
+        plan: the batch.
+        pos_table: position embeddings of its grids.
+        rope: angles of its grids, or None.
+        pos_offset: first row of every sequence in these tables.
+    """
+
+    packed: Packed
+    weights: ViTWeights
+    rows: Tensor
+    plan: PackPlan
+    pos_table: Tensor
+    rope: Tensor | None
+    pos_offset: Tensor
+
+    def tokens(self, n_pooled: int = 0, end: int | None = None) -> Tensor:
+        """The first tokens of every sequence, 0 for all, after the final norm; or those that block `end` projects."""
+        weights, rope = self.weights, self.rope
+        if end is not None:
+            weights = replace(weights, norm=weights.blocks[end].norm1, blocks=weights.blocks[:end])
+            rope = rope if rope is None or len(rope) == 1 else rope[:end]
+        index = self.plan.index(self.rows.device)
+        return ops.vit_forward(self.rows, *index, self.pos_offset, self.pos_table, weights, n_pooled, rope)
+
+    def layout(self, n_prefix: int) -> Layout:
+        """Layout of all tokens."""
+        return Layout(*self.plan.tokens(n_prefix).index(self.rows.device), None)
+
+
+def _prepare(model: ReViT, derived: Derived[ReViT, Packed], images: PatchRows) -> _Ready:
     plan = images.plan.for_lengths(model.lengths)
+    known = model._positions.learn(plan.grids)
     with derived.of(model) as packed:  # the forward pass itself needs no lock
-        weights = packed.weights_for(model, images.normalization)
-        table, rope, pos_offset = _positions(model, packed, plan)
-    if end is not None:
-        weights = replace(weights, norm=weights.blocks[end].norm1, blocks=weights.blocks[:end])
-        rope = rope if rope is None or len(rope) == 1 else rope[:end]
+        weights, rope = packed.weights_for(model, images.normalization), packed.rope_for(model, known)
+        table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded, torch.float32)
+    pos_offset = torch.tensor(known.first_rows(plan.grids), dtype=torch.int32, device="cpu")
     rows = (
         images.rows if packed.stem is None else packed.stem.feature_rows(images.rows, plan.grids, images.normalization)
     )
-    return packed, ops.vit_forward(rows, *plan.index(rows.device), pos_offset, table, weights, n_pooled, rope)
-
-
-def _positions(model: ReViT, packed: Packed, plan: PackPlan) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The arguments `pos_table`, `rope` and `pos_offset` of `ops.vit_forward`."""
-    known = model._positions.learn(plan.grids)
-    table = model._positions.table(known, model.pos_embed, model._n_prefix_embedded, torch.float32)
-    pos_offset = torch.tensor(known.first_rows(plan.grids), dtype=torch.int32, device="cpu")
-    return table, packed.rope_for(model, known), pos_offset
+    return _Ready(packed, weights, rows, plan, table, rope, pos_offset)

@@ -56,6 +56,7 @@ class Packed(NamedTuple):
         stem: the convolutional stem with its norms folded in, or None.
         weights: the packed weights without stem, pool and head.
         pool: the attention pool, or None.
+        fc_norm: norm of the pooled rows.
         heads: a function from rows to logits for each head.
         folded: the weights with a normalisation of uint8 rows folded into the embedding; the last one used is kept.
         turns: the tables of a rotary embedding for known grids; the last one used is kept.
@@ -64,6 +65,7 @@ class Packed(NamedTuple):
     stem: FoldedStem | None
     weights: ViTWeights
     pool: PackedPool | None
+    fc_norm: TokenNorm
     heads: list[Callable[[Tensor], Tensor]]
     folded: dict[tuple[float, ...], ViTWeights]
     turns: dict[KnownGrids, Tensor]
@@ -235,7 +237,7 @@ def pack_model(
     )
     stem = model.patch_embed.folded() if isinstance(model.patch_embed, ConvStem) else None
     heads = [_head(head, outer) for head in (model.head, model.head_dist, model.aux_head) if head is not None]
-    return Packed(stem, weights, _pool(model.attn_pool, outer), heads, {}, {})
+    return Packed(stem, weights, _pool(model.attn_pool, outer), _norm(model.fc_norm), heads, {}, {})
 
 
 class PackedPool(NamedTuple):
@@ -269,16 +271,17 @@ class PackedPool(NamedTuple):
         k, v = packed_linear(rows, self.kv).unflatten(1, (2, *heads)).unbind(1)
         apart = rows_apart(layout.length_index, layout)
         query = self.query.expand(n_sequences, -1, -1).contiguous()
-        read = ops.varlen_attention(query, k, v, apart.cu_seqlens, layout.cu_seqlens)
-        pooled = packed_linear(read.flatten(1), self.proj)
-        normed = _normed(pooled, self.norm, apart)
-        hidden = packed_linear(normed, self.fc1, self.activation)
+        attended = ops.varlen_attention(query, k, v, apart.cu_seqlens, layout.cu_seqlens)
+        pooled = packed_linear(attended.flatten(1), self.proj)
+        read = normed(pooled, self.norm, apart)
+        hidden = packed_linear(read, self.fc1, self.activation)
         if self.up is not None:
-            hidden = hidden * packed_linear(normed, self.up)
-        return pooled + packed_linear(_normed(hidden, self.mlp_norm, apart), self.fc2)
+            hidden = hidden * packed_linear(read, self.up)
+        return pooled + packed_linear(normed(hidden, self.mlp_norm, apart), self.fc2)
 
 
-def _normed(rows: Tensor, norm: TokenNorm, layout: Layout) -> Tensor:
+def normed(rows: Tensor, norm: TokenNorm, layout: Layout) -> Tensor:
+    """Rows `[T, C]` of that layout after the norm of their lengths, by one op; the rows where there is no norm."""
     if not norm.weight.numel():
         return rows
     affine, op = (norm[:2], ops.tal_layer_norm) if norm.bias.numel() else (norm[:1], ops.tal_rms_norm)

@@ -19,6 +19,9 @@ SUFFIXES = (
 )
 """Suffixes of file names that count as images inside a folder, in upper or lower case."""
 
+EMBEDDING_SUFFIXES = (".npy", ".parquet")
+"""Endings of the names of files of embeddings."""
+
 HEIF_SUFFIXES = (".heic", ".heif")
 """Suffixes of the files that Pillow reads with pillow-heif alone."""
 

@@ -14,12 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from revit_fast.io.atomic import replaced
+from revit_fast.io.finding import EMBEDDING_SUFFIXES
 from revit_fast.io.images import name_of
 from revit_fast.io.names import csv_line, to_text
 from revit_fast.streaming.results import Result
-
-SUFFIXES = (".npy", ".parquet")
-"""Endings of the names of files of embeddings."""
 
 GROUP_BYTES = 16 << 20
 """Size, in bytes, of embeddings and tokens after which a Parquet file gets a row group."""
@@ -60,8 +58,9 @@ def embedding_files(path: str | os.PathLike, width: int, *, token_width: int = 0
         OSError: if a file cannot be written.
     """
     suffix = Path(path).suffix
-    if suffix not in SUFFIXES:
-        raise ValueError(f"path: expected a name that ends in {' or '.join(SUFFIXES)}, got {os.fspath(path)!r}")
+    if suffix not in EMBEDDING_SUFFIXES:
+        endings = " or ".join(EMBEDDING_SUFFIXES)
+        raise ValueError(f"path: expected a name that ends in {endings}, got {os.fspath(path)!r}")
     write = _npy_files if suffix == ".npy" else _parquet_file
     with write(paths_beside(path, token_width > 0), width, token_width, n_prefix) as add:
         yield add
