@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-full test-beside test-suite test-interpreter test-cluster test-transformers test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video bench-naflex gate docs wheel lint format build clean
+.PHONY: demo test test-full test-beside test-suite test-interpreter test-cluster test-transformers test-compiled test-bench test-processes test-abi test-page fuzz bench bench-train bench-model bench-pipeline bench-video bench-naflex gate docs wheel lint format build clean
 
 ## The shipped model on real images, adaptively; and mixed grids in one packed forward on photographs, against timm.
 demo: build
@@ -19,8 +19,11 @@ test: build
 test-full: build
 	$(MAKE) -j2 --output-sync=target test-suite test-interpreter PYTEST_SCOPE='-m ""'
 
-## What .ci/run runs besides `make test`: each but test-abi in an environment that shares PyTorch with it.
-test-beside: test-cluster test-transformers test-page test-abi docs
+## What .ci/run runs besides `make test`, which leaves it out: tests that build programs, start Python processes, run the peers
+## of the benchmarks, or need an environment of their own, which shares PyTorch with the first, but for test-abi.
+test-beside: test-compiled test-bench test-processes test-cluster test-transformers test-page test-abi docs
+
+PYTEST_SCOPE ?= -m "not full and not beside and not processes"
 
 # Threads that wait sleep: spinning ones would take time from the suite beside it.
 test-suite:
@@ -31,6 +34,20 @@ test-interpreter:
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device=interpreter tests/test_attention.py tests/test_layer_norm.py \
 	    tests/test_tokens.py tests/test_rotary.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_on_device.py \
 	    $(PYTEST_SCOPE)
+
+## What compilers make: the kernels under sanitizers, programs of export, a model in Inductor.
+test-compiled: build
+	$(BIN)/python -m pytest tests/test_native.py tests/test_export.py \
+	    tests/test_model.py::TestCompiled::test_inductor_gives_the_same_logits_and_gradients tests/test_lvvit.py::TestInterface::test_compiled
+
+## What needs processes of its own: kills, signals, several ranks, variables of the environment, imports.
+test-processes: build
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -m "processes and not full"
+
+## The benchmarks and experiments themselves: peers give the same logits, tables and reports follow from what was measured.
+test-bench: build
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/test_bench_gpu.py tests/test_bench_model.py tests/test_bench_pipeline.py \
+	    tests/test_bench_train.py tests/test_experiments.py tests/test_fuzz.py tests/test_gratings.py
 
 ## Runs on a Ray cluster and the HTTP service, in an environment that has Ray; `make test` skips them without it.
 test-cluster: build $(VENV)-cluster/shared

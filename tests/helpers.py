@@ -50,6 +50,11 @@ def full_if(rare: bool, *values) -> object:
     return full(*values) if rare else pytest.param(*values)
 
 
+def alike_on_all_devices(test: Callable) -> Callable:
+    """Marks a test of an op's registration, which all kernels share: in the interpreter `make test-full` has it."""
+    return pytest.mark.full(test) if device == "interpreter" else test
+
+
 def cut(seqlens: Sequence[int]) -> tuple[int, ...]:
     """The lengths; in the interpreter, which takes milliseconds for each program, long ones are cut.
 

@@ -192,6 +192,13 @@ def test_sizes():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_what_make_test_leaves_out_has_a_target():
+    makefile, mark = (ROOT / "Makefile").read_text(encoding="utf-8"), ".".join(("pytest", "mark", "beside"))
+    marked = [path.name for path in (ROOT / "tests").glob("*.py") if mark in path.read_text(encoding="utf-8")]
+    assert marked
+    assert [name for name in marked if f"tests/{name}" not in makefile] == []
+
+
 def test_every_module_is_in_the_wheel():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = set(re.findall(r'"(revit_fast[\w.]*)",', text[text.index("packages = [") : text.index("package-dir")]))

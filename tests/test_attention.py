@@ -10,7 +10,19 @@ import helpers
 import numpy
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, HEAD_DIMS, SEQLENS, check_op, cu_seqlens_of, cut, full, full_if, only_on, randn
+from helpers import (
+    FLOAT_DTYPES,
+    HEAD_DIMS,
+    SEQLENS,
+    alike_on_all_devices,
+    check_op,
+    cu_seqlens_of,
+    cut,
+    full,
+    full_if,
+    only_on,
+    randn,
+)
 
 from revit_fast import ops, reference
 from revit_fast.kernels import launch
@@ -265,7 +277,8 @@ def test_a_gradient_of_lse_counts_for_nothing_where_no_key_is_seen(isa):
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, full_if(helpers.device == "interpreter", torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@alike_on_all_devices
 def test_opcheck(dtype):
     q, k, v, cu_q, cu_k = inputs((5, 0, 9), (4, 2, 9), heads=(2, 1), dim=8, dtype=dtype)
     options = (cu_q, cu_k, 9, None, 0.3, True, None, [])
@@ -496,6 +509,7 @@ print(*(peak_kib(n) - before for n in (1_000, 10_000, 100_000)))
 """
 
 
+@pytest.mark.processes
 @needs_extension
 @cpu_only
 def test_peak_memory_grows_linearly():
@@ -533,6 +547,7 @@ for n_threads in (1, 2):
 """
 
 
+@pytest.mark.processes
 @needs_extension
 @cpu_only
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory and reads /proc")
@@ -543,6 +558,7 @@ def test_a_call_that_finds_no_memory_does_not_harm_the_next():
     assert run.stdout.splitlines() == ["no memory"] * 2, run.stdout
 
 
+@pytest.mark.processes
 @needs_extension
 @cpu_only
 def test_fallback_without_the_extension_agrees():

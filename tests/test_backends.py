@@ -494,6 +494,7 @@ print(*sorted(set(OPTIONAL) & (set(sys.modules) - before)))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(helpers.device != "cpu", reason="the same on every device")
 @pytest.mark.parametrize("argument", ["find", "refuse"])
 def test_import_and_cpu_ops_need_no_optional_package(argument):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.beside
+
 ROOT = Path(__file__).parent.parent
 
 pytest.importorskip("triton")

@@ -33,7 +33,7 @@ from bench.model_work import (  # noqa: E402
 )
 from bench.peers.common import Kind, Peer, Unsuited  # noqa: E402
 
-pytestmark = only_on("cpu", reason="a bench of the CPU")
+pytestmark = [pytest.mark.beside, only_on("cpu", reason="a bench of the CPU")]
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {

@@ -15,6 +15,8 @@ pytest.importorskip("sklearn")
 from bench import decode, pipeline, pipeline_peers
 from bench.photos import encoded, jpeg, real_photo
 
+pytestmark = pytest.mark.beside
+
 
 def test_ratios_are_to_ours_in_each_precision():
     truth = torch.randn(pipeline.BATCH, 5, generator=torch.Generator().manual_seed(0)).double()

@@ -11,6 +11,8 @@ from bench import train_step
 from bench.train_step import BOUND, Case, Work, check, document, measure
 from revit_fast.train.losses import tlsd_loss
 
+pytestmark = pytest.mark.beside
+
 KWARGS = {"img_size": 28, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 TINY = Case("vit_tiny_patch16_224", KWARGS, 2, 4)
 

@@ -137,6 +137,7 @@ print(*pipe.classes, sep=",")
 
 
 class TestRoundTrip:
+    @pytest.mark.processes
     def test_in_a_fresh_process_without_timm(self, folder, tmp_path):
         """Bitwise the logits of the model that was saved, at the grids that its assigner gave."""
         np.savez(tmp_path / "images.npz", *IMAGES)
@@ -227,6 +228,7 @@ for i, folder in enumerate(folders[1:]):
 """
 
 
+@pytest.mark.processes
 def test_a_killed_save_leaves_the_old_bundle(tmp_path):
     """Killed at two dozen places from the first call to the last: there is the old bundle or the new, never another."""
     folders = [tmp_path / str(i) for i in range(25)]

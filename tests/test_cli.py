@@ -625,6 +625,7 @@ class TestEnv:
 
 
 class TestProcess:
+    @pytest.mark.processes
     def test_module_runs_and_stdout_may_be_closed_early(self, photos):
         args = [sys.executable, "-m", "revit_fast.cli", "predict", str(photos), "--model", MODEL, "--grid", "7"]
         process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

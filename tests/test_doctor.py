@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import full
 
 from revit_fast import environment
 from revit_fast.cli import doctor, main
@@ -62,13 +63,14 @@ class TestOutput:
         assert "slow  huge pages" in out
         assert max(map(len, out.splitlines())) <= 120
 
+    @pytest.mark.processes
     @needs_extension
     @pytest.mark.parametrize(
         ("variable", "value", "part", "text"),
         [
-            ("REVIT_FAST_NO_EXTENSION", "1", "extension", "unset it"),
+            full("REVIT_FAST_NO_EXTENSION", "1", "extension", "unset it"),
             ("REVIT_FAST_ISA", "baseline", "kernels", "unset REVIT_FAST_ISA"),
-            ("REVIT_FAST_MALLOC", "default", "malloc", "unset REVIT_FAST_MALLOC"),
+            full("REVIT_FAST_MALLOC", "default", "malloc", "unset REVIT_FAST_MALLOC"),
         ],
     )
     def test_in_a_process_of_its_own(self, variable, value, part, text):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import timm
 import torch
-from helpers import assert_as_accurate, only_on, randn
+from helpers import assert_as_accurate, full, only_on, randn
 from small_models import MIX, check, drawn, images_of, make_model
 from torch import nn
 
@@ -119,7 +119,8 @@ def test_features_equal_the_eager_models(isa):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("dtype", "norm"), [(torch.float32, None), (torch.int8, None), (torch.bfloat16, "rmsnorm"), (torch.int8, "rmsnorm")]
+    ("dtype", "norm"),
+    [(torch.float32, None), full(torch.int8, None), (torch.bfloat16, "rmsnorm"), (torch.int8, "rmsnorm")],
 )
 def test_bitwise_alone_and_in_any_pack(isa, dtype, norm):
     size = {"depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 10}

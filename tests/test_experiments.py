@@ -36,7 +36,7 @@ from revit_fast.train.log import read_rows
 from revit_fast.train.trainer import Trainer
 
 # All reports are made once, by the first test that looks at one.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.beside, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 pytest.importorskip("timm")
 

@@ -371,7 +371,7 @@ class TestPng:
         first, failed, last = np.diff(heights)
         assert first == last > explanations[0].picture.height > failed > 0
 
-    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", "argmax", "cycle"])
+    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", full("argmax"), "cycle"])
     def test_holds_every_fact(self, tmp_path, odd_names, texts, policy):
         explanations = explain(pipe_of(policy), odd_names, top_k=2)
         write_png(tmp_path / "sheet.png", explanations)
@@ -401,7 +401,7 @@ class TestPng:
         starts = [y for y in range(len(column) - height) if (column[y] == picture[0]).all()]
         assert any((column[y : y + height] == picture).all() for y in starts)
 
-    @pytest.mark.parametrize("policy", [("threshold", 0.6), "entropy", full("argmax"), full("cycle")])
+    @pytest.mark.parametrize("policy", [full(("threshold", 0.6)), "entropy", full("argmax"), full("cycle")])
     def test_no_text_leaves_its_place(self, tmp_path, texts, policy):
         """All text lies inside its card, and no two texts overlap, however long and wide a name is."""
         pipe = pipe_of(policy)

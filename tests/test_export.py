@@ -25,6 +25,8 @@ from revit_fast.ops import _library
 from revit_fast.streaming.bundle import read_bundle
 from revit_fast.train.datasets import open_images
 
+pytestmark = pytest.mark.beside
+
 ROOT = Path(__file__).parent.parent
 EXTENSION = next((ROOT / "revit_fast").glob("_C*.so"), None)
 MIXES = ([6], [2, 2, 2, 4], [6, 4, 2, 6, 6, 2, 4], [(3, 5), 6, (3, 5)], [4] * 33)

@@ -14,6 +14,8 @@ from bench.fuzz import decode
 from bench.fuzz.inputs import MUTATIONS, damaged, damaged_files, real_files, with_right_checksums
 from revit_fast.io import images
 
+pytestmark = pytest.mark.beside
+
 
 def test_damaged_files_give_an_image_or_one_error(tmp_path):
     found = decode.fuzz(0, tmp_path, n_inputs=240)

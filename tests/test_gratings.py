@@ -9,6 +9,8 @@ from bench.experiments.gratings import band, gratings_at, make_synthetic, resize
 from revit_fast import ops
 from revit_fast.adaptive.preprocess import AdaptivePreprocessor
 
+pytestmark = pytest.mark.beside
+
 SETS = [((14, 10, 7), 2, "bicubic"), ((7, 5, 4), 4, "bicubic"), ((4, 2), 4, "bilinear")]
 N_CLASSES = 4
 

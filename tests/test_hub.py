@@ -184,6 +184,7 @@ for call in (
 """
 
 
+@pytest.mark.processes
 def test_without_huggingface_hub(folder, tmp_path):
     """Folders are read and written; what needs the package says what to install."""
     run = [sys.executable, "-c", WITHOUT, str(folder), str(tmp_path / "again")]

@@ -398,6 +398,7 @@ futures[0].result()
 """
 
 
+@pytest.mark.processes
 def test_exit_with_work_that_nobody_closed():
     """Status 0 and no message; a thread that outlives the main one still gets its results."""
     here = str(Path(__file__).parent)

@@ -96,6 +96,7 @@ def test_gradients_of_gradients_are_refused(op):
         (out.sum() + grad.square().sum()).backward()
 
 
+@pytest.mark.processes
 @needs_extension
 def test_fallback_equals_extension(tmp_path):
     saved = []
@@ -120,6 +121,7 @@ def test_fallback_equals_extension(tmp_path):
         torch.testing.assert_close(ours, same, rtol=0.05, atol=0.1, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.processes
 @needs_extension
 def test_unknown_isa_is_an_import_error():
     run = run_python("import revit_fast", REVIT_FAST_ISA="sse9")
@@ -135,6 +137,7 @@ def test_unknown_isa_cannot_be_selected():
     assert _library.cpu_isa() == before
 
 
+@pytest.mark.processes
 @needs_extension
 def test_isa_of_the_environment_is_used():
     run = run_python("from revit_fast.ops import _library; print(_library.cpu_isa())", REVIT_FAST_ISA="baseline")

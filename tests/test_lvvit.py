@@ -425,6 +425,7 @@ class TestInterface:
         assert forward_macs(model, 196) - forward_macs(plain, 196) == stem
         assert forward_macs(labelled, 196) - forward_macs(model, 196) == 196 * 384 * 1000
 
+    @pytest.mark.beside
     def test_compiled(self):
         _, model = pair()
         counter = CompileCounter()

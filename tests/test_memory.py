@@ -14,6 +14,7 @@ import pytest
 import revit_fast
 from revit_fast.io.memory import _glibc, release_freed_pages
 
+pytestmark = pytest.mark.processes
 needs_glibc = pytest.mark.skipif(_glibc() is None, reason="the allocator is not glibc's")
 
 # What the allocator does is measured. `keeps` takes 30 MB in pieces that are too small to be mapped by themselves,

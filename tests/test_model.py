@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from helpers import assert_as_accurate, randn
+from helpers import assert_as_accurate, full_if, randn
 from timm.layers import LayerNorm
 from timm.optim import param_groups_weight_decay
 from torch._dynamo.testing import CompileCounter
@@ -68,7 +68,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", [full_if(key == "deit_base", key) for key in MODELS])
 def test_equals_timm_at_every_grid_and_in_a_mixed_pack(key):
     vit = make_vit(key)
     model = ReViT.from_timm(vit)
@@ -458,6 +458,7 @@ class TestCompiled:
                 assert relative(compiled(batch), model(batch)) <= 1e-5
         assert counter.frame_count <= 3, f"{counter.frame_count} compilations for 20 mixes"
 
+    @pytest.mark.beside
     def test_inductor_gives_the_same_logits_and_gradients(self):
         vit = make_vit("deit_tiny", depth=1, num_classes=5)  # every block compiles alike
         vit.blocks[0].norm2 = timm.layers.RmsNorm(vit.embed_dim)

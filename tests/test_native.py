@@ -11,6 +11,8 @@ import helpers
 import pytest
 from helpers import full
 
+pytestmark = pytest.mark.beside
+
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-fsanitize=address,undefined"]
 # What AddressSanitizer reports as well, at twice the time to compile.

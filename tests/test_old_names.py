@@ -127,6 +127,7 @@ class TestLazyRoot:
     def run(self, *lines):
         return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
 
+    @pytest.mark.processes
     def test_names_load_when_they_are_used(self):
         done = self.run(
             "import sys, revit_fast",
@@ -139,11 +140,12 @@ class TestLazyRoot:
         )
         assert done.returncode == 0, done.stderr
 
+    @pytest.mark.processes
     @pytest.mark.parametrize(
         "lines",
         [
             ("import revit_fast", "import torch"),
-            ("import torch", "import revit_fast"),
+            full(("import torch", "import revit_fast")),
             full(("from revit_fast.packing import PackedBatch", "import torch, revit_fast.ops")),
             ("from revit_fast.engine import optimize", "import torch"),
             full(("import revit_fast.timm_models", "import torch")),

@@ -121,6 +121,7 @@ def answers(tmp_path_factory):
     return {package: dict(zip(REFUSED[package], rows, strict=True)) for package, rows in found.items()}, written
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("package", "command"), [(p, command) for p, commands in REFUSED.items() for command in commands]
 )

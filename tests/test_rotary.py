@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, assert_as_accurate, check_op, only_on, randn, to_float64
+from helpers import FLOAT_DTYPES, alike_on_all_devices, assert_as_accurate, check_op, only_on, randn, to_float64
 from small_models import images_of, make_model
 from torch import nn
 
@@ -177,6 +177,7 @@ def test_rows_are_kept_for_learned_angles_alone():
         assert len(kept) == n_kept
 
 
+@alike_on_all_devices
 def test_opcheck():
     for heads, half in (("grouped", True), ("own angles", False), ("no keys", False)):
         args = [t.detach().requires_grad_() for t in make(5, heads, 8)]

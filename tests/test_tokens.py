@@ -5,6 +5,7 @@ import torch
 from helpers import (
     FLOAT_DTYPES,
     SEQLENS,
+    alike_on_all_devices,
     assert_as_accurate,
     check_op,
     cu_seqlens_of,
@@ -213,6 +214,7 @@ def test_non_contiguous_inputs():
     )
 
 
+@alike_on_all_devices
 def test_opcheck():
     patches, prefix, pos_table, pos_offset, cu_seqlens = make_assemble((3, 0, 5), 8)
     for t in (patches, prefix, pos_table):
@@ -226,6 +228,7 @@ def test_opcheck():
     torch.library.opcheck(library.mean_pool_backward, (randn(3, 8), cu_seqlens, 1, 10))
 
 
+@alike_on_all_devices
 def test_compile_fullgraph_and_dynamic():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -76,6 +76,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.processes
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """A limit on the size of files stands for the full disk: the write fails half way."""
     path = tmp_path / "state"

@@ -534,6 +534,7 @@ def test_base_class():
         ImageSet([0], ["a"]).image(0)
 
 
+@pytest.mark.processes
 def test_imports_stay_light():
     code = (
         "import sys, revit_fast.train.data, revit_fast.train.loader, revit_fast.train.formats; "

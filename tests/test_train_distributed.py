@@ -17,7 +17,10 @@ from revit_fast.train.distributed import World
 from revit_fast.train.log import STEPS, read_rows
 from revit_fast.train.trainer import CHECKPOINT, FINAL
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+]
 
 TESTS = Path(__file__).parent
 

@@ -275,6 +275,7 @@ trainer.fit()
 """
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path):
     """SIGKILL again and again, at moments that do not depend on the run."""
     whole = tiny_trainer(tiny_config(epochs=3), folder=tmp_path / "whole")

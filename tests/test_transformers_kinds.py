@@ -13,6 +13,8 @@ from revit_fast.models.from_transformers import KINDS, config_from_transformers
 from revit_fast.models.timm_blocks import plain_names
 from revit_fast.models.transformers_weights import state_dict_from_transformers
 
+pytestmark = pytest.mark.beside
+
 transformers = pytest.importorskip("transformers")
 
 from test_transformers_import import MODELS as PLAIN  # noqa: E402  (it imports transformers)

@@ -531,7 +531,7 @@ def test_optimized_copies_follow_every_change(options, left_out):
     assert_copies_follow(model, optimize, clips_of([(3, 2), (2, 1)]), refuses=False, left_out=left_out)
 
 
-@pytest.mark.parametrize("left_out", [full(None), "blocks.0"])
+@pytest.mark.parametrize("left_out", [full(None), full("blocks.0")])
 def test_optimized_copies_follow_changes_of_dropout(left_out):
     """As above, with dropout rates that act if a dropout is put into training mode."""
     model = make_model(embed_dim=16, num_heads=2, hidden_dim=12, num_classes=3, depth=2)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_as_accurate, cu_seqlens_of, examples, only_on, randn
+from helpers import assert_as_accurate, cu_seqlens_of, examples, full, only_on, randn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -255,7 +255,7 @@ MIXED_BLOCKS = (
 
 
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0), (1,)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), full((3, 2, 1, 0)), (2, 0), full((1,))], ids=str)
 def test_blocks_that_differ(isa, order, dtype):
     """Batches of fewer than 144 rows a thread are shared by columns; larger ones are cut into tiles."""
     net = Net(
@@ -348,7 +348,7 @@ def test_patches_are_normed_before_their_positions(isa, norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
-@pytest.mark.parametrize("n_pooled", [0, 2])
+@pytest.mark.parametrize("n_pooled", [full(0), 2])
 def test_blocks_that_differ_are_bitwise_alone_and_in_any_pack(isa, n_pooled, dtype):
     blocks = [*MIXED_BLOCKS, *({**block, **EVERY_FIELD} for block in MIXED_BLOCKS)]
     net = Net(channels=40, blocks=blocks, n_prefix=2, patch_norm=(0.1, False), dtype=dtype)
@@ -406,7 +406,7 @@ def test_many_sequences_run_in_groups():
 
 
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
-@pytest.mark.parametrize("n_pooled", [0, 2])
+@pytest.mark.parametrize("n_pooled", [0, full(2)])
 def test_bitwise_alone_and_in_any_pack(isa, n_pooled, dtype):
     """Few rows are shared among threads by columns, many in tiles: the sums must be the same."""
     net = Net(channels=64, n_heads=2, head_dim=32, hidden=600, n_prefix=2, dtype=dtype)
