@@ -30,6 +30,11 @@ quick = True
 """Whether tests marked `full` are left out."""
 
 
+def fewer_if_emulated(isa: str, *values) -> tuple:
+    """The values; in the quick suite every other one for an instruction set that is emulated."""
+    return values[::2] if quick and isa in EMULATED else values
+
+
 def examples(n: int) -> int:
     """Examples of a property of dear ops: `n`, of which the quick suite tries a third."""
     return -(-n // 3) if quick else n

@@ -132,6 +132,7 @@ def test_a_command_that_needs_a_package_is_refused_by_one_line(answers, package,
     assert err == expected or re.fullmatch(expected, err), err
 
 
+@pytest.mark.processes
 def test_refused_commands_write_nothing(answers):
     assert answers[1] == []
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, alike_on_all_devices, assert_as_accurate, check_op, only_on, randn, to_float64
+from helpers import FLOAT_DTYPES, alike_on_all_devices, assert_as_accurate, check_op, full, only_on, randn, to_float64
 from small_models import images_of, make_model
 from torch import nn
 
@@ -267,7 +267,7 @@ class TestLearnedFrequencies:
 
 
 @only_on("cpu", reason="a program of PyTorch's operators is the same on every device")
-@pytest.mark.parametrize("rope", [{"half": True}, {"kind": "mixed"}], ids=["half", "mixed"])
+@pytest.mark.parametrize("rope", [full({"half": True}), {"kind": "mixed"}], ids=["half", "mixed"])
 def test_programs_call_the_op_but_for_those_of_one_grid(rope):
     model, images = make_model(rope=rope, head_dim=8, depth=2), torch.stack(images_of([4, 4]))
     expected, batch = model(images), model.pack(images)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import full
 from torch import nn
 
 import revit_fast as rf
@@ -255,7 +256,7 @@ class TestRope:
             rf.ReViT(embed_dim=16, depth=1, num_heads=2, **options)
 
 
-@pytest.mark.parametrize("name", ["vit_pe_core_base_patch16_224", "vit_small_plus_patch16_dinov3"])
+@pytest.mark.parametrize("name", [full("vit_pe_core_base_patch16_224"), "vit_small_plus_patch16_dinov3"])
 def test_exported_programs_are_the_model(name):
     from revit_fast.deploy.export import export_packed, export_single
 

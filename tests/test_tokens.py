@@ -61,7 +61,7 @@ def check_gradients(function, truth_function, args, n_leaves, grad, end):
 @pytest.mark.parametrize("n_prefix", thin((0, 1, 5)))
 @pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.float64])
 def test_assemble_matches_reference(isa, dtype, n_prefix):
-    seqlens = cut((3, 0, 196, 49, 100, 49, 0))
+    seqlens = cut(thin((3, 49, 196, 0, 100, 49, 0)))
     for channels in CHANNELS:
         args = make_assemble(seqlens, channels, dtype, n_prefix=n_prefix, padding=4)
         check_op(ops.assemble_tokens(*args), reference.assemble_tokens, *args, what=f"C={channels}")
@@ -92,13 +92,14 @@ def test_assemble_gradcheck(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_pool_of_every_length(isa, dtype):
+    seqlens = cut(SEQLENS)
     for channels in CHANNELS:
-        x = randn(sum(SEQLENS) + 2, channels, dtype=dtype)
+        x = randn(sum(seqlens) + 2, channels, dtype=dtype)
         x[-2:] = NAN
-        cu_seqlens = cu_seqlens_of(SEQLENS)
+        cu_seqlens = cu_seqlens_of(seqlens)
         for skip in (0, 1, 3, 60):
             pooled = ops.mean_pool(x, cu_seqlens, skip)
-            empty = [b for b, n in enumerate(SEQLENS) if n <= skip]
+            empty = [b for b, n in enumerate(seqlens) if n <= skip]
             assert not pooled[empty].any(), "mean of no rows is not zero"
             check_op(pooled, mean_pool_as_eager, x, cu_seqlens, skip, what=f"C={channels}, skip={skip}")
 
