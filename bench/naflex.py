@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 import revit_fast as rf
+from bench.probe import PeakProbe, engine_instruction
 from bench.report import error_text, header_line, machine_header, spread_ms, write
 from bench.turns import take_turns
+from revit_fast.models.macs import forward_macs
 
 GRIDS = ((16, 16), (14, 18), (21, 12), (10, 25), (18, 14), (12, 21), (25, 10), (13, 19))
 """Rows and columns of the images: sides as the processor chooses them for at most 256 patches."""
@@ -65,25 +67,36 @@ def candidates_of(model: Siglip2VisionModel) -> dict[str, Callable[[int], Tensor
     }
 
 
-def measure(depth: int, rounds: int) -> list[dict]:
-    """Checks and times all candidates; ratios are to ours in float32, round by round."""
+def measure(depth: int, rounds: int, threads: int) -> list[dict]:
+    """Checks and times all candidates; ratios are to ours in float32, round by round.
+
+    Parts of the peak count the multiply-adds of the images' own patches, for all candidates.
+    """
     model = siglip2(depth)
     runs = candidates_of(model)
+    flops = 2 * sum(forward_macs(rf.ReViT.from_transformers(model), h * w) for h, w in GRIDS)
+    probes = {
+        f"peak of {precision}": PeakProbe(engine_instruction(precision), threads)
+        for precision in ("float32", "bfloat16")
+    }
     with torch.inference_mode():
         inputs = batch_of(0, model.config)
         double = siglip2(depth).double()
         expected = double(**inputs | {"pixel_values": inputs["pixel_values"].double()}).pooler_output
         errors = {n: ((run(0) - expected).abs().max() / expected.abs().max()).item() for n, run in runs.items()}
         take_turns(runs, 1)
-        samples = take_turns(runs, rounds, pause_s=0.3)
+        samples = take_turns(runs | {name: probe.run for name, probe in probes.items()}, rounds, pause_s=0.3)
+    peaks = {name: probe.ops / statistics.median(samples.pop(name)) for name, probe in probes.items()}
     rows = []
     for name, seconds in samples.items():
         median, quartiles = spread_ms(seconds)
         ratio = statistics.median(s / ours for s, ours in zip(seconds, samples[OURS], strict=True))
         right = errors[name] <= TOLERANCES[name]
-        found = {"candidate": name, "precision": "bfloat16" if name == OURS_ROUNDED else "float32"}
-        times = {"median_ms": median, "quartiles_ms": quartiles, "ratio_to_ours": ratio}
-        rows.append(found | {"error": errors[name], "right": right} | times)
+        precision = "bfloat16" if name == OURS_ROUNDED else "float32"
+        of_peak = flops / statistics.median(seconds) / peaks[f"peak of {precision}"]
+        found = {"candidate": name, "precision": precision, "error": errors[name], "right": right}
+        times = {"median_ms": median, "quartiles_ms": quartiles, "ratio_to_ours": ratio, "of_peak": of_peak}
+        rows.append(found | times)
     return rows
 
 
@@ -96,17 +109,18 @@ def document(header: dict, depth: int, rows: Sequence[dict]) -> str:
         header_line(header),
         "",
         f"{depth} blocks of the base model, {len(GRIDS)} images, {n_tokens} patches, padded to {N_PADDED} each. Error: "
-        "the largest difference to transformers in float64, as a part of the largest value.",
+        "the largest difference to transformers in float64, as a part of the largest value. Of peak: the operations of "
+        "these patches, without padding, as a part of what the instruction of our kernels can do, measured in turns.",
         "",
-        "| candidate | precision | error | median ms | quartiles | time ÷ ours |",
-        "| --- | --- | --: | --: | --: | --: |",
+        "| candidate | precision | error | median ms | quartiles | time ÷ ours | of peak |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
     ]
     for row in rows:
         low, high = row["quartiles_ms"]
         ratio = f"{row['ratio_to_ours']:.2f}" if row["right"] else "wrong"
         lines.append(
             f"| {row['candidate']} | {row['precision']} | {error_text(row['error'])} | {row['median_ms']:.0f} "
-            f"| {low:.0f}–{high:.0f} | {ratio} |"
+            f"| {low:.0f}–{high:.0f} | {ratio} | {row['of_peak']:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -121,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     header = machine_header() | {"threads": args.threads}
-    rows = measure(args.depth, args.rounds)
+    rows = measure(args.depth, args.rounds, args.threads)
     table = document(header, args.depth, rows)
     write(args.name, header, {"depth": args.depth, "grids": GRIDS, "rows": rows}, table)
     print(table)
