@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from importlib import metadata
 
 import numpy as np
@@ -21,6 +20,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from terminals import terminal
 
 import revit_fast as rf
 from revit_fast.adaptive.crops import eval_box
@@ -531,28 +531,8 @@ class TestProgress:
         assert [r["path"] for r in records] == sorted(map(str, photos.iterdir()))
         assert torch.get_num_threads() == 2
 
-    @contextmanager
-    def terminal(self):
-        """A pseudo-terminal to write to, and a list that holds what arrived once the context is left."""
-        master, slave = os.openpty()
-        chunks = []
-
-        def drain():
-            try:
-                while chunk := os.read(master, 65536):
-                    chunks.append(chunk)
-            except OSError:  # how Linux says that the other end is closed
-                pass
-
-        reader = threading.Thread(target=drain)
-        reader.start()
-        with open(slave, "w", encoding="utf-8") as stream:
-            yield stream, chunks
-        reader.join()
-        os.close(master)
-
     def test_bar_on_a_terminal_leaves_stdout_alone(self, capsys, photos, monkeypatch):
-        with self.terminal() as (stream, chunks):
+        with terminal() as (stream, chunks):
             monkeypatch.setattr(sys, "stderr", stream)
             code = main(["predict", str(photos), "--model", MODEL, "--grid", "7", "--format", "json"])
             monkeypatch.undo()
@@ -566,7 +546,7 @@ class TestProgress:
 
     def test_bar_and_table_on_one_terminal(self, photos, monkeypatch):
         (photos / "5.jpg").write_bytes(b"")
-        with self.terminal() as (stream, chunks):
+        with terminal() as (stream, chunks):
             monkeypatch.setattr(sys, "stderr", stream)
             monkeypatch.setattr(sys, "stdout", stream)
             code = main(["predict", str(photos), "--model", MODEL, "--grid", "7", "--batch-tokens", "100"])

@@ -1,10 +1,10 @@
 """Progress: lines by a clock that the test sets; the bar is tested with the commands, on a pseudo-terminal."""
 
 import io
-import os
 import sys
 
 import pytest
+from terminals import terminal
 
 from revit_fast.io.progress import Progress
 
@@ -75,18 +75,14 @@ def test_a_terminal_gets_a_bar_if_rich_is_there(clock, monkeypatch, rich):
     if rich == "missing":
         monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setenv("TERM", "xterm")
-    master, slave = os.openpty()
-    try:
-        with (
-            open(slave, "w", encoding="utf-8") as stream,
-            Progress("images", 4, stream=stream, clock=clock) as progress,
-        ):
-            progress(1)
-            clock.seconds += 10
-            progress(2)
-        shown = os.read(master, 65536).decode()
-    finally:
-        os.close(master)
+    with (
+        terminal() as (stream, chunks),
+        Progress("images", 4, stream=stream, clock=clock) as progress,
+    ):
+        progress(1)
+        clock.seconds += 10
+        progress(2)
+    shown = b"".join(chunks).decode()
     assert ("2 of 4 images (50%)" in shown) == (rich == "missing")
     assert ("2/4" in shown) == (rich == "there")
     assert rich == "missing" or shown.rstrip().endswith("\x1b[2K"), "the bar is cleared"
