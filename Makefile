@@ -35,9 +35,9 @@ test-interpreter:
 	    tests/test_tokens.py tests/test_rotary.py tests/test_flash_attn_compat.py tests/test_backends.py tests/test_on_device.py \
 	    $(PYTEST_SCOPE)
 
-## What compilers make: the kernels under sanitizers, programs of export, a model in Inductor.
+## What compilers make: the kernels under sanitizers, machine code of the GPU kernels, programs of export, a model in Inductor.
 test-compiled: build
-	$(BIN)/python -m pytest tests/test_native.py tests/test_export.py \
+	$(BIN)/python -m pytest tests/test_native.py tests/aot tests/test_export.py \
 	    tests/test_model.py::TestCompiled::test_inductor_gives_the_same_logits_and_gradients tests/test_lvvit.py::TestInterface::test_compiled
 
 ## What needs processes of its own: kills, signals, several ranks, variables of the environment, imports.

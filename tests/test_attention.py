@@ -292,6 +292,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(torch.ops.revit_fast.varlen_attention_backward, args)
 
 
+@alike_on_all_devices
 def test_compiles_as_one_graph_for_every_mix():
     def layer(qkv, cu):
         q, k, v = (t * 2 for t in qkv.unbind(1))

@@ -8,7 +8,7 @@ import threading
 import pytest
 import timm
 import torch
-from helpers import assert_as_accurate, full, only_on, randn
+from helpers import assert_as_accurate, fewer_if_emulated, full, only_on, randn
 from small_models import MIX, check, drawn, images_of, make_model
 from torch import nn
 
@@ -128,7 +128,7 @@ def test_bitwise_alone_and_in_any_pack(isa, dtype, norm):
     fast = rf.optimize(drawn(rf.ReViT.from_timm(vit), 0.05), dtype)
     images = images_of([14, 7, 10, 7, (9, 5), 14], patch=16)
     packed = fast(images)
-    for order in ([4, 3, 1, 0, 2, 5], [2], [1, 1, 1], [0, 5]):
+    for order in fewer_if_emulated(isa, [4, 3, 1, 0, 2, 5], [2], [1, 1, 1], [0, 5]):
         assert torch.equal(fast([images[i] for i in order]), packed[order])
 
 

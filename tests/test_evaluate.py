@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_training
 import torch
+from helpers import full
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import GRIDS, SETTINGS
@@ -44,7 +45,9 @@ class TestStatistics:
         low, high = paired_interval(a, a)
         assert (low, high) == pytest.approx((-0.0195996, 0.0195996), abs=1e-6), "a width where the two never differ"
 
-    @pytest.mark.parametrize(("p_more", "p_fewer", "n"), [(0.05, 0.05, 100), (0.02, 0.1, 200), (0.0, 0.03, 300)])
+    @pytest.mark.parametrize(
+        ("p_more", "p_fewer", "n"), [full(0.05, 0.05, 100), full(0.02, 0.1, 200), (0.0, 0.03, 300)]
+    )
     def test_the_interval_covers(self, p_more, p_fewer, n):
         """In about 95 % of samples, of which some have few images that differ, the true difference lies within."""
         rng = np.random.default_rng(0)

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import FLOAT_DTYPES, check_op, cu_seqlens_of, randn
+from helpers import FLOAT_DTYPES, alike_on_all_devices, check_op, cu_seqlens_of, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revit_fast import flash_attn_compat, reference
@@ -51,6 +51,7 @@ WIDTHS = [((2, 2), 64, None), ((4, 2), 40, 0.3), ((3, 1), 256, None)]
 
 # The widest head goes without float32, which tests of the op itself cover: sums of 256 products and their rounding say
 # nothing about this layer.
+@alike_on_all_devices
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("heads", "dim", "scale", "dtype"),
@@ -77,6 +78,7 @@ def test_returns_the_output_alone_by_default(device):
     assert torch.equal(out, with_lse[0])
 
 
+@alike_on_all_devices
 def test_packed_forms_equal_the_plain_one(device):
     q, k, v, *sequences = make(device, heads=(2, 2))
     plain, packed = (t.requires_grad_() for t in (k, torch.stack([k, v], dim=1)))

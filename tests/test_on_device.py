@@ -44,8 +44,8 @@ def on(device, images):
     [
         (torch.float32, {}),
         (torch.float32, {"global_pool": "avg", "class_token": False}),
-        (torch.bfloat16, {"embed_dim": 72, "num_heads": 1}),
-        (torch.bfloat16, {"embed_dim": 160, "num_heads": 2, "init_values": 0.5}),
+        (torch.bfloat16, {"embed_dim": 72, "num_heads": 1, "depth": 1}),
+        (torch.bfloat16, {"embed_dim": 160, "num_heads": 2, "init_values": 0.5, "depth": 1}),
         (torch.bfloat16, {"rope": {"kind": "mixed"}}),
         (torch.bfloat16, {"rope": {"half": True}, "num_kv_heads": 1}),
     ],
@@ -72,7 +72,7 @@ def test_a_training_step(device):
 
 
 def test_replays_queued_one_after_another_keep_their_inputs_and_results(device):
-    model = make_model(rope={"half": True}).to(device)
+    model = make_model(rope={"half": True}, depth=1).to(device)
     fast = rf.optimize(model)
     turns = 10 if helpers.device == "cuda" else 1
     batches = [images_of(mix, seed=10 * turn) for turn in range(turns) for mix in MIXES]
@@ -87,7 +87,7 @@ def test_replays_queued_one_after_another_keep_their_inputs_and_results(device):
 
 
 def test_a_replay_after_a_change_of_weights_uses_the_new_ones(device):
-    model, images = make_model(rope={"kind": "mixed"}).to(device), images_of(MIX)
+    model, images = make_model(rope={"kind": "mixed"}, depth=1).to(device), images_of(MIX)
     fast = rf.optimize(model)
     fast(images)
     with torch.no_grad():

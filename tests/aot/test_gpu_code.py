@@ -9,6 +9,8 @@ from bench import gpu_code
 from bench.files import replace_section
 from bench.gpu_launches import Case, compilations
 
+pytestmark = pytest.mark.beside
+
 
 def done(value):
     future = Future()

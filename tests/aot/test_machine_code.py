@@ -9,6 +9,8 @@ import pytest
 
 from bench.machine_code import access_bytes, kind_of
 
+pytestmark = pytest.mark.beside
+
 NARROW_LOADS = ("attention_tiles_kernel", "attention_padding_kernel")
 """Kernels that read no rows, only a few int32."""
 

@@ -15,6 +15,8 @@ from bench.gpu_suite import warm
 from bench.machine_code import Pointer, compile_launch
 from revit_fast.kernels.launch import TARGETS
 
+pytestmark = pytest.mark.beside
+
 SM_90 = GPUTarget("cuda", 90, 32)
 
 
