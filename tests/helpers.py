@@ -56,7 +56,7 @@ def full_if(rare: bool, *values) -> object:
 
 
 def alike_on_all_devices(test: Callable) -> Callable:
-    """Marks a test of what all kernels share, such as an op's registration: in the interpreter `make test-full` has it."""
+    """Marks a test of what kernels share, such as an op's registration: in the interpreter `make test-full` has it."""
     return pytest.mark.full(test) if device == "interpreter" else test
 
 

@@ -72,7 +72,7 @@ def test_a_training_step(device):
 
 
 def test_replays_queued_one_after_another_keep_their_inputs_and_results(device):
-    model = make_model(rope={"half": True}, depth=1).to(device)
+    model = make_model(rope={"half": True}).to(device)
     fast = rf.optimize(model)
     turns = 10 if helpers.device == "cuda" else 1
     batches = [images_of(mix, seed=10 * turn) for turn in range(turns) for mix in MIXES]
