@@ -16,6 +16,7 @@ from helpers import (
     thin,
     to_float64,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from revit_fast import ops, reference
 from revit_fast.packing import work_list
@@ -431,7 +432,7 @@ def test_opcheck(kind, with_residual):
 @alike_on_all_devices
 def test_compile_fullgraph_and_dynamic(kind):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def block(x, weight, bias, cu_seqlens, length_index, residual):
         y, total = norm(x, weight, bias, cu_seqlens, length_index, residual=residual)

@@ -5,6 +5,7 @@ import torch
 from helpers import FLOAT_DTYPES, alike_on_all_devices, assert_as_accurate, check_op, full, only_on, randn, to_float64
 from small_models import images_of, make_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from revit_fast import ops, reference
 from revit_fast.deploy import export
@@ -186,7 +187,7 @@ def test_opcheck():
 
 def test_compile_fullgraph_and_dynamic():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def function(q, k, cos, sin):
         turned_q, turned_k = ops.rotary(q, k, cos, sin, half=True)

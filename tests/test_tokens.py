@@ -15,6 +15,7 @@ from helpers import (
     thin,
     to_float64,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from revit_fast import ops, reference
 
@@ -231,7 +232,7 @@ def test_opcheck():
 @alike_on_all_devices
 def test_compile_fullgraph_and_dynamic():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def function(patches, prefix, pos_table, pos_offset, cu_seqlens):
         tokens = ops.assemble_tokens(patches, prefix, pos_table, pos_offset, cu_seqlens)
