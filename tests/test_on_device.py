@@ -4,7 +4,7 @@ import dense_vit
 import helpers
 import pytest
 import torch
-from helpers import assert_as_accurate, only_on
+from helpers import assert_as_accurate, full, only_on
 from small_models import MIX, images_of, make_model
 
 import revit_fast as rf
@@ -45,7 +45,7 @@ def on(device, images):
         (torch.float32, {}),
         (torch.float32, {"global_pool": "avg", "class_token": False}),
         (torch.bfloat16, {"embed_dim": 72, "num_heads": 1, "depth": 1}),
-        (torch.bfloat16, {"embed_dim": 160, "num_heads": 2, "init_values": 0.5, "depth": 1}),
+        full(torch.bfloat16, {"embed_dim": 160, "num_heads": 2, "init_values": 0.5}),
         (torch.bfloat16, {"rope": {"kind": "mixed"}}),
         (torch.bfloat16, {"rope": {"half": True}, "num_kv_heads": 1}),
     ],
