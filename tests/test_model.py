@@ -451,12 +451,12 @@ class TestCompiled:
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode():
-            for _ in range(12):
+            for _ in range(20):
                 size = int(torch.randint(1, 9, (1,), generator=generator))
                 grids = [(14, 10, 7)[i] for i in torch.randint(0, 3, (size,), generator=generator)]
                 batch = model.pack(images_of(grids, seed=size))
                 assert relative(compiled(batch), model(batch)) <= 1e-5
-        assert counter.frame_count <= 3, f"{counter.frame_count} compilations for 12 mixes"
+        assert counter.frame_count <= 3, f"{counter.frame_count} compilations for 20 mixes"
 
     @pytest.mark.beside
     def test_inductor_gives_the_same_logits_and_gradients(self):
